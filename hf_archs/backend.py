@@ -1,0 +1,68 @@
+"""Which implementation of an op runs: decided here and nowhere else.
+
+Every op has three: ``reference`` (the recurrence as the paper writes it), ``portable`` (vectorised PyTorch, for CPU,
+MPS and anything without Triton) and ``triton`` (CUDA and ROCm, or a CPU under ``TRITON_INTERPRET=1``).
+The environment variable ``HF_ARCHS_BACKEND`` overrides the automatic choice, for debugging.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+BACKENDS = ("reference", "portable", "triton")
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"HF_ARCHS_BACKEND is {name!r}; allowed are {', '.join(BACKENDS)}")
+    return name
+
+
+_override: str | None = _checked(os.environ.get("HF_ARCHS_BACKEND") or None)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """True where the ``triton`` package can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _automatic(device_type: str) -> str:
+    if device_type != "cuda":  # ROCm devices are called "cuda" as well
+        return "portable"
+    if has_triton():
+        return "triton"
+    warnings.warn(
+        "hf-archs: no triton package beside this GPU build of torch, so every op runs in its portable PyTorch form, "
+        "which is many times slower; install triton",
+        stacklevel=3,
+    )
+    return "portable"
+
+
+def backend_for(x: torch.Tensor) -> str:
+    """The name of the implementation that serves ``x``: one of `BACKENDS`."""
+    return _override or _automatic(x.device.type)
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force one implementation inside a ``with`` block (``None``: the automatic choice).
+
+    Raises:
+        ValueError: for a name that is not in `BACKENDS`.
+    """
+    global _override
+    before, _override = _override, _checked(name)
+    try:
+        yield
+    finally:
+        _override = before

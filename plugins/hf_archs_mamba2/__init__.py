@@ -1,0 +1,1 @@
+"""The mamba2 plugin."""
