@@ -1,0 +1,207 @@
+"""Compile every Triton kernel ahead of time, for chips that need not be there, and say what each one costs.
+
+A module of kernels is named ``*_triton.py`` and has a function ``aot_specs() -> list[KernelSpec]`` with an entry for
+every kernel and every config it may be launched with. `check` compiles them all for `TARGETS`, and
+``scripts/check_kernels`` shows the outcome. It runs only where Triton compiles (not under ``TRITON_INTERPRET``), and
+this file imports Triton inside its functions, since Triton may be absent.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from triton.runtime.jit import JITFunction
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel with one config, as it would be launched.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function itself (not its autotuner).
+        signature: the type of every argument by name: ``"*bf16"``, ``"*fp32"``, ``"*i32"``, ``"i32"``, ``"i64"``,
+            ``"fp32"`` or ``"constexpr"``. Pointers are taken to be divisible by 16, as torch's allocations are; for an
+            integer say so with ``"i32:16"`` (Triton specialises a launch on it).
+        constexprs: the value of every argument that is ``"constexpr"``. A pointer that is passed as ``None`` and a
+            stride of 1 are among them.
+        num_warps: warps in a program.
+        num_stages: stages of the software pipeline.
+        label: what sets this entry apart from the kernel's others, for the table.
+    """
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A chip to compile for, with the shared memory that one program may use there, in bytes."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+
+
+TARGETS = (
+    Target("sm_80", "cuda", 80, 32, 163 * 1024),
+    Target("sm_90", "cuda", 90, 32, 227 * 1024),
+    Target("sm_100", "cuda", 100, 32, 227 * 1024),
+    Target("gfx942", "hip", "gfx942", 64, 64 * 1024),
+)
+
+
+def kernel_modules() -> dict[str, Path]:
+    """Every ``*_triton`` module of hf_archs and of the installed plugins: import name -> source file."""
+    packages = {"hf_archs"} | {e.module for e in importlib.metadata.entry_points(group="hf_archs.plugins")}
+    found = {}
+    for package in sorted(packages):
+        spec = importlib.util.find_spec(package)
+        for root in map(Path, (spec and spec.submodule_search_locations) or ()):
+            for file in sorted(root.rglob("*_triton.py")):
+                found[".".join((package, *file.relative_to(root).with_suffix("").parts))] = file
+    return found
+
+
+def jit_kernels(source: str) -> set[str]:
+    """The names of the ``@triton.jit`` functions in a module's source that are kernels.
+
+    A function that another ``@triton.jit`` function of the module calls is part of that one, and no kernel.
+    """
+
+    def is_jit(decorator: ast.expr) -> bool:
+        if isinstance(decorator, ast.Call):
+            decorator = decorator.func
+        return ast.unparse(decorator) in ("triton.jit", "jit")
+
+    functions = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and any(map(is_jit, node.decorator_list))
+    ]
+    called = {
+        node.func.id
+        for function in functions
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    return {function.name for function in functions} - called
+
+
+@functools.cache
+def _specs(module: str) -> list[KernelSpec]:
+    return importlib.import_module(module).aot_specs()
+
+
+def compile_spec(spec: KernelSpec, target: Target) -> Any:
+    """Compile for ``target``; returns Triton's ``CompiledKernel`` (``.asm`` holds the code, ``.metadata.shared``)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for place, name in enumerate(spec.kernel.arg_names):
+        kind, _, divisor = spec.signature[name].partition(":")
+        signature[name] = kind
+        if divisor or kind.startswith("*"):
+            attributes[(place,)] = [["tt.divisibility", int(divisor or 16)]]
+    source = ASTSource(spec.kernel, signature, spec.constexprs, attributes)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    return triton.compile(source, GPUTarget(target.backend, target.arch, target.warp_size), options)
+
+
+def _registers_and_spills(asm: dict[str, str]) -> tuple[int, int]:
+    """Registers a thread holds and bytes a thread spills to memory."""
+    if "amdgcn" in asm:
+        notes = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", asm["amdgcn"]))
+        return int(notes["vgpr_count"]), 4 * int(notes["vgpr_spill_count"])
+    from triton import knobs
+
+    chip = re.search(r"\.target (sm_(\d+)a?)", asm["ptx"])
+    assert chip is not None
+    assembler = knobs.nvidia.ptxas_blackwell if int(chip[2]) >= 100 else knobs.nvidia.ptxas
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.ptx").write_text(asm["ptx"])
+        # the last option is Triton's own
+        command = [assembler.path, "-v", f"--gpu-name={chip[1]}", "kernel.ptx", "-o", "out", "--regAllocOptLevel=2"]
+        log = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stderr
+    used = re.search(r"(\d+) bytes spill stores.*Used (\d+) registers", log, re.DOTALL)
+    assert used is not None, log
+    return int(used[2]), int(used[1])
+
+
+def _measure(module: str, index: int, target: Target) -> dict[str, Any]:
+    try:
+        compiled = compile_spec(_specs(module)[index], target)
+        registers, spills = _registers_and_spills(compiled.asm)
+    except Exception as error:  # whatever a compiler throws is this kernel's outcome, not the end of the run
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"registers": registers, "spills": spills, "shared": compiled.metadata.shared}
+
+
+def check(modules: dict[str, Path] | None = None, processes: int = 2) -> dict[str, Any]:
+    """Compile every kernel and config of ``modules`` (default: `kernel_modules`) for every one of `TARGETS`.
+
+    Returns:
+        ``{"kernels": [...], "errors": [...]}``. A kernel has ``module, kernel, label, num_warps, num_stages, signature,
+        constexprs`` and ``targets``, which maps a target's name to ``{"registers", "spills", "shared"}`` (registers a
+        thread, spilled bytes a thread, bytes of shared memory a program). An error is a sentence: a kernel in the
+        source that no entry of ``aot_specs()`` covers, one that does not compile, one that wants more shared memory
+        than the chip has.
+
+    Raises:
+        RuntimeError: under ``TRITON_INTERPRET``, where nothing compiles.
+    """
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        raise RuntimeError("kernels cannot be compiled in a process that has TRITON_INTERPRET set")
+    kernels: list[dict[str, Any]] = []
+    errors: list[str] = []
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pending = []
+        for module, file in (kernel_modules() if modules is None else modules).items():
+            specs = _specs(module)
+            listed = {spec.kernel.__name__ for spec in specs}
+            for name in sorted(jit_kernels(file.read_text()) - listed):
+                errors.append(f"{module}.{name} is a kernel in the source, but aot_specs() does not list it")
+            for index, spec in enumerate(specs):
+                entry = {
+                    "module": module,
+                    "kernel": spec.kernel.__name__,
+                    "label": spec.label,
+                    "num_warps": spec.num_warps,
+                    "num_stages": spec.num_stages,
+                    "signature": spec.signature,
+                    "constexprs": spec.constexprs,
+                    "targets": {},
+                }
+                kernels.append(entry)
+                for target in TARGETS:
+                    pending.append((entry, target, pool.submit(_measure, module, index, target)))
+        for entry, target, job in pending:
+            result = entry["targets"][target.name] = job.result()
+            where = f"{entry['module']}.{entry['kernel']} ({entry['label']}) for {target.name}"
+            if "error" in result:
+                errors.append(f"{where} does not compile: {result['error']}")
+            elif result["shared"] > target.shared_limit:
+                errors.append(f"{where} wants {result['shared']} bytes of shared memory; {target.shared_limit} exist")
+    return {"kernels": kernels, "errors": errors}
