@@ -1,3 +1,35 @@
-"""hf-archs: architectures beyond the Transformer, as ordinary models of the Hugging Face libraries."""
+"""hf-archs: architectures beyond the Transformer, as ordinary models of the Hugging Face libraries.
+
+Importing this package registers every installed plugin with transformers' Auto classes.
+"""
 
 __version__ = "0.1.0"
+
+from hf_archs import mlp as _mlp  # registers the feed-forward
+from hf_archs.registry import (
+    Architecture,
+    architectures,
+    failed_plugins,
+    get_architecture,
+    get_feed_forward,
+    get_mixer,
+    load_plugins,
+    register,
+    register_feed_forward,
+    register_mixer,
+)
+
+__all__ = [
+    "Architecture",
+    "architectures",
+    "failed_plugins",
+    "get_architecture",
+    "get_feed_forward",
+    "get_mixer",
+    "load_plugins",
+    "register",
+    "register_feed_forward",
+    "register_mixer",
+]
+
+load_plugins()

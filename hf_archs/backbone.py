@@ -1,0 +1,412 @@
+"""The one backbone: pre-norm blocks over registered mixers, and the heads.
+
+Letters in shapes: b batch, l length, d hidden size, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_tracing
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
+from hf_archs.configuration import ArchConfig
+from hf_archs.norm import ArchRMSNorm
+from hf_archs.registry import get_feed_forward, get_mixer
+
+
+class Layout(NamedTuple):
+    """Where the real tokens and the documents of a batch are.
+
+    Mixers see every row with its real tokens first and its pads last: ``order`` brings a row into that order,
+    ``restore`` takes it back, ``lengths`` counts the real tokens. All None where nothing is padded.
+    """
+
+    order: torch.Tensor | None = None  # (b, l)
+    restore: torch.Tensor | None = None  # (b, l)
+    lengths: torch.Tensor | None = None  # (b,)
+    seq_idx: torch.Tensor | None = None  # (b, l), in mixer order: the document of each token
+
+    @classmethod
+    def build(cls, mask: torch.Tensor | None, seq_idx: torch.Tensor | None) -> Layout:
+        """From a mask of real tokens ``(b, l)`` and document numbers ``(b, l)``."""
+        if mask is None:
+            return cls(seq_idx=seq_idx)
+        order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)
+        restore = torch.argsort(order, dim=1)
+        return cls(order, restore, mask.sum(1), None if seq_idx is None else seq_idx.gather(1, order))
+
+
+def _permute(hidden_states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    if index is None:
+        return hidden_states
+    return hidden_states.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
+
+
+class ArchBlock(GradientCheckpointingLayer):
+    """One layer: ``x + mixer(norm(x))``, and ``x + feed_forward(norm(x))`` where the plan has a feed-forward.
+
+    A mixer is called as ``mixer(hidden_states, state=slot, lengths=lengths, seq_idx=seq_idx)`` with real tokens
+    first in every row; ``slot`` (a `hf_archs.cache.Slot`, or None without a cache) holds the states it continues.
+    """
+
+    def __init__(self, config: ArchConfig, layer_idx: int):
+        super().__init__()
+        plan = config.layer_plan(layer_idx)
+        self.layer_idx = layer_idx
+        self.bidirectional = config.bidirectional
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = ArchRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = get_mixer(plan.mixer).module_class(plan.mixer_config)
+        self.feed_forward = None
+        if plan.feed_forward is not None:
+            self.feed_forward_norm = ArchRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.feed_forward = get_feed_forward(plan.feed_forward).module_class(plan.feed_forward_config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, layout: Layout, past_key_values: RecurrentCache | None = None
+    ) -> torch.Tensor:
+        residual = hidden_states
+        if self.residual_in_fp32:
+            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        state = None if past_key_values is None else past_key_values.slot(self.layer_idx)
+        residual = residual + self._mix(self.norm(residual), layout, state)
+        if self.feed_forward is not None:
+            residual = residual + self.feed_forward(self.feed_forward_norm(residual))
+        return residual
+
+    def _mix(self, hidden_states: torch.Tensor, layout: Layout, state: Slot | None) -> torch.Tensor:
+        order, restore, lengths, seq_idx = layout
+        mixed = self.mixer(_permute(hidden_states, order), state=state, lengths=lengths, seq_idx=seq_idx)
+        mixed = _permute(mixed, restore)
+        if self.bidirectional:
+            # the same mixer from right to left: reversed rows keep their real tokens first
+            flipped = None if order is None else _reverse_real(order, lengths)
+            back = (
+                flipped
+                if flipped is not None
+                else torch.arange(hidden_states.shape[1] - 1, -1, -1, device=hidden_states.device).expand(
+                    hidden_states.shape[:2]
+                )
+            )
+            if seq_idx is not None:
+                seq_idx = _reverse_real(seq_idx, lengths) if lengths is not None else seq_idx.flip(1)
+            backward = self.mixer(_permute(hidden_states, back), state=None, lengths=lengths, seq_idx=seq_idx)
+            mixed = mixed + _permute(backward, torch.argsort(back, dim=1))
+        if lengths is not None and restore is not None:
+            mixed = mixed.masked_fill((restore >= lengths[:, None]).unsqueeze(-1), 0.0)
+        return mixed
+
+
+def _reverse_real(rows: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Reverse the first ``lengths`` entries of each row of ``(b, l)`` and leave the rest."""
+    assert lengths is not None
+    position = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    return rows.gather(1, torch.where(position < lengths[:, None], lengths[:, None] - 1 - position, position))
+
+
+class ArchPreTrainedModel(PreTrainedModel):
+    """Base of every model class of this library."""
+
+    config_class = ArchConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ArchBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = False  # the cache can roll back, so assisted decoding works
+    _can_compile_fullgraph = True
+    # states, decays and step biases, which every mixer keeps in a submodule of this name
+    _keep_in_fp32_modules_strict = ["ssm"]
+    _can_record_outputs = {"hidden_states": ArchBlock}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
+            module.init_weights()
+        if isinstance(module, ArchBlock) and self.config.rescale_prenorm_residual:
+            # modules are initialised children first, so the projections have their plain values here
+            additions = self.config.num_hidden_layers * (1 if module.feed_forward is None else 2)
+            for projection in (m for name, m in module.named_modules() if name.endswith(("out_proj", "down_proj"))):
+                init.normal_(projection.weight, std=self.config.initializer_range / math.sqrt(additions))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to do: the stub that is always saved serves every Auto class."""
+
+
+class ArchModel(ArchPreTrainedModel):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: ArchConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ArchBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = ArchRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.IntTensor | None = None,
+        cu_seq_lens_q: torch.IntTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        seq_idx (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            The number of the document that each token belongs to: several documents packed into one row stay apart.
+        cu_seq_lens_q (`torch.IntTensor` of shape `(documents + 1,)`, *optional*):
+            Where the documents of a single packed row begin and end.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.bidirectional:
+            if past_key_values is not None:
+                raise ValueError("a bidirectional model has no cache: every token depends on those after it")
+            use_cache = False
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None
+        if past_key_values is not None:
+            past_key_values = adopt(past_key_values, self.config)
+        elif use_cache:
+            past_key_values = ArchDynamicCache(self.config)
+
+        length = inputs_embeds.shape[1]
+        mask = _real_tokens(attention_mask, length)
+        # positions restart after left pads and differ from zero in a continuation too: they mark documents only alone
+        alone = attention_mask is None and (past_key_values is None or past_key_values.batch_size < 0)
+        seq_idx = _documents(seq_idx, cu_seq_lens_q, position_ids if alone else None, inputs_embeds)
+        if past_key_values is not None:
+            past_key_values.begin(length, mask, inputs_embeds.device)
+        layout = Layout.build(mask, seq_idx)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, layout, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+def _real_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
+    """The mask of real tokens in this segment, ``(b, length)`` bool; None where no token is padding.
+
+    generate hands compiled forwards a dict with a mask for each layer type; masks of other ranks are attention's.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("linear_attention")
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    mask = attention_mask[:, -length:].bool()
+    if mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns for {length} new tokens; allowed are {length} or more"
+        )
+    if not is_tracing(mask) and bool(mask.all()):
+        return None  # outside a graph, spare an unpadded batch the sorting
+    return mask
+
+
+def _documents(
+    seq_idx: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor,
+) -> torch.Tensor | None:
+    """The document of each token, ``(b, l)``, from whichever of the three signals is there, in this order."""
+    batch, length = inputs_embeds.shape[:2]
+    if seq_idx is not None:
+        if seq_idx.shape != (batch, length):
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; allowed is {(batch, length)}")
+        return seq_idx
+    if cu_seq_lens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens describes one packed row, but the batch has {batch}; pass seq_idx instead")
+        positions = torch.arange(length, device=inputs_embeds.device)
+        return torch.bucketize(positions, cu_seq_lens[1:].to(positions), right=True).unsqueeze(0)
+    if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] == length:
+        restarts = torch.zeros_like(position_ids)
+        restarts[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).to(restarts.dtype)
+        if not is_tracing(restarts) and not bool(restarts.any()):
+            return None
+        return restarts.cumsum(1).expand(batch, length)
+    return None
+
+
+class ArchForCausalLM(ArchPreTrainedModel):
+    """The backbone with a language-model head. Concrete classes add `GenerationMixin` to their bases."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _model_class: type[ArchModel]
+
+    def __init__(self, config: ArchConfig):
+        super().__init__(config)
+        if config.bidirectional:
+            raise ValueError(
+                "bidirectional is True, but a causal language model reads from left to right; allowed is False"
+            )
+        self.model = self._model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        if isinstance(past_key_values, RecurrentCache) and isinstance(logits_to_keep, int):
+            # assisted decoding keeps the logits of all candidates, and takes back no more than those and one
+            past_key_values.rollback_window = max(logits_to_keep, 1) + 1
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return True  # whatever the class is called: transformers looks for other families' names in it
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """The cache for `generate`: handed in, static, dynamic or offloaded."""
+        implementation = generation_config.cache_implementation
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            if implementation is not None:
+                raise ValueError(
+                    f"cache_implementation={implementation!r} and past_key_values were both passed; allowed is one of them"
+                )
+            if not isinstance(cache, Cache):
+                raise ValueError(f"past_key_values is a {type(cache).__name__}; allowed is a Cache")
+            cache = adopt(cache, self.config)
+            if generation_mode != GenerationMode.ASSISTED_GENERATION and not generation_config.is_assistant:
+                cache.stop_recording()
+            cache._is_user_defined = True  # type: ignore[attr-defined]
+            return
+        if generation_config.use_cache is False:
+            return
+        if implementation == "quantized":
+            raise ValueError("cache_implementation='quantized' needs keys and values, and a recurrent state has none")
+        if implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+            length = max(max_cache_length, generation_config.max_cache_len or 0, getattr(self, "_longest_cache", 0))
+            self._longest_cache = length  # one size for all calls, so that a shorter one does not compile again
+            cache = ArchStaticCache(self.config, max_cache_len=length, offloading="offloaded" in implementation)
+            if generation_config.prefill_chunk_size is not None:
+                rows = max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size
+                cache.early_initialization(rows, 1, 1, self.dtype, self.device)
+        else:
+            cache = ArchDynamicCache(self.config, offloading=implementation == "offloaded")
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+
+class ArchForMaskedLM(ArchPreTrainedModel):
+    """The backbone with a masked-language-model head; it reads in both directions."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _model_class: type[ArchModel]
+
+    def __init__(self, config: ArchConfig):
+        config.bidirectional = True
+        super().__init__(config)
+        self.model = self._model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "ArchBlock",
+    "ArchForCausalLM",
+    "ArchForMaskedLM",
+    "ArchModel",
+    "ArchPreTrainedModel",
+    "GenerationMixin",
+    "Layout",
+]

@@ -1,0 +1,370 @@
+"""The cache of recurrent models: constant-size states, rollback, save and load.
+
+transformers' own layer objects hold the tensors; everything they cannot do (count tokens without keys, roll a
+recurrence back, repeat and select batch rows) stands here, once, for the dynamic and the static cache.
+
+Rollback replays. A state per token would cost what a recurrent model exists to avoid, so while transformers records
+the past (assisted decoding), each mixer hands over the inputs of its recurrence, and `crop` runs the accepted prefix
+again from the state before. Of a long forward only the last ``rollback_window`` positions are kept that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.utils import is_torchdynamo_compiling
+
+from hf_archs.registry import StateSpec, get_mixer
+
+States = dict[str, torch.Tensor]
+# (inputs of the recurrence, states before, number of tokens per row) -> states after
+Replay = Callable[[States, dict[str, torch.Tensor | None], torch.Tensor], States]
+
+
+@dataclass
+class Segment:
+    """One forward since recording began: how many positions, which of them are real (None: all)."""
+
+    length: int
+    mask: torch.Tensor | None
+
+    def tokens_in(self, columns: int, batch: int, device: torch.device) -> torch.Tensor:
+        """How many real tokens each row has in the first ``columns`` positions: ``(batch,)``."""
+        if self.mask is None:
+            return torch.full((batch,), columns, device=device)
+        return self.mask[:, :columns].sum(1)
+
+
+@dataclass
+class Record:
+    """What one slot needs to roll back: its states before the first segment and every segment's inputs."""
+
+    replay: Replay
+    before: dict[str, torch.Tensor | None]
+    inputs: list[States] = field(default_factory=list)
+    first_cut: int = 0  # positions of the first segment that are folded into `before`
+
+
+class Slot:
+    """One mixer's state in the cache; the mixer reads and writes it by name and knows nothing of layers."""
+
+    def __init__(self, cache: RecurrentCache, layer_idx: int):
+        self.cache, self.layer_idx = cache, layer_idx
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """The state ``name``, or None before the first token."""
+        layer, kind, index = self.cache.place(self.layer_idx, name)
+        return getattr(layer, f"{kind}_states")[index] if layer.has_previous_state[index] else None
+
+    def update(self, states: States, inputs: States, replay: Replay) -> None:
+        """Store the states after this forward.
+
+        Args:
+            states: every state of the mixer.
+            inputs: what ``replay`` needs of this forward: tensors ``(batch, length, ...)``, real tokens first.
+            replay: computes the states after the first ``lengths`` tokens of ``inputs``, from states before.
+        """
+        if self.cache.segments and self.cache.layers[self.layer_idx].record_past:
+            before = {name: self.get(name) for name in states}
+            if self.cache.is_static:  # its buffers are written over below
+                before = {name: None if t is None else t.clone() for name, t in before.items()}
+            self.cache.record(self.layer_idx, before, inputs, replay)
+        for name, value in states.items():
+            self.cache.store(self.layer_idx, name, value)
+
+
+class RecurrentCache(Cache):
+    """What `ArchDynamicCache` and `ArchStaticCache` share; see the module's docstring."""
+
+    is_static = False
+
+    def _setup(self, config: Any) -> None:
+        self.rollback_window = 2  # logits_to_keep + 1; the backbone's causal head keeps it up to date
+        self.segments: list[Segment] = []
+        self._records: dict[int, Record] = {}
+        self._specs: list[dict[str, StateSpec]] = []
+        for layer_idx in range(config.num_hidden_layers):
+            plan = config.layer_plan(layer_idx)
+            self._specs.append(get_mixer(plan.mixer).state(plan.mixer_config))
+        self._length: Any = torch.zeros((), dtype=torch.long) if self.is_static else 0
+
+    # -- counting ----------------------------------------------------------------------------------------------
+
+    def begin(self, length: int, mask: torch.Tensor | None, device: torch.device) -> None:
+        """Told by the model at the start of every forward: ``length`` more positions, ``mask`` of the real ones."""
+        if self.is_static:
+            if self._length.device != device:
+                self._length = self._length.to(device)
+                torch._dynamo.mark_static_address(self._length)
+            self._length.add_(length)
+        else:
+            self._length += length
+        if self.is_recording_past(0):
+            self.segments.append(Segment(length, mask))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions seen so far, pads included, whatever the layer."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if isinstance(self.layers[layer_idx], CacheLayerMixin):
+            return super().get_mask_sizes(query_length, layer_idx)
+        return self.get_seq_length() + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        """The batch size of the states, -1 before the first token."""
+        return next((tensor.shape[0] for _, tensor in self.tensors()), -1)
+
+    # -- states ------------------------------------------------------------------------------------------------
+
+    def slot(self, layer_idx: int) -> Slot:
+        """The state of the mixer in layer ``layer_idx``."""
+        return Slot(self, layer_idx)
+
+    def place(self, layer_idx: int, name: str) -> tuple[LinearAttentionLayer, str, int]:
+        """Where a state lives: the layer object, ``conv`` or ``recurrent``, and the index among its kind."""
+        specs = self._specs[layer_idx]
+        kind = specs[name].kind
+        index = [n for n, spec in specs.items() if spec.kind == kind].index(name)
+        return self.layers[layer_idx], kind, index
+
+    def store(self, layer_idx: int, name: str, value: torch.Tensor) -> None:
+        """Rebind the state (dynamic) or copy into its buffer, whose address stays (static)."""
+        layer, kind, index = self.place(layer_idx, name)
+        states = getattr(layer, f"{kind}_states")
+        if self.is_static and states.get(index) is not None:
+            states[index].copy_(value)
+        else:
+            states[index] = value.clone() if self.is_static else value
+            if self.is_static and not is_torchdynamo_compiling():
+                torch._dynamo.mark_static_address(states[index])
+            getattr(layer, f"is_{kind}_states_initialized")[index] = True
+            if kind == "conv":
+                layer.conv_kernel_size[index] = value.shape[-1]
+            layer.device, layer.dtype = value.device, value.dtype
+        layer.has_previous_state[index] = True
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every state tensor with a stable name, ``layers.<i>.<state>``."""
+        for layer_idx, specs in enumerate(self._specs):
+            for name in specs:
+                layer, kind, index = self.place(layer_idx, name)
+                tensor = getattr(layer, f"{kind}_states").get(index)
+                if tensor is not None:
+                    yield f"layers.{layer_idx}.{name}", tensor
+
+    def num_bytes(self) -> int:
+        """Bytes that the states hold; for a pure recurrent model the same at every length."""
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors())
+
+    def state_dict(self) -> States:
+        """All states and the number of positions, as tensors that safetensors can write."""
+        states = {name: tensor.detach().contiguous() for name, tensor in self.tensors()}
+        return {**states, "length": torch.as_tensor(self._length).clone()}
+
+    def load_state_dict(self, states: States) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: where names are missing or do not belong here, or a shape does not fit; nothing is changed.
+        """
+        names = {
+            f"layers.{i}.{name}": (i, name, spec) for i, specs in enumerate(self._specs) for name, spec in specs.items()
+        }
+        given = set(states) - {"length"}
+        if "length" not in states or (given and given != set(names)):
+            wrong = sorted(given ^ set(names)) or ["length"]
+            raise ValueError(f"these states are of another model: {wrong[0]} is missing or unknown")
+        for key in given:
+            if tuple(states[key].shape[1:]) != names[key][2].shape:
+                raise ValueError(
+                    f"state {key} has shape {tuple(states[key].shape)}; expected (batch, {', '.join(map(str, names[key][2].shape))})"
+                )
+        self.reset()
+        for key in given:
+            self.store(*names[key][:2], states[key])
+        length = int(states["length"])
+        self._length = self._length.fill_(length) if self.is_static else length
+
+    def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a function of the batch dimension to every state and every recorded input."""
+        for layer_idx, specs in enumerate(self._specs):
+            for name in specs:
+                layer, kind, index = self.place(layer_idx, name)
+                states = getattr(layer, f"{kind}_states")
+                if states.get(index) is not None:
+                    value = function(states[index])
+                    if self.is_static and value.shape == states[index].shape:
+                        states[index].copy_(value)
+                    else:
+                        states[index] = value
+        for segment in self.segments:
+            segment.mask = None if segment.mask is None else function(segment.mask)
+        for record in self._records.values():
+            record.before = {n: None if t is None else function(t) for n, t in record.before.items()}
+            record.inputs = [{n: function(t) for n, t in inputs.items()} for inputs in record.inputs]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_rows(lambda t: t[indices.to(t.device)])
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+        self._length = self._length.zero_() if self.is_static else 0
+
+    # -- rollback ----------------------------------------------------------------------------------------------
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    def stop_recording(self) -> None:
+        """Forget what was recorded and record no more."""
+        self._forget()
+        for layer in self.layers:
+            layer.record_past = False
+
+    def _forget(self) -> None:
+        self.segments, self._records = [], {}
+
+    def record(self, layer_idx: int, before: dict[str, torch.Tensor | None], inputs: States, replay: Replay) -> None:
+        """Keep this forward's inputs; of a long one only the window, with the states brought up to its start."""
+        record = self._records.setdefault(layer_idx, Record(replay, before))
+        segment = self.segments[-1]
+        cut = segment.length - self.rollback_window
+        batch, device = next((t.shape[0], t.device) for t in inputs.values())
+        # rows of a padded batch would be cut at different places; assisted decoding has one row
+        if cut > 0 and len(self.segments) == 1 and (batch == 1 or segment.mask is None):
+            lengths = segment.tokens_in(cut, batch, device)
+            record.before = dict(replay(inputs, record.before, lengths))
+            start = cut if segment.mask is None else int(lengths[0])
+            inputs = {name: t[:, start:].clone() for name, t in inputs.items()}
+            record.first_cut = cut
+        record.inputs.append(inputs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` positions (0: only forget what was recorded to do so).
+
+        Raises:
+            ValueError: for a positive number, or more than was recorded; the cache is unchanged then.
+            RuntimeError: where nothing is recorded, see `activate_past_recording`.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
+        if tokens_to_remove == 0:
+            self._forget()
+            return
+        if not self.segments:
+            raise RuntimeError("crop: nothing is recorded; call activate_past_recording() before the forward")
+        keep = sum(segment.length for segment in self.segments) + tokens_to_remove
+        cut = max((record.first_cut for record in self._records.values()), default=0)
+        if keep < cut:
+            raise ValueError(
+                f"crop: {-tokens_to_remove} tokens cannot be taken back, only the last "
+                f"{sum(s.length for s in self.segments) - cut} are recorded"
+            )
+        for layer_idx, record in self._records.items():
+            states, left = record.before, keep
+            for number, (segment, inputs) in enumerate(zip(self.segments, record.inputs)):
+                batch, device = next((t.shape[0], t.device) for t in inputs.values())
+                columns = min(segment.length, left)
+                left -= columns
+                lengths = segment.tokens_in(columns, batch, device)
+                if number == 0 and cut:
+                    lengths = lengths - segment.tokens_in(cut, batch, device)
+                if columns:
+                    states = dict(record.replay(inputs, states, lengths))
+            for name, value in states.items():
+                self._restore(layer_idx, name, value)
+        self._length = self._length.add_(tokens_to_remove) if self.is_static else self._length + tokens_to_remove
+        for layer in self.layers:
+            if isinstance(layer, CacheLayerMixin):
+                layer.crop(tokens_to_remove)
+        self._forget()
+
+    def _restore(self, layer_idx: int, name: str, value: torch.Tensor | None) -> None:
+        if value is not None:
+            self.store(layer_idx, name, value)
+            return
+        layer, kind, index = self.place(layer_idx, name)
+        layer.has_previous_state[index] = False
+        if self.is_static:
+            getattr(layer, f"{kind}_states")[index].zero_()
+
+
+class ArchDynamicCache(RecurrentCache, DynamicCache):
+    """The cache that `generate` makes for every architecture of this library.
+
+    Args:
+        config: the model's config.
+        offloading: keep key-value layers on the CPU between uses (states are small and stay).
+    """
+
+    def __init__(self, config: Any, offloading: bool = False):
+        DynamicCache.__init__(self, config=config, offloading=offloading)
+        self._setup(config)
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: states are rebound, and `generate` would compile every call on a GPU otherwise."""
+        return False
+
+
+class ArchStaticCache(RecurrentCache, StaticCache):
+    """States in buffers whose address never changes, for compiled decoding and CUDA graphs.
+
+    Args:
+        config: the model's config.
+        max_cache_len: positions that key-value layers can hold; states have no limit.
+    """
+
+    is_static = True
+
+    def __init__(self, config: Any, max_cache_len: int, offloading: bool = False, **kwargs: Any):
+        StaticCache.__init__(self, config, max_cache_len, offloading=offloading, **kwargs)
+        self._setup(config)
+
+    def early_initialization(
+        self, batch_size: int, num_heads: Any, head_dim: Any, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Allocate every buffer now (transformers calls this before it compiles a chunked prefill)."""
+        super().early_initialization(batch_size, num_heads, head_dim, dtype, device)
+        for layer_idx, specs in enumerate(self._specs):
+            for name, spec in specs.items():
+                layer, _, index = self.place(layer_idx, name)
+                self.store(
+                    layer_idx, name, torch.zeros(batch_size, *spec.shape, dtype=spec.dtype or dtype, device=device)
+                )
+                layer.has_previous_state[index] = True  # zeros are the empty state: one graph for every chunk
+
+
+def adopt(cache: Cache, config: Any) -> RecurrentCache:
+    """Make a cache that a user built from transformers' classes one of ours, in place.
+
+    Raises:
+        ValueError: for a cache that was made for another kind of model.
+    """
+    if isinstance(cache, RecurrentCache):
+        return cache
+    ours = {DynamicCache: ArchDynamicCache, StaticCache: ArchStaticCache}.get(type(cache))
+    linear = [isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers]
+    if ours is None or linear != [kind == "linear_attention" for kind in config.layer_types]:
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__} that was not made for this model; "
+            "pass hf_archs.cache.ArchDynamicCache(model.config), or none"
+        )
+    cache.__class__ = ours
+    cache._setup(config)  # type: ignore[attr-defined]
+    return cache  # type: ignore[return-value]

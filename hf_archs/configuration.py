@@ -1,0 +1,112 @@
+"""The fields that every architecture and every mixer shares, and how a layer finds its mixer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from hf_archs import hub, registry
+
+
+def check_range(config: object, field: str, low: float, high: float) -> None:
+    """Raise a `ValueError` that names field, value and what is allowed, unless ``low <= value <= high``."""
+    value = getattr(config, field)
+    if not low <= value <= high:
+        raise ValueError(f"{type(config).__name__}: {field} is {value}; allowed are {low} to {high}")
+
+
+@strict
+@dataclass(kw_only=True)
+class MixerConfig:
+    """What every token mixer is told; each kind of mixer adds its own fields in a subclass.
+
+    The config of a pure stack inherits from the config of its mixer and is handed to the mixer as it is; in a hybrid
+    every named instance has a mixer config of its own.
+    """
+
+    hidden_size: int = 768
+    rms_norm_eps: float = 1e-5
+
+    def validate_mixer_sizes(self) -> None:
+        check_range(self, "hidden_size", 1, 2**17)
+        check_range(self, "rms_norm_eps", 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What stands in one layer: a registered mixer with its config, and a feed-forward or none."""
+
+    mixer: str
+    mixer_config: MixerConfig
+    feed_forward: str | None = None
+    feed_forward_config: MixerConfig | None = None
+
+
+@strict
+class ArchConfig(PreTrainedConfig, MixerConfig):
+    """Base of every architecture's config.
+
+    Args:
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of blocks.
+        rms_norm_eps: added to the mean square in every RMSNorm.
+        residual_in_fp32: keep the residual stream in (at least) float32 whatever the weights' dtype.
+        initializer_range: standard deviation of embeddings and linear layers at initialisation.
+        rescale_prenorm_residual: divide the initial output projections by the square root of the number of
+            residual additions (GPT-2, section 2.3).
+        bidirectional: every mixer reads the sequence in both directions, with shared weights; for encoders.
+        tie_word_embeddings: the language-model head is the embedding.
+    """
+
+    # the registered mixer of a pure stack
+    mixer_type: ClassVar[str]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}  # prompt tuning asks for it
+
+    vocab_size: int = 32000
+    num_hidden_layers: int = 24
+    residual_in_fp32: bool = True
+    initializer_range: float = 0.02
+    rescale_prenorm_residual: bool = True
+    bidirectional: bool = False
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+
+    def validate_sizes(self) -> None:
+        check_range(self, "vocab_size", 1, 2**24)
+        check_range(self, "num_hidden_layers", 1, 2**12)
+        check_range(self, "initializer_range", 0.0, 10.0)
+
+    def layer_plan(self, layer_idx: int) -> LayerPlan:
+        """What stands in layer ``layer_idx``; a pure stack has the same everywhere."""
+        return LayerPlan(self.mixer_type, self)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of cache that each layer needs, in transformers' words."""
+        return [registry.get_mixer(self.layer_plan(i).mixer).cache_layer_type for i in range(self.num_hidden_layers)]
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        auto_map = hub.auto_map(type(self))
+        if auto_map:
+            output["auto_map"] = auto_map
+        return output
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers; beside ``config.json`` stands the stub that lets Auto classes find this library."""
+        if not os.path.isfile(save_directory):  # transformers has its own sentence for that
+            hub.write_stub(type(self), save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: the stub that is always saved serves every Auto class (copying our files would break them)."""

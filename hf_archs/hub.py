@@ -1,0 +1,57 @@
+"""What a saved checkpoint carries so that every machine can load it: the stub module and the ``auto_map``.
+
+A pushed checkpoint loads after ``import hf_archs``; without the import, ``trust_remote_code=True`` makes transformers
+run the stub, which only fetches the classes from the installed library. Where the library is missing, transformers
+reads the stub's imports and names the package to install.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hf_archs import registry
+
+STUB_MODULE = "load_with_hf_archs"
+
+_STUB = '''\
+"""This model's code is the Python package {distribution}: pip install {distribution}"""
+
+import hf_archs
+
+try:
+    _architecture = hf_archs.get_architecture("{name}")
+except ValueError as error:
+    raise ImportError("this model needs the package {distribution}: pip install {distribution}") from error
+
+{config} = _architecture.config_class
+'''
+
+
+def auto_map(config_class: type) -> dict[str, str]:
+    """``auto_map`` for ``config.json``; empty for a config class that belongs to no registered architecture."""
+    architecture = registry.find_architecture(config_class)
+    if architecture is None:
+        return {}
+    classes = {auto: model_class.__name__ for auto, (_, model_class) in architecture.auto_classes().items()}
+    classes["AutoConfig"] = architecture.config_class.__name__
+    return {auto: f"{STUB_MODULE}.{name}" for auto, name in classes.items()}
+
+
+def write_stub(config_class: type, folder: str | os.PathLike) -> None:
+    """Write the stub module into ``folder`` (created if missing)."""
+    architecture = registry.find_architecture(config_class)
+    if architecture is None:
+        return
+    lines = [
+        _STUB.format(
+            distribution=registry.distribution_of(architecture),
+            name=architecture.name,
+            config=architecture.config_class.__name__,
+        )
+    ]
+    for _, model_class in architecture.auto_classes().values():
+        attribute = next(k for k, v in vars(architecture).items() if v is model_class)
+        lines.append(f"{model_class.__name__} = _architecture.{attribute}\n")
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, f"{STUB_MODULE}.py"), "w", encoding="utf-8") as file:
+        file.writelines(lines)

@@ -1,0 +1,116 @@
+"""The Mamba mixer (Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces").
+
+Letters in shapes: b batch, l length, d hidden size, c channels (expand x d), n states per channel, r step rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from hf_archs.cache import Slot, States
+from hf_archs.convolution import CausalConv1d
+from hf_archs_mamba.configuration import MambaMixerConfig
+from hf_archs_mamba.selective_scan import selective_scan
+
+
+class SelectiveSSM(nn.Module):
+    """The recurrence and its own parameters, which stay in float32 and are no linear layer's.
+
+    They stand in a module of their own so that they can be sharded, kept in float32 and, through
+    ``modules_to_save=["ssm"]``, trained beside LoRA.
+    """
+
+    def __init__(self, config: MambaMixerConfig):
+        super().__init__()
+        self.config = config
+        self.A_log = nn.Parameter(torch.empty(config.inner_size, config.state_size))
+        self.D = nn.Parameter(torch.empty(config.inner_size))
+        self.dt_bias = nn.Parameter(torch.empty(config.inner_size))
+
+    def init_weights(self) -> None:
+        """S4D-real states (section 3.6); steps log-uniform between ``time_step_min`` and ``time_step_max``."""
+        config = self.config
+        A = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=self.A_log.device)
+        init.copy_(self.A_log, torch.log(A).expand_as(self.A_log))
+        init.ones_(self.D)
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        steps = torch.exp(torch.rand(config.inner_size, device=self.dt_bias.device) * (high - low) + low)
+        steps = steps.clamp(min=config.time_step_floor)
+        init.copy_(self.dt_bias, steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (b, l, c)
+        dt: torch.Tensor,  # (b, l, c)
+        B: torch.Tensor,  # (b, l, n)
+        C: torch.Tensor,  # (b, l, n)
+        z: torch.Tensor | None = None,  # (b, l, c)
+        state: torch.Tensor | None = None,  # (b, c, n)
+        lengths: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        A = -torch.exp(self.A_log.to(wide))
+        dt = dt.to(wide) + self.dt_bias
+        return selective_scan(x, dt, A, B, C, self.D, z, initial_state=state, seq_idx=seq_idx, lengths=lengths)
+
+
+class MambaMixer(nn.Module):
+    """Projection, causal convolution, selective recurrence, gate, projection (figure 3)."""
+
+    def __init__(self, config: MambaMixerConfig):
+        super().__init__()
+        self.config = config
+        self.in_proj = nn.Linear(config.hidden_size, 2 * config.inner_size, bias=config.use_bias)
+        self.conv1d = CausalConv1d(config.inner_size, config.conv_kernel, config.use_conv_bias)
+        self.x_proj = nn.Linear(config.inner_size, config.dt_rank + 2 * config.state_size, bias=False)
+        self.dt_proj = nn.Linear(config.dt_rank, config.inner_size, bias=False)  # its bias is ssm.dt_bias
+        self.ssm = SelectiveSSM(config)
+        self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.use_bias)
+
+    def init_weights(self) -> None:
+        """The initial ``dt_proj`` keeps the variance of the steps (section 3.6)."""
+        std = self.config.dt_rank**-0.5 * self.config.time_step_scale
+        if self.config.time_step_init_scheme == "constant":
+            init.constant_(self.dt_proj.weight, std)
+        else:
+            init.uniform_(self.dt_proj.weight, -std, std)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (b, l, d)
+        state: Slot | None = None,
+        lengths: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        before = {name: None if state is None else state.get(name) for name in ("conv", "ssm")}
+        u, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, conv = self.conv1d(u, before["conv"], lengths, seq_idx)
+        dt, B, C = self.x_proj(x).split([self.config.dt_rank, self.config.state_size, self.config.state_size], dim=-1)
+        if self.config.bcdt_norm == "plain":
+            dt, B, C = (self._plain_norm(t) for t in (dt, B, C))
+        dt = self.dt_proj(dt)
+        y, ssm = self.ssm(x, dt, B, C, z, before["ssm"], lengths, seq_idx)
+        if state is not None:
+            inputs = {"u": u, "x": x, "dt": dt, "B": B}
+            if seq_idx is not None:
+                inputs["seq_idx"] = seq_idx
+            state.update({"conv": conv, "ssm": ssm}, inputs, self._replay)
+        return self.out_proj(y)
+
+    def _plain_norm(self, t: torch.Tensor) -> torch.Tensor:
+        wide = t.to(torch.promote_types(t.dtype, torch.float32))
+        return F.rms_norm(wide, wide.shape[-1:], eps=self.config.bcdt_norm_eps).to(t.dtype)
+
+    def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
+        """The states after the first ``lengths`` tokens of a recorded forward."""
+        seq_idx = inputs.get("seq_idx")
+        _, conv = self.conv1d(inputs["u"], before["conv"], lengths, seq_idx)
+        B = inputs["B"]  # in place of C, which the state does not depend on
+        _, ssm = self.ssm(inputs["x"], inputs["dt"], B, B, None, before["ssm"], lengths, seq_idx)
+        return {"conv": conv, "ssm": ssm}
