@@ -1,0 +1,296 @@
+"""The selective scan of Mamba-1 (Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+https://arxiv.org/abs/2312.00752, sections 3.2 and 3.3, algorithm 2).
+
+Letters: b batch, l length, c channels, n state.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_archs.backend import backend_for
+from hf_archs_mamba import selective_scan_portable as portable
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A diagonal linear recurrence per channel whose step, input and output maps depend on the token.
+
+    ``delta = softplus(dt)``, ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t``, ``y_t = (C_t h_t + D x_t) silu(z_t)``.
+
+    States, decays and sums are in float32, or float64 where ``x`` is, autocast or not. Every tensor may have a dtype of
+    its own, and its gradient has that dtype.
+
+    Args:
+        x: input, (batch, length, channels).
+        dt: step size before the softplus, its bias already added, (batch, length, channels).
+        A: negative, (channels, state), float32 or wider.
+        B: input map, (batch, length, state).
+        C: output map, (batch, length, state).
+        D: skip connection, (channels,), or None for no skip.
+        z: gate, (batch, length, channels), or None for no gate.
+        initial_state: the state to continue from, (batch, channels, state), or None for zeros.
+        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins with an empty
+            state; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length. Positions from there on are pads: delta is 0 there, so they leave the
+            state as it is, and the final state is the one at the row's length.
+
+    Returns:
+        ``y``, (batch, length, channels) in the dtype of ``x``, and the final state, (batch, channels, state) in
+        float32 or wider. Both can be differentiated, once.
+
+    Raises:
+        ValueError: where a shape does not fit, naming the argument.
+    """
+    _check(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths)
+    inputs = (x, dt, A, B, C, D, z, initial_state, seq_idx, lengths)
+    backend = backend_for(x)
+    if backend == "reference":
+        return selective_scan_reference(
+            x, dt, A, B, C, D, z, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths
+        )
+    if backend == "portable" and x.shape[1] == 1:
+        return _step(x, dt, A, B, C, D, z, initial_state, lengths)
+    if torch.compiler.is_exporting():
+        return _scan_by_doubling(*inputs)
+    keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y, final_state, _ = _selective_scan(*inputs, keep_states)
+    return y, final_state
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    if x.dim() != 3 or A.dim() != 2:
+        raise ValueError(
+            f"selective_scan: x must be (batch, length, channels) and A (channels, state), "
+            f"not {tuple(x.shape)} and {tuple(A.shape)}"
+        )
+    (b, l, c), n = x.shape, A.shape[1]
+    for name, t, shape in (
+        ("dt", dt, (b, l, c)),
+        ("A", A, (c, n)),
+        ("B", B, (b, l, n)),
+        ("C", C, (b, l, n)),
+        ("D", D, (c,)),
+        ("z", z, (b, l, c)),
+        ("initial_state", initial_state, (b, c, n)),
+        ("seq_idx", seq_idx, (b, l)),
+        ("lengths", lengths, (b,)),
+    ):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"selective_scan: {name} must have shape {shape}, not {tuple(t.shape)}")
+
+
+def selective_scan_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` as the paper writes it, token by token: what the fast forms are held against."""
+    y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+    delta = F.softplus(dt)
+    state = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for t in range(x.shape[1]):
+        real = torch.ones_like(x[:, 0, 0], dtype=torch.bool) if lengths is None else t < lengths
+        if seq_idx is not None and t > 0:
+            begins = (seq_idx[:, t] != seq_idx[:, t - 1]) & real
+            state = torch.where(begins[:, None, None], 0, state)
+        delta_t = torch.where(real[:, None], delta[:, t], 0)
+        state = (delta_t[:, :, None] * A).exp() * state + (delta_t * x[:, t])[:, :, None] * B[:, t, None, :]
+        outputs.append((state * C[:, t, None, :]).sum(-1))
+    y = torch.stack(outputs, dim=1)
+    if D is not None:
+        y = y + D.to(dtype) * x
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(y_dtype), state
+
+
+def _step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One token: a handful of small calls. No matrix product is among them, since autocast would take it to bf16."""
+    y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x = x[:, 0].to(dtype)
+    delta = F.softplus(dt[:, 0].to(dtype))
+    if lengths is not None:
+        delta = delta * (lengths > 0).unsqueeze(1)
+    state = (delta * x).unsqueeze(2) * B.to(dtype)
+    if initial_state is not None:
+        state = torch.addcmul(state, (delta.unsqueeze(2) * A.to(dtype)).exp(), initial_state.to(dtype))
+    y = (state * C.to(dtype)).sum(2)
+    if D is not None:
+        y = torch.addcmul(y, D.to(dtype), x)
+    if z is not None:
+        y = y * F.silu(z[:, 0].to(dtype))
+    return y.to(y_dtype).unsqueeze(1), state
+
+
+def _scan_by_doubling(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The whole scan in log2(length) rounds of ordinary operators, for exporters, which know no others.
+
+    Each position holds the map ``h -> decay h + state`` of the tokens up to it, and every round joins a position's map
+    with the one of as many tokens before.
+    """
+    y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+    reset, pad = portable.boundaries(seq_idx, lengths, x)
+    delta = F.softplus(dt)
+    if pad is not None:
+        delta = delta.masked_fill(pad.unsqueeze(2), 0)
+    decay = (delta.unsqueeze(3) * A).exp()
+    if reset is not None:
+        decay = decay.masked_fill(reset[:, :, None, None], 0)
+    state = (delta * x).unsqueeze(3) * B.unsqueeze(2)
+    shift = 1
+    while shift < x.shape[1]:
+        state = torch.cat([state[:, :shift], state[:, shift:] + decay[:, shift:] * state[:, :-shift]], 1)
+        decay = torch.cat([decay[:, :shift], decay[:, shift:] * decay[:, :-shift]], 1)
+        shift *= 2
+    if initial_state is not None:
+        state = state + decay * initial_state.to(dtype).unsqueeze(1)
+    y = (state * C.unsqueeze(2)).sum(3)
+    if D is not None:
+        y = y + D.to(dtype) * x
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(y_dtype), state[:, -1]
+
+
+# The op as PyTorch's op library sees it. Missing tensors come back empty, since a schema has no optional results.
+
+
+@torch.library.custom_op("hf_archs::selective_scan", mutates_args=())
+def _selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the states at the start of every block of tokens (empty unless ``keep_states``)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _implementation(x).selective_scan_fwd(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep_states)
+
+
+@torch.library.custom_op("hf_archs::selective_scan_backward", mutates_args=())
+def _selective_scan_backward(
+    grad_y: Tensor | None,
+    grad_final_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+    kept_states: Tensor,
+) -> list[Tensor]:
+    """The gradients of x, dt, A, B, C, D, z and initial_state."""
+    with torch.autocast(x.device.type, enabled=False):
+        gradients = _implementation(x).selective_scan_bwd(
+            grad_y, grad_final_state, x, dt, A, B, C, D, z, seq_idx, lengths, kept_states
+        )
+    inputs = (x, dt, A, B, C, D, z, initial_state)
+    return [x.new_empty(0) if g is None or t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
+
+
+def _implementation(x: Tensor):
+    if backend_for(x) == "triton":
+        from hf_archs_mamba import selective_scan_triton
+
+        return selective_scan_triton
+    return portable
+
+
+@_selective_scan.register_fake
+def _(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep_states):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    b, l, c = x.shape
+    kept = x.new_empty(
+        ((l + portable.BLOCK - 1) // portable.BLOCK, b, A.shape[1], c) if keep_states else 0, dtype=dtype
+    )
+    return x.new_empty(b, l, c), x.new_empty(b, *A.shape, dtype=dtype), kept
+
+
+@_selective_scan_backward.register_fake
+def _(grad_y, grad_final_state, x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, kept_states):
+    inputs = (x, dt, A, B, C, D, z, initial_state)
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:-1], output[2])
+
+
+def _backward(ctx, grad_y, grad_final_state, _):
+    inputs = ctx.saved_tensors[:8]
+    if grad_y is None and grad_final_state is None:
+        return (None,) * 11
+    gradients = _selective_scan_backward(grad_y, grad_final_state, *ctx.saved_tensors)
+    return *(g if t is not None else None for g, t in zip(gradients, inputs)), None, None, None
+
+
+_selective_scan.register_autograd(_backward, setup_context=_setup_context)

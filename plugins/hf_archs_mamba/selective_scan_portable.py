@@ -1,0 +1,243 @@
+"""The selective scan in plain PyTorch: blocks of tokens, a sequential recurrence, a backward of its own.
+
+Letters: b batch, l length, c channels, n state, m tokens of one block.
+
+A block is laid out (m, b, n, c), channels innermost. Everything that is not the recurrence itself is done for the
+whole block in a few large calls; the recurrence is one in-place `addcmul_` a token, on views that were made once.
+Only the state at the start of each block is kept for the backward, which recomputes the block from there, so memory
+grows with the length by l / 64 states. (Measured on a CPU: scans in log-many steps, in two levels and by einsum are
+slower; the closed form exp(cumsum) * cumsum(...) overflows.)
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 64  # tokens between two kept states
+# Elements of the state that are scanned together: enough to hide the cost of a call, few enough for the cache.
+_SMALL, _LARGE = 8192, 32768
+
+
+class _Workspace:
+    """Buffers of one block, and their views by token."""
+
+    def __init__(self, rows: int, state: int, channels: int, like: Tensor) -> None:
+        # Tensors made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.states = like.new_empty(BLOCK + 1, rows, state, channels)  # [0] is the state before the block
+            self.decay = like.new_empty(BLOCK, rows, state, channels)
+            self.grads = like.new_empty(BLOCK, rows, state, channels)
+            self.state_at, self.decay_at, self.grad_at = self.states.unbind(), self.decay.unbind(), self.grads.unbind()
+
+
+_local = threading.local()
+
+
+def _workspace(rows: int, state: int, channels: int, like: Tensor) -> _Workspace:
+    """This thread's workspace of that shape. Two shapes are kept (a width and its remainder): a bounded amount."""
+    kept: dict[tuple, _Workspace] = _local.__dict__.setdefault("kept", {})
+    key = (rows, state, channels, like.dtype, like.device)
+    found = kept.pop(key, None) or _Workspace(rows, state, channels, like)
+    kept[key] = found  # the latest stands last
+    if len(kept) > 2:
+        del kept[next(iter(kept))]
+    return found
+
+
+def _tiles(batch: int, channels: int, state: int) -> Iterator[tuple[slice, slice]]:
+    """Cut (batch, channels) into parts that are scanned one after the other; nothing flows between them."""
+    width = math.ceil(channels / math.ceil(channels * state / _LARGE))
+    rows = math.ceil(batch / math.ceil(batch / max(1, _SMALL // (width * state))))
+    for c in range(0, channels, width):
+        for b in range(0, batch, rows):
+            yield slice(b, min(b + rows, batch)), slice(c, min(c + width, channels))
+
+
+class _Part:
+    """The inputs of one tile, block by block, as (m, b, ...) in the working dtype."""
+
+    def __init__(
+        self,
+        rows: slice,
+        cols: slice,
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        D: Tensor | None,
+        z: Tensor | None,
+        reset: Tensor | None,
+        pad: Tensor | None,
+    ) -> None:
+        x, dt, A, B, C = inputs
+        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        self.x, self.dt = x[rows, :, cols], dt[rows, :, cols]
+        self.B, self.C = B[rows], C[rows]
+        self.z = None if z is None else z[rows, :, cols]
+        self.A = A[cols].t().to(self.dtype).contiguous()
+        self.A_log2e = self.A * math.log2(math.e)  # exp2 is several times faster than exp
+        self.D = None if D is None else D[cols].to(self.dtype)
+        self.reset = None if reset is None else reset[rows]
+        self.pad = None if pad is None else pad[rows]
+        self.workspace = _workspace(self.x.shape[0], A.shape[1], self.x.shape[2], self.A)
+
+    def block(self, t: Tensor, start: int) -> Tensor:
+        """(b, l, k) -> (m, b, k): the block from ``start``."""
+        return t[:, start : start + BLOCK].transpose(0, 1).to(self.dtype)
+
+    def flags(self, t: Tensor, start: int) -> Tensor:
+        return t[:, start : start + BLOCK].t()
+
+    def scan(self, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Fill the workspace's decays and states of one block; gives x, delta, B and C of the block."""
+        w = self.workspace
+        x, B, C = self.block(self.x, start), self.block(self.B, start), self.block(self.C, start)
+        delta = F.softplus(self.block(self.dt, start))
+        if self.pad is not None:
+            delta = delta.masked_fill(self.flags(self.pad, start).unsqueeze(-1), 0)
+        m = x.shape[0]
+        decay = torch.mul(delta.unsqueeze(2), self.A_log2e, out=w.decay[:m]).exp2_()
+        if self.reset is not None:
+            decay.masked_fill_(self.flags(self.reset, start)[:, :, None, None], 0)
+        torch.mul((delta * x).unsqueeze(2), B.unsqueeze(3), out=w.states[1 : m + 1])
+        before = w.state_at[0]
+        for h, d in zip(w.state_at[1 : m + 1], w.decay_at):
+            before = h.addcmul_(d, before)
+        return x, delta, B, C
+
+    def outputs(self, x: Tensor, C: Tensor) -> Tensor:
+        """y = C h + D x of the block in the workspace, before the gate: (m, b, c)."""
+        m, b, n = C.shape
+        y = torch.bmm(C.reshape(m * b, 1, n), self.workspace.states[1 : m + 1].view(m * b, n, -1)).view(m, b, -1)
+        return y if self.D is None else y.addcmul_(self.D, x)
+
+
+def boundaries(seq_idx: Tensor | None, lengths: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Two masks (b, l): where a document begins (real tokens only, never position 0), and where the pads are."""
+    reset = pad = None
+    if lengths is not None:
+        pad = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
+    if seq_idx is not None:
+        reset = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        if pad is not None:
+            reset &= ~pad
+    return reset, pad
+
+
+def selective_scan_fwd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gives y, the final state (b, c, n), and the states before each block (l / BLOCK, b, n, c), or an empty tensor."""
+    (b, l, c), n = x.shape, A.shape[1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    reset, pad = boundaries(seq_idx, lengths, x)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    final_state = x.new_empty(b, c, n, dtype=dtype)
+    kept = x.new_empty((math.ceil(l / BLOCK), b, n, c) if keep_states else 0, dtype=dtype)
+    for rows, cols in _tiles(b, c, n):
+        part = _Part(rows, cols, (x, dt, A, B, C), D, z, reset, pad)
+        w = part.workspace
+        carried = w.state_at[0]
+        if initial_state is None:
+            carried.zero_()
+        else:
+            carried.copy_(initial_state[rows, cols].transpose(1, 2))
+        for i, start in enumerate(range(0, l, BLOCK)):
+            if keep_states:
+                kept[i, rows, :, cols] = carried
+            x_block, _, _, C_block = part.scan(start)
+            out = part.outputs(x_block, C_block)
+            if part.z is not None:
+                out *= F.silu(part.block(part.z, start))
+            y[rows, start : start + BLOCK, cols] = out.transpose(0, 1)
+            carried.copy_(w.state_at[x_block.shape[0]])
+        final_state[rows, cols] = carried.transpose(1, 2)
+    return y, final_state, kept
+
+
+def selective_scan_bwd(
+    grad_y: Tensor | None,
+    grad_final_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Gives the gradients of x, dt, A, B, C, D, z and the initial state, each in the working dtype or its tensor's."""
+    (b, l, c), n = x.shape, A.shape[1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    reset, pad = boundaries(seq_idx, lengths, x)
+    dx, ddt = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt))
+    dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+    dA, dD = x.new_zeros(n, c, dtype=dtype), None if D is None else x.new_zeros(c, dtype=dtype)
+    dB, dC = (x.new_zeros(l, b, n, dtype=dtype) for _ in range(2))  # sums over the tiles of channels
+    d_initial = x.new_empty(b, c, n, dtype=dtype)
+    for rows, cols in _tiles(b, c, n):
+        part = _Part(rows, cols, (x, dt, A, B, C), D, z, reset, pad)
+        w = part.workspace
+        carried = torch.zeros_like(w.state_at[0])  # the gradient of the state after the block
+        if grad_final_state is not None:
+            carried.copy_(grad_final_state[rows, cols].transpose(1, 2))
+        for i in reversed(range(kept.shape[0])):
+            start = i * BLOCK
+            block = slice(start, start + BLOCK)
+            w.state_at[0].copy_(kept[i, rows, :, cols])
+            x_block, delta, B_block, C_block = part.scan(start)
+            m, r = x_block.shape[:2]
+            states, decay, grads = w.states[: m + 1], w.decay[:m], w.grads[:m]
+            if grad_y is None:
+                dy = torch.zeros_like(x_block)
+            else:
+                dy = part.block(grad_y[rows, :, cols], start)
+            if part.z is not None and dz is not None:
+                gate = part.block(part.z, start)
+                s = gate.sigmoid()
+                dz[rows, block, cols] = (dy * part.outputs(x_block, C_block) * s * (1 + gate * (1 - s))).transpose(0, 1)
+                dy = dy * gate * s
+
+            # g_t = C_t dy_t + decay_{t+1} g_{t+1}
+            torch.mul(dy.unsqueeze(2), C_block.unsqueeze(3), out=grads)
+            after = w.grad_at[m - 1].add_(carried)
+            for t in range(m - 2, -1, -1):
+                after = w.grad_at[t].addcmul_(w.decay_at[t + 1], after)
+            torch.mul(after, w.decay_at[0], out=carried)
+
+            def over_channels(of_state: Tensor, of_channel: Tensor) -> Tensor:
+                return torch.bmm(of_state.view(m * r, n, -1), of_channel.reshape(m * r, -1, 1)).view(m, r, n)  # noqa: B023
+
+            dC[block, rows] += over_channels(states[1:], dy)
+            dB[block, rows] += over_channels(grads, delta * x_block)
+            d_input = torch.bmm(B_block.reshape(m * r, 1, n), grads.view(m * r, n, -1)).view(m, r, -1)
+            d_x = d_input * delta
+            if part.D is not None and dD is not None:
+                dD[cols] += (dy * x_block).sum((0, 1))
+                d_x.addcmul_(part.D, dy)
+            dx[rows, block, cols] = d_x.transpose(0, 1)
+            d_delta_A = grads.mul_(states[:m]).mul_(decay)  # the gradient of delta * A: g h_{t-1} decay
+            d_delta = torch.mul(d_delta_A, part.A, out=decay).sum(2).addcmul_(d_input, x_block)
+            dA[:, cols] += d_delta_A.mul_(delta.unsqueeze(2)).sum((0, 1))
+            d_dt = d_delta * part.block(part.dt, start).sigmoid()
+            if part.pad is not None:
+                d_dt.masked_fill_(part.flags(part.pad, start).unsqueeze(-1), 0)
+            ddt[rows, block, cols] = d_dt.transpose(0, 1)
+        d_initial[rows, cols] = carried.transpose(1, 2)
+    return dx, ddt, dA.t(), dB.transpose(0, 1), dC.transpose(0, 1), dD, dz, d_initial
