@@ -5,7 +5,7 @@ Importing this package registers every installed plugin with transformers' Auto 
 
 __version__ = "0.1.0"
 
-from hf_archs import mlp as _mlp  # registers the feed-forward
+import hf_archs.mlp  # noqa: F401 - registers the feed-forward
 from hf_archs.registry import (
     Architecture,
     architectures,

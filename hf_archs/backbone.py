@@ -18,8 +18,7 @@ from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEME
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_tracing
+from transformers.utils import auto_docstring, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -136,8 +135,9 @@ class ArchPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
-            module.init_weights()
+        own = getattr(module, "init_weights", None)
+        if own is not None and not isinstance(module, PreTrainedModel):
+            own()
         if isinstance(module, ArchBlock) and self.config.rescale_prenorm_residual:
             # modules are initialised children first, so the projections have their plain values here
             additions = self.config.num_hidden_layers * (1 if module.feed_forward is None else 2)
@@ -171,14 +171,14 @@ class ArchModel(ArchPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        seq_idx: torch.IntTensor | None = None,
-        cu_seq_lens_q: torch.IntTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         r"""
-        seq_idx (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
+        seq_idx (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             The number of the document that each token belongs to: several documents packed into one row stay apart.
-        cu_seq_lens_q (`torch.IntTensor` of shape `(documents + 1,)`, *optional*):
+        cu_seq_lens_q (`torch.Tensor` of shape `(documents + 1,)`, *optional*):
             Where the documents of a single packed row begin and end.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -258,12 +258,15 @@ def _documents(
     return None
 
 
-class ArchForCausalLM(ArchPreTrainedModel):
-    """The backbone with a language-model head. Concrete classes add `GenerationMixin` to their bases."""
+class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
+    """The backbone with a language-model head.
+
+    Concrete classes name `GenerationMixin` in their bases once more: transformers looks for it there.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     _model_class: type[ArchModel]
 
     def __init__(self, config: ArchConfig):
@@ -289,7 +292,7 @@ class ArchForCausalLM(ArchPreTrainedModel):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         if isinstance(past_key_values, RecurrentCache) and isinstance(logits_to_keep, int):
             # assisted decoding keeps the logits of all candidates, and takes back no more than those and one
@@ -326,14 +329,14 @@ class ArchForCausalLM(ArchPreTrainedModel):
         generation_mode: GenerationMode,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> Any:
         """The cache for `generate`: handed in, static, dynamic or offloaded."""
         implementation = generation_config.cache_implementation
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             if implementation is not None:
                 raise ValueError(
-                    f"cache_implementation={implementation!r} and past_key_values were both passed; allowed is one of them"
+                    f"cache_implementation={implementation!r} and past_key_values were both passed; allowed is one"
                 )
             if not isinstance(cache, Cache):
                 raise ValueError(f"past_key_values is a {type(cache).__name__}; allowed is a Cache")
@@ -383,7 +386,7 @@ class ArchForMaskedLM(ArchPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> MaskedLMOutput:
         outputs = self.model(
             input_ids=input_ids,
@@ -399,14 +402,3 @@ class ArchForMaskedLM(ArchPreTrainedModel):
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-
-__all__ = [
-    "ArchBlock",
-    "ArchForCausalLM",
-    "ArchForMaskedLM",
-    "ArchModel",
-    "ArchPreTrainedModel",
-    "GenerationMixin",
-    "Layout",
-]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
 from hf_archs.registry import StateSpec, get_mixer
@@ -69,7 +69,7 @@ class Slot:
             inputs: what ``replay`` needs of this forward: tensors ``(batch, length, ...)``, real tokens first.
             replay: computes the states after the first ``lengths`` tokens of ``inputs``, from states before.
         """
-        if self.cache.segments and self.cache.layers[self.layer_idx].record_past:
+        if self.cache.segments and self.cache.is_recording_past(self.layer_idx):
             before = {name: self.get(name) for name in states}
             if self.cache.is_static:  # its buffers are written over below
                 before = {name: None if t is None else t.clone() for name, t in before.items()}
@@ -127,7 +127,7 @@ class RecurrentCache(Cache):
         """The state of the mixer in layer ``layer_idx``."""
         return Slot(self, layer_idx)
 
-    def place(self, layer_idx: int, name: str) -> tuple[LinearAttentionLayer, str, int]:
+    def place(self, layer_idx: int, name: str) -> tuple[Any, str, int]:
         """Where a state lives: the layer object, ``conv`` or ``recurrent``, and the index among its kind."""
         specs = self._specs[layer_idx]
         kind = specs[name].kind
@@ -182,10 +182,9 @@ class RecurrentCache(Cache):
             wrong = sorted(given ^ set(names)) or ["length"]
             raise ValueError(f"these states are of another model: {wrong[0]} is missing or unknown")
         for key in given:
-            if tuple(states[key].shape[1:]) != names[key][2].shape:
-                raise ValueError(
-                    f"state {key} has shape {tuple(states[key].shape)}; expected (batch, {', '.join(map(str, names[key][2].shape))})"
-                )
+            shape, expected = tuple(states[key].shape), names[key][2].shape
+            if shape[1:] != expected:
+                raise ValueError(f"state {key} has shape {shape}; allowed is {('batch', *expected)}")
         self.reset()
         for key in given:
             self.store(*names[key][:2], states[key])
@@ -234,7 +233,8 @@ class RecurrentCache(Cache):
         """Forget what was recorded and record no more."""
         self._forget()
         for layer in self.layers:
-            layer.record_past = False
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
 
     def _forget(self) -> None:
         self.segments, self._records = [], {}
@@ -290,7 +290,7 @@ class RecurrentCache(Cache):
                 self._restore(layer_idx, name, value)
         self._length = self._length.add_(tokens_to_remove) if self.is_static else self._length + tokens_to_remove
         for layer in self.layers:
-            if isinstance(layer, CacheLayerMixin):
+            if isinstance(layer, DynamicLayer):
                 layer.crop(tokens_to_remove)
         self._forget()
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_archs.kernels.rms_norm_gated import rms_norm_gated
+
 
 class ArchRMSNorm(nn.Module):
     """RMSNorm (Zhang and Sennrich 2019) in at least float32, returned in the dtype of its weight.
@@ -27,3 +29,24 @@ class ArchRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class ArchRMSNormGated(nn.Module):
+    """RMSNorm of ``x * silu(z)`` over groups of channels (Dao and Gu 2024, section 7.1).
+
+    Args:
+        hidden_size: channels.
+        eps: added to the mean square.
+        group_size: channels that share a mean square; it must divide ``hidden_size``.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, group_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps, self.group_size = eps, group_size
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return rms_norm_gated(hidden_states, self.weight, gate, eps=self.eps, group_size=self.group_size)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}, group_size={self.group_size}"

@@ -66,9 +66,8 @@ def check_op(
         AssertionError: naming what is too far off, and by how much.
     """
     options = options or {}
-    exact = outputs_and_gradients(
-        reference, {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}, options
-    )
+    wide = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
+    exact = outputs_and_gradients(reference, wide, options)
     plain = outputs_and_gradients(reference, tensors, options)
     tested = outputs_and_gradients(op, tensors, options)
     misses = []

@@ -1,0 +1,132 @@
+"""The Mamba-2 mixer (Dao and Gu 2024, "Transformers are SSMs").
+
+Letters in shapes: b batch, l length, d hidden size, c channels (expand x d), h heads, p channels per head,
+g groups, n state size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from hf_archs.cache import Slot, States
+from hf_archs.convolution import CausalConv1d
+from hf_archs.norm import ArchRMSNormGated
+from hf_archs_mamba2.configuration import Mamba2MixerConfig
+from hf_archs_mamba2.ssd_scan import ssd_scan
+
+
+class ScalarSSM(nn.Module):
+    """The recurrence with one decay per head, and its own parameters, which stay in float32.
+
+    They stand in a module of their own so that they can be sharded, kept in float32 and, through
+    ``modules_to_save=["ssm"]``, trained beside LoRA.
+    """
+
+    def __init__(self, config: Mamba2MixerConfig):
+        super().__init__()
+        self.config = config
+        self.A_log = nn.Parameter(torch.empty(config.num_heads))
+        self.D = nn.Parameter(torch.empty(config.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
+
+    def init_weights(self) -> None:
+        """Decays 1 to the number of heads; steps log-uniform between ``time_step_min`` and ``time_step_max``."""
+        config = self.config
+        A = torch.arange(1, config.num_heads + 1, dtype=torch.float32, device=self.A_log.device)
+        init.copy_(self.A_log, torch.log(A))
+        init.ones_(self.D)
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        steps = torch.exp(torch.rand(config.num_heads, device=self.dt_bias.device) * (high - low) + low)
+        steps = steps.clamp(min=config.time_step_floor)
+        init.copy_(self.dt_bias, steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (b, l, h, p)
+        dt: torch.Tensor,  # (b, l, h)
+        B: torch.Tensor,  # (b, l, g, n)
+        C: torch.Tensor,  # (b, l, g, n)
+        state: torch.Tensor | None = None,  # (b, h, p, n)
+        lengths: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        return ssd_scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            self.D,
+            self.dt_bias,
+            dt_limit=tuple(self.config.time_step_limit),
+            initial_state=state,
+            seq_idx=seq_idx,
+            lengths=lengths,
+        )
+
+
+class Mamba2Mixer(nn.Module):
+    """One projection, causal convolution over x, B and C, recurrence, gated norm, projection (section 7.1)."""
+
+    def __init__(self, config: Mamba2MixerConfig):
+        super().__init__()
+        self.config = config
+        self.in_proj = nn.Linear(
+            config.hidden_size, config.inner_size + config.conv_size + config.num_heads, bias=config.use_bias
+        )
+        self.conv1d = CausalConv1d(config.conv_size, config.conv_kernel, config.use_conv_bias)
+        self.ssm = ScalarSSM(config)
+        self.norm = ArchRMSNormGated(config.inner_size, config.rms_norm_eps, config.inner_size // config.n_groups)
+        self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.use_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (b, l, d)
+        state: Slot | None = None,
+        lengths: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        config = self.config
+        before = {name: None if state is None else state.get(name) for name in ("conv", "ssm")}
+        z, u, dt = self.in_proj(hidden_states).split([config.inner_size, config.conv_size, config.num_heads], dim=-1)
+        xBC, conv = self.conv1d(u, before["conv"], lengths, seq_idx)
+        y, ssm = self._scan(xBC, dt, before["ssm"], lengths, seq_idx)
+        if state is not None:
+            inputs = {"u": u, "xBC": xBC, "dt": dt}
+            if seq_idx is not None:
+                inputs["seq_idx"] = seq_idx
+            state.update({"conv": conv, "ssm": ssm}, inputs, self._replay)
+        return self.out_proj(self.norm(y.flatten(2), z))
+
+    def _scan(
+        self,
+        xBC: torch.Tensor,
+        dt: torch.Tensor,
+        state: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+        seq_idx: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.config
+        shared = config.n_groups * config.state_size
+        x, B, C = xBC.split([config.inner_size, shared, shared], dim=-1)
+        return self.ssm(
+            x.unflatten(-1, (config.num_heads, config.head_dim)),
+            dt,
+            B.unflatten(-1, (config.n_groups, config.state_size)),
+            C.unflatten(-1, (config.n_groups, config.state_size)),
+            state,
+            lengths,
+            seq_idx,
+        )
+
+    def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
+        """The states after the first ``lengths`` tokens of a recorded forward."""
+        seq_idx = inputs.get("seq_idx")
+        _, conv = self.conv1d(inputs["u"], before["conv"], lengths, seq_idx)
+        _, ssm = self._scan(inputs["xBC"], inputs["dt"], before["ssm"], lengths, seq_idx)
+        return {"conv": conv, "ssm": ssm}
