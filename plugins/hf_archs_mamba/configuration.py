@@ -90,3 +90,10 @@ class ArchMambaConfig(ArchConfig, MambaMixerConfig):
 
     model_type = "hf_archs_mamba"
     mixer_type: ClassVar[str] = "mamba"
+    # the projections are sharded; the recurrence between them is short of parameters and runs on every rank
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.mixer.in_proj": "colwise_gather_output",
+        "layers.*.mixer.x_proj": "colwise_gather_output",
+        "layers.*.mixer.dt_proj": "colwise_gather_output",
+        "layers.*.mixer.out_proj": "colwise_gather_output",
+    }

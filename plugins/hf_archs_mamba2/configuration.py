@@ -96,3 +96,8 @@ class ArchMamba2Config(ArchConfig, Mamba2MixerConfig):
 
     model_type = "hf_archs_mamba2"
     mixer_type: ClassVar[str] = "mamba2"
+    # the projections are sharded; the recurrence between them is short of parameters and runs on every rank
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.mixer.in_proj": "colwise_gather_output",
+        "layers.*.mixer.out_proj": "colwise_gather_output",
+    }

@@ -1,0 +1,76 @@
+"""What transformers' and PEFT's own common tests must be told about our classes (see ../shared/hf_suite).
+
+``python tests/hf_suite_hooks.py mamba`` prints the variables for a shell; `environment` gives them to a program.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from typing import Any
+
+import hf_archs
+
+# sizes of the tiny models of the common tests, whose defaults are made for attention
+_CONFIG: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8},
+    "mamba2": {"state_size": 8, "head_dim": 8, "n_groups": 2},
+}
+
+
+class StateShapes:
+    """The shapes of the states, which the common tests cannot know."""
+
+    def _spec(self, config: Any, kind: str) -> tuple[int, ...]:
+        plan = config.layer_plan(0)
+        specs = hf_archs.get_mixer(plan.mixer).state(plan.mixer_config).values()
+        return next(spec.shape for spec in specs if spec.kind == kind)
+
+    def _get_conv_state_shape(self, batch_size: int, config: Any) -> tuple[int, ...]:
+        return (batch_size, *self._spec(config, "conv"))
+
+    def _get_recurrent_state_shape(self, batch_size: int, config: Any) -> tuple[int, ...]:
+        return (batch_size, *self._spec(config, "recurrent"))
+
+
+def environment(name: str) -> dict[str, str]:
+    """The variables of both suites for the architecture ``name``."""
+    architecture = hf_archs.get_architecture(name)
+
+    def spec(cls: type) -> str:
+        return f"{cls.__module__.partition('.')[0]}:{cls.__name__}"
+
+    overrides = _CONFIG.get(name, {})
+    return {
+        "HF_SUITE_CONFIG": spec(architecture.config_class),
+        "HF_SUITE_BASE": spec(architecture.model_class),
+        "HF_SUITE_CAUSAL": spec(architecture.causal_lm_class),
+        "HF_SUITE_SEQCLS": spec(architecture.sequence_classification_class),
+        "HF_SUITE_TOKCLS": spec(architecture.token_classification_class),
+        "HF_SUITE_QA": spec(architecture.question_answering_class),
+        "HF_SUITE_CONFIG_KWARGS": json.dumps(overrides),
+        "HF_SUITE_TEST_ATTRS": json.dumps({"has_attentions": False}),
+        "HF_SUITE_CONFIG_TESTER_KWARGS": json.dumps({"common_properties": ["hidden_size", "num_hidden_layers"]}),
+        "HF_SUITE_TEST_MIXIN": "hf_suite_hooks:StateShapes",
+        "HF_SUITE_IMPORT": "hf_archs",
+        # two tests read a warning, which the suite's default verbosity swallows (for Llama too)
+        "TRANSFORMERS_VERBOSITY": "warning",
+        "PEFT_SUITE_CONFIG": spec(architecture.config_class),
+        "PEFT_SUITE_CAUSAL": spec(architecture.causal_lm_class),
+        "PEFT_SUITE_CONFIG_KWARGS": json.dumps(
+            {
+                **architecture.tiny,
+                "vocab_size": 128,
+                "hidden_size": 64,
+                "num_hidden_layers": 2,
+                "tie_word_embeddings": False,
+            }
+        ),
+        "PEFT_SUITE_TARGETS": ",".join(architecture.lora_targets),
+    }
+
+
+if __name__ == "__main__":
+    for key, value in environment(sys.argv[1]).items():
+        print(f"export {key}={shlex.quote(value)}")
