@@ -1,0 +1,253 @@
+"""The recurrence whose state decays by one number per head and token: Mamba-2's and RetNet's.
+
+Mamba-2: Dao and Gu 2024, "Transformers are SSMs", https://arxiv.org/abs/2405.21060, section 6 (the chunkwise form).
+RetNet: Sun et al. 2023, "Retentive Network", https://arxiv.org/abs/2307.08621, section 2.
+
+Letters: b batch, l length, h heads, g groups of heads that share q and k, r = h / g, n key_dim, p value_dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from hf_archs.backend import backend_for
+from hf_archs.kernels import decay_scan_portable as portable
+
+
+def decay_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A linear recurrence over outer products: ``S_t = exp(log_decay_t) S_{t-1} + scale_t v_t k_t^T``, ``y_t = S_t q_t``.
+
+    States, decays and sums are in float32, or float64 where ``v`` is, autocast or not. Every tensor may have a dtype of
+    its own, and its gradient has that dtype.
+
+    Args:
+        q: what reads the state, (batch, length, groups, key_dim).
+        k: where a token writes to, (batch, length, groups, key_dim).
+        v: what it writes, (batch, length, heads, value_dim); heads is a multiple of groups, and head ``h`` has the q
+            and k of group ``h // (heads // groups)``.
+        log_decay: at most 0, (batch, length, heads), float32 or wider. It may be an expanded view, as a decay that is
+            the same at every token is.
+        scale: multiplies what enters the state, (batch, length, heads), or None for 1.
+        initial_state: the state to continue from, (batch, heads, value_dim, key_dim), or None for zeros.
+        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins with an empty
+            state; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length. Positions from there on are pads: ``log_decay`` and ``scale`` are 0
+            there, so they leave the state as it is, and the final state is the one at the row's length.
+
+    Returns:
+        ``y``, (batch, length, heads, value_dim) in the dtype of ``v``, and the final state, (batch, heads, value_dim,
+        key_dim) in float32 or wider. Both can be differentiated, once.
+
+    Raises:
+        ValueError: where a shape does not fit, naming the argument.
+    """
+    _check(q, k, v, log_decay, scale, initial_state, seq_idx, lengths)
+    backend = backend_for(v)
+    if backend == "reference":
+        return decay_scan_reference(
+            q, k, v, log_decay, scale=scale, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths
+        )
+    documents = _documents(seq_idx, lengths)
+    if lengths is not None:
+        real = (torch.arange(v.shape[1], device=v.device) < lengths.unsqueeze(1)).unsqueeze(2)
+        log_decay = torch.where(real, log_decay, 0)
+        # torch.where keeps a scale at a pad out of the gradient even where it is not finite
+        scale = real.to(log_decay.dtype).expand(log_decay.shape) if scale is None else torch.where(real, scale, 0)
+    inputs = (q, k, v, log_decay, scale, initial_state, documents)
+    if backend == "portable" and v.shape[1] == 1:
+        return _step(q, k, v, log_decay, scale, initial_state)
+    if torch.compiler.is_exporting():
+        with _no_autocast(v):
+            return portable.decay_scan_plain(*inputs)
+    keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y, final_state, _ = _decay_scan(*inputs, keep_states)
+    return y, final_state
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    if q.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"decay_scan: q must be (batch, length, groups, key_dim) and v (batch, length, heads, value_dim), "
+            f"not {tuple(q.shape)} and {tuple(v.shape)}"
+        )
+    (b, l, h, p), (g, n) = v.shape, q.shape[2:]
+    if h % g:
+        raise ValueError(f"decay_scan: heads must be a multiple of groups, not {h} and {g}")
+    for name, t, shape in (
+        ("q", q, (b, l, g, n)),
+        ("k", k, (b, l, g, n)),
+        ("log_decay", log_decay, (b, l, h)),
+        ("scale", scale, (b, l, h)),
+        ("initial_state", initial_state, (b, h, p, n)),
+        ("seq_idx", seq_idx, (b, l)),
+        ("lengths", lengths, (b,)),
+    ):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"decay_scan: {name} must have shape {shape}, not {tuple(t.shape)}")
+
+
+def _documents(seq_idx: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """The number of documents that began before or at each position, after position 0: (batch, length), int32.
+
+    Two positions are in one document where the counts are equal, and the initial state belongs to document 0.
+    """
+    if seq_idx is None or seq_idx.shape[1] == 1:
+        return None
+    begins = seq_idx[:, 1:] != seq_idx[:, :-1]
+    if lengths is not None:  # a pad leaves the state as it is, whatever its number
+        begins = begins & (torch.arange(1, seq_idx.shape[1], device=seq_idx.device) < lengths.unsqueeze(1))
+    return torch.nn.functional.pad(begins.cumsum(1), (1, 0)).to(torch.int32)
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast would take the matrix products to bfloat16."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def decay_scan_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`decay_scan` as the papers write it, token by token: what the fast forms are held against."""
+    y_dtype, dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
+    (b, l, h, p), (g, n) = v.shape, q.shape[2:]
+    q, k = (t.to(dtype).repeat_interleave(h // g, dim=2) for t in (q, k))
+    v, log_decay = v.to(dtype), log_decay.to(dtype)
+    scale = torch.ones_like(log_decay) if scale is None else scale.to(dtype)
+    state = v.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for t in range(l):
+        real = torch.ones_like(v[:, 0, 0, 0], dtype=torch.bool) if lengths is None else t < lengths
+        if seq_idx is not None and t > 0:
+            begins = (seq_idx[:, t] != seq_idx[:, t - 1]) & real
+            state = torch.where(begins[:, None, None, None], 0, state)
+        decay = torch.where(real[:, None], log_decay[:, t], 0).exp()
+        write = torch.where(real[:, None], scale[:, t], 0)[:, :, None] * v[:, t]
+        state = decay[:, :, None, None] * state + write[:, :, :, None] * k[:, t, :, None, :]
+        outputs.append((state * q[:, t, :, None, :]).sum(-1))
+    return torch.stack(outputs, dim=1).to(y_dtype), state
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One token: a handful of small calls."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    (b, _, h, p), (g, n) = v.shape, q.shape[2:]
+    write = v.to(dtype) if scale is None else v * scale.unsqueeze(3).to(dtype)
+    written = (write.reshape(b, g, -1, 1) * k.to(dtype).reshape(b, g, 1, n)).view(b, h, p, n)
+    before = torch.zeros_like(written) if initial_state is None else initial_state.to(dtype)
+    state = torch.addcmul(written, log_decay.to(dtype).exp().reshape(b, h, 1, 1), before)
+    with _no_autocast(v):
+        y = torch.matmul(state.reshape(b, g, -1, n), q.to(dtype).reshape(b, g, n, 1))
+    return y.view(b, 1, h, p).to(v.dtype), state
+
+
+# The op as PyTorch's op library sees it. Missing tensors come back empty, since a schema has no optional results.
+
+
+@torch.library.custom_op("hf_archs::decay_scan", mutates_args=())
+def _decay_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: Tensor | None,
+    initial_state: Tensor | None,
+    documents: Tensor | None,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the states at the start of every chunk of tokens (empty unless ``keep_states``)."""
+    with _no_autocast(v):
+        return _implementation(v).decay_scan_fwd(q, k, v, log_decay, scale, initial_state, documents, keep_states)
+
+
+@torch.library.custom_op("hf_archs::decay_scan_backward", mutates_args=())
+def _decay_scan_backward(
+    grad_y: Tensor | None,
+    grad_final_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: Tensor | None,
+    initial_state: Tensor | None,
+    documents: Tensor | None,
+    kept_states: Tensor,
+) -> list[Tensor]:
+    """The gradients of q, k, v, log_decay, scale and initial_state."""
+    with _no_autocast(v):
+        gradients = _implementation(v).decay_scan_bwd(
+            grad_y, grad_final_state, q, k, v, log_decay, scale, documents, kept_states
+        )
+    inputs = (q, k, v, log_decay, scale, initial_state)
+    return [v.new_empty(0) if t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
+
+
+def _implementation(v: Tensor):
+    # Triton has no float64 matrix product
+    if backend_for(v) == "triton" and v.dtype != torch.float64:
+        from hf_archs.kernels import decay_scan_triton
+
+        return decay_scan_triton
+    return portable
+
+
+@_decay_scan.register_fake
+def _(q, k, v, log_decay, scale, initial_state, documents, keep_states):
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    (b, l, h, p), (g, n) = v.shape, q.shape[2:]
+    shape = ((l + portable.CHUNK - 1) // portable.CHUNK, b, g, n, h // g * p) if keep_states else 0
+    return v.new_empty(b, l, h, p), v.new_empty(b, h, p, n, dtype=dtype), v.new_empty(shape, dtype=dtype)
+
+
+@_decay_scan_backward.register_fake
+def _(grad_y, grad_final_state, q, k, v, log_decay, scale, initial_state, documents, kept_states):
+    inputs = (q, k, v, log_decay, scale, initial_state)
+    return [v.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:-1], output[2])
+
+
+def _backward(ctx, grad_y, grad_final_state, _):
+    if grad_y is None and grad_final_state is None:
+        return (None,) * 8
+    gradients = _decay_scan_backward(grad_y, grad_final_state, *ctx.saved_tensors)
+    return *(g if t is not None else None for g, t in zip(gradients, ctx.saved_tensors[:6])), None, None
+
+
+_decay_scan.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,250 @@
+"""The decaying recurrence in plain PyTorch: chunks of tokens, matrix products inside and between them.
+
+Letters: b batch, l length, h heads, g groups of heads that share q and k, r = h / g, n key_dim, p value_dim,
+c chunks, m tokens of one chunk (i reads, j writes).
+
+Within a chunk, token i reads what token j <= i wrote through ``(q_i . k_j) exp(a_{j+1} + ... + a_i)``, and what came
+before the chunk through its start state; both are matrix products. States are laid out (c, b, g, n, r, p), so that
+heads that share q and k share one product with the state. Only the chunks' start states are kept for the backward, and
+a sequence is worked through in spans of a few chunks, whose temporary tensors stay in the cache.
+
+Decays are powers of two (``exp2`` is twice as fast as ``exp`` on a CPU) of differences of sums over the chunk, taken in
+float64: in float32 a strong decay early in a chunk would cost the digits of a weak one later. A difference is never
+positive where it counts, so nothing overflows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64  # tokens between two kept states
+_SPAN = 2**19  # entries of the decay masks that are worked on together
+
+
+def _spans(batch: int, length: int, heads: int) -> list[tuple[int, int, int]]:
+    """Cut the length into (start, chunks, tokens of a chunk); what no chunk divides is a last, shorter chunk."""
+    full = length // CHUNK
+    together = max(1, _SPAN // (batch * heads * CHUNK * CHUNK))
+    spans = [(c * CHUNK, min(together, full - c), CHUNK) for c in range(0, full, together)]
+    return spans + [(full * CHUNK, 1, length % CHUNK)] * (length % CHUNK > 0)
+
+
+class _Span:
+    """A few chunks: the views of them, their decays, and what forward and backward both compute."""
+
+    def __init__(self, span, q, k, v, log_decay, scale, documents):
+        start, c, m = span
+        self.v_dtype, self.dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
+        b, _, g, _ = q.shape
+        self.r = v.shape[2] // g
+        self.at = slice(start, start + c * m)
+        self.chunks, self.tokens, self.groups = c, m, g
+        self.q, self.k = (self.split(t).to(self.dtype).contiguous() for t in (q, k))  # (c, b, g, m, n)
+        self.v = self.split_heads(v)  # (c, b, g, r, m, p), a view
+        self.scale = None if scale is None else self.split_heads(scale)  # (c, b, g, r, m)
+        # (c, b, g, r, m, p), contiguous
+        self.write = torch.empty(self.v.shape, dtype=self.dtype, device=v.device)
+        if self.scale is None:
+            self.write.copy_(self.v)
+        else:
+            torch.mul(self.v, self.scale.unsqueeze(5).to(self.dtype), out=self.write)
+
+        self.wide = self.dtype if v.device.type == "mps" else torch.float64
+        summed = (self.split_heads(log_decay).to(self.wide) * math.log2(math.e)).cumsum(4)
+        last = summed[..., -1:]
+        self.to_end = torch.exp2((last - summed).to(self.dtype))  # (c, b, g, r, m)
+        self.from_start = torch.exp2(summed.to(self.dtype))  # (c, b, g, r, m)
+        self.over = self.from_start[..., -1]  # (c, b, g, r)
+        self.decay = torch.empty(*summed.shape, m, dtype=self.dtype, device=v.device)  # (c, b, g, r, i, j)
+        torch.sub(summed.unsqueeze(5), summed.unsqueeze(4), out=self.decay)
+        self.decay.clamp_max_(0).exp2_()  # above the diagonal 1; `scores` is 0 there
+        seen = torch.ones(m, m, dtype=torch.bool, device=v.device).tril_()  # (i, j)
+        if documents is not None:
+            here = self.split(documents)  # (c, b, m)
+            first = documents[:, max(start - 1, 0)]  # at position 0 the count is 0, which the initial state belongs to
+            before = torch.cat([first[None, :, None], here[:-1, :, -1:]])
+            end = here[..., -1:]
+            seen = (seen & (here.unsqueeze(3) == here.unsqueeze(2)))[:, :, None]
+            self.to_end = self.to_end * (here == end)[:, :, None, None]
+            self.from_start = self.from_start * (here == before)[:, :, None, None]
+            self.over = self.over * (before == end)[:, :, None]
+        self.unseen = ~seen  # broadcasts to (c, b, g, i, j)
+        self.scores = torch.matmul(self.q, self.k.transpose(3, 4)).masked_fill_(self.unseen, 0)  # (c, b, g, i, j)
+
+    def split(self, t: Tensor) -> Tensor:
+        """A view of the span of a (b, l, ...) tensor, chunks first: (c, b, [g,] m, ...)."""
+        t = t[:, self.at].unflatten(1, (self.chunks, self.tokens)).transpose(0, 1)
+        return t.transpose(2, 3) if t.dim() == 5 else t
+
+    def split_heads(self, t: Tensor) -> Tensor:
+        """A view of the span of a (b, l, h, ...) tensor: (c, b, g, r, m, ...)."""
+        t = t[:, self.at].unflatten(1, (self.chunks, self.tokens)).transpose(0, 1)  # (c, b, m, h, ...)
+        return t.transpose(2, 3).unflatten(2, (self.groups, self.r))
+
+    def written(self) -> Tensor:
+        """What each chunk adds to its end state: (c, b, g, n, r, p)."""
+        self.write_to_end = torch.empty_like(self.rows_first(self.write), memory_format=torch.contiguous_format)
+        torch.mul(self.rows_first(self.write), self.rows_first(self.to_end).unsqueeze(5), out=self.write_to_end)
+        return torch.matmul(self.k.transpose(3, 4), self.write_to_end.flatten(4)).unflatten(4, (self.r, -1))
+
+    @staticmethod
+    def rows_first(t: Tensor) -> Tensor:
+        """(c, b, g, r, m, ...) seen as (c, b, g, m, r, ...), or the other way round."""
+        return t.transpose(3, 4)
+
+
+def decay_scan_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: Tensor | None,
+    initial_state: Tensor | None,
+    documents: Tensor | None,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and (if asked for) the chunks' start states, (c, b, g, n, r * p)."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    (b, l, h, p), (g, n) = v.shape, q.shape[2:]
+    r = h // g
+    y = v.new_empty(b, l, h, p)
+    state = v.new_zeros(b, g, n, r, p, dtype=dtype)
+    if initial_state is not None:
+        state.copy_(initial_state.unflatten(1, (g, r)).permute(0, 1, 4, 2, 3))
+    kept = v.new_empty((-(-l // CHUNK), b, g, n, r * p) if keep_states else 0, dtype=dtype)
+    for span in _spans(b, l, h):
+        s = _Span(span, q, k, v, log_decay, scale, documents)
+        first = span[0] // CHUNK
+        starts = kept[first : first + s.chunks] if keep_states else v.new_empty(s.chunks, b, g, n, r * p, dtype=dtype)
+        for start, written, over in zip(starts, s.written(), s.over):
+            start.copy_(state.flatten(3))
+            torch.addcmul(written, over[:, :, None, :, None], state, out=state)
+        inside = torch.matmul(s.decay.mul_(s.scores.unsqueeze(3)), s.write)  # (c, b, g, r, m, p)
+        before = torch.matmul(s.q, starts).unflatten(4, (r, p))  # (c, b, g, m, r, p)
+        total = before.mul_(s.rows_first(s.from_start).unsqueeze(5)).add_(s.rows_first(inside))
+        s.split_heads(y).copy_(s.rows_first(total))
+    return y, state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n), kept
+
+
+def decay_scan_bwd(
+    grad_y: Tensor | None,
+    grad_final_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: Tensor | None,
+    documents: Tensor | None,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """The gradients of q, k, v, log_decay, scale (None without one) and the initial state."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    (b, l, h, p), (g, n) = v.shape, q.shape[2:]
+    r = h // g
+    grad_y = torch.zeros_like(v) if grad_y is None else grad_y
+    grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
+    grad_decay = v.new_empty(b, l, h, dtype=dtype)
+    grad_scale = None if scale is None else torch.empty_like(grad_decay)
+    grad_state = v.new_zeros(b, g, n, r, p, dtype=dtype)  # of the state after the chunk at hand
+    if grad_final_state is not None:
+        grad_state.copy_(grad_final_state.unflatten(1, (g, r)).permute(0, 1, 4, 2, 3))
+    for span in reversed(_spans(b, l, h)):
+        s = _Span(span, q, k, v, log_decay, scale, documents)
+        first = span[0] // CHUNK
+        starts = kept[first : first + s.chunks]  # (c, b, g, n, r * p)
+        s.written()
+        grad_out = torch.empty_like(s.write).copy_(s.split_heads(grad_y))  # (c, b, g, r, m, p)
+        grad_before = torch.empty_like(s.write_to_end)  # (c, b, g, m, r, p)
+        torch.mul(s.rows_first(grad_out), s.rows_first(s.from_start).unsqueeze(5), out=grad_before)
+
+        # between chunks
+        read = torch.matmul(s.q.transpose(3, 4), grad_before.flatten(4)).unflatten(4, (r, p))
+        ends = torch.empty_like(read)  # the gradient of each chunk's end state, (c, b, g, n, r, p)
+        for end, reads, over in zip(reversed(ends.unbind()), reversed(read.unbind()), reversed(s.over.unbind())):
+            end.copy_(grad_state)
+            torch.addcmul(reads, over[:, :, None, :, None], grad_state, out=grad_state)
+        across = (ends * starts.view_as(ends)).sum((3, 5)) * s.over  # (c, b, g, r)
+        grad_of_q = torch.matmul(grad_before.flatten(4), starts.transpose(3, 4))
+        grad_of_k = torch.matmul(s.write_to_end.flatten(4), ends.flatten(4).transpose(3, 4))
+        to_end = torch.matmul(s.k, ends.flatten(4)).unflatten(4, (r, p))  # (c, b, g, m, r, p)
+        reads_before = (torch.matmul(s.q, starts).unflatten(4, (r, p)) * grad_before).sum(5)  # (c, b, g, m, r)
+        writes_after = (to_end * s.write_to_end).sum(5)
+
+        # inside chunks
+        grad_weight = torch.matmul(grad_out, s.write.transpose(4, 5))  # (c, b, g, r, i, j)
+        weight = s.decay * s.scores.unsqueeze(3)
+        grad_write = torch.matmul(weight.transpose(4, 5), grad_out)  # (c, b, g, r, m, p)
+        grad_write += s.rows_first(to_end.mul_(s.rows_first(s.to_end).unsqueeze(5)))
+        weight.mul_(grad_weight).diagonal(dim1=4, dim2=5).zero_()  # by token pairs: d loss / d log of their decay
+        grad_scores = s.decay.mul_(grad_weight).sum(3).masked_fill_(s.unseen, 0)  # (c, b, g, i, j)
+        grad_of_q += torch.matmul(grad_scores, s.k)
+        grad_of_k += torch.matmul(grad_scores.transpose(3, 4), s.q)
+
+        # The log decay of token t stands in every path from a j < t to an i >= t. Only sums of such paths are formed
+        # here, and no path is added and taken away but in float64.
+        later = (weight.sum(5).to(s.wide) - weight.sum(4)).add_(s.rows_first(reads_before))
+        earlier = s.rows_first(writes_after).to(s.wide)
+        grad_log = later.flip(4).cumsum(4).flip(4) + (earlier.cumsum(4) - earlier) + across.unsqueeze(4)
+
+        s.split(grad_q).copy_(grad_of_q)
+        s.split(grad_k).copy_(grad_of_k)
+        s.split_heads(grad_decay).copy_(grad_log)
+        if grad_scale is None:
+            s.split_heads(grad_v).copy_(grad_write)
+        else:
+            s.split_heads(grad_scale).copy_((grad_write * s.v).sum(5))
+            torch.mul(grad_write, s.scale.unsqueeze(5).to(dtype), out=s.split_heads(grad_v))
+    return grad_q, grad_k, grad_v, grad_decay, grad_scale, grad_state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n)
+
+
+def decay_scan_plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: Tensor | None,
+    initial_state: Tensor | None,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same with neither loops nor writing in place, for exporters; the work grows with the square of the chunks."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    (b, l, h, p), (g, n) = v.shape, q.shape[2:]
+    r = h // g
+    pad = -l % CHUNK
+    if documents is None:
+        documents = torch.zeros(b, l, dtype=torch.int32, device=v.device)
+
+    def split(t: Tensor) -> Tensor:  # (b, l, x, ...) -> (b, x, c, m, ...)
+        return F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)).unflatten(1, (-1, CHUNK)).movedim(3, 1)
+
+    reads, keys = split(q.to(dtype)), split(k.to(dtype))  # (b, g, c, m, n)
+    write = v.to(dtype) if scale is None else v * scale.to(dtype).unsqueeze(3)
+    write = split(write).unflatten(1, (g, r))  # (b, g, r, c, m, p)
+    logs = split(log_decay.to(dtype)).unflatten(1, (g, r))  # (b, g, r, c, m)
+    here = torch.cat([documents, documents[:, -1:].expand(b, pad)], 1).unflatten(1, (-1, CHUNK))[:, None, None]
+    ends = F.pad(here[..., -1], (1, 0))  # the document before each chunk, and after the last one
+
+    inside = _decay_between(logs, here)  # (b, g, r, c, i, j)
+    over = _decay_between(F.pad(logs.sum(4), (1, 0)), ends)  # between the chunks' borders: (b, g, r, c + 1, c + 1)
+    from_start = logs.cumsum(4).exp() * (here == ends[..., :-1, None])
+    scores = torch.matmul(reads, keys.transpose(3, 4)).unsqueeze(2)  # (b, g, 1, c, i, j)
+    written = torch.einsum("bgrcm,bgrcmp,bgcmn->bgrcpn", inside[..., -1, :], write, keys)
+    first = torch.zeros_like(written[:, :, :, 0]) if initial_state is None else initial_state.unflatten(1, (g, r))
+    states = torch.einsum("bgrec,bgrcpn->bgrepn", over, torch.cat([first.to(dtype).unsqueeze(3), written], 3))
+    y = torch.matmul(inside * scores, write)
+    y = y + torch.einsum("bgrcm,bgcmn,bgrcpn->bgrcmp", from_start, reads, states[:, :, :, :-1])
+    y = y.flatten(1, 2).movedim(1, 3).flatten(1, 2)[:, :l]
+    return y.to(v.dtype), states[:, :, :, -1].flatten(1, 2)
+
+
+def _decay_between(logs: Tensor, document: Tensor) -> Tensor:
+    """(..., i, j): the decay from after position j to after position i >= j, 0 elsewhere and between documents."""
+    m = logs.shape[-1]
+    lower = torch.ones(m, m, dtype=torch.bool, device=logs.device).tril()
+    sums = torch.where(lower.tril(-1), logs.unsqueeze(-1), 0).cumsum(-2)
+    return torch.where(lower & (document.unsqueeze(-1) == document.unsqueeze(-2)), sums, -torch.inf).exp()

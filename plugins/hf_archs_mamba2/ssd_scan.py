@@ -1,0 +1,106 @@
+"""The scan of Mamba-2, state space duality (Dao and Gu 2024, "Transformers are SSMs: Generalized Models and Efficient
+Algorithms Through Structured State Space Duality", https://arxiv.org/abs/2405.21060, section 6 and listing 1).
+
+Letters: b batch, l length, h heads, g groups of heads that share B and C, n state, p head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A linear recurrence whose state decays by one number per head, and whose step, input and output depend on the
+    token: ``delta = clamp(softplus(dt + dt_bias), *dt_limit)``, ``h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t^T``,
+    ``y_t = h_t C_t + D x_t``.
+
+    States, steps, decays and sums are in float32, or float64 where ``x`` is, autocast or not. Every tensor may have a
+    dtype of its own, and its gradient has that dtype.
+
+    Args:
+        x: input, (batch, length, heads, head_dim).
+        dt: step size before bias and softplus, (batch, length, heads).
+        A: negative, (heads,).
+        B: input map, (batch, length, groups, state); heads is a multiple of groups, and head ``h`` has the B and C of
+            group ``h // (heads // groups)``.
+        C: output map, (batch, length, groups, state).
+        D: skip connection, (heads,), or None for no skip.
+        dt_bias: (heads,), or None for 0.
+        dt_limit: bounds of delta.
+        initial_state: the state to continue from, (batch, heads, head_dim, state), or None for zeros.
+        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins with an empty
+            state; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length. Positions from there on are pads: delta is 0 there, so they leave the
+            state as it is, and the final state is the one at the row's length.
+
+    Returns:
+        ``y``, (batch, length, heads, head_dim) in the dtype of ``x``, and the final state, (batch, heads, head_dim,
+        state) in float32 or wider. Both can be differentiated, once.
+
+    Raises:
+        ValueError: where a shape does not fit, naming the argument of `decay_scan` (q is C, k is B, v is x).
+    """
+    boundaries = {"initial_state": initial_state, "seq_idx": seq_idx, "lengths": lengths}
+    return _ssd_scan(decay_scan, x, dt, A, B, C, D, dt_bias, dt_limit, boundaries)
+
+
+def ssd_scan_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ssd_scan` over the recurrence token by token: what the fast forms are held against."""
+    boundaries = {"initial_state": initial_state, "seq_idx": seq_idx, "lengths": lengths}
+    return _ssd_scan(decay_scan_reference, x, dt, A, B, C, D, dt_bias, dt_limit, boundaries)
+
+
+def _ssd_scan(
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_limit: tuple[float, float],
+    boundaries: dict[str, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
+    delta = F.softplus(delta)
+    if tuple(dt_limit) != (0.0, math.inf):  # which no softplus leaves
+        delta = delta.clamp(*dt_limit)
+    y, final_state = scan(C, B, x, delta * A.to(dtype), scale=delta, **boundaries)
+    if D is not None:
+        y = torch.addcmul(y.to(dtype), D.to(dtype).unsqueeze(1), x.to(dtype)).to(x.dtype)
+    return y, final_state
