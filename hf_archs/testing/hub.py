@@ -49,7 +49,7 @@ from urllib.parse import parse_qs, unquote
 import uvicorn
 import yaml
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -239,13 +239,12 @@ class _Repository:
             # The uploading client still holds the lock on the store's index, so a copy of the store is read.
             with tempfile.TemporaryDirectory(dir=self.folder) as copy:
                 shutil.copytree(store, copy, dirs_exist_ok=True, copy_function=_copy_index_link_rest)
-                group = hf_xet.XetSession().new_file_download_group(endpoint=f"local://{copy}")
-                with group:
+                shutil.rmtree(store)
+                with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{copy}") as group:
                     for sha256, (xet_hash, size) in held.items():
                         group.start_download_file(hf_xet.XetFileInfo(xet_hash, size), f"{copy}/{sha256}")
                 for sha256, (_, size) in held.items():
                     self.adopt(Path(copy, sha256), sha256, size)
-            shutil.rmtree(store)
 
 
 def _copy_index_link_rest(source: str, target: str) -> None:
@@ -305,9 +304,9 @@ def _is_ignored(path: str, gitignore: str) -> bool:
 
 def _card_metadata(card: str) -> dict[str, Any]:
     """The YAML block at a card's head, empty where there is none; ValueError for one that the Hub would refuse."""
-    block = re.match(r"\s*---\r?\n(.*?)\r?\n?---\s*(\n|$)", card, re.DOTALL)
+    block = re.match(r"\s*---\r?\n(.*?\n)??---\s*(\n|$)", card, re.DOTALL)
     try:
-        metadata = yaml.safe_load(block[1]) if block else None
+        metadata = yaml.safe_load(block[1] or "") if block else None
     except yaml.YAMLError as error:
         raise ValueError(f"YAML: {error}") from error
     if not isinstance(metadata, dict | None):
@@ -332,7 +331,7 @@ def _checked_path(path: str) -> str:
 
 
 class _Hub:
-    """The endpoints. They never wait between reading a repository and saving it, so requests cannot interleave."""
+    """The endpoints. None awaits anything between reading a repository and saving it, so they cannot interleave."""
 
     def __init__(self, root: Path, users: Mapping[str, tuple[str, str]], multipart_threshold: int):
         self.root = root.resolve()
@@ -377,7 +376,12 @@ class _Hub:
         table.append(("GET", "/{name}/resolve/{revision}/{path:path}", self.resolve))
         starlette = Starlette(
             routes=[Route(path, endpoint, methods=[method]) for method, path, endpoint in table],
-            exception_handlers={HubError: _refuse, KeyError: _malformed, ValueError: _malformed},
+            exception_handlers={
+                HubError: _refuse,
+                ClientDisconnect: _gone,
+                KeyError: _malformed,
+                ValueError: _malformed,
+            },
         )
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -488,7 +492,6 @@ class _Hub:
             card = _card_metadata(text_of("README.md"))
         tags = card.get("tags") or []
         return {
-            "_id": hashlib.sha256(repo.id.encode()).hexdigest()[:24],
             "id": repo.id,
             "modelId": repo.id,
             "author": repo.owner,
@@ -504,7 +507,6 @@ class _Hub:
             "library_name": card.get("library_name"),
             "pipeline_tag": card.get("pipeline_tag"),
             "cardData": card,
-            "usedStorage": sum(file.stat().st_size for file in (repo.folder / "objects").iterdir()),
             "siblings": [{"rfilename": path} for path in commit["files"]],
         }
 
@@ -515,10 +517,9 @@ class _Hub:
         if "blobs" in request.query_params:
             for sibling in info["siblings"]:
                 row = _file_row(sibling["rfilename"], commit["files"][sibling["rfilename"]])
-                lfs = row.get("lfs")
-                sibling |= {"size": row["size"], "blobId": row["oid"]} | (
-                    {"lfs": lfs | {"sha256": lfs["oid"]}} if lfs else {}
-                )
+                sibling |= {"size": row["size"], "blobId": row["oid"]}
+                if "lfs" in row:
+                    sibling["lfs"] = row["lfs"] | {"sha256": row["lfs"]["oid"]}
         return JSONResponse(info)
 
     async def tree(self, request: Request) -> Response:
@@ -540,13 +541,9 @@ class _Hub:
     async def paths_info(self, request: Request) -> Response:
         repo = self.open(request)
         files = self.commit_of(request, repo)["files"]
-        body = await request.body()
-        is_json = "json" in request.headers.get("content-type", "")
-        paths = json.loads(body)["paths"] if is_json else parse_qs(body.decode()).get("paths", [])
+        paths = [path.rstrip("/") for path in parse_qs((await request.body()).decode()).get("paths", [])]
         rows = [_file_row(path, files[path]) for path in paths if path in files]
-        return JSONResponse(
-            rows + [_folder_row(path.rstrip("/"), files) for path in paths if _below(files, path.rstrip("/"))]
-        )
+        return JSONResponse(rows + [_folder_row(path, files) for path in paths if _below(files, path)])
 
     async def resolve(self, request: Request) -> Response:
         repo = self.open(request)
@@ -561,12 +558,8 @@ class _Hub:
             headers["X-Linked-Size"] = str(entry["size"])
         # FileResponse answers HEAD and Range; an LFS file is served here and not by a redirect, after which the
         # client would look for X-Repo-Commit in vain
-        return FileResponse(
-            repo.object(entry["sha256"]),
-            headers=headers,
-            media_type="application/octet-stream",
-            filename=path.split("/")[-1],
-        )
+        file, name = repo.object(entry["sha256"]), path.rpartition("/")[2]
+        return FileResponse(file, headers=headers, media_type="application/octet-stream", filename=name)
 
     # Commits, branches, tags
 
@@ -574,25 +567,20 @@ class _Hub:
         repo = self.open(request)
 
         def under(prefix: str) -> list[dict[str, str]]:
-            names = {ref: ref if prefix == "refs/pr/" else ref.removeprefix(prefix) for ref in repo.refs}
-            return [
-                {"name": names[ref], "ref": ref, "targetCommit": oid}
-                for ref, oid in repo.refs.items()
-                if ref.startswith(prefix)
-            ]
+            found = {ref: oid for ref, oid in repo.refs.items() if ref.startswith(prefix)}
+            return [{"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid} for ref, oid in found.items()]
 
         answer = {"branches": under("refs/heads/"), "tags": under("refs/tags/"), "converts": []}
         return JSONResponse(answer | {"pullRequests": under("refs/pr/")})
 
     async def commits(self, request: Request) -> Response:
         repo = self.open(request)
-        return JSONResponse(
-            [
-                {"id": c["oid"], "title": c["title"], "message": c["message"], "date": c["date"]}
-                | {"authors": [{"user": c["author"]}]}
-                for c in repo.history(unquote(request.path_params["revision"]))
-            ]
-        )
+        history = repo.history(unquote(request.path_params["revision"]))
+        rows = [
+            {key: c[key] for key in ("title", "message", "date")} | {"id": c["oid"], "authors": [{"user": c["author"]}]}
+            for c in history
+        ]
+        return JSONResponse(rows)
 
     def _create_ref(self, repo: _Repository, ref: str, revision: str) -> Response:
         if ref in repo.refs:
@@ -611,24 +599,24 @@ class _Hub:
         return JSONResponse({})
 
     async def create_branch(self, request: Request) -> Response:
-        repo = self.open(request, "write")
         start = (await request.json()).get("startingPoint", "main")
+        repo = self.open(request, "write")
         return self._create_ref(repo, f"refs/heads/{unquote(request.path_params['ref'])}", start)
 
     async def delete_branch(self, request: Request) -> Response:
         return self._delete_ref(self.open(request, "write"), f"refs/heads/{unquote(request.path_params['ref'])}")
 
     async def create_tag(self, request: Request) -> Response:
-        repo = self.open(request, "write")
         tag = (await request.json())["tag"]
+        repo = self.open(request, "write")
         return self._create_ref(repo, f"refs/tags/{tag}", unquote(request.path_params["revision"]))
 
     async def delete_tag(self, request: Request) -> Response:
         return self._delete_ref(self.open(request, "write"), f"refs/tags/{unquote(request.path_params['ref'])}")
 
     async def discuss(self, request: Request) -> Response:
-        repo = self.open(request, "propose")
         body = await request.json()
+        repo = self.open(request, "propose")
         discussion = repo.open_discussion(body["title"], self.caller(request)[0] or "", body["pullRequest"])
         if discussion["isPullRequest"]:
             repo.refs[f"refs/pr/{discussion['num']}"] = repo.refs["refs/heads/main"]
@@ -658,11 +646,8 @@ class _Hub:
         def answer(file: dict[str, Any]) -> dict[str, Any]:
             path, binary = file["path"], b"\0" in base64.b64decode(file["sample"])
             large = binary or file["size"] > LARGE_FILE or any(_matches(path, pattern) for pattern in lfs)
-            row = {
-                "path": path,
-                "uploadMode": "lfs" if large else "regular",
-                "shouldIgnore": _is_ignored(path, gitignore),
-            }
+            mode = "lfs" if large else "regular"
+            row = {"path": path, "uploadMode": mode, "shouldIgnore": _is_ignored(path, gitignore)}
             if path in files:  # lets the client leave out what has not changed
                 row["oid"] = files[path]["sha256" if files[path]["lfs"] else "oid"]
             return row
@@ -681,9 +666,7 @@ class _Hub:
         body = await request.json()
         # an upload for a pull request carries no ref, and may come from anyone who can open one
         repo = self.open(request, "write" if "ref" in body else "propose")
-        return JSONResponse(
-            {"transfer": "basic", "objects": [self._instruct(request, repo, o) for o in body["objects"]]}
-        )
+        return JSONResponse({"objects": [self._instruct(request, repo, promised) for promised in body["objects"]]})
 
     def _instruct(self, request: Request, repo: _Repository, promised: dict[str, Any]) -> dict[str, Any]:
         sha256, size = promised["oid"], promised["size"]
@@ -696,9 +679,8 @@ class _Hub:
         self.uploads[ticket] = _Upload(repo, sha256, size, chunk, [None] * parts)
         upload: dict[str, Any] = {"href": f"{request.base_url}lfs/{ticket}"}
         if chunk:
-            upload["header"] = {str(i + 1): f"{upload['href']}/{i + 1}" for i in range(parts)} | {
-                "chunk_size": str(chunk)
-            }
+            urls = {str(i): f"{upload['href']}/{i}" for i in range(1, parts + 1)}
+            upload["header"] = urls | {"chunk_size": str(chunk)}
         verify = {"href": f"{str(request.url).removesuffix('/batch')}/verify"}
         return row | {"actions": {"upload": upload, "verify": verify}}
 
@@ -719,6 +701,7 @@ class _Hub:
             sha256, _, size = await _receive(request.stream(), file, upload.size)
             upload.repo.adopt(file, upload.sha256, upload.size, (sha256, size))
             return Response()
+        upload.etags[part - 1] = None
         expected = min(upload.chunk, upload.size - (part - 1) * upload.chunk)
         file = upload.repo.folder / "incoming" / f"{ticket}.{part}"
         _, md5, size = await _receive(request.stream(), file, expected)
@@ -732,7 +715,7 @@ class _Hub:
         ticket, upload = self._upload_of(request)
         body = await request.json()
         named = [(part["partNumber"], part["etag"]) for part in body["parts"]]
-        if body["oid"] != upload.sha256 or named != list(enumerate(upload.etags, 1)):
+        if body["oid"] != upload.sha256 or named != list(enumerate(upload.etags, 1)) or None in upload.etags:
             raise HubError(422, "the parts named are not the parts that arrived")
         parts = [upload.repo.folder / "incoming" / f"{ticket}.{i}" for i, _ in named]
         whole = upload.repo.folder / "incoming" / ticket
@@ -769,8 +752,7 @@ class _Hub:
         if not proposed and (ref is None or ref.startswith("refs/tags/")):
             raise HubError(400, f"can only commit to a branch or a pull request, and {revision!r} is neither")
         files = dict(head["files"])
-        wanted = {line["value"]["oid"] for line in lines if line["key"] == "lfsFile"}
-        repo.take_from_xet({sha256 for sha256 in wanted if not repo.object(sha256).exists()})
+        repo.take_from_xet({line["value"]["oid"] for line in lines if line["key"] == "lfsFile"})
         for line in lines[1:]:
             _apply(repo, files, line["key"], line["value"])
         if clash := _folders(files) & files.keys():
@@ -818,23 +800,30 @@ def _apply(repo: _Repository, files: Files, key: str, value: dict[str, Any]) -> 
 
 
 async def _receive(stream: AsyncIterator[bytes], file: Path, limit: int) -> tuple[str, str, int]:
-    """Write a request's body to ``file``; (sha256, md5, size). Refused above ``limit`` bytes."""
+    """Write a request's body to ``file``; (sha256, md5, size). Nothing is left of one above ``limit`` or cut short."""
     sha256, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
-    with file.open("wb") as target:
-        async for piece in stream:
-            size += len(piece)
-            if size > limit:
-                file.unlink()
-                raise HubError(422, f"the upload is longer than the {limit} bytes that were promised")
-            sha256.update(piece)
-            md5.update(piece)
-            target.write(piece)
+    try:
+        with file.open("wb") as target:
+            async for piece in stream:
+                size += len(piece)
+                if size > limit:
+                    raise HubError(422, f"the upload is longer than the {limit} bytes that were promised")
+                sha256.update(piece)
+                md5.update(piece)
+                target.write(piece)
+    except BaseException:
+        file.unlink()
+        raise
     return sha256.hexdigest(), md5.hexdigest(), size
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, HubError)
     return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody is there to read it
 
 
 async def _malformed(request: Request, error: Exception) -> Response:

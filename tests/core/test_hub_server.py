@@ -24,6 +24,7 @@ from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 from huggingface_hub.utils import get_session
 from safetensors.torch import save_file
 
+from hf_archs.testing import hub as hub_module
 from hf_archs.testing.hub import EmbeddedHub
 
 # the client's own: it hands files to httpx2 in the old way
@@ -248,9 +249,18 @@ def test_large_and_binary_files_are_lfs_and_ignored_files_stay_away(api, tmp_pat
 # What is refused
 
 
-@pytest.mark.parametrize("size", [1_000, 3 * MULTIPART + 1], ids=["whole", "parts"])
-@pytest.mark.parametrize("wrong", ["sha256", "size"])
-def test_an_upload_that_is_not_what_was_promised(hub, api, size, wrong):
+@pytest.mark.parametrize(
+    ("route", "wrong", "size"),
+    [
+        ("whole", "sha256", 1_000),
+        ("whole", "size", 1_000),
+        ("parts", "sha256", 3 * MULTIPART + 1),
+        ("parts", "size", 3 * MULTIPART + 2),
+        ("xet", "sha256", 1_000),
+    ],
+)
+def test_an_upload_that_is_not_what_was_promised(hub, api, monkeypatch, route, wrong, size):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", route != "xet")
     content = os.urandom(size)
     addition = CommitOperationAdd("w.bin", content)
     if wrong == "sha256":
@@ -259,7 +269,7 @@ def test_an_upload_that_is_not_what_was_promised(hub, api, size, wrong):
         addition.upload_info.size -= 1
     with pytest.raises((RuntimeError, HfHubHTTPError)) as error:
         api.create_commit("alice/tiny", [addition], commit_message="wrong")
-    refusal = error.value.__cause__ or error.value
+    refusal = error.value if isinstance(error.value, HfHubHTTPError) else error.value.__cause__
     assert isinstance(refusal, HfHubHTTPError)
     assert refusal.response.status_code == 422
     assert "bytes" in refusal.response.headers["X-Error-Message"]
@@ -457,8 +467,10 @@ def test_own_users_and_bad_arguments(online, tmp_path):
 
 
 def test_the_hub_as_a_process(online, tmp_path):
-    command = [sys.executable, "-m", "hf_archs.testing.hub", "--root", str(tmp_path), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    options = ["--root", str(tmp_path), "--port", "0"]
+    with subprocess.Popen(
+        [sys.executable, hub_module.__file__, *options], stdout=subprocess.PIPE, text=True
+    ) as process:
         endpoint = process.stdout.readline().strip()
         try:
             api = HfApi(endpoint=endpoint, token="hf_write")
@@ -468,51 +480,55 @@ def test_the_hub_as_a_process(online, tmp_path):
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
-    # nothing outlives whoever holds the other end of its input
-    with subprocess.Popen(
-        [*command, "--until-eof"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+
+
+def test_the_hub_ends_with_whoever_holds_its_input(tmp_path):
+    command = [sys.executable, "-m", "hf_archs.testing.hub", "--root", str(tmp_path), "--until-eof"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().startswith("http://127.0.0.1:")
         process.stdin.close()
         assert process.wait(10) == 0
 
 
 PUSH_AND_PULL = """
-import sys, torch
+import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.utils._runtime import is_xet_available
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-assert is_xet_available() == (sys.argv[1] == "xet")
 config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-model = LlamaForCausalLM(config).eval()
-model.push_to_hub("alice/llama", private=True)
-ModelCard("---\\nlicense: mit\\nlibrary_name: transformers\\n---\\n# Tiny\\n").push_to_hub("alice/llama")
-model.push_to_hub("alice/sharded", max_shard_size="100KB", create_pr=True)
 tokens = torch.arange(20)[None]
-for name, revision in (("alice/llama", "main"), ("alice/sharded", "refs/pr/1")):
-    pulled = AutoModelForCausalLM.from_pretrained(name, revision=revision).eval()
-    assert torch.equal(model(tokens).logits, pulled(tokens).logits)
-    HfApi().snapshot_download(name, revision=revision)
-    assert not HfApi().verify_repo_checksums(name, revision=revision).mismatches
-assert ModelCard.load("alice/llama").data.license == "mit"
-files = [f for f in HfApi().list_repo_tree("alice/sharded", revision="refs/pr/1") if f.path.endswith(".safetensors")]
-assert len(files) > 1 and all(f.lfs for f in files)
+for route in ("xet", "lfs"):
+    constants.HF_HUB_DISABLE_XET = route == "lfs"  # what the environment variable sets
+    assert is_xet_available() == (route == "xet")
+    model = LlamaForCausalLM(config).eval()
+    whole, sharded = f"alice/{route}", f"alice/{route}-sharded"
+    model.push_to_hub(whole, private=True)
+    ModelCard("---\\nlicense: mit\\nlibrary_name: transformers\\n---\\n# Tiny\\n").push_to_hub(whole)
+    model.push_to_hub(sharded, max_shard_size="100KB", create_pr=True)
+    for name, revision in ((whole, "main"), (sharded, "refs/pr/1")):
+        pulled = AutoModelForCausalLM.from_pretrained(name, revision=revision).eval()
+        assert torch.equal(model(tokens).logits, pulled(tokens).logits)
+        HfApi().snapshot_download(name, revision=revision)
+        assert not HfApi().verify_repo_checksums(name, revision=revision).mismatches
+    assert ModelCard.load(whole).data.license == "mit"
+    files = [f for f in HfApi().list_repo_tree(sharded, revision="refs/pr/1") if f.path.endswith(".safetensors")]
+    assert len(files) > 1 and all(f.lfs for f in files)
+    folder = HfApi().snapshot_download(whole)  # a folder in a pull request, by the pipeline that Xet has for folders
+    assert HfApi().upload_folder(repo_id=whole, folder_path=folder, path_in_repo="copy", create_pr=True).pr_num == 1
+    assert HfApi().file_exists(whole, "copy/model.safetensors", revision="refs/pr/1")
 print("pushed and pulled")
 """
 
 
-@pytest.mark.parametrize("route", ["lfs", "xet"])
-def test_transformers_pushes_and_pulls(tmp_path, route):
+def test_transformers_pushes_and_pulls_by_xet_and_by_lfs(tmp_path):
     with EmbeddedHub(tmp_path / "hub", multipart_threshold=MULTIPART) as hub:
         environment = os.environ | hub.environment(tmp_path / "home")
         environment.pop("HF_HUB_DISABLE_XET", None)
-        if route == "lfs":
-            environment["HF_HUB_DISABLE_XET"] = "1"
-        done = subprocess.run(
-            [sys.executable, "-c", PUSH_AND_PULL, route], env=environment, capture_output=True, text=True, timeout=120
-        )
+        command = [sys.executable, "-c", PUSH_AND_PULL]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.stdout.endswith("pushed and pulled\n"), done.stderr
         for file in hub.root.glob("*/*/*/objects/*"):
             assert hashlib.sha256(file.read_bytes()).hexdigest() == file.name
         assert not uploads_left(hub)
+        assert list(hub.root.glob("*/*/*/xet")), "nothing went by Xet"
         assert not list(hub.root.glob("*/*/*/xet/*"))  # turned into objects, and gone
