@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -103,9 +103,7 @@ class _Part:
         if self.reset is not None:
             decay.masked_fill_(self.flags(self.reset, start)[:, :, None, None], 0)
         torch.mul((delta * x).unsqueeze(2), B.unsqueeze(3), out=w.states[1 : m + 1])
-        before = w.state_at[0]
-        for h, d in zip(w.state_at[1 : m + 1], w.decay_at):
-            before = h.addcmul_(d, before)
+        _recur(w.state_at[1 : m + 1], w.decay_at[:m], w.state_at[:m])
         return x, delta, B, C
 
     def outputs(self, x: Tensor, C: Tensor) -> Tensor:
@@ -125,6 +123,18 @@ def boundaries(seq_idx: Tensor | None, lengths: Tensor | None, x: Tensor) -> tup
         if pad is not None:
             reset &= ~pad
     return reset, pad
+
+
+def _recur(to: Sequence[Tensor], decay: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """``to[i] += decay[i] * before[i]``, one after the other: ``before[i + 1]`` is ``to[i]``."""
+    if not to:
+        return
+    if to[0].device.type == "cpu":
+        # On a CPU the list is walked in order, in C++: half the time of a call from Python per token.
+        torch._foreach_addcmul_(to, decay, before)
+    else:
+        for h, d, b in zip(to, decay, before):
+            h.addcmul_(d, b)
 
 
 def _over_channels(of_state: Tensor, of_channel: Tensor) -> Tensor:
@@ -222,10 +232,10 @@ def selective_scan_bwd(
 
             # g_t = C_t dy_t + decay_{t+1} g_{t+1}
             torch.mul(dy.unsqueeze(2), C_block.unsqueeze(3), out=grads)
-            after = w.grad_at[m - 1].add_(carried)
-            for t in range(m - 2, -1, -1):
-                after = w.grad_at[t].addcmul_(w.decay_at[t + 1], after)
-            torch.mul(after, w.decay_at[0], out=carried)
+            w.grad_at[m - 1].add_(carried)
+            back = slice(m - 1, 0, -1)
+            _recur(w.grad_at[:m][-2::-1], w.decay_at[back], w.grad_at[back])
+            torch.mul(w.grad_at[0], w.decay_at[0], out=carried)
 
             dC[block, rows] += _over_channels(states[1:], dy)
             dB[block, rows] += _over_channels(grads, delta * x_block)
