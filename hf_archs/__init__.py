@@ -6,6 +6,7 @@ Importing this package registers every installed plugin with transformers' Auto 
 __version__ = "0.1.0"
 
 import hf_archs.mlp  # noqa: F401 - registers the feed-forward
+from hf_archs.conversion import from_native, to_native
 from hf_archs.registry import (
     Architecture,
     architectures,
@@ -23,6 +24,7 @@ __all__ = [
     "Architecture",
     "architectures",
     "failed_plugins",
+    "from_native",
     "get_architecture",
     "get_feed_forward",
     "get_mixer",
@@ -30,6 +32,7 @@ __all__ = [
     "register",
     "register_feed_forward",
     "register_mixer",
+    "to_native",
 ]
 
 load_plugins()

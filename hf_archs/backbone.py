@@ -6,6 +6,7 @@ Letters in shapes: b batch, l length, d hidden size, v vocabulary.
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from transformers.utils import auto_docstring, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hf_archs import conversion
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
 from hf_archs.configuration import ArchConfig
 from hf_archs.norm import ArchRMSNorm
@@ -143,6 +145,23 @@ class ArchPreTrainedModel(PreTrainedModel):
             additions = self.config.num_hidden_layers * (1 if module.feed_forward is None else 2)
             for projection in (m for name, m in module.named_modules() if name.endswith(("out_proj", "down_proj"))):
                 init.normal_(projection.weight, std=self.config.initializer_range / math.sqrt(additions))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers; native checkpoints are read as well, see `hf_archs.conversion`.
+
+        Raises:
+            ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
+        """
+        native = conversion.prepare(cls, pretrained_model_name_or_path, kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if native is not None:
+            # transformers would save under the names it has read
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model._weight_conversions = None
+        return loaded
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

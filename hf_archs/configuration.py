@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from hf_archs import hub, registry
+from hf_archs import conversion, hub, registry
 
 
 def check_range(config: object, field: str, low: float, high: float) -> None:
@@ -106,6 +106,18 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         if not os.path.isfile(save_directory):  # transformers has its own sentence for that
             hub.write_stub(type(self), save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; the config of a native checkpoint comes in our fields.
+
+        Raises:
+            ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
+        """
+        raw, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return conversion.read_config(raw, cls, pretrained_model_name_or_path), kwargs
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -1,0 +1,111 @@
+"""Mamba checkpoints of transformers and of the package mamba_ssm, by rename tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_archs.conversion import StateSpacesFormat, TransformersFormat
+
+LAYER_RENAMES = {
+    "mixer.ssm.A_log": "mixer.A_log",
+    "mixer.ssm.D": "mixer.D",
+    "mixer.ssm.dt_bias": "mixer.dt_proj.bias",
+}
+
+# our fields under their names in transformers
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "state_size",
+    "expand",
+    "conv_kernel",
+    "use_bias",
+    "use_conv_bias",
+    "time_step_rank",
+    "time_step_scale",
+    "time_step_init_scheme",
+    "time_step_min",
+    "time_step_max",
+    "time_step_floor",
+    "initializer_range",
+    "residual_in_fp32",
+    "rescale_prenorm_residual",
+    "use_cache",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+_FIELDS = {**{name: name for name in _SAME}, "rms_norm_eps": "layer_norm_epsilon"}
+
+_TRANSFORMERS: dict[str, Any] = {
+    "renames": {"embed_tokens.weight": "embeddings.weight", "norm.weight": "norm_f.weight"},
+    "layer_renames": LAYER_RENAMES,
+    "allowed": {"hidden_act": ("silu", "swish")},
+    "ignored": ("use_mambapy", "use_associative_scan"),  # which of its scans transformers runs
+    "derived": {"time_step_rank": "dt_rank"},
+}
+
+MAMBA = TransformersFormat(
+    name="mamba",
+    config_name="MambaConfig",
+    model_name="MambaModel",
+    causal_lm_name="MambaForCausalLM",
+    fields=_FIELDS,
+    constants={"bcdt_norm": "none"},
+    unused=("bcdt_norm_eps",),
+    **_TRANSFORMERS,
+)
+
+FALCON_MAMBA = TransformersFormat(
+    name="falcon_mamba",
+    config_name="FalconMambaConfig",
+    model_name="FalconMambaModel",
+    causal_lm_name="FalconMambaForCausalLM",
+    fields={**_FIELDS, "bcdt_norm_eps": "mixer_rms_eps"},
+    constants={"bcdt_norm": "plain"},
+    **_TRANSFORMERS,
+)
+
+STATE_SPACES = StateSpacesFormat(
+    layer="Mamba1",
+    layer_defaults={
+        "d_state": 16,
+        "d_conv": 4,
+        "expand": 2,
+        "dt_rank": "auto",
+        "dt_min": 0.001,
+        "dt_max": 0.1,
+        "dt_init": "random",
+        "dt_scale": 1.0,
+        "dt_init_floor": 1e-4,
+        "conv_bias": True,
+        "bias": False,
+    },
+    renames={"embed_tokens.weight": "embedding.weight", "norm.weight": "norm_f.weight"},
+    layer_renames=LAYER_RENAMES,
+    fields={
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layer",
+        "vocab_size": "vocab_size",
+        "residual_in_fp32": "residual_in_fp32",
+        "tie_word_embeddings": "tie_embeddings",
+        "pad_token_id": "pad_token_id",
+        "bos_token_id": "bos_token_id",
+        "eos_token_id": "eos_token_id",
+        "state_size": "ssm_cfg.d_state",
+        "conv_kernel": "ssm_cfg.d_conv",
+        "expand": "ssm_cfg.expand",
+        "time_step_rank": "ssm_cfg.dt_rank",
+        "time_step_min": "ssm_cfg.dt_min",
+        "time_step_max": "ssm_cfg.dt_max",
+        "time_step_init_scheme": "ssm_cfg.dt_init",
+        "time_step_scale": "ssm_cfg.dt_scale",
+        "time_step_floor": "ssm_cfg.dt_init_floor",
+        "use_conv_bias": "ssm_cfg.conv_bias",
+        "use_bias": "ssm_cfg.bias",
+    },
+    constants={"rms_norm_eps": 1e-5, "bcdt_norm": "none"},
+    ignored=("ssm_cfg.use_fast_path",),
+)
