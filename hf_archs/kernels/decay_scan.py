@@ -28,7 +28,9 @@ def decay_scan(
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A linear recurrence over outer products: ``S_t = exp(log_decay_t) S_{t-1} + scale_t v_t k_t^T``, ``y_t = S_t q_t``.
+    """A linear recurrence over outer products.
+
+    ``S_t = exp(log_decay_t) S_{t-1} + scale_t v_t k_t^T``, ``y_t = S_t q_t``.
 
     States, decays and sums are in float32, or float64 where ``v`` is, autocast or not. Every tensor may have a dtype of
     its own, and its gradient has that dtype.
@@ -246,8 +248,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_y, grad_final_state, _):
     if grad_y is None and grad_final_state is None:
         return (None,) * 8
-    gradients = _decay_scan_backward(grad_y, grad_final_state, *ctx.saved_tensors)
-    return *(g if t is not None else None for g, t in zip(gradients, ctx.saved_tensors[:6])), None, None
+    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
+    gradients = _decay_scan_backward(grad_y, grad_final_state, *saved)
+    return *(g if t is not None else None for g, t in zip(gradients, saved[:6])), None, None
 
 
 _decay_scan.register_autograd(_backward, setup_context=_setup_context)

@@ -286,11 +286,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y, grad_final_state, _):
-    inputs = ctx.saved_tensors[:8]
     if grad_y is None and grad_final_state is None:
         return (None,) * 11
-    gradients = _selective_scan_backward(grad_y, grad_final_state, *ctx.saved_tensors)
-    return *(g if t is not None else None for g, t in zip(gradients, inputs)), None, None, None
+    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
+    gradients = _selective_scan_backward(grad_y, grad_final_state, *saved)
+    return *(g if t is not None else None for g, t in zip(gradients, saved[:8])), None, None, None
 
 
 _selective_scan.register_autograd(_backward, setup_context=_setup_context)
