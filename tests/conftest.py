@@ -5,12 +5,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run on CPU tensors
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +29,13 @@ def nan_filled_memory():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `gpu` belong to machines that have one (`scripts/gpu`): elsewhere they are not part of the run."""
+    if torch.cuda.is_available():
+        return
+    there = [item for item in items if item.get_closest_marker("gpu")]
+    if there:
+        config.hook.pytest_deselected(items=there)
+        items[:] = [item for item in items if item not in there]

@@ -1,0 +1,77 @@
+"""Runs under torchrun with two gloo processes for tests/test_distributed.py; writes what it measured as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+import hf_archs
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _compare(model: Any, alone: Any) -> dict[str, float]:
+    """The largest relative difference of the gradients, and how many parameters are spread over the processes."""
+    worst = 0.0
+    for (name, p), (other, q) in zip(model.named_parameters(), alone.named_parameters(), strict=True):
+        assert name == other
+        worst = max(worst, float((_whole(p.grad) - q.grad).abs().max() / q.grad.abs().max()))
+    return {"gradients": worst, "spread": sum(isinstance(p, DTensor) for p in model.parameters())}
+
+
+def tensor_parallel(folder: str, ids: torch.Tensor) -> dict[str, float]:
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    alone = AutoModelForCausalLM.from_pretrained(folder)
+    out, expected = model(ids, labels=ids), alone(ids, labels=ids)
+    out.loss.backward()
+    expected.loss.backward()
+    return {**_compare(model, alone), "logits": float((out.logits - expected.logits).abs().max())}
+
+
+def fully_sharded(folder: str, ids: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Every layer is a unit, and so is its float32 state module: FSDP wants one dtype in a unit."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    alone = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if module is not layer and getattr(module, "weight", None) is None and list(module.parameters(False)):
+                fully_shard(module, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    mine = ids[dist.get_rank() :: dist.get_world_size()]
+    model(mine, labels=mine).loss.backward()
+    alone(ids, labels=ids).loss.backward()
+    return _compare(model, alone)
+
+
+def main(folders: Path, output: Path) -> None:
+    dist.init_process_group("gloo")
+    ids = torch.randint(3, 128, (2, 33), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name in hf_archs.architectures():
+        folder = str(folders / name)
+        found[name] = {
+            "tensor_parallel": tensor_parallel(folder, ids),
+            "fsdp_float32": fully_sharded(folder, ids, torch.float32),
+            "fsdp_bfloat16": fully_sharded(folder, ids, torch.bfloat16),
+        }
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps({"world_size": dist.get_world_size(), "found": found}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
