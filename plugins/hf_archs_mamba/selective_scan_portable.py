@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +125,7 @@ def boundaries(seq_idx: Tensor | None, lengths: Tensor | None, x: Tensor) -> tup
     return reset, pad
 
 
-def _recur(to: Sequence[Tensor], decay: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+def _recur(to: tuple[Tensor, ...], decay: tuple[Tensor, ...], before: tuple[Tensor, ...]) -> None:
     """``to[i] += decay[i] * before[i]``, one after the other: ``before[i + 1]`` is ``to[i]``."""
     if not to:
         return
