@@ -250,29 +250,30 @@ def test_large_and_binary_files_are_lfs_and_ignored_files_stay_away(api, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("route", "wrong", "size"),
+    ("route", "size", "promise", "says"),
     [
-        ("whole", "sha256", 1_000),
-        ("whole", "size", 1_000),
-        ("parts", "sha256", 3 * MULTIPART + 1),
-        ("parts", "size", 3 * MULTIPART + 2),
-        ("xet", "sha256", 1_000),
+        ("lfs", 1_000, "another sha256", "has sha256"),
+        ("lfs", 1_000, "one byte less", "longer than"),
+        ("lfs", 1_000, "one byte more", "and 1000 bytes"),
+        ("lfs", 3 * MULTIPART + 2, "another sha256", "has sha256"),
+        ("lfs", 3 * MULTIPART + 2, "one byte less", "longer than"),
+        ("lfs", 3 * MULTIPART + 2, "one byte more", "part 4 has 2 bytes"),
+        ("xet", 1_000, "another sha256", "has sha256"),
     ],
 )
-def test_an_upload_that_is_not_what_was_promised(hub, api, monkeypatch, route, wrong, size):
+def test_an_upload_that_is_not_what_was_promised(hub, api, monkeypatch, route, size, promise, says):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", route != "xet")
-    content = os.urandom(size)
-    addition = CommitOperationAdd("w.bin", content)
-    if wrong == "sha256":
+    addition = CommitOperationAdd("w.bin", os.urandom(size))
+    if promise == "another sha256":
         addition.upload_info.sha256 = hashlib.sha256(b"other").digest()
     else:
-        addition.upload_info.size -= 1
+        addition.upload_info.size += 1 if promise == "one byte more" else -1
     with pytest.raises((RuntimeError, HfHubHTTPError)) as error:
         api.create_commit("alice/tiny", [addition], commit_message="wrong")
     refusal = error.value if isinstance(error.value, HfHubHTTPError) else error.value.__cause__
     assert isinstance(refusal, HfHubHTTPError)
     assert refusal.response.status_code == 422
-    assert "bytes" in refusal.response.headers["X-Error-Message"]
+    assert says in refusal.response.headers["X-Error-Message"]
     assert not api.file_exists("alice/tiny", "w.bin")
     stored = list((hub.root / "models/alice/tiny/objects").iterdir())
     assert [hashlib.sha256(file.read_bytes()).hexdigest() for file in stored] == [stored[0].name]  # .gitattributes
@@ -296,6 +297,13 @@ def test_the_parts_of_an_upload_are_verified(hub, api):
     assert session.put(upload["href"], content=content).status_code == 400
     assert session.put(header["1"][:-1] + "9", content=pieces[0]).status_code == 400
     assert session.put(f"{hub.endpoint}/lfs/forged", content=content).status_code == 403
+
+    def cut_off():
+        yield pieces[0][:100]
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        session.put(header["1"], content=cut_off())
     etags = [session.put(header[str(i)], content=piece).headers["ETag"] for i, piece in enumerate(pieces, 1)]
     good = [{"partNumber": i, "etag": etag} for i, etag in enumerate(etags, 1)]
     swapped = [{"partNumber": i, "etag": etag} for i, etag in zip((1, 2, 3), (etags[1], etags[0], etags[2]))]
@@ -353,6 +361,14 @@ def test_what_is_not_there(api, tmp_path):
     for repo_id in ("alice/none", "none", "%2e%2e/tiny"):
         with pytest.raises((RepositoryNotFoundError, huggingface_hub.errors.HFValidationError)):
             get(api, "a.txt", tmp_path, repo_id=repo_id)
+    for place in ("models%2F./alice/tiny", "models/alice%2F./tiny", "models/alice/none%2F..%2Ftiny", "models/none"):
+        answer = get_session().get(f"{api.endpoint}/api/{place}", headers=api._build_hf_headers())
+        assert (answer.status_code, answer.headers["X-Error-Code"]) == (404, "RepoNotFound")
+    for name in ("../outside", "..", ".hidden", ""):
+        answer = get_session().post(
+            f"{api.endpoint}/api/repos/create", json={"name": name}, headers=api._build_hf_headers()
+        )
+        assert answer.status_code == 400
 
 
 def test_model_cards_are_validated(api):
