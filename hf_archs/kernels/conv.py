@@ -1,0 +1,272 @@
+"""The short causal depthwise convolution before a recurrence (Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling
+with Selective State Spaces", https://arxiv.org/abs/2312.00752, figure 3).
+
+Letters: b batch, l length, c channels, k taps of a filter.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_archs.backend import backend_for
+
+MAX_WIDTH = 8
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each channel's own filter over the last ``width`` inputs, and the inputs that the next call must still see.
+
+    ``y_t = activation(bias + sum_i weight[:, i] x_{t - (width - 1) + i})``, computed in float32, or float64 where ``x``
+    is. Weight, bias and initial state may have dtypes of their own, and their gradients have those.
+
+    Args:
+        x: input, (batch, length, channels); a slice of a wider tensor is read in place.
+        weight: the filters, oldest tap first, (channels, width) with a width of 2 to 8.
+        bias: (channels,), or None.
+        activation: ``"silu"``, or None.
+        initial_state: the inputs before the first, oldest first, (batch, channels, width - 1), or None for zeros.
+        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins, which does not
+            see the inputs before it; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length. Positions from there on are pads; the final state ends before them.
+
+    Returns:
+        ``y``, (batch, length, channels), and the final state, (batch, channels, width - 1): the last inputs of the
+        row's last document, with zeros (or what is left of ``initial_state``) before them where it is shorter. Both are
+        in the dtype of ``x`` and can be differentiated, once.
+
+    Raises:
+        ValueError: where a shape does not fit or the activation is unknown, naming the argument.
+    """
+    _check(x, weight, bias, activation, initial_state, seq_idx, lengths)
+    silu, size = activation == "silu", weight.shape[1] - 1
+    backend = backend_for(x)
+    if backend == "reference":
+        return causal_conv1d_reference(
+            x,
+            weight,
+            bias,
+            activation=activation,
+            initial_state=initial_state,
+            seq_idx=seq_idx,
+            lengths=lengths,
+        )
+    if backend == "portable" and x.shape[1] == 1:
+        return _step(x, weight, bias, silu, initial_state, lengths)
+    reach = None if seq_idx is None else _reach(seq_idx, size)
+    if torch.compiler.is_exporting():
+        y = _shifted_sum(x, weight, bias, silu, initial_state, reach)
+    else:
+        y = _causal_conv1d(x, weight, bias, initial_state, reach, silu)
+    return y, _final_state(x, size, initial_state, reach, lengths)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise ValueError(f"causal_conv1d: x must be (batch, length, channels), length at least 1, not {tuple(x.shape)}")
+    if weight.dim() != 2 or not 2 <= weight.shape[1] <= MAX_WIDTH:
+        raise ValueError(
+            f"causal_conv1d: weight must be (channels, width) with a width of 2 to {MAX_WIDTH}, "
+            f"not {tuple(weight.shape)}"
+        )
+    if activation not in (None, "silu"):
+        raise ValueError(f"causal_conv1d: activation must be None or 'silu', not {activation!r}")
+    b, l, c = x.shape
+    for name, t, shape in (
+        ("weight", weight, (c, weight.shape[1])),
+        ("bias", bias, (c,)),
+        ("initial_state", initial_state, (b, c, weight.shape[1] - 1)),
+        ("seq_idx", seq_idx, (b, l)),
+        ("lengths", lengths, (b,)),
+    ):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"causal_conv1d: {name} must have shape {shape}, not {tuple(t.shape)}")
+
+
+def causal_conv1d_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv1d` token by token: what the fast forms are held against."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    b, l, c = x.shape
+    window = x.new_zeros(b, c, weight.shape[1] - 1, dtype=dtype)
+    if initial_state is not None:
+        window = initial_state.to(dtype)
+    final_state = window
+    outputs = []
+    for t in range(l):
+        if seq_idx is not None and t > 0:
+            window = torch.where((seq_idx[:, t] != seq_idx[:, t - 1])[:, None, None], 0, window)
+        seen = torch.cat([window, x[:, t, :, None].to(dtype)], dim=2)
+        y = (seen * weight.to(dtype)).sum(2)
+        if bias is not None:
+            y = y + bias.to(dtype)
+        outputs.append(F.silu(y) if activation == "silu" else y)
+        window = seen[:, :, 1:]
+        final_state = window if lengths is None else torch.where((t < lengths)[:, None, None], window, final_state)
+    return torch.stack(outputs, dim=1).to(x.dtype), final_state.to(x.dtype)
+
+
+def _step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One token: a handful of small calls."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if initial_state is None:
+        initial_state = x.new_zeros(x.shape[0], x.shape[2], weight.shape[1] - 1)
+    seen = torch.cat([initial_state.to(x.dtype), x.transpose(1, 2)], dim=2)
+    y = (seen.to(dtype) * weight.to(dtype)).sum(2)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    if silu:
+        y = F.silu(y)
+    final_state = seen[:, :, 1:].contiguous()
+    if lengths is not None:
+        final_state = torch.where((lengths > 0)[:, None, None], final_state, seen[:, :, :-1])
+    return y.to(x.dtype).unsqueeze(1), final_state
+
+
+def _reach(seq_idx: Tensor, size: int) -> Tensor:
+    """How many of the ``size`` inputs before a position it may see: int32, (batch, length).
+
+    The inputs before position 0 count as that position's document.
+    """
+    length = seq_idx.shape[1]
+    continues = F.pad((seq_idx[:, 1:] == seq_idx[:, :-1]).to(torch.int32), (size, 0), value=1)
+    unbroken = continues[:, size - 1 :]
+    reach = unbroken
+    for back in range(1, size):
+        unbroken = unbroken * continues[:, size - 1 - back : size - 1 - back + length]
+        reach = reach + unbroken
+    return reach
+
+
+def _final_state(
+    x: Tensor, size: int, initial_state: Tensor | None, reach: Tensor | None, lengths: Tensor | None
+) -> Tensor:
+    """The last ``size`` inputs, (batch, channels, size). Plain PyTorch for every backend: it touches few elements."""
+    b, _, c = x.shape
+    before = x.new_zeros(b, size, c) if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
+    if lengths is None:
+        window = torch.cat([before, x[:, -size:]], dim=1)[:, -size:]
+        last = None if reach is None else reach[:, -1:]
+    else:
+        lengths = lengths.to(torch.int64).unsqueeze(1)
+        place = lengths + torch.arange(-size, 0, device=x.device)  # in x; negative: in the initial state
+        window = torch.where(
+            (place < 0).unsqueeze(2),
+            before.gather(1, (place + size).clamp(max=size - 1).unsqueeze(2).expand(b, size, c)),
+            x.gather(1, place.clamp(min=0).unsqueeze(2).expand(b, size, c)),
+        )
+        last = None if reach is None else reach.gather(1, (lengths - 1).clamp(min=0))
+    if last is not None:
+        window = torch.where((last >= torch.arange(size - 1, -1, -1, device=x.device)).unsqueeze(2), window, 0)
+    # a copy, so that a cache does not keep all of x alive
+    return window.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def _shifted_sum(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, reach: Tensor | None
+) -> Tensor:
+    """The convolution in ordinary operators, for exporters, which know no others."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    (b, l, c), size = x.shape, weight.shape[1] - 1
+    before = x.new_zeros(b, size, c, dtype=dtype) if initial_state is None else initial_state.transpose(1, 2).to(dtype)
+    padded, weight = torch.cat([before, x.to(dtype)], dim=1), weight.to(dtype)
+    y = padded[:, size:] * weight[:, size]
+    for back in range(1, size + 1):
+        term = padded[:, size - back : size - back + l] * weight[:, size - back]
+        y = y + (term if reach is None else torch.where((reach >= back).unsqueeze(2), term, 0))
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+# The op as PyTorch's op library sees it. Missing gradients come back empty, since a schema has no optional results.
+
+
+@torch.library.custom_op("hf_archs::causal_conv1d", mutates_args=())
+def _causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, reach: Tensor | None, silu: bool
+) -> Tensor:
+    return _implementation(x).causal_conv1d_fwd(x, weight, bias, initial_state, reach, silu)
+
+
+@torch.library.custom_op("hf_archs::causal_conv1d_backward", mutates_args=())
+def _causal_conv1d_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    reach: Tensor | None,
+    silu: bool,
+) -> list[Tensor]:
+    """The gradients of x, weight, bias and initial_state."""
+    gradients = _implementation(x).causal_conv1d_bwd(grad_y, x, weight, bias, initial_state, reach, silu)
+    inputs = (x, weight, bias, initial_state)
+    return [x.new_empty(0) if t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
+
+
+def _implementation(x: Tensor):
+    if backend_for(x) == "triton":
+        from hf_archs.kernels import conv_triton
+
+        return conv_triton
+    from hf_archs.kernels import conv_portable
+
+    return conv_portable
+
+
+@_causal_conv1d.register_fake
+def _(x, weight, bias, initial_state, reach, silu):
+    return x.new_empty(x.shape)
+
+
+@_causal_conv1d_backward.register_fake
+def _(grad_y, x, weight, bias, initial_state, reach, silu):
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state)]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_y):
+    gradients = _causal_conv1d_backward(grad_y, *ctx.saved_tensors, ctx.silu)
+    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
+    return *(g if t is not None else None for g, t in zip(gradients, saved)), None, None
+
+
+_causal_conv1d.register_autograd(_backward, setup_context=_setup_context)

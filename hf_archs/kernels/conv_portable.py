@@ -1,0 +1,109 @@
+"""`causal_conv1d` in PyTorch: shifted multiply-adds with the channel innermost, which beat `F.conv1d` on a CPU.
+
+Time is cut into blocks, so that what is only needed for a while stays in the processor's cache and takes no memory.
+
+Letters: b batch, l length, c channels; ``size`` is the width less one, the number of inputs seen before a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2**18  # of x in a block: 1 MB of float32, and long enough to hide the cost of a call
+
+
+def _blocks(
+    x: Tensor, size: int, initial_state: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Blocks of time: (start, end, inputs from ``size`` before the start up to the end).
+
+    The first block is as short as the initial state, so that only there inputs are copied together.
+    """
+    b, l, c = x.shape
+    end = min(size, l)
+    before = x.new_zeros(b, size, c) if initial_state is None else initial_state.transpose(1, 2)
+    yield 0, end, torch.cat([before.to(dtype), x[:, :end].to(dtype)], dim=1)
+    step = max(1, BLOCK_ELEMENTS // (b * c))
+    for start in range(end, l, step):
+        end = min(start + step, l)
+        yield start, end, x[:, start - size : end].to(dtype)
+
+
+def _visible(term: Tensor, reach: Tensor | None, start: int, end: int, back: int) -> Tensor:
+    """``term``, which lies ``back`` inputs before the positions of a block, without what another document holds."""
+    return term if reach is None else term.masked_fill((reach[:, start:end] < back).unsqueeze(2), 0)
+
+
+def _convolve(
+    seen: Tensor, weight: Tensor, bias: Tensor | None, reach: Tensor | None, start: int, end: int, out: Tensor
+) -> Tensor:
+    size, count = weight.shape[0] - 1, end - start
+    if bias is None:
+        torch.mul(seen[:, size:], weight[size], out=out)
+    else:
+        torch.addcmul(bias, seen[:, size:], weight[size], out=out)
+    for back in range(1, size + 1):
+        term = _visible(seen[:, size - back : size - back + count], reach, start, end, back)
+        out.addcmul_(term, weight[size - back])
+    return out
+
+
+def causal_conv1d_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, reach: Tensor | None, silu: bool
+) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = weight.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for start, end, seen in _blocks(x, weight.shape[0] - 1, initial_state, dtype):
+        block = y[:, start:end]
+        out = _convolve(
+            seen, weight, bias, reach, start, end, block if y.dtype == dtype else torch.empty_like(block, dtype=dtype)
+        )
+        if silu:
+            torch.ops.aten.silu_(out)
+        if out is not block:
+            block.copy_(out)
+    return y
+
+
+def causal_conv1d_bwd(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    reach: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias and initial_state; what the forward computed is computed again."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = weight.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+    (b, l, c), size = x.shape, weight.shape[0] - 1
+    grad_x = torch.empty(b, l, c, dtype=dtype, device=x.device)
+    grad_state = torch.zeros(b, size, c, dtype=dtype, device=x.device)
+    grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight[0])
+    for start, end, seen in _blocks(x, size, initial_state, dtype):
+        count = end - start
+        g = grad_y[:, start:end].to(dtype)
+        product = torch.empty(b, count, c, dtype=dtype, device=x.device)
+        if silu:
+            _convolve(seen, weight, bias, reach, start, end, product)
+            g = torch.ops.aten.silu_backward(g, product)
+        if bias is not None:
+            grad_bias += g.sum((0, 1))
+        torch.mul(g, weight[size], out=grad_x[:, start:end])
+        for back in range(size + 1):
+            term = _visible(g, reach, start, end, back) if back else g
+            grad_weight[size - back] += torch.mul(term, seen[:, size - back : size - back + count], out=product).sum(
+                (0, 1)
+            )
+            if back:
+                split = min(max(back - start, 0), count)  # so many rows of the block look into the initial state
+                if split:
+                    at = size - back + start
+                    grad_state[:, at : at + split].addcmul_(term[:, :split], weight[size - back])
+                grad_x[:, start + split - back : end - back].addcmul_(term[:, split:], weight[size - back])
+    return grad_x, grad_weight.t(), grad_bias, grad_state.transpose(1, 2)

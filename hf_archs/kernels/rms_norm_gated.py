@@ -1,0 +1,101 @@
+"""The gated RMSNorm of Mamba-2 (Dao and Gu 2024, "Transformers are SSMs", https://arxiv.org/abs/2405.21060,
+section 7.1; RMSNorm: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_archs.backend import backend_for
+
+
+def rms_norm_gated(x: Tensor, weight: Tensor, z: Tensor, *, eps: float, group_size: int | None = None) -> Tensor:
+    """``RMSNorm(x * silu(z)) * weight``, the mean square being taken over groups of channels.
+
+    Everything is computed in float32, or float64 where ``x`` is; the normalised value is rounded to the dtype of ``x``
+    before the weight multiplies it, as in transformers.
+
+    Args:
+        x: input, (..., channels).
+        weight: (channels,).
+        z: gate, of the shape of ``x``.
+        eps: added to the mean square.
+        group_size: channels that share a mean square; None for all.
+
+    Returns:
+        A tensor with the shape and dtype of ``x``, which can be differentiated, once.
+
+    Raises:
+        ValueError: where a shape does not fit, naming the argument.
+    """
+    channels = x.shape[-1]
+    group_size = channels if group_size is None else group_size
+    if weight.shape != (channels,):
+        raise ValueError(f"rms_norm_gated: weight must have shape {(channels,)}, not {tuple(weight.shape)}")
+    if z.shape != x.shape:
+        raise ValueError(f"rms_norm_gated: z must have shape {tuple(x.shape)}, not {tuple(z.shape)}")
+    if group_size < 1 or channels % group_size:
+        raise ValueError(f"rms_norm_gated: group_size must divide the {channels} channels; {group_size} does not")
+    backend = backend_for(x)
+    one_token = x.dim() < 2 or x.shape[-2] == 1
+    if backend == "reference" or (backend == "portable" and one_token) or torch.compiler.is_exporting():
+        return rms_norm_gated_reference(x, weight, z, eps=eps, group_size=group_size)
+    return _rms_norm_gated(x, weight, z, eps, group_size)
+
+
+def rms_norm_gated_reference(
+    x: Tensor, weight: Tensor, z: Tensor, *, eps: float, group_size: int | None = None
+) -> Tensor:
+    """`rms_norm_gated` in ordinary operators: the oracle, the form for one token, and the one for exporters."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    gated = x.to(dtype) * F.silu(z.to(dtype))
+    groups = gated.unflatten(-1, (-1, group_size or x.shape[-1]))
+    normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
+    return (weight * normed.flatten(-2).to(x.dtype)).to(x.dtype)
+
+
+@torch.library.custom_op("hf_archs::rms_norm_gated", mutates_args=())
+def _rms_norm_gated(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int) -> Tensor:
+    return _implementation(x).rms_norm_gated_fwd(x, weight, z, eps, group_size)
+
+
+@torch.library.custom_op("hf_archs::rms_norm_gated_backward", mutates_args=())
+def _rms_norm_gated_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and z."""
+    return _implementation(x).rms_norm_gated_bwd(grad_y, x, weight, z, eps, group_size)
+
+
+def _implementation(x: Tensor):
+    if backend_for(x) == "triton":
+        from hf_archs.kernels import rms_norm_gated_triton
+
+        return rms_norm_gated_triton
+    from hf_archs.kernels import rms_norm_gated_portable
+
+    return rms_norm_gated_portable
+
+
+@_rms_norm_gated.register_fake
+def _(x, weight, z, eps, group_size):
+    return x.new_empty(x.shape)
+
+
+@_rms_norm_gated_backward.register_fake
+def _(grad_y, x, weight, z, eps, group_size):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), z.new_empty(z.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.group_size = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_y):
+    return *_rms_norm_gated_backward(grad_y, *ctx.saved_tensors, ctx.eps, ctx.group_size), None, None
+
+
+_rms_norm_gated.register_autograd(_backward, setup_context=_setup_context)

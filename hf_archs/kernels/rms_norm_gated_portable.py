@@ -1,0 +1,67 @@
+"""`rms_norm_gated` in PyTorch, block by block, so that what is only needed for a while stays in the processor's cache
+and takes no memory; the backward computes again what the forward did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2**18  # of x in a block: 1 MB of float32, and long enough to hide the cost of a call
+
+
+def _blocks(channels: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """The same rows of every tensor, seen as (rows, channels)."""
+    rows = [t.reshape(-1, channels) for t in tensors]
+    step = max(1, BLOCK_ELEMENTS // channels)
+    for start in range(0, rows[0].shape[0], step):
+        yield [t[start : start + step] for t in rows]
+
+
+def _scale(gated: Tensor, eps: float) -> Tensor:
+    """One over the root mean square of the last dimension."""
+    norm = torch.linalg.vector_norm(gated, dim=-1, keepdim=True)
+    return norm.square_().div_(gated.shape[-1]).add_(eps).rsqrt_()
+
+
+def rms_norm_gated_fwd(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int) -> Tensor:
+    dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for x_rows, z_rows, out in _blocks(channels, x, z, y):
+        gated = torch.ops.aten.silu(z_rows.to(dtype)).mul_(x_rows)
+        groups = gated.view(-1, channels // group_size, group_size)
+        groups.mul_(_scale(groups, eps))
+        torch.mul(gated.to(x.dtype), weight, out=out)
+    return y
+
+
+def rms_norm_gated_bwd(
+    grad_y: Tensor, x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and z."""
+    dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_z = torch.empty(z.shape, dtype=z.dtype, device=x.device)
+    grad_weight = torch.zeros(channels, dtype=dtype, device=x.device)
+    wide_weight = weight.to(dtype)
+    for x_rows, z_rows, g, out_x, out_z in _blocks(channels, x, z, grad_y, grad_x, grad_z):
+        x_rows, z_rows, g = x_rows.to(dtype), z_rows.to(dtype), g.to(dtype)
+        gate = torch.ops.aten.silu(z_rows)
+        normed = gate * x_rows
+        groups = normed.view(-1, channels // group_size, group_size)
+        scale = _scale(groups, eps)
+        groups.mul_(scale)
+        # the forward rounded what the weight multiplies
+        product = g * normed.to(x.dtype)
+        grad_weight += product.sum(0)
+        # of the gated input u, with n = scale u and its gradient h: scale (h - n mean(h n))
+        grad_gated = torch.mul(g, wide_weight, out=product)
+        h = grad_gated.view_as(groups)
+        along = torch.linalg.vecdot(h, groups).div_(group_size).unsqueeze(-1)
+        h.addcmul_(groups, along, value=-1).mul_(scale)
+        out_z.copy_(torch.ops.aten.silu_backward(torch.mul(grad_gated, x_rows, out=normed), z_rows))
+        torch.mul(grad_gated, gate, out=gate)
+        out_x.copy_(gate)
+    return grad_x, grad_weight.to(weight.dtype), grad_z
