@@ -8,7 +8,8 @@ the token behind each request. Use it inside a process::
         HfApi(endpoint=hub.endpoint, token=hub.token).create_repo("alice/tiny")
         subprocess.run(command, env=os.environ | hub.environment(home))  # transformers reads HF_ENDPOINT when imported
 
-or beside one: ``python -m hf_archs.testing.hub --root DIR --port 0`` prints its endpoint on the first line.
+or beside one: ``python -m hf_archs.testing.hub --root DIR --port 0`` prints its endpoint on the first line (with
+``--until-eof`` it ends with whoever holds the pipe to its standard input).
 
 On disk a repository is one folder, ``<root>/<models|datasets|spaces>/<owner>/<name>``: ``repo.json`` (visibility, refs,
 discussions), ``commits/<oid>.json`` (one commit with its whole file list) and ``objects/<sha256>`` (all content).
