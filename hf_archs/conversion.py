@@ -283,6 +283,8 @@ def prepare(
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source, **where)
     except OSError:
+        return None  # transformers says in its own words what cannot be reached or read
+    if not raw:
         # an adapter, whose base model is what will be read, or weights without a config
         adapter = find_adapter_config_file(str(source), **where)
         if adapter is None:

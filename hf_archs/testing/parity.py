@@ -1,0 +1,78 @@
+"""Hold a model against an independent implementation of the same architecture: logits and every gradient, by name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from hf_archs.testing.ops import relative_distance
+
+
+class Float32CastsAsFloat64(TorchFunctionMode):
+    """Inside, whatever is cast to or created in float32 is float64: the other implementation's own casts are lifted."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        lifted = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*(torch.float64 if a is torch.float32 else a for a in args), **lifted)
+
+
+def enliven(model: nn.Module) -> None:
+    """Random weights under which every parameter matters and a state is felt for many tokens; the seed is torch's."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            kind = name.rpartition(".")[2]
+            if kind == "A_log" or ("dt" in name and parameter.ndim == 1):
+                parameter.uniform_(-2.0, 0.5)  # decays from 0.1 to 0.99 a token
+            elif kind == "D" or kind == "bias":
+                parameter.normal_()
+            elif parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5)  # norms
+            else:
+                fan_in = parameter.numel() // parameter.shape[0]
+                parameter.normal_(std=1.0 if "embed" in name else fan_in**-0.5)
+
+
+def logits_and_gradients(model: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The logits, and the gradient of every parameter by its name, of a fixed random functional of the logits.
+
+    Args:
+        input_ids: (batch, length).
+    """
+    lift = Float32CastsAsFloat64() if next(model.parameters()).dtype == torch.float64 else contextlib.nullcontext()
+    model.zero_grad()
+    with lift:
+        logits = model(input_ids, use_cache=False).logits
+    generator = torch.Generator().manual_seed(1)
+    logits.backward(torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits))
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    missing = [name for name, gradient in gradients.items() if gradient is None]
+    assert not missing, f"no gradient for {', '.join(missing)}"
+    return {"logits": logits.detach(), **gradients}
+
+
+def check_parity(
+    ours: nn.Module, theirs: nn.Module, rename: Callable[[str], str], input_ids: torch.Tensor, tolerance: float
+) -> None:
+    """Compare logits and every parameter's gradient.
+
+    Args:
+        rename: our name of a parameter of ``theirs``.
+        input_ids: (batch, length).
+        tolerance: allowed maximum of the differences, relative to the maximum of the values, each tensor for itself.
+
+    Raises:
+        AssertionError: naming what is off and by how much, or what one side has alone.
+    """
+    expected = {rename(name): value for name, value in logits_and_gradients(theirs, input_ids).items()}
+    got = logits_and_gradients(ours, input_ids)
+    assert got.keys() == expected.keys(), f"on one side only: {sorted(got.keys() ^ expected.keys())}"
+    distances = {name: relative_distance(got[name], value) for name, value in expected.items()}
+    misses = [f"{name}: {distance:.1e}" for name, distance in distances.items() if not distance <= tolerance]
+    assert not misses, f"farther than {tolerance:.0e} from the other implementation: {'; '.join(misses)}"

@@ -1,0 +1,232 @@
+"""Every native format that an architecture declares: models in memory and checkpoints on disk, both ways."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+
+import hf_archs
+from hf_archs import conversion
+from hf_archs.registry import get_architecture
+from hf_archs.testing.parity import enliven
+
+FORMATS = [
+    pytest.param(architecture, form, id=f"{architecture.name}-{form.name}")
+    for architecture, form in conversion._formats()
+]
+every_format = pytest.mark.parametrize(("architecture", "form"), FORMATS)
+
+
+def native_model(architecture, form, kind="causal", dtype=torch.float32, **fields):
+    """A native model with random weights, its generation config unlike the default."""
+    config = form.write_config(architecture.tiny_config(**form.constants, **fields))
+    classes = dict(zip(("base", "causal"), form.classes(architecture)))
+    ours, theirs = classes[kind]
+    model = theirs(config).to(dtype).eval()
+    enliven(model)
+    if kind == "causal":
+        model.generation_config.max_new_tokens = 7
+    return model, ours
+
+
+def assert_same_parameters(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    different = [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
+    assert not different
+
+
+@pytest.fixture
+def transformers_log():
+    """What transformers logs at level WARNING and above; its logger does not propagate."""
+    messages = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+# -- models in memory --------------------------------------------------------------------------------------------------
+
+
+@every_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("kind", "tied"), [("base", True), ("causal", True), ("causal", False)])
+def test_native_to_ours_and_back(architecture, form, kind, tied, dtype):
+    native, expected_class = native_model(architecture, form, kind, dtype, tie_word_embeddings=tied)
+    native.train()
+    ours = hf_archs.from_native(native)
+    assert type(ours) is expected_class
+    assert ours.dtype == dtype
+    assert ours.training
+    back = hf_archs.to_native(ours)
+    assert type(back) is type(native)
+    assert back.training
+    assert_same_parameters(back, native)
+    assert back.config.to_dict() == {**native.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+    if kind == "causal":
+        assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+        assert (back.get_output_embeddings().weight is back.get_input_embeddings().weight) == tied
+        assert ours.generation_config.max_new_tokens == back.generation_config.max_new_tokens == 7
+    memory = [{p.data_ptr() for p in model.parameters()} for model in (native, ours, back)]
+    assert not memory[0] & memory[1]
+    assert not memory[1] & memory[2]
+
+
+@every_format
+def test_ours_to_native_and_back_loses_nothing(architecture, form):
+    """Also where training has moved the float32 parameters of a bfloat16 model off what bfloat16 can say."""
+    native, _ = native_model(architecture, form, dtype=torch.bfloat16)
+    ours = hf_archs.from_native(native)
+    wide = [p for p in ours.parameters() if p.dtype == torch.float32]
+    assert wide
+    with torch.no_grad():
+        wide[0].mul_(1.0001)
+    native = hf_archs.to_native(ours)
+    assert_same_parameters(hf_archs.from_native(native), ours)
+    ids = torch.randint(0, 128, (1, 5))
+    with torch.no_grad():
+        native(native(ids, use_cache=True).logits.argmax(-1))  # transformers' models run with float32 there
+
+
+@every_format
+def test_a_field_that_transformers_adds_is_not_lost_silently(architecture, form, monkeypatch):
+    """As if the table had been written before the field was there."""
+    field, name = next((ours, theirs) for ours, theirs in form.fields.items() if theirs == "use_bias")
+    older = replace(form, fields={k: v for k, v in form.fields.items() if k != field})
+    config = form.write_config(architecture.tiny_config(**form.constants))
+    older.read_config(config.to_dict(), architecture.config_class)
+    config.use_bias = True
+    with pytest.raises(ValueError, match=f"{name} is True in this {form.name} checkpoint.*allowed: False"):
+        older.read_config(config.to_dict(), architecture.config_class)
+
+
+@every_format
+def test_a_field_that_native_models_lack_is_refused(architecture, form):
+    config = architecture.tiny_config(**form.constants, bidirectional=True)
+    with pytest.raises(ValueError, match=rf"bidirectional is True, which a {form.name} model cannot.*allowed: False"):
+        hf_archs.to_native(architecture.model_class(config), format=form.name)
+
+
+def test_models_that_cannot_be_converted():
+    tiny = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8))
+    with pytest.raises(ValueError, match=r"from_native: a GPT2LMHeadModel cannot be converted; allowed are Mamba"):
+        hf_archs.from_native(tiny)
+    with pytest.raises(ValueError, match=r"to_native: a GPT2LMHeadModel cannot be converted; allowed are Arch"):
+        hf_archs.to_native(tiny)
+    architecture = get_architecture("mamba")
+    model = architecture.causal_lm_class(architecture.tiny_config())
+    with pytest.raises(ValueError, match=r"format is 'gguf'; allowed for a \w+ are mamba, falcon_mamba"):
+        hf_archs.to_native(model, format="gguf")
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@every_format
+@pytest.mark.parametrize("shards", ["one file", "sharded"])
+@pytest.mark.parametrize("kind", ["base", "causal"])
+def test_read_a_native_checkpoint(architecture, form, kind, shards, tmp_path, transformers_log):
+    native, model_class = native_model(architecture, form, kind, tie_word_embeddings=False)
+    native.save_pretrained(tmp_path / "native", max_shard_size="5GB" if shards == "one file" else "40KB")
+    assert (len(list((tmp_path / "native").glob("*.safetensors"))) > 1) == (shards == "sharded")
+    transformers_log.clear()
+    ours, info = model_class.from_pretrained(tmp_path / "native", output_loading_info=True)
+    assert not transformers_log
+    assert not any(info.values()), info
+    assert_same_parameters(ours, hf_archs.from_native(native))
+    assert ours.config.model_type == architecture.model_type
+    if kind == "causal":
+        assert ours.generation_config.max_new_tokens == 7
+
+    # what is saved then is ours, not what was read
+    ours.save_pretrained(tmp_path / "ours")
+    saved = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert saved["model_type"] == architecture.model_type
+    assert (tmp_path / "ours" / "load_with_hf_archs.py").exists()
+    assert type(AutoConfig.from_pretrained(tmp_path / "ours")) is architecture.config_class
+    again, info = model_class.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info
+    assert_same_parameters(again, ours)
+    if kind == "causal":
+        assert_same_parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), ours)
+    assert not transformers_log
+
+
+@every_format
+def test_heads_and_base_models_read_each_others_native_checkpoints(architecture, form, tmp_path):
+    native, _ = native_model(architecture, form)
+    native.save_pretrained(tmp_path / "causal")
+    native.backbone.save_pretrained(tmp_path / "base")
+    expected = hf_archs.from_native(native)
+    assert_same_parameters(architecture.model_class.from_pretrained(tmp_path / "causal"), expected.model)
+    assert_same_parameters(architecture.causal_lm_class.from_pretrained(tmp_path / "base"), expected)
+    classifier = architecture.sequence_classification_class.from_pretrained(tmp_path / "causal", num_labels=3)
+    assert_same_parameters(classifier.model, expected.model)
+    assert classifier.score.out_features == 3
+
+
+@every_format
+def test_the_usual_arguments_with_a_native_checkpoint(architecture, form, tmp_path):
+    native, model_class = native_model(architecture, form)
+    native.save_pretrained(tmp_path)
+    expected = hf_archs.from_native(native)
+    narrow = model_class.from_pretrained(tmp_path, dtype=torch.bfloat16, low_cpu_mem_usage=True, use_cache=False)
+    assert not narrow.config.use_cache
+    for name, parameter in narrow.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".ssm." in name else torch.bfloat16), name
+        assert torch.equal(parameter, expected.get_parameter(name).to(parameter.dtype)), name
+    assert_same_parameters(model_class.from_pretrained(tmp_path, device_map="cpu"), expected)
+
+    ids = torch.randint(0, 128, (1, 9))
+    devices = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    devices |= {"model.norm": "cpu", "lm_head": "cpu"}
+    spread = model_class.from_pretrained(tmp_path, device_map=devices, offload_folder=tmp_path / "offload")
+    with torch.no_grad():
+        assert torch.equal(spread(ids).logits, expected(ids).logits)
+
+    # a config that the user hands over: ours, or the native one
+    for config in (expected.config, native.config):
+        assert_same_parameters(model_class.from_pretrained(tmp_path, config=config), expected)
+
+
+# peft asks transformers for the old name of an attribute
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@every_format
+def test_an_adapter_on_a_native_checkpoint(architecture, form, tmp_path):
+    native, model_class = native_model(architecture, form)
+    native.save_pretrained(tmp_path / "native")
+    adapted = get_peft_model(model_class.from_pretrained(tmp_path / "native"), LoraConfig(r=2, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = model_class.from_pretrained(tmp_path / "adapter")
+    ids = torch.randint(0, 128, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, adapted.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("name", hf_archs.architectures())
+def test_a_checkpoint_of_another_architecture(name, tmp_path):
+    architecture = get_architecture(name)
+    LlamaConfig().save_pretrained(tmp_path)
+    model_class = architecture.causal_lm_class
+    for reader in (model_class, architecture.config_class):
+        message = rf"^{tmp_path} is a 'llama' checkpoint; {reader.__name__} reads {architecture.model_type}"
+        with pytest.raises(ValueError, match=message):
+            reader.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"is a 'llama' checkpoint; {model_class.__name__} reads"):
+        model_class.from_pretrained(None, config=LlamaConfig(), state_dict={})
+
+
+def test_nowhere_to_read_from_is_the_hosts_error(tmp_path):
+    model_class = get_architecture("mamba").causal_lm_class
+    with pytest.raises(OSError, match="found in directory"):
+        model_class.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(OSError, match="not a valid JSON file"):
+        model_class.from_pretrained(tmp_path)
