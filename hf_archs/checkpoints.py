@@ -1,0 +1,217 @@
+"""Checkpoints on disk and on the Hub, with every refusal in one sentence before anything is allocated or written over.
+
+The functions raise what the host libraries raise (`ValueError`, `OSError`, their Hub and safetensors errors); the
+message names the thing, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_archs import registry
+
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors")
+
+
+def sized_config(architecture: registry.Architecture, size: str | None, overrides: Mapping[str, Any]) -> Any:
+    """The config of a named size of an architecture; ``tiny`` is the tests' with every byte in its vocabulary.
+
+    Raises:
+        ValueError: where there is no such size or field.
+    """
+    name = size or next(iter(architecture.sizes), "tiny")
+    if name != "tiny" and name not in architecture.sizes:
+        raise ValueError(f"size is {name!r}; {architecture.name} has tiny, {', '.join(architecture.sizes)}")
+    known = {f.name for f in dataclasses.fields(architecture.config_class)}
+    for wrong in overrides.keys() - known:
+        near = difflib.get_close_matches(wrong, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"its fields are {', '.join(sorted(known))}"
+        raise ValueError(f"{architecture.config_class.__name__} has no field {wrong!r}; {hint}")
+    if name == "tiny":
+        return architecture.tiny_config(**{"vocab_size": 512, **overrides})
+    return architecture.config_class(**{**architecture.sizes[name], **overrides})
+
+
+def count_parameters(config: PreTrainedConfig) -> int:
+    """The parameters of the causal language model of ``config``, counted without allocating them."""
+    with torch.device("meta"):
+        model = _architecture_of(config).causal_lm_class(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_memory(config: PreTrainedConfig, copies: int = 1) -> int:
+    """Refuse a model that does not fit into this machine's free memory, before it is allocated.
+
+    Args:
+        copies: how many times the weights are held in float32: 1 to run, 4 to train with AdamW.
+
+    Returns:
+        the number of parameters.
+
+    Raises:
+        ValueError: where it does not fit.
+    """
+    parameters = count_parameters(config)
+    needed = parameters * 4 * copies
+    free = psutil.virtual_memory().available
+    if torch.cuda.is_available():
+        free = max(free, torch.cuda.mem_get_info()[0])
+    if needed > free:
+        use = "to train it" if copies > 1 else "its weights"
+        raise ValueError(
+            f"a {type(config).__name__} with hidden_size {config.hidden_size}, {config.num_hidden_layers} layers and "
+            f"vocab_size {config.vocab_size} has {parameters:,} parameters; {use} needs {_gib(needed)}, and "
+            f"{_gib(free)} are free here: choose a smaller size"
+        )
+    return parameters
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB"
+
+
+def _architecture_of(config: PreTrainedConfig) -> registry.Architecture:
+    architecture = registry.find_architecture(type(config))
+    if architecture is None:
+        raise ValueError(
+            f"a {type(config).__name__} is no config of hf-archs; allowed are {', '.join(registry.architectures())}"
+        )
+    return architecture
+
+
+def read_config(source: str) -> tuple[registry.Architecture, PreTrainedConfig]:
+    """The architecture and the config of a checkpoint, ours or a native one that an architecture can read.
+
+    Args:
+        source: a folder, or a repository on the Hub.
+
+    Raises:
+        OSError: where there is no checkpoint.
+        ValueError: where it is of another architecture, or its config is wrong.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "config.json").exists():
+        has_adapter = (path / "adapter_config.json").exists()
+        hint = "; it holds an adapter, which is given beside its model with --adapter" if has_adapter else ""
+        raise OSError(f"{source!r} is no checkpoint: it has no config.json{hint}")
+    if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
+        raise OSError(f"{source!r} does not exist; allowed is a folder with a checkpoint, or owner/name on the Hub")
+    raw, _ = PreTrainedConfig.get_config_dict(source)
+    for name in registry.architectures():
+        architecture = registry.get_architecture(name)
+        if raw.get("model_type") == architecture.model_type or any(f.detect(raw) for f in architecture.native_formats):
+            return architecture, architecture.config_class.from_pretrained(source)
+    readable = [registry.get_architecture(name).model_type for name in registry.architectures()]
+    native = [str(f) for name in registry.architectures() for f in registry.get_architecture(name).native_formats]
+    raise ValueError(
+        f"{source!r} is a checkpoint of {raw.get('model_type', 'an unnamed type')!r}; allowed are "
+        f"{', '.join(dict.fromkeys(readable + native))}"
+    )
+
+
+def check_weights(folder: Path) -> None:
+    """Open every safetensors file in ``folder``; a `SafetensorError` names the one that is corrupt or truncated."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                tensors.keys()
+        except SafetensorError as error:
+            raise SafetensorError(f"{file} is corrupt or truncated ({error}); restore it from where it came") from error
+
+
+def load_model(source: str, *, copies: int = 1, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model from a folder or the Hub, native checkpoints included.
+
+    Args:
+        copies: see `check_memory`.
+        kwargs: for ``from_pretrained``.
+
+    Raises:
+        OSError, ValueError, SafetensorError: see `read_config`, `check_memory` and `check_weights`; `ValueError` too
+            where the file lacks weights that the config promises.
+    """
+    architecture, config = read_config(source)
+    check_memory(config, copies)
+    check_weights(Path(source).expanduser())
+    try:
+        model_class: Any = architecture.causal_lm_class
+        model, loading = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
+    except RuntimeError as error:  # shapes that differ
+        raise ValueError(f"the weights of {source!r} do not fit its config.json: {error}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{source!r} lacks {len(missing)} of the model's weights, {missing[0]} among them")
+    return model
+
+
+def load_adapter(model: PreTrainedModel, source: str, **kwargs: Any) -> PeftModel:
+    """``model`` with a PEFT adapter from a folder or the Hub.
+
+    Raises:
+        OSError: where a folder is no adapter.
+        ValueError: where the Hub has none, or it does not fit the model.
+    """
+    path = Path(source).expanduser()
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
+    if (path.is_dir() or looks_local) and not (path / "adapter_config.json").exists():
+        raise OSError(f"{source!r} is no adapter: it has no adapter_config.json")
+    check_weights(path)
+    try:
+        return PeftModel.from_pretrained(model, source, **kwargs)
+    except RuntimeError as error:
+        raise ValueError(f"the adapter {source!r} does not fit this model: {error}") from error
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that stands beside a checkpoint.
+
+    Raises:
+        OSError: where there is none.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and not has_tokenizer(source):
+        raise OSError(f"{source!r} has no tokenizer; `hf-archs train` makes one, and --tokenizer takes another's")
+    return AutoTokenizer.from_pretrained(source)
+
+
+def has_tokenizer(source: str) -> bool:
+    """Whether a tokenizer stands in a folder; taken for granted on the Hub."""
+    path = Path(source).expanduser()
+    return not path.is_dir() or any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+@contextlib.contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """Write into the folder that this gives; where the block ends well, its files take the place of ``folder``'s.
+
+    Until then everything in ``folder`` stays as it is, so a failure leaves a good checkpoint good. Other files there
+    are kept, except for weights that the new ones replace under other names.
+    """
+    folder = Path(folder).expanduser().resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        yield partial
+        folder.mkdir(exist_ok=True)
+        new = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+        for name in new:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).replace(folder / name)
+        if any(name.match(pattern) for name in new for pattern in WEIGHTS):
+            for stale in {path for pattern in WEIGHTS for path in folder.glob(pattern)}:
+                if stale.relative_to(folder) not in new:
+                    stale.unlink()
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,281 @@
+"""The command line, ``hf-archs``: thin over the library. A wrong input ends with one sentence and status 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_archs import errors
+
+app = typer.Typer(
+    name="hf-archs",
+    help="Architectures beyond the Transformer as ordinary models of the Hugging Face libraries.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console()
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A config field; may be repeated.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write into.")]
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, Any]:
+    """``field=value`` pairs; a value is JSON where it can be, and text otherwise."""
+    fields = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set is {pair!r}; allowed is FIELD=VALUE")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
+
+
+@app.command("list")
+def list_architectures() -> None:
+    """List the architectures, their sizes and what they can read."""
+    from hf_archs import registry
+
+    table = Table("architecture", "model type", "sizes", "native checkpoints", "LoRA on")
+    for name in registry.architectures():
+        a = registry.get_architecture(name)
+        formats = ", ".join(map(str, a.native_formats))
+        table.add_row(name, a.model_type, ", ".join(("tiny", *a.sizes)), formats, ", ".join(a.lora_targets))
+    console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, the device, which implementation every op uses, and plugins that failed. Status 1 if any did."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    import hf_archs
+    from hf_archs import backend, registry
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert device is not None
+    table = Table("what", "found", title="hf-archs doctor", title_justify="left")
+    table.add_row("hf-archs", hf_archs.__version__)
+    table.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in ("torch", "triton", "transformers", "accelerate", "peft", "datasets", "huggingface-hub", "safetensors"):
+        try:
+            table.add_row(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(name, "not installed")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    table.add_row("device", f"{device.type} ({name})")
+    table.add_row("architectures", ", ".join(registry.architectures()))
+    table.add_section()
+    chosen = backend.backend_for(torch.empty(0, device=device))
+    for op, forms in _implementations().items():
+        table.add_row(f"op {op}", chosen if chosen in forms else "portable")
+    table.add_section()
+    failed = registry.failed_plugins()
+    for plugin, why in failed.items():
+        table.add_row(f"plugin {plugin}", f"[red]failed:[/] {why}")
+    if not failed:
+        table.add_row("plugins", "all loaded")
+    console.print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _implementations() -> dict[str, set[str]]:
+    """Every op of hf_archs and the plugins, and its forms: an op ``x`` has ``x_portable.py`` and ``x_triton.py``."""
+    import importlib.metadata
+    import importlib.util
+
+    from hf_archs import registry
+
+    plugins = importlib.metadata.entry_points(group=registry.ENTRY_POINT_GROUP)
+    ops: dict[str, set[str]] = {}
+    for package in sorted({"hf_archs", *(plugin.module.partition(".")[0] for plugin in plugins)}):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            for form in ("portable", "triton"):
+                for file in sorted(Path(folder).rglob(f"*_{form}.py")):
+                    ops.setdefault(file.stem.removesuffix(f"_{form}"), {"reference"}).add(form)
+    return ops
+
+
+@app.command()
+def init(
+    arch: Annotated[str, typer.Argument(help="Name of the architecture; see `hf-archs list`.")],
+    output: Output,
+    size: Annotated[str | None, typer.Option(help="One of the architecture's sizes, or tiny; else its first.")] = None,
+    assign: Set = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint whose tokenizer the model gets.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the initial weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
+) -> None:
+    """Make a new model with random weights."""
+    from transformers import set_seed
+
+    from hf_archs import checkpoints, registry
+
+    architecture = registry.get_architecture(arch)
+    fields = _overrides(assign)
+    chosen = None if tokenizer is None else checkpoints.load_tokenizer(tokenizer)
+    if chosen is not None:
+        fields.setdefault("vocab_size", len(chosen))
+    config = checkpoints.sized_config(architecture, size, fields)
+    parameters = checkpoints.check_memory(config)
+    _check_free(output, overwrite)
+    set_seed(seed)
+    model = architecture.causal_lm_class(config)
+    with checkpoints.replacing(output) as folder:
+        model.save_pretrained(folder)
+        if chosen is not None:
+            chosen.save_pretrained(folder)
+    console.print(f"{arch} of {parameters:,} parameters in {output}", highlight=False)
+
+
+def _check_free(output: Path, overwrite: bool) -> None:
+    if (output / "config.json").exists() and not overwrite:
+        raise FileExistsError(f"{str(output)!r} holds a checkpoint already; choose another folder, or pass --overwrite")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def train(context: typer.Context) -> None:
+    """Train a model, or LoRA with --lora: hf-archs train MODEL --data TEXT --output_dir DIR [--lora] ...
+
+    Every field of transformers.TrainingArguments is an option of its name; `hf-archs train --help` lists them.
+    """
+    from hf_archs import training
+
+    own, arguments = training.parse(context.args)
+    results = training.train(own, arguments)
+    console.print(
+        f"training loss {results['train_loss']:.4f}, held-out text {results['bits_per_byte']:.4f} bits per byte; "
+        f"written to {arguments.output_dir}",
+        highlight=False,
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
+    adapter: Annotated[str | None, typer.Option(help="Folder or repository of a PEFT adapter.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.7,
+    top_k: Annotated[int, typer.Option(min=1)] = 50,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Continue a text; it is shown as it comes."""
+    import torch
+    from transformers import TextStreamer, set_seed
+
+    from hf_archs import checkpoints, text
+
+    tokenizer: Any
+    loaded: Any = checkpoints.load_model(model)
+    tokenizer = checkpoints.load_tokenizer(model)
+    if adapter is not None:
+        loaded = checkpoints.load_adapter(loaded, adapter)
+    if torch.accelerator.is_available():
+        loaded.to(torch.accelerator.current_accelerator())
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    set_seed(seed)
+    loaded.eval().generate(
+        torch.tensor([[text.start_token(tokenizer), *text.encode(tokenizer, prompt)]], device=loaded.device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
+    output: Output,
+    to: Annotated[str | None, typer.Option(help="Native model type, where one of ours can become several.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
+) -> None:
+    """Convert a native checkpoint to ours, or one of ours to a native one; the tokenizer goes along."""
+    from transformers import PreTrainedConfig
+
+    from hf_archs import checkpoints
+    from hf_archs.conversion import to_native
+
+    architecture, _ = checkpoints.read_config(source)
+    raw, _ = PreTrainedConfig.get_config_dict(source)
+    ours = raw.get("model_type") == architecture.model_type
+    if to is not None and not ours:
+        raise ValueError(f"--to is {to!r}, but {source!r} is native already and becomes {architecture.model_type}")
+    _check_free(output, overwrite)
+    model = checkpoints.load_model(source, dtype="auto")
+    converted = to_native(model, to) if ours else model
+    with checkpoints.replacing(output) as folder:
+        converted.save_pretrained(folder)
+        if checkpoints.has_tokenizer(source):
+            checkpoints.load_tokenizer(source).save_pretrained(folder)
+    console.print(f"{type(converted).__name__} in {output}", highlight=False)
+
+
+@app.command()
+def quickstart(
+    arch: Annotated[str, typer.Option(help="Name of the architecture.")] = "mamba",
+    size: Annotated[str | None, typer.Option(help="One of its sizes, or tiny; else its first.")] = None,
+    assign: Set = None,
+    steps: Annotated[int, typer.Option(help="Steps of the pretraining.")] = 200,
+    lora_steps: Annotated[int, typer.Option(help="Steps of LoRA.")] = 100,
+    data: Annotated[str, typer.Option(help="Text file, folder or dataset to pretrain on.")] = "stdlib",
+    output: Output = Path("quickstart"),
+    hub: Annotated[bool, typer.Option("--hub", help="Push to huggingface.co, not to an embedded Hub.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see what is pushed.")] = False,
+    batch: Annotated[int, typer.Option(help="Rows of a step.")] = 8,
+    block: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train a tokenizer and a model, adapt it with LoRA, generate, push, pull and compare."""
+    from hf_archs import quickstart as job
+
+    job.quickstart(
+        job.Options(
+            arch=arch,
+            size=size,
+            overrides=_overrides(assign),
+            steps=steps,
+            lora_steps=lora_steps,
+            data=data,
+            output=str(output),
+            hub=hub,
+            public=public,
+            batch=batch,
+            block=block,
+            seed=seed,
+        ),
+        console,
+    )
+
+
+def main() -> None:
+    """Run the command line; an expected error ends with its sentence on stderr and status 2."""
+    try:
+        app()
+    except errors.EXPECTED as error:
+        sys.exit(errors.report(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

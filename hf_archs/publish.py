@@ -1,0 +1,112 @@
+"""Push a model with its adapter to a Hub, and pull them back: each in a process of its own.
+
+huggingface_hub reads its endpoint and its cache folder when it is imported, so `run` starts this module anew for a Hub
+or a cache that is not this process's: ``python -m hf_archs.publish push|pull JSON``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_archs  # noqa: F401  (the Auto classes know our models)
+from hf_archs import errors
+from hf_archs.model_card import model_card
+
+
+def repositories(name: str) -> dict[str, str]:
+    """The model's and the adapter's repository, below the user who is logged in.
+
+    Raises:
+        OSError: where nobody is logged in, the token cannot write, or the Hub cannot be reached.
+    """
+    user = HfApi().whoami()
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise PermissionError(f"the token of {user['name']} has the role 'read'; pushing needs one with 'write'")
+    return {"model": f"{user['name']}/{name}", "adapter": f"{user['name']}/{name}-english-lora"}
+
+
+def push(folder: str, name: str, private: bool, cards: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Push ``folder/model`` with its tokenizer and ``folder/adapter``, and write and push the card of each.
+
+    Args:
+        name: of the model's repository, without the owner.
+        cards: arguments of `model_card` for ``model`` and ``adapter``.
+
+    Returns:
+        what `repositories` gives.
+    """
+    names = repositories(name)
+    parts = {part: Path(folder) / part for part in names}
+    model: Any = AutoModelForCausalLM.from_pretrained(parts["model"])
+    model.push_to_hub(names["model"], private=private)
+    AutoTokenizer.from_pretrained(parts["model"]).push_to_hub(names["model"])
+    card = model_card(model, names["model"], **cards["model"])
+    card.save(parts["model"] / "README.md")
+    card.push_to_hub(names["model"])
+    adapted = PeftModel.from_pretrained(model, parts["adapter"], is_trainable=True)
+    adapted.peft_config["default"].base_model_name_or_path = names["model"]
+    adapted.push_to_hub(names["adapter"], private=private)
+    card = model_card(adapted, names["adapter"], base_model=names["model"], **cards["adapter"])
+    card.save(parts["adapter"] / "README.md")
+    card.push_to_hub(names["adapter"])
+    return names
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits ``(batch, length, vocabulary)`` after tokens ``(batch, length)``, on the CPU."""
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens.to(model.device)).logits.cpu().contiguous()
+
+
+def pull(names: Mapping[str, str], text: str, tokens: str, output: str) -> dict[str, bool]:
+    """Load model, tokenizer and adapter from the Hub, and write the logits of both models into ``output``.
+
+    Args:
+        names: the repositories.
+        text: what the tokenizer has to make ``tokens`` of.
+        tokens: a safetensors file with ``tokens``, (1, length).
+        output: the safetensors file to write, with ``model`` and ``adapter``.
+    """
+    given = load_file(tokens)["tokens"]
+    encoded = AutoTokenizer.from_pretrained(names["model"])(text, add_special_tokens=False, return_tensors="pt")
+    model: Any = AutoModelForCausalLM.from_pretrained(names["model"])
+    found = {"model": logits(model, given)}
+    found["adapter"] = logits(PeftModel.from_pretrained(model, names["adapter"]), given)
+    save_file(found, output)
+    return {"tokenizer": torch.equal(encoded["input_ids"], given)}
+
+
+def run(action: str, environment: Mapping[str, str], **arguments: Any) -> Any:
+    """Call `push` or `pull` in a new process with these additions to the environment.
+
+    Raises:
+        OSError: with the sentence of what went wrong there.
+    """
+    command = [sys.executable, "-m", "hf_archs.publish", action, json.dumps(arguments)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
+        raise OSError(f"the {action} failed: {said}")
+    return json.loads(done.stdout.strip().rpartition("\n")[2])
+
+
+if __name__ == "__main__":
+    try:
+        action: Callable[..., Any] = {"push": push, "pull": pull}[sys.argv[1]]
+        answer = action(**json.loads(sys.argv[2]))
+    except errors.EXPECTED as error:
+        sys.exit(errors.report(error))
+    print(json.dumps(answer))
