@@ -117,10 +117,11 @@ def _documents(seq_idx: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     """
     if seq_idx is None or seq_idx.shape[1] == 1:
         return None
-    begins = seq_idx[:, 1:] != seq_idx[:, :-1]
+    position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    begins = (seq_idx != seq_idx.roll(1, 1)) & (position > 0)
     if lengths is not None:  # a pad leaves the state as it is, whatever its number
-        begins = begins & (torch.arange(1, seq_idx.shape[1], device=seq_idx.device) < lengths.unsqueeze(1))
-    return torch.nn.functional.pad(begins.cumsum(1), (1, 0)).to(torch.int32)
+        begins = begins & (position < lengths.unsqueeze(1))
+    return begins.cumsum(1, dtype=torch.int32)
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
@@ -229,9 +230,10 @@ def _implementation(v: Tensor):
 @_decay_scan.register_fake
 def _(q, k, v, log_decay, scale, initial_state, documents, keep_states):
     dtype = torch.promote_types(v.dtype, torch.float32)
-    (b, l, h, p), (g, n) = v.shape, q.shape[2:]
-    shape = ((l + portable.CHUNK - 1) // portable.CHUNK, b, g, n, h // g * p) if keep_states else 0
-    return v.new_empty(b, l, h, p), v.new_empty(b, h, p, n, dtype=dtype), v.new_empty(shape, dtype=dtype)
+    (b, l, h, p), n = v.shape, q.shape[3]
+    # in one row: a dimension of chunks would be 1 for short sequences, and torch.compile compiles once more for a 1
+    kept = (l + portable.CHUNK - 1) // portable.CHUNK * b * h * p * n if keep_states else 0
+    return v.new_empty(b, l, h, p), v.new_empty(b, h, p, n, dtype=dtype), v.new_empty(kept, dtype=dtype)
 
 
 @_decay_scan_backward.register_fake

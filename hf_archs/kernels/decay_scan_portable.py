@@ -16,10 +16,8 @@ positive where it counts, so nothing overflows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64  # tokens between two kept states
@@ -39,11 +37,10 @@ class _Span:
 
     def __init__(self, span, q, k, v, log_decay, scale, documents):
         start, c, m = span
-        self.v_dtype, self.dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
-        b, _, g, _ = q.shape
-        self.r = v.shape[2] // g
+        self.dtype = torch.promote_types(v.dtype, torch.float32)
+        self.groups, self.r = q.shape[2], v.shape[2] // q.shape[2]
         self.at = slice(start, start + c * m)
-        self.chunks, self.tokens, self.groups = c, m, g
+        self.chunks, self.tokens = c, m
         self.q, self.k = (self.split(t).to(self.dtype).contiguous() for t in (q, k))  # (c, b, g, m, n)
         self.v = self.split_heads(v)  # (c, b, g, r, m, p), a view
         self.scale = None if scale is None else self.split_heads(scale)  # (c, b, g, r, m)
@@ -108,7 +105,7 @@ def decay_scan_fwd(
     documents: Tensor | None,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and (if asked for) the chunks' start states, (c, b, g, n, r * p)."""
+    """y, the final state, and (if asked for) the chunks' start states, (c, b, g, n, r * p) in one row."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     r = h // g
@@ -116,11 +113,14 @@ def decay_scan_fwd(
     state = v.new_zeros(b, g, n, r, p, dtype=dtype)
     if initial_state is not None:
         state.copy_(initial_state.unflatten(1, (g, r)).permute(0, 1, 4, 2, 3))
-    kept = v.new_empty((-(-l // CHUNK), b, g, n, r * p) if keep_states else 0, dtype=dtype)
+    kept = v.new_empty(-(-l // CHUNK), b, g, n, r * p, dtype=dtype) if keep_states else None
     for span in _spans(b, l, h):
         s = _Span(span, q, k, v, log_decay, scale, documents)
         first = span[0] // CHUNK
-        starts = kept[first : first + s.chunks] if keep_states else v.new_empty(s.chunks, b, g, n, r * p, dtype=dtype)
+        if kept is None:
+            starts = v.new_empty(s.chunks, b, g, n, r * p, dtype=dtype)
+        else:
+            starts = kept[first : first + s.chunks]
         for start, written, over in zip(starts, s.written(), s.over):
             start.copy_(state.flatten(3))
             torch.addcmul(written, over[:, :, None, :, None], state, out=state)
@@ -128,7 +128,11 @@ def decay_scan_fwd(
         before = torch.matmul(s.q, starts).unflatten(4, (r, p))  # (c, b, g, m, r, p)
         total = before.mul_(s.rows_first(s.from_start).unsqueeze(5)).add_(s.rows_first(inside))
         s.split_heads(y).copy_(s.rows_first(total))
-    return y, state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n), kept
+    return (
+        y,
+        state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n),
+        v.new_empty(0, dtype=dtype) if kept is None else kept.flatten(),
+    )
 
 
 def decay_scan_bwd(
@@ -146,6 +150,7 @@ def decay_scan_bwd(
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     r = h // g
+    kept = kept.view(-1, b, g, n, r * p)
     grad_y = torch.zeros_like(v) if grad_y is None else grad_y
     grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
     grad_decay = v.new_empty(b, l, h, dtype=dtype)
@@ -187,14 +192,14 @@ def decay_scan_bwd(
 
         # The log decay of token t stands in every path from a j < t to an i >= t. Only sums of such paths are formed
         # here, and no path is added and taken away but in float64.
-        later = (weight.sum(5).to(s.wide) - weight.sum(4)).add_(s.rows_first(reads_before))
+        later = (weight.sum(5, dtype=s.wide) - weight.sum(4, dtype=s.wide)).add_(s.rows_first(reads_before))
         earlier = s.rows_first(writes_after).to(s.wide)
         grad_log = later.flip(4).cumsum(4).flip(4) + (earlier.cumsum(4) - earlier) + across.unsqueeze(4)
 
         s.split(grad_q).copy_(grad_of_q)
         s.split(grad_k).copy_(grad_of_k)
         s.split_heads(grad_decay).copy_(grad_log)
-        if grad_scale is None:
+        if s.scale is None or grad_scale is None:
             s.split_heads(grad_v).copy_(grad_write)
         else:
             s.split_heads(grad_scale).copy_((grad_write * s.v).sum(5))
@@ -211,40 +216,32 @@ def decay_scan_plain(
     initial_state: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The same with neither loops nor writing in place, for exporters; the work grows with the square of the chunks."""
+    """The same over all pairs of tokens at once, as attention does it (Dao and Gu, section 5).
+
+    It is for exporters: they know no custom operator, unroll loops, and cannot cut a symbolic length into chunks.
+    """
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     r = h // g
-    pad = -l % CHUNK
-    if documents is None:
-        documents = torch.zeros(b, l, dtype=torch.int32, device=v.device)
-
-    def split(t: Tensor) -> Tensor:  # (b, l, x, ...) -> (b, x, c, m, ...)
-        return F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)).unflatten(1, (-1, CHUNK)).movedim(3, 1)
-
-    reads, keys = split(q.to(dtype)), split(k.to(dtype))  # (b, g, c, m, n)
+    # (b, g, l, n) and (b, g, r, l, ...)
+    reads, keys = q.to(dtype).transpose(1, 2), k.to(dtype).transpose(1, 2)
     write = v.to(dtype) if scale is None else v * scale.to(dtype).unsqueeze(3)
-    write = split(write).unflatten(1, (g, r))  # (b, g, r, c, m, p)
-    logs = split(log_decay.to(dtype)).unflatten(1, (g, r))  # (b, g, r, c, m)
-    here = torch.cat([documents, documents[:, -1:].expand(b, pad)], 1).unflatten(1, (-1, CHUNK))[:, None, None]
-    ends = F.pad(here[..., -1], (1, 0))  # the document before each chunk, and after the last one
+    write = write.transpose(1, 2).unflatten(1, (g, r))
+    logs = log_decay.to(dtype).transpose(1, 2).unflatten(1, (g, r))
 
-    inside = _decay_between(logs, here)  # (b, g, r, c, i, j)
-    over = _decay_between(F.pad(logs.sum(4), (1, 0)), ends)  # between the chunks' borders: (b, g, r, c + 1, c + 1)
-    from_start = logs.cumsum(4).exp() * (here == ends[..., :-1, None])
-    scores = torch.matmul(reads, keys.transpose(3, 4)).unsqueeze(2)  # (b, g, 1, c, i, j)
-    written = torch.einsum("bgrcm,bgrcmp,bgcmn->bgrcpn", inside[..., -1, :], write, keys)
-    first = torch.zeros_like(written[:, :, :, 0]) if initial_state is None else initial_state.unflatten(1, (g, r))
-    states = torch.einsum("bgrec,bgrcpn->bgrepn", over, torch.cat([first.to(dtype).unsqueeze(3), written], 3))
-    y = torch.matmul(inside * scores, write)
-    y = y + torch.einsum("bgrcm,bgcmn,bgrcpn->bgrcmp", from_start, reads, states[:, :, :, :-1])
-    y = y.flatten(1, 2).movedim(1, 3).flatten(1, 2)[:, :l]
-    return y.to(v.dtype), states[:, :, :, -1].flatten(1, 2)
+    lower = torch.ones(l, l, dtype=torch.bool, device=v.device).tril()  # (i, j)
+    sums = torch.where(lower.tril(-1), logs.unsqueeze(4), 0).cumsum(3)  # never a difference of sums
+    seen, first = lower, torch.ones(b, l, dtype=torch.bool, device=v.device)
+    if documents is not None:
+        seen = lower & (documents.unsqueeze(2) == documents.unsqueeze(1))[:, None, None]
+        first = documents == 0
+    between = torch.where(seen, sums, -torch.inf).exp()  # (b, g, r, i, j)
+    from_start = logs.cumsum(3).exp() * first[:, None, None]  # (b, g, r, i)
 
-
-def _decay_between(logs: Tensor, document: Tensor) -> Tensor:
-    """(..., i, j): the decay from after position j to after position i >= j, 0 elsewhere and between documents."""
-    m = logs.shape[-1]
-    lower = torch.ones(m, m, dtype=torch.bool, device=logs.device).tril()
-    sums = torch.where(lower.tril(-1), logs.unsqueeze(-1), 0).cumsum(-2)
-    return torch.where(lower & (document.unsqueeze(-1) == document.unsqueeze(-2)), sums, -torch.inf).exp()
+    before = write.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dtype)
+    before = before.unflatten(1, (g, r))  # (b, g, r, p, n)
+    y = torch.matmul(between * torch.matmul(reads, keys.transpose(2, 3)).unsqueeze(2), write)
+    y = y + from_start.unsqueeze(4) * torch.matmul(reads.unsqueeze(2), before.transpose(3, 4))
+    kept = torch.matmul((write * between[:, :, :, -1].unsqueeze(4)).transpose(3, 4), keys.unsqueeze(2))
+    state = kept + from_start[:, :, :, -1, None, None] * before
+    return y.flatten(1, 2).transpose(1, 2).to(v.dtype), state.flatten(1, 2)

@@ -1,0 +1,352 @@
+"""The scalar-decay scan: its reference against the parallel form, its fast forms against the reference."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_archs.backend import use_backend
+from hf_archs.kernels import decay_scan_portable
+from hf_archs.kernels.decay_scan import _decay_scan, decay_scan, decay_scan_reference
+from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_distance
+
+
+def on(backend):
+    """`decay_scan` on one backend."""
+
+    def op(**arguments):
+        with use_backend(backend):
+            return decay_scan(**arguments)
+
+    return op
+
+
+portable = on("portable")
+
+
+def make(b=2, l=65, g=2, h=4, n=8, p=12, dtype=torch.float32, scale=True, state=True, decay=1.0):
+    """Tensors as a mixed-precision model hands them over: decays and steps are in float32 or wider."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return {
+        "q": torch.randn(b, l, g, n, dtype=dtype),
+        "k": torch.randn(b, l, g, n, dtype=dtype),
+        "v": torch.randn(b, l, h, p, dtype=dtype),
+        "log_decay": -decay * torch.rand(b, l, h, dtype=wide) ** 3,  # many close to 0, some strong
+        "scale": torch.rand(b, l, h, dtype=wide) if scale else None,
+        "initial_state": torch.randn(b, h, p, n, dtype=wide) if state else None,
+    }
+
+
+def some_documents(b, l):
+    """Document numbers of random rows; one number comes twice, in documents apart."""
+    return (torch.rand(b, l) < 0.06).cumsum(1) % 3
+
+
+def parallel(q, k, v, log_decay, scale=None, initial_state=None, seq_idx=None, lengths=None):
+    """All pairs of tokens at once, decays as sums over masked steps: independent of any recurrence."""
+    (b, l, h, p), (g, n) = v.shape, q.shape[2:]
+    q, k = (t.repeat_interleave(h // g, 2) for t in (q, k))
+    real = torch.ones(b, l, dtype=torch.bool) if lengths is None else torch.arange(l) < lengths[:, None]
+    begins = torch.zeros(b, l, dtype=torch.bool)
+    if seq_idx is not None:
+        begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    # -inf at a document's first token ends every path through it
+    step = torch.where(begins[..., None] & real[..., None], -torch.inf, torch.where(real[..., None], log_decay, 0))
+    write = v * real[..., None, None] if scale is None else v * (scale * real[..., None])[..., None]
+    initial = torch.zeros(b, h, p, n, dtype=v.dtype) if initial_state is None else initial_state
+    # position 0 stands for the initial state
+    step = torch.cat([torch.zeros_like(step[:, :1]), step], 1).transpose(1, 2)  # (b, h, 1 + l)
+    below = torch.ones(l + 1, l + 1, dtype=torch.bool).tril(-1)
+    sums = torch.where(below, step[..., None], 0).cumsum(2)  # (b, h, i, j)
+    decay = torch.where(below | torch.eye(l + 1, dtype=torch.bool), sums, -torch.inf).exp()
+    weight = torch.einsum("bihn,bjhn->bhij", q, k) * decay[:, :, 1:, 1:]
+    y = torch.einsum("bhij,bjhp->bihp", weight, write)
+    y = y + torch.einsum("bhi,bhpn,bihn->bihp", decay[:, :, 1:, 0], initial, q)
+    final = torch.einsum("bhj,bjhp,bjhn->bhpn", decay[:, :, -1, 1:], write, k)
+    return y, final + decay[:, :, -1, 0, None, None] * initial
+
+
+@pytest.mark.parametrize("boundaries", ["none", "documents", "lengths", "both"])
+def test_reference_is_the_parallel_form(boundaries):
+    tensors = make(l=40, dtype=torch.float64)
+    options = {}
+    if boundaries in ("documents", "both"):
+        options["seq_idx"] = some_documents(2, 40)
+    if boundaries in ("lengths", "both"):
+        options["lengths"] = torch.tensor([13, 40])
+    found = outputs_and_gradients(decay_scan_reference, tensors, options)
+    expected = outputs_and_gradients(parallel, tensors, options)
+    for name, value in expected.items():
+        assert relative_distance(found[name], value) < 1e-12, name
+
+
+# The fast forms against the reference. Each case has an odd mix of options, so that few cases cover all of them.
+CASES = [
+    # length, groups, heads, key_dim, value_dim, scale, state, decay, documents, lengths
+    (1, 2, 4, 8, 12, True, True, 1.0, False, [0, 1]),
+    (2, 1, 3, 8, 12, False, True, 1.0, True, None),
+    (17, 3, 3, 5, 7, True, False, 30.0, False, [17, 6]),
+    (64, 1, 4, 16, 8, True, True, 1.0, True, [0, 50]),
+    (65, 2, 4, 8, 12, False, True, 0.02, True, None),
+    (130, 1, 2, 8, 12, True, True, 30.0, False, [130, 64]),
+    (200, 4, 4, 8, 4, True, False, 0.02, True, [128, 199]),
+]
+
+
+def arguments(case, dtype):
+    l, g, h, n, p, scale, state, decay, documents, lengths = case
+    options = {"seq_idx": some_documents(2, l) if documents else None}
+    options["lengths"] = None if lengths is None else torch.tensor(lengths)
+    return make(2, l, g, h, n, p, dtype, scale, state, decay), options
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"l{c[0]}")
+def test_portable_is_the_reference(case, dtype, nan_filled_memory):
+    check_op(portable, decay_scan_reference, *arguments(case, dtype))
+
+
+def test_portable_in_several_spans(monkeypatch):
+    monkeypatch.setattr(decay_scan_portable, "_SPAN", 2 * 2 * 2 * 64 * 64)  # two chunks of 64 at a time
+    tensors, options = arguments((64 * 5 + 9, 1, 2, 4, 4, True, True, 1.0, True, [64 * 3 + 1, 64 * 5]), torch.float32)
+    check_op(portable, decay_scan_reference, tensors, options)
+
+
+def test_uneven_decays_cost_no_digits():
+    """A strong decay at the start of a chunk, none later: differences of float32 sums would be off by 1e-4."""
+    tensors = make(l=128, decay=1e-3)
+    tensors["log_decay"][:, :32] = -100.0
+    check_op(portable, decay_scan_reference, tensors)
+
+
+@pytest.mark.parametrize("l", [1, 5, 67])
+def test_gradcheck(l):
+    tensors = make(b=1, l=l, g=1, h=2, n=2, p=2, dtype=torch.float64)
+    tensors["log_decay"] -= 0.01  # so that no finite difference reaches a growth, which is not allowed
+    seq_idx = some_documents(1, l)
+    inputs = [t.requires_grad_() for t in tensors.values()]
+
+    def op(*values):
+        return portable(**dict(zip(tensors, values)), seq_idx=seq_idx)
+
+    torch.autograd.gradcheck(op, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_gradient_into_one_output_alone(output):
+    tensors = {name: t.requires_grad_() for name, t in make(l=70, dtype=torch.float64).items()}
+    cotangent = torch.randn_like(portable(**tensors)[output])
+    wanted = list(tensors.values())
+    found = torch.autograd.grad(portable(**tensors)[output], wanted, cotangent)
+    expected = torch.autograd.grad(
+        decay_scan_reference(**tensors)[output], wanted, cotangent, allow_unused=True, materialize_grads=True
+    )
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("at", [1, 63, 64, 99])
+def test_split_and_continued_is_the_whole(at):
+    tensors = make(l=100, dtype=torch.float64)
+    state = tensors.pop("initial_state")
+    whole, final = portable(**tensors, initial_state=state)
+    left, middle = portable(**{n: t[:, :at] for n, t in tensors.items()}, initial_state=state)
+    right, end = portable(**{n: t[:, at:] for n, t in tensors.items()}, initial_state=middle)
+    torch.testing.assert_close(torch.cat([left, right], 1), whole)
+    torch.testing.assert_close(end, final)
+
+
+def test_packed_documents_are_each_alone():
+    sizes = [3, 61, 1, 70, 64]
+    tensors = make(b=1, l=sum(sizes), dtype=torch.float64, state=False)
+    seq_idx = torch.repeat_interleave(torch.arange(len(sizes)) % 2, torch.tensor(sizes))[None]
+    leaves = {n: t.requires_grad_() for n, t in tensors.items() if t is not None}
+    packed, final = portable(**leaves, seq_idx=seq_idx)
+    pieces = [t.split(sizes, 1) for t in leaves.values()]
+    alone = [portable(**dict(zip(leaves, part))) for part in zip(*pieces)]
+    torch.testing.assert_close(packed, torch.cat([y for y, _ in alone], 1))
+    torch.testing.assert_close(final, alone[-1][1])
+    cotangent = torch.randn_like(packed)
+    found = torch.autograd.grad((packed * cotangent).sum(), list(leaves.values()))
+    expected = torch.autograd.grad((torch.cat([y for y, _ in alone], 1) * cotangent).sum(), list(leaves.values()))
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_pads_leave_the_state_alone():
+    """Whatever stands at pads, finite or not, and whatever documents begin there."""
+    tensors = make(l=80, dtype=torch.float64)
+    seq_idx, lengths = some_documents(2, 80), torch.tensor([0, 70])
+    seq_idx[:, 75] = 7
+    for name in ("scale", "log_decay"):
+        tensors[name][1, 70:] = torch.nan
+    y, final = portable(**tensors, seq_idx=seq_idx, lengths=lengths)
+    assert torch.equal(final[0], tensors["initial_state"][0])
+    alone = {n: t[1:] if n == "initial_state" else t[1:, :70] for n, t in tensors.items()}
+    expected_y, expected = portable(**alone, seq_idx=seq_idx[1:, :70])
+    torch.testing.assert_close(final[1:], expected)
+    torch.testing.assert_close(y[1:, :70], expected_y)
+    assert y.isfinite().all()
+
+
+def test_views_and_mixed_dtypes():
+    """q, k and v cut from one projection, a decay expanded from one number per head: gradients keep each dtype."""
+    b, l, g, h, n, p = 2, 70, 2, 4, 8, 6
+    mixed = torch.randn(b, l, 2 * g * n + h * p).bfloat16()
+    q, k, v = mixed.split([g * n, g * n, h * p], 2)
+    views = {"q": q.unflatten(2, (g, n)), "k": k.unflatten(2, (g, n)), "v": v.unflatten(2, (h, p))}
+    views["log_decay"] = -torch.rand(h).expand(b, l, h)
+    views["scale"] = torch.rand(b, h, l).transpose(1, 2)
+    views["initial_state"] = torch.randn(b, h, n, p).transpose(2, 3)
+    copies = {name: t.contiguous() for name, t in views.items()}
+    for t in (*views.values(), *copies.values()):
+        t.requires_grad_()
+    found, expected = portable(**views), portable(**copies)
+    assert found[0].dtype == torch.bfloat16
+    assert found[1].dtype == torch.float32
+    assert torch.equal(found[0], expected[0])
+    grads = torch.autograd.grad(found[0].float().sum(), list(views.values()))
+    for (name, t), grad, other in zip(
+        views.items(), grads, torch.autograd.grad(expected[0].float().sum(), list(copies.values()))
+    ):
+        assert grad.dtype == t.dtype, name
+        assert torch.equal(grad, other), name
+
+
+def test_autocast_changes_nothing():
+    for l in (1, 70):
+        tensors = {n: t.requires_grad_() for n, t in make(l=l).items()}
+        plain = portable(**tensors)
+        plain_grads = torch.autograd.grad(plain[0].sum(), list(tensors.values()))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = portable(**tensors)
+        cast_grads = torch.autograd.grad(cast[0].sum(), list(tensors.values()))
+        for a, b in zip((*plain, *plain_grads), (*cast, *cast_grads)):
+            assert torch.equal(a, b)
+
+
+class _Operators(TorchDispatchMode):
+    """Counts the operators that compute something, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func is not torch.ops.aten.promote_types.default:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_a_handful_of_operators():
+    tensors = make(b=1, l=1)
+    with torch.no_grad(), _Operators() as seen:
+        portable(**tensors)
+    assert len(seen.names) <= 6, seen.names
+
+
+def test_states_are_kept_for_a_backward_only(monkeypatch):
+    asked = []
+    real = decay_scan_portable.decay_scan_fwd
+
+    def spy(*args):
+        asked.append((args[-1], result := real(*args)))
+        return result
+
+    monkeypatch.setattr(decay_scan_portable, "decay_scan_fwd", spy)
+    tensors = make(l=130)
+    portable(**tensors)
+    with torch.no_grad():
+        portable(**{n: t.requires_grad_() for n, t in tensors.items()})
+    portable(**tensors)
+    assert [wanted for wanted, _ in asked] == [False, False, True]
+    b, _, h, p = tensors["v"].shape
+    # one state per chunk of 64 tokens, never one per token
+    assert [kept.numel() for _, (_, _, kept) in asked] == [0, 0, 3 * b * h * p * tensors["q"].shape[3]]
+
+
+@pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", True)])
+@pytest.mark.filterwarnings("ignore:.*jit.script_method:DeprecationWarning")  # inductor's own import
+def test_one_graph_serves_every_length(backend, dynamic):
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, example_inputs)
+
+    def loss(tensors, seq_idx, lengths):
+        y, state = portable(**tensors, seq_idx=seq_idx, lengths=lengths)
+        return y.square().sum() + state.square().sum()
+
+    compiled = torch.compile(loss, backend=counting, fullgraph=True, dynamic=dynamic)
+    for l in (40, 70, 133, 201):
+        tensors = {n: t.requires_grad_() for n, t in make(l=l, p=32).items()}  # inductor splits small tensors otherwise
+        extra = some_documents(2, l), torch.tensor([l, l // 2])
+        found = compiled(tensors, *extra)
+        expected = loss(tensors, *extra)
+        torch.testing.assert_close(found, expected)
+        wanted = list(tensors.values())
+        for a, b in zip(torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted)):
+            torch.testing.assert_close(a, b)
+    assert len(graphs) == (1 if dynamic else 2)  # by default the second length makes the length a symbol
+
+
+def test_a_compiled_step_is_one_graph():
+    torch._dynamo.reset()
+    tensors = make(b=1, l=1)
+    compiled = torch.compile(portable, backend="aot_eager", fullgraph=True)
+    for a, b in zip(compiled(**tensors), portable(**tensors)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("everything", [False, True])
+def test_opcheck(grad, everything):
+    tensors = make(l=70, scale=everything, state=everything)
+    inputs = [None if t is None else t.requires_grad_(grad) for t in tensors.values()]
+    documents = torch.zeros(2, 70, dtype=torch.int32)
+    documents[:, 33:] = 1
+    torch.library.opcheck(_decay_scan, (*inputs, documents if everything else None, grad))
+
+
+def test_export_knows_no_custom_op():
+    class Scan(torch.nn.Module):
+        def forward(self, q, k, v, log_decay, scale, initial_state, seq_idx):
+            return portable(
+                q=q, k=k, v=v, log_decay=log_decay, scale=scale, initial_state=initial_state, seq_idx=seq_idx
+            )
+
+    def inputs(l):
+        return (*make(l=l).values(), some_documents(2, l))
+
+    length = torch.export.Dim("length", min=2, max=4096)
+    shapes = (*[{1: length}] * 5, None, {1: length})
+    program = torch.export.export(Scan(), inputs(100), dynamic_shapes=shapes)
+    assert "hf_archs" not in program.graph_module.code
+    for l in (30, 64, 300):
+        example = inputs(l)
+        for a, b in zip(program.module()(*example), Scan()(*example)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("k", torch.zeros(2, 65, 2, 9)),
+        ("v", torch.zeros(2, 65, 3, 12)),
+        ("log_decay", torch.zeros(2, 64, 4)),
+        ("scale", torch.zeros(2, 65)),
+        ("initial_state", torch.zeros(2, 4, 8, 12)),
+        ("seq_idx", torch.zeros(65, dtype=torch.long)),
+        ("lengths", torch.zeros(3, dtype=torch.long)),
+        ("q", torch.zeros(65, 2, 8)),
+    ],
+)
+def test_a_wrong_shape_is_named(name, value):
+    with pytest.raises(ValueError, match="heads must be" if name == "v" else name):
+        portable(**{**make(), name: value})
+
+
+def test_the_environment_can_ask_for_the_reference():
+    tensors = make(l=9, dtype=torch.float64)
+    assert torch.equal(on("reference")(**tensors)[0], decay_scan_reference(**tensors)[0])
