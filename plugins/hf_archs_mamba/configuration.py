@@ -51,7 +51,7 @@ class MambaMixerConfig(MixerConfig):
     def validate_mamba(self) -> None:
         check_range(self, "state_size", 1, 2**12)
         check_range(self, "expand", 1, 64)
-        check_range(self, "conv_kernel", 2, 64)
+        check_range(self, "conv_kernel", 2, 8)
         if self.time_step_rank is not None:
             check_range(self, "time_step_rank", 1, 2**17)
         check_range(self, "time_step_scale", 0.0, 1e3)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_archs_mamba.selective_scan import selective_scan, selective_scan_reference
-from hf_archs_mamba2.ssd_scan import ssd_scan, ssd_scan_reference
 
 from hf_archs.backend import use_backend
 from hf_archs.kernels import causal_conv1d
@@ -13,6 +11,8 @@ from hf_archs.kernels.conv import causal_conv1d_reference
 from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
 from hf_archs.kernels.rms_norm_gated import rms_norm_gated, rms_norm_gated_reference
 from hf_archs.testing.ops import check_op
+from hf_archs_mamba.selective_scan import selective_scan, selective_scan_reference
+from hf_archs_mamba2.ssd_scan import ssd_scan, ssd_scan_reference
 
 pytestmark = pytest.mark.gpu
 
