@@ -5,6 +5,8 @@ Importing this package registers every installed plugin with transformers' Auto 
 
 __version__ = "0.1.0"
 
+from typing import Any
+
 import hf_archs.mlp  # noqa: F401 - registers the feed-forward
 from hf_archs.conversion import from_native, to_native
 from hf_archs.registry import (
@@ -23,16 +25,27 @@ from hf_archs.registry import (
 __all__ = [
     "Architecture",
     "architectures",
+    "callbacks",
     "failed_plugins",
     "from_native",
     "get_architecture",
     "get_feed_forward",
     "get_mixer",
     "load_plugins",
+    "parameter_groups",
     "register",
     "register_feed_forward",
     "register_mixer",
     "to_native",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("callbacks", "parameter_groups"):  # transformers' Trainer is slow to import, and few need it
+        from hf_archs import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module 'hf_archs' has no attribute {name!r}")
+
 
 load_plugins()
