@@ -39,15 +39,15 @@ def enliven(model: nn.Module) -> None:
                 parameter.normal_(std=1.0 if "embed" in name else fan_in**-0.5)
 
 
-def logits_and_gradients(model: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def logits_and_gradients(model: nn.Module, input_ids: torch.Tensor, lift: bool = False) -> dict[str, torch.Tensor]:
     """The logits, and the gradient of every parameter by its name, of a fixed random functional of the logits.
 
     Args:
         input_ids: (batch, length).
+        lift: turn the model's casts to float32 into casts to float64.
     """
-    lift = Float32CastsAsFloat64() if next(model.parameters()).dtype == torch.float64 else contextlib.nullcontext()
     model.zero_grad()
-    with lift:
+    with Float32CastsAsFloat64() if lift else contextlib.nullcontext():
         logits = model(input_ids, use_cache=False).logits
     generator = torch.Generator().manual_seed(1)
     logits.backward(torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits))
@@ -62,6 +62,8 @@ def check_parity(
 ) -> None:
     """Compare logits and every parameter's gradient.
 
+    In float64 the casts to float32 in ``theirs`` are lifted; ``ours`` must not have any.
+
     Args:
         rename: our name of a parameter of ``theirs``.
         input_ids: (batch, length).
@@ -70,7 +72,8 @@ def check_parity(
     Raises:
         AssertionError: naming what is off and by how much, or what one side has alone.
     """
-    expected = {rename(name): value for name, value in logits_and_gradients(theirs, input_ids).items()}
+    lift = next(theirs.parameters()).dtype == torch.float64
+    expected = {rename(name): value for name, value in logits_and_gradients(theirs, input_ids, lift).items()}
     got = logits_and_gradients(ours, input_ids)
     assert got.keys() == expected.keys(), f"on one side only: {sorted(got.keys() ^ expected.keys())}"
     distances = {name: relative_distance(got[name], value) for name, value in expected.items()}
