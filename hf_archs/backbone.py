@@ -134,6 +134,11 @@ class ArchPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["ssm"]
     _can_record_outputs = {"hidden_states": ArchBlock}
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers passes over modules without parameters of their own (mixers, blocks) in code outside of it, lest
+        # they overwrite what was loaded; ours all use `transformers.initialization`, which never does
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -164,8 +164,8 @@ class RecurrentCache(Cache):
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors())
 
     def state_dict(self) -> States:
-        """All states and the number of positions, as tensors that safetensors can write."""
-        states = {name: tensor.detach().contiguous() for name, tensor in self.tensors()}
+        """All states and the number of positions: copies, as tensors that safetensors can write."""
+        states = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors()}
         return {**states, "length": torch.as_tensor(self._length).clone()}
 
     def load_state_dict(self, states: States) -> None:

@@ -1,7 +1,6 @@
 """The fields that every architecture and every mixer shares, and how a layer finds its mixer."""
 
-from __future__ import annotations
-
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,6 +29,16 @@ class MixerConfig:
 
     hidden_size: int = 768
     rms_norm_eps: float = 1e-5
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # `from __future__ import annotations` makes strings of types, and `strict` checks no value against a string
+        cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)
+
+    @property
+    def num_heads(self) -> int:
+        """One, unless the mixer has heads. (Prompt tuning asks every config for them.)"""
+        return 1
 
     def validate_mixer_sizes(self) -> None:
         check_range(self, "hidden_size", 1, 2**17)
@@ -94,8 +103,21 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         """The kind of cache that each layer needs, in transformers' words."""
         return [registry.get_mixer(self.layer_plan(i).mixer).cache_layer_type for i in range(self.num_hidden_layers)]
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        # where it is no field it follows from others, and stands in the file for those who read only that
+        heads = None if "num_heads" in self.__dataclass_fields__ else kwargs.pop("num_heads", None)
+        super().__post_init__(**kwargs)
+        if heads is not None:
+            self.validate()  # type: ignore[attr-defined]
+            if heads != self.num_heads:
+                raise ValueError(
+                    f"{type(self).__name__}: num_heads is {heads}; allowed is {self.num_heads}, "
+                    "which follows from the other fields"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
+        output["num_heads"] = self.num_heads  # PEFT's prompt tuning looks for it here
         auto_map = hub.auto_map(type(self))
         if auto_map:
             output["auto_map"] = auto_map
