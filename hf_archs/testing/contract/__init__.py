@@ -1,0 +1,81 @@
+"""What every architecture promises, as tests: a plugin author inherits all of them with four lines.
+
+::
+
+    from hf_archs.testing.contract import ArchitectureContract
+
+    class TestMine(ArchitectureContract):
+        @pytest.fixture(scope="class")
+        @classmethod
+        def architecture(cls):
+            return hf_archs.get_architecture("mine")
+
+The models under test are tiny, but not at their initial weights: there the recurrence hardly shows in the logits, and
+a test that cannot see a state passes whatever happens to it. See `hf_archs.testing.contract.models`.
+"""
+
+import pytest
+
+pytest.register_assert_rewrite(
+    *(
+        f"hf_archs.testing.contract.{name}"
+        for name in (
+            "adapters",
+            "caching",
+            "compiling",
+            "configs",
+            "generation",
+            "models",
+            "packing",
+            "padding",
+            "placement",
+            "precision",
+            "saving",
+            "training",
+        )
+    )
+)
+
+from hf_archs.testing.contract.adapters import AdapterContract  # noqa: E402
+from hf_archs.testing.contract.caching import CacheContract  # noqa: E402
+from hf_archs.testing.contract.compiling import CompileContract  # noqa: E402
+from hf_archs.testing.contract.configs import ConfigContract  # noqa: E402
+from hf_archs.testing.contract.generation import GenerationContract  # noqa: E402
+from hf_archs.testing.contract.packing import PackingContract  # noqa: E402
+from hf_archs.testing.contract.padding import PaddingContract  # noqa: E402
+from hf_archs.testing.contract.placement import PlacementContract  # noqa: E402
+from hf_archs.testing.contract.precision import PrecisionContract  # noqa: E402
+from hf_archs.testing.contract.saving import SavingContract  # noqa: E402
+from hf_archs.testing.contract.training import TrainingContract  # noqa: E402
+
+
+class ArchitectureContract(
+    SavingContract,
+    PaddingContract,
+    CacheContract,
+    GenerationContract,
+    PackingContract,
+    TrainingContract,
+    AdapterContract,
+    CompileContract,
+    PrecisionContract,
+    PlacementContract,
+    ConfigContract,
+):
+    """Every promise of every architecture; see the module's docstring."""
+
+
+__all__ = [
+    "AdapterContract",
+    "ArchitectureContract",
+    "CacheContract",
+    "CompileContract",
+    "ConfigContract",
+    "GenerationContract",
+    "PackingContract",
+    "PaddingContract",
+    "PlacementContract",
+    "PrecisionContract",
+    "SavingContract",
+    "TrainingContract",
+]

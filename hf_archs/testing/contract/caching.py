@@ -1,0 +1,124 @@
+"""The cache: continued at any split it gives what one pass gives, its size does not grow, and it can be kept."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, StaticCache
+
+from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache
+from hf_archs.registry import Architecture
+from hf_archs.testing.contract.models import Contract, assert_close, logits, tokens
+
+# layer types whose cache does not grow with the sequence
+CONSTANT = {"linear_attention", "conv"}
+
+
+def continued(model: Any, ids: torch.Tensor, sizes: list[int], cache: Any = None) -> torch.Tensor:
+    """The logits of ``ids`` fed in pieces of these sizes, with one cache."""
+    found = []
+    for piece in ids.split(sizes, dim=1):
+        with torch.no_grad():
+            out = model(piece, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        found.append(out.logits)
+    return torch.cat(found, 1)
+
+
+def caches(config: Any) -> dict[str, Any]:
+    """An empty cache of every kind that a model may be handed."""
+    return {
+        "dynamic": ArchDynamicCache(config),
+        "static": ArchStaticCache(config, max_cache_len=200),
+        "transformers' dynamic": DynamicCache(config=config),
+        "transformers' static": StaticCache(config, max_cache_len=200),
+    }
+
+
+class CacheContract(Contract):
+    """Promises about the cache."""
+
+    def test_every_split_in_two(self, model: Any) -> None:
+        ids = tokens(2, 13)
+        whole = logits(model, ids, use_cache=False)
+        for cut in range(1, 13):
+            assert_close(continued(model, ids, [cut, 13 - cut]), whole, f"cut at {cut}")
+
+    def test_token_by_token(self, model: Any) -> None:
+        ids = tokens(2, 40)
+        assert_close(continued(model, ids, [1] * 40), logits(model, ids, use_cache=False), "token by token")
+
+    def test_pieces_longer_and_shorter_than_any_chunk(self, model: Any) -> None:
+        """Chunked forms cut at 64 or 128: pieces end one before, at and one after those, and at random places."""
+        ids = tokens(2, 150)
+        whole = logits(model, ids, use_cache=False)
+        cuts = [[c, 150 - c] for c in (1, 63, 64, 65, 127, 128, 129, 149)]
+        dice = random.Random(0)
+        for _ in range(3):
+            ends = [0, *sorted(dice.sample(range(1, 150), 6)), 150]
+            cuts.append([b - a for a, b in zip(ends, ends[1:])])
+        for sizes in cuts:
+            assert_close(continued(model, ids, sizes), whole, f"pieces of {sizes}")
+
+    def test_every_kind_of_cache(self, model: Any) -> None:
+        ids = tokens(2, 20)
+        whole = logits(model, ids, use_cache=False)
+        for kind, cache in caches(model.config).items():
+            assert_close(continued(model, ids, [7, 1, 9, 3], cache), whole, kind)
+            assert int(cache.get_seq_length()) == 20, kind
+            cache.reset()
+            assert int(cache.get_seq_length()) == 0, kind
+            assert_close(continued(model, ids, [4, 16], cache), whole, f"{kind}, after a reset")
+
+    def test_no_cache_unless_asked_for(self, model: Any) -> None:
+        assert model(tokens(1, 4), use_cache=False).past_key_values is None
+        assert isinstance(model(tokens(1, 4), use_cache=True).past_key_values, RecurrentCache)
+
+    def test_same_bytes_after_64_and_1024_tokens(self, model: Any) -> None:
+        ids = tokens(1, 1024)
+        with torch.no_grad():
+            cache = model.model(ids[:, :64], use_cache=True).past_key_values
+            after_64 = cache.num_bytes()
+            model.model(ids[:, 64:], past_key_values=cache)
+        assert after_64 > 0
+        held = sum(tensor.untyped_storage().nbytes() for _, tensor in cache.tensors())
+        assert held == cache.num_bytes(), "a state is a view that keeps something larger alive"
+        if set(model.config.layer_types) <= CONSTANT:
+            assert cache.num_bytes() == after_64
+
+    @pytest.mark.parametrize("kind", ["dynamic", "static"])
+    def test_states_saved_and_loaded(self, model: Any, kind: str, tmp_path: Path) -> None:
+        """Through a file, into a new cache of either kind, bit for bit; the saved copy does not change afterwards."""
+        ids = tokens(2, 20)
+        whole = logits(model, ids, use_cache=False)
+        cache = caches(model.config)[kind]
+        continued(model, ids[:, :9], [9], cache)
+        save_file(cache.state_dict(), tmp_path / "state.safetensors")
+        kept = cache.state_dict()
+        expected = continued(model, ids[:, 9:], [1, 10], cache)
+        assert_close(expected, whole[:, 9:], "continued")
+        loaded = load_file(tmp_path / "state.safetensors")
+        assert all(torch.equal(loaded[name], kept[name]) for name in loaded), "state_dict changed with the cache"
+        for target in ("dynamic", "static"):
+            other = caches(model.config)[target]
+            other.load_state_dict(loaded)
+            assert int(other.get_seq_length()) == 9
+            assert torch.equal(continued(model, ids[:, 9:], [1, 10], other), expected), f"{kind} into {target}"
+
+    def test_states_of_another_model_are_refused(self, model: Any, architecture: Architecture) -> None:
+        wider = architecture.causal_lm_class(architecture.tiny_config(hidden_size=128))
+        with torch.no_grad():
+            states = wider(tokens(1, 3), use_cache=True).past_key_values.state_dict()
+        with pytest.raises(ValueError, match=r"layers\.0\."):
+            ArchDynamicCache(model.config).load_state_dict(states)
+
+    def test_a_cache_made_for_another_model_is_refused(self, model: Any, architecture: Architecture) -> None:
+        config = architecture.tiny_config(num_hidden_layers=model.config.num_hidden_layers + 1)
+        for cache in (DynamicCache(config=config), DynamicCache()):
+            with pytest.raises(ValueError, match="not made for this model"):
+                model(tokens(1, 3), past_key_values=cache)

@@ -1,0 +1,198 @@
+"""Configs: every field is validated, and every field is read by something."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from hf_archs.registry import Architecture
+from hf_archs.testing.contract.models import Contract, enliven, logits, tokens
+
+# how a config refuses a value
+REFUSED = (ValueError, StrictDataclassError)
+
+
+def own_fields(config_class: type) -> dict[str, Any]:
+    """The fields that the architecture and the core declare, with their types (transformers' own are its affair)."""
+    declared = {
+        name
+        for base in config_class.__mro__
+        if not issubclass(PreTrainedConfig, base)
+        for name in vars(base).get("__annotations__", {})
+    }
+    return {field.name: field.type for field in dataclasses.fields(config_class) if field.name in declared}
+
+
+def modes(config: Any) -> list[dict[str, Any]]:
+    """Settings of the other fields in which a field may matter: none, and every switch in another position."""
+    found: list[dict[str, Any]] = [{}]
+    for field, hint in own_fields(type(config)).items():
+        if hint is bool or typing.get_origin(hint) is typing.Literal:
+            found += [{field: value} for value in other_values(getattr(config, field), hint)]
+    return found
+
+
+def options_of(hint: Any) -> list[Any]:
+    """The plain types of a union, or the type itself."""
+    return (
+        [*typing.get_args(hint)]
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else [hint]
+    )
+
+
+def other_values(value: Any, hint: Any) -> list[Any]:
+    """Values unlike ``value`` that the field might allow, small changes first."""
+    found: list[Any] = []
+    for option in options_of(hint):
+        if typing.get_origin(option) is typing.Literal:
+            found += list(typing.get_args(option))
+        elif option is bool:
+            found += [True, False]
+        elif option is int:
+            start = value if isinstance(value, int) else 2
+            found += [start + 1, start - 1, start * 2, start // 2, 1, 3]
+        elif option is float:
+            start = value if isinstance(value, float) and math.isfinite(value) else 1.0
+            found += [start * 2, start / 2, start * 100, start / 100, 0.0, 1.0]
+        elif option is type(None):
+            found += [None]
+        elif typing.get_origin(option) in (tuple, list) and isinstance(value, (tuple, list)):
+            for i, item in enumerate(value):
+                found += [(*value[:i], other, *value[i + 1 :]) for other in other_values(item, type(item))]
+    return [other for other in found if other != value or type(other) is not type(value)]
+
+
+def wrong_values(hint: Any) -> list[Any]:
+    """Values that no field of this type may take."""
+    options = options_of(hint)
+    found: list[Any] = [object()]
+    if str not in options:
+        found.append("nonsense")
+    if int in options and not any(typing.get_origin(option) is list for option in options):
+        found += [-7, 2**62, 1.5]
+    if float in options:
+        found += [float("nan"), -1.0, 1e30]
+    if bool in options:
+        found += [3]
+    return found
+
+
+class ConfigContract(Contract):
+    """Promises about configs."""
+
+    def test_every_field_is_read(self, architecture: Architecture) -> None:
+        """Some other value of each field changes the model: its tensors, its answer in float32 or bf16, or generation.
+
+        A field that nothing reads is a promise to the user that nothing keeps.
+        """
+        config = architecture.tiny_config()
+        unread = own_fields(type(config))
+        for mode in modes(config):
+            plain = self._fingerprint(architecture, mode)
+            unread = {
+                field: hint
+                for field, hint in unread.items()
+                if field in mode or not self._matters(architecture, field, hint, mode, plain)
+            }
+        assert not unread, f"nothing reads {', '.join(unread)}"
+
+    @classmethod
+    def _matters(cls, architecture: Architecture, field: str, hint: Any, mode: dict[str, Any], plain: Any) -> bool:
+        for value in other_values(getattr(architecture.tiny_config(), field), hint):
+            try:
+                architecture.tiny_config(**mode, **{field: value})
+            except REFUSED:
+                continue
+            if cls._fingerprint(architecture, {**mode, field: value}) != plain:
+                return True
+        return False
+
+    @staticmethod
+    def _fingerprint(architecture: Architecture, fields: dict[str, Any]) -> list[Any]:
+        """Everything that a config can change, in a form that compares."""
+        prints: list[Any] = []
+        for model_class in (architecture.causal_lm_class, architecture.sequence_classification_class):
+            torch.manual_seed(0)
+            try:
+                model = model_class(architecture.tiny_config(**fields)).eval()
+            except REFUSED as error:
+                prints.append(str(error))
+                continue
+            prints.append([(name, tuple(t.shape), t.double().sum().item()) for name, t in model.state_dict().items()])
+            prints.append([name for name, _ in model.named_parameters()])
+            if model.can_generate():
+                prints.append(sorted((k, str(v)) for k, v in model.generation_config.to_dict().items()))
+            ids = tokens(1, 20) % min(model.config.vocab_size, 128)
+            ids[0, -3:] = 1  # what might be a pad
+            torch.manual_seed(0)
+            with torch.no_grad():
+                out = enliven(model)(ids)
+            prints.append([out.logits.double().sum().item(), sorted(out.keys())])
+            prints.append(logits(model.to(torch.bfloat16), ids).double().sum().item())
+        return prints
+
+    def test_every_field_is_validated(self, architecture: Architecture) -> None:
+        """A value of the wrong type or out of all range is an error that names the field and the value."""
+        for field, hint in own_fields(architecture.config_class).items():
+            assert not isinstance(hint, str), f"{field}: its type is a string, which `strict` checks nothing against"
+            for value in wrong_values(hint):
+                with pytest.raises(REFUSED) as error:
+                    architecture.tiny_config(**{field: value})
+                    pytest.fail(f"{field}={value!r} is accepted")
+                text = str(error.value)
+                assert field in text, text
+                assert str(value) in text, text
+                assert "allowed" in text or "expected" in text, text
+
+    def test_saved_and_loaded(self, architecture: Architecture, tmp_path: Path) -> None:
+        """Every field comes back, from the other values too."""
+        for field, hint in own_fields(architecture.config_class).items():
+            for value in other_values(getattr(architecture.tiny_config(), field), hint):
+                try:
+                    config = architecture.tiny_config(**{field: value})
+                except REFUSED:
+                    continue
+                config.save_pretrained(tmp_path)
+                found = AutoConfig.from_pretrained(tmp_path)
+                found._name_or_path = config._name_or_path
+                assert type(found) is architecture.config_class
+                assert found.to_dict() == config.to_dict()
+                break
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"hidden_size": 32},
+            {"hidden_size": 128},
+            {"num_hidden_layers": 1},
+            {"num_hidden_layers": 3},
+            {"vocab_size": 50},
+        ],
+        ids=str,
+    )
+    def test_tiny_config(self, architecture: Architecture, fields: dict[str, int]) -> None:
+        """Small enough for tests; one of the three sizes alone can be changed."""
+        config = architecture.tiny_config(**fields)
+        assert config.vocab_size == fields.get("vocab_size", 128)
+        assert config.hidden_size == fields.get("hidden_size", 64)
+        assert config.num_hidden_layers == fields.get("num_hidden_layers", config.num_hidden_layers) <= 4
+        model = architecture.causal_lm_class(config).eval()
+        assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
+        assert logits(model, tokens(1, 5) % config.vocab_size).isfinite().all()
+
+    def test_named_sizes(self, architecture: Architecture) -> None:
+        """Every size that ``hf-archs init`` offers is a sound config, and a model can be built of it."""
+        for name, fields in architecture.sizes.items():
+            with torch.device("meta"):
+                model = architecture.causal_lm_class(architecture.config_class(**fields))
+            assert sum(parameter.numel() for parameter in model.parameters()) > 1_000_000, name

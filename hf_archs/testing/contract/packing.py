@@ -1,0 +1,132 @@
+"""Packing: several documents in one row are each as alone, by each of the three signals that a collator can give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DataCollatorWithFlattening
+
+from hf_archs.testing.contract.models import (
+    TOLERANCE,
+    Contract,
+    assert_all_close,
+    assert_close,
+    gradients,
+    logits,
+    tokens,
+    weighed,
+)
+from hf_archs.testing.contract.padding import padded
+
+SIGNALS = {
+    "position_ids": ("position_ids",),
+    "seq_idx": ("seq_idx",),
+    "cu_seq_lens": ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+}
+# one token alone, at the start and inside; documents across the chunks of 64 and 128, and ending exactly there
+LENGTHS = (1, 5, 70, 1, 51, 12)
+
+
+def documents(lengths: tuple[int, ...]) -> list[torch.Tensor]:
+    return [tokens(1, n, seed=i)[0] for i, n in enumerate(lengths)]
+
+
+def collated(rows: list[torch.Tensor], signal: str) -> dict[str, Any]:
+    """One packed row as transformers' collator gives it: ``input_ids``, ``labels`` and this signal alone."""
+    collator = DataCollatorWithFlattening(return_position_ids=True, return_seq_idx=True, return_flash_attn_kwargs=True)
+    batch = collator([{"input_ids": row.tolist()} for row in rows])
+    missing = set(SIGNALS[signal]) - batch.keys()
+    assert not missing, f"the collator gives no {missing}"
+    return {name: batch[name] for name in ("input_ids", "labels", *SIGNALS[signal])}
+
+
+class PackingContract(Contract):
+    """Promises about packed rows."""
+
+    @pytest.mark.parametrize("signal", SIGNALS)
+    def test_forward_gradients_and_loss(self, model: Any, signal: str) -> None:
+        rows = documents(LENGTHS)
+        batch = collated(rows, signal)
+        out = model(**batch)
+        alone = [model(row[None]).logits[0] for row in rows]
+        for i, (found, expected) in enumerate(zip(out.logits[0].split(LENGTHS), alone)):
+            assert_close(found, expected, f"document {i}")
+        packed = gradients(
+            model, sum(weighed(part, i) for i, part in enumerate(model(**batch).logits[0].split(LENGTHS)))
+        )
+        apart = gradients(model, sum(weighed(part, i) for i, part in enumerate(alone)))
+        assert_all_close(packed, apart, "gradient")
+        predicted = sum(n - 1 for n in LENGTHS)
+        with torch.no_grad():
+            losses = [model(row[None], labels=row[None]).loss * (n - 1) for row, n in zip(rows, LENGTHS) if n > 1]
+        assert abs(out.loss.item() - sum(losses).item() / predicted) < TOLERANCE * out.loss.item()
+
+    @pytest.mark.parametrize("signal", SIGNALS)
+    def test_the_cache_holds_the_last_document(self, model: Any, signal: str) -> None:
+        rows = documents((7, 2, 6))
+        batch = collated(rows, signal)
+        del batch["labels"]
+        with torch.no_grad():
+            cache = model(**batch, use_cache=True).past_key_values
+        more = tokens(1, 5, seed=9)
+        found = logits(model, more, past_key_values=cache)
+        assert_close(found, logits(model, torch.cat([rows[-1][None], more], 1))[:, 6:], "continued")
+
+    def test_a_short_last_document(self, model: Any) -> None:
+        """Shorter than a convolution's window, which must not reach into the document before."""
+        rows = documents((9, 1))
+        batch = collated(rows, "seq_idx")
+        with torch.no_grad():
+            cache = model(batch["input_ids"], seq_idx=batch["seq_idx"], use_cache=True).past_key_values
+        more = tokens(1, 5, seed=9)
+        found = logits(model, more, past_key_values=cache)
+        assert_close(found, logits(model, torch.cat([rows[-1][None], more], 1))[:, 1:], "continued")
+
+    @pytest.mark.parametrize("signal", ["position_ids", "seq_idx"])
+    def test_rows_that_are_cut_differently(self, model: Any, signal: str) -> None:
+        cuts = ((8, 12), (3, 3, 14))
+        rows = [documents(cut) for cut in cuts]
+        batches = [collated(row, signal) for row in rows]
+        ids, marks = (torch.cat([batch[name] for batch in batches]) for name in ("input_ids", signal))
+        found = logits(model, ids, **{signal: marks})
+        for i, (cut, row) in enumerate(zip(cuts, rows)):
+            for j, (part, document) in enumerate(zip(found[i].split(cut), row)):
+                assert_close(part, logits(model, document[None])[0], f"row {i}, document {j}")
+
+    def test_one_row_of_positions_for_a_batch(self, model: Any) -> None:
+        rows = documents((8, 12))
+        positions = collated(rows, "position_ids")["position_ids"]
+        ids = tokens(3, 20)
+        found = logits(model, ids, position_ids=positions)
+        assert_close(found[:, 8:], logits(model, ids[:, 8:]), "second documents")
+
+    def test_packed_and_padded(self, model: Any) -> None:
+        """Documents by ``seq_idx`` and pads by the mask, wherever they stand."""
+        rows = documents((6, 9))
+        ids, mask = padded([torch.cat(rows)], "interior", 20)
+        real = mask[0].bool()
+        seq_idx = torch.zeros(1, 20, dtype=torch.int32)
+        seq_idx[0, real] = torch.tensor([0] * 6 + [1] * 9, dtype=torch.int32)
+        found = logits(model, ids, attention_mask=mask, seq_idx=seq_idx)[0, real]
+        for i, (part, document) in enumerate(zip(found.split((6, 9)), rows)):
+            assert_close(part, logits(model, document[None])[0], f"document {i}")
+
+    def test_a_mask_outranks_positions(self, model: Any) -> None:
+        """`generate` passes both, and the positions of left-padded rows restart as packed ones do."""
+        ids, mask = padded([tokens(1, 9)[0], tokens(1, 14)[0]], "left", 14)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        expected = logits(model, ids, attention_mask=mask)
+        assert torch.equal(logits(model, ids, attention_mask=mask, position_ids=positions), expected)
+        # positions that go on where a cache ends are no new document
+        with torch.no_grad():
+            cache = model(ids[1:, :6], use_cache=True).past_key_values
+        found = logits(model, ids[1:, 6:], past_key_values=cache, position_ids=torch.arange(6, 14)[None])
+        assert_close(found, expected[1:, 6:], "continued with positions")
+
+    def test_signals_that_do_not_fit(self, model: Any) -> None:
+        with pytest.raises(ValueError, match=r"seq_idx has shape \(1, 4\); allowed is \(1, 6\)"):
+            model(tokens(1, 6), seq_idx=torch.zeros(1, 4, dtype=torch.int32))
+        with pytest.raises(ValueError, match="cu_seq_lens"):
+            model(tokens(2, 6), cu_seq_lens_q=torch.tensor([0, 3, 6], dtype=torch.int32))

@@ -1,0 +1,87 @@
+"""Precision: mixed precision trains, half-precision weights stay as exact as they are, states stay wide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_archs.registry import get_mixer
+from hf_archs.testing.contract.models import Contract, logits, tokens
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def specified(config: Any, activations: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of every state by its name in the cache, from what each mixer declares."""
+    found = {}
+    for i in range(config.num_hidden_layers):
+        plan = config.layer_plan(i)
+        for name, spec in get_mixer(plan.mixer).state(plan.mixer_config).items():
+            found[f"layers.{i}.{name}"] = spec.dtype or activations
+    return found
+
+
+class PrecisionContract(Contract):
+    """Promises about precision."""
+
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    def test_trains_under_autocast(self, model: Any, dtype: torch.dtype) -> None:
+        """In fp16 with loss scaling: no step is skipped, every gradient is finite, and the loss falls."""
+        model.train()
+        ids = tokens(2, 16)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=2.0**10)
+        values = []
+        for _ in range(8):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=dtype):
+                loss = model(ids, labels=ids).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None, name
+                assert parameter.grad.dtype == torch.float32, name
+                assert parameter.grad.isfinite().all(), name
+                assert parameter.grad.abs().max() > 0, name
+            scaler.step(optimizer)
+            scaler.update()
+            values.append(loss.item())
+        assert values[-1] < 0.6 * values[0], values
+        if dtype == torch.float16:
+            assert scaler.get_scale() == 2.0**10, "steps were skipped"
+
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    def test_dtypes_of_the_states(self, model: Any, dtype: torch.dtype) -> None:
+        """What each mixer declares, with weights in half precision and under autocast; the recurrence's are wide."""
+        ids = tokens(1, 9)
+        for name, tensor in model(ids, use_cache=True).past_key_values.tensors():
+            assert tensor.dtype == specified(model.config, torch.float32)[name], name
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+            cache = model(ids, use_cache=True).past_key_values
+            model(ids[:, :1], past_key_values=cache)
+        wide = [name for name, wanted in specified(model.config, dtype).items() if wanted == torch.float32]
+        states = dict(cache.tensors())
+        assert all(states[name].dtype == torch.float32 for name in wide), "under autocast"
+        with torch.no_grad():
+            cache = model.to(dtype)(ids, use_cache=True).past_key_values
+            model(ids[:, :1], past_key_values=cache)
+        for name, tensor in cache.tensors():
+            assert tensor.dtype == specified(model.config, dtype)[name], name
+
+    def test_bf16_weights_at_length_2048(self, model: Any, tmp_path: Any) -> None:
+        """The error of bf16 arithmetic does not grow with the length, and a state carried along adds nothing.
+
+        The peer is the float32 model with the same, rounded weights.
+        """
+        ids = tokens(1, 2048)
+        model.save_pretrained(tmp_path)
+        half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+        exact = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).float()
+        truth = logits(exact, ids)
+        error = (logits(half, ids).float() - truth).square().mean(-1).sqrt()[0] / truth.square().mean().sqrt()
+        early, late = error[:64].square().mean().sqrt(), error[-512:].square().mean().sqrt()
+        print("bf16", early, late)
+        assert late < 1.5 * early, f"relative error {early:.2%} on the first 64 tokens, {late:.2%} on the last 512"
+        assert late < 16 * torch.finfo(torch.bfloat16).eps

@@ -1,0 +1,176 @@
+"""Saving and loading: every bit comes back, whatever the form of the checkpoint, for every head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_archs.registry import Architecture
+from hf_archs.testing.contract.models import Contract, gradients, lively, logits, tokens
+
+HEADS = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
+
+
+def assert_same_bits(found: Any, expected: Any) -> None:
+    """Hold that two models have the same tensors, and say the same of the same tokens."""
+    ours, theirs = expected.state_dict(), found.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert theirs[name].dtype == tensor.dtype, name
+        assert torch.equal(theirs[name], tensor), name
+    buffers = dict(expected.named_buffers())
+    for name, buffer in found.named_buffers():  # those that are in no file as well
+        assert torch.equal(buffer, buffers[name]), name
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        for a, b in zip(found(ids).to_tuple(), expected(ids).to_tuple()):
+            if isinstance(a, torch.Tensor):
+                assert torch.equal(a, b)
+
+
+def stored_names(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names |= set(opened.keys())
+    return names
+
+
+class SavingContract(Contract):
+    """Promises about checkpoints."""
+
+    @pytest.mark.parametrize("auto_class", HEADS)
+    def test_every_head_comes_back_bit_for_bit(self, architecture: Architecture, auto_class: str, tmp_path: Path):
+        loader, model_class = architecture.auto_classes()[auto_class]
+        model = lively(model_class, architecture.tiny_config(num_labels=2))
+        model.save_pretrained(tmp_path)
+        found, info = loader.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(found) is model_class
+        assert not found.training
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        assert_same_bits(found, model)
+
+    @pytest.mark.parametrize("auto_class", HEADS[1:])
+    def test_every_head_has_a_loss(self, architecture: Architecture, auto_class: str) -> None:
+        """Its loss is finite, and every parameter has a share in it."""
+        _, model_class = architecture.auto_classes()[auto_class]
+        model = lively(model_class, architecture.tiny_config(num_labels=2)).train()
+        ids = tokens(2, 9)
+        labels: dict[str, Any] = {
+            "AutoModelForSequenceClassification": {"labels": torch.tensor([0, 1])},
+            "AutoModelForTokenClassification": {"labels": ids % 2},
+            "AutoModelForQuestionAnswering": {
+                "start_positions": torch.tensor([1, 2]),
+                "end_positions": torch.tensor([3, 8]),
+            },
+        }
+        loss = model(ids, **labels.get(auto_class, {"labels": ids})).loss
+        assert loss.isfinite()
+        for name, gradient in gradients(model, loss).items():
+            assert gradient.isfinite().all(), name
+            assert gradient.abs().max() > 0, name
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_tied_and_untied_heads(self, architecture: Architecture, tied: bool, tmp_path: Path) -> None:
+        model = lively(architecture.causal_lm_class, architecture.tiny_config(tie_word_embeddings=tied))
+        model.save_pretrained(tmp_path)
+        assert ("lm_head.weight" in stored_names(tmp_path)) is not tied
+        found = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert (found.lm_head.weight is found.model.embed_tokens.weight) is tied
+        assert_same_bits(found, model)
+
+    def test_sharded(self, model: Any, tmp_path: Path) -> None:
+        model.save_pretrained(tmp_path, max_shard_size="40KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 2
+        assert_same_bits(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+    @pytest.mark.parametrize("options", [{"low_cpu_mem_usage": True}, {"device_map": "cpu"}], ids=str)
+    def test_built_on_the_meta_device(self, model: Any, options: dict[str, Any], tmp_path: Path) -> None:
+        model.save_pretrained(tmp_path)
+        assert_same_bits(AutoModelForCausalLM.from_pretrained(tmp_path, **options), model)
+
+    def test_bf16(self, model: Any, tmp_path: Path) -> None:
+        """Loaded in bf16, a model keeps its states' parameters in float32, and comes back bit for bit from there."""
+        model.save_pretrained(tmp_path / "float32")
+        half = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
+        exact = dict(model.named_parameters())
+        strict = tuple(f".{name}." for name in model._keep_in_fp32_modules_strict or ())
+        for name, parameter in half.named_parameters():
+            kept = any(part in name for part in strict)
+            assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
+            assert torch.equal(parameter, exact[name].to(parameter.dtype)), name
+        half.save_pretrained(tmp_path / "bf16")
+        assert AutoConfig.from_pretrained(tmp_path / "bf16").dtype == torch.bfloat16
+        assert_same_bits(AutoModelForCausalLM.from_pretrained(tmp_path / "bf16"), half)
+
+    def test_only_what_is_missing_is_initialised(self, model: Any, tmp_path: Path) -> None:
+        """One tensor is taken out of the file; loading makes that one anew, at its initial value, and no other."""
+        exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        stored = load_file(file)
+        for missing in sorted(stored):
+            save_file({k: v for k, v in stored.items() if k != missing}, file, metadata={"format": "pt"})
+            with torch.random.fork_rng():
+                found = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+            tied = "lm_head.weight" if model.config.tie_word_embeddings else missing
+            for name, tensor in found.items():
+                if name in (missing, tied) and missing in (name, "model.embed_tokens.weight"):
+                    assert tensor.isfinite().all(), missing
+                    assert not torch.equal(tensor, exact[name]), missing
+                else:
+                    assert torch.equal(tensor, exact[name]), f"{name} was made anew when {missing} was missing"
+
+    def test_a_head_takes_the_backbone_over(self, model: Any, tmp_path: Path) -> None:
+        model.save_pretrained(tmp_path)
+        found = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+        ours = model.model.state_dict()
+        assert all(torch.equal(tensor, ours[name]) for name, tensor in found.model.state_dict().items())
+
+    def test_every_parameter_is_initialised(self, architecture: Architecture) -> None:
+        """Fresh memory is full of not-a-number here; the same seed gives the same model, built on meta or not."""
+        deterministic = torch.utils.deterministic
+        before = deterministic.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        deterministic.fill_uninitialized_memory = True
+        try:
+            model = architecture.causal_lm_class(architecture.tiny_config())
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                assert tensor.isfinite().all(), f"{name} is not initialised"
+        finally:
+            deterministic.fill_uninitialized_memory = before
+            torch.use_deterministic_algorithms(False)
+
+    def test_saved_again_and_again(self, model: Any, tmp_path: Path) -> None:
+        """What is saved does not change by being loaded and saved: neither the config nor the stub nor a weight."""
+        model.save_pretrained(tmp_path / "0")
+        for i in range(2):
+            AutoModelForCausalLM.from_pretrained(tmp_path / str(i)).save_pretrained(tmp_path / str(i + 1))
+        for file in (tmp_path / "0").iterdir():
+            assert (tmp_path / "2" / file.name).read_bytes() == file.read_bytes(), file.name
+        config = json.loads((tmp_path / "2" / "config.json").read_text())
+        assert config["model_type"] == model.config.model_type
+        stub = {value.partition(".")[0] for value in config["auto_map"].values()}
+        assert all((tmp_path / "2" / f"{module}.py").is_file() for module in stub)
+
+    def test_moved_to_float64_and_back(self, model: Any) -> None:
+        """Casting touches nothing: a float64 model agrees with the float32 one as well as float32 can."""
+        ids = tokens(1, 20)
+        single = logits(model, ids)
+        double = logits(model.double(), ids)
+        assert double.dtype == torch.float64
+        assert torch.equal(logits(model.float(), ids), single)

@@ -1,0 +1,204 @@
+"""Gradients and the Trainer."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from hf_archs.backend import BACKENDS, use_backend
+from hf_archs.testing.contract.models import (
+    Contract,
+    assert_all_close,
+    assert_close,
+    gradients,
+    logits,
+    tokens,
+    weighed,
+)
+from hf_archs.testing.contract.padding import padded
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    """Arguments for a short, quiet, deterministic run on the CPU."""
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+            "report_to": [],
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 1.0,
+            **options,
+        }
+    )
+
+
+def examples(lengths: list[int]) -> list[dict[str, Any]]:
+    """Rows of 12 tokens, padded on the right, of which the first ``length`` count for the loss."""
+    rows = []
+    for i, n in enumerate(lengths):
+        ids = tokens(1, 12, seed=i % 4)[0]
+        mask = (torch.arange(12) < n).long()
+        rows.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    return rows
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class TrainingContract(Contract):
+    """Promises about training."""
+
+    def test_gradients_are_the_slopes(self, model: Any) -> None:
+        """In float64, along a random direction of each parameter: autograd against a finite difference."""
+        model.double().train()
+        ids, mask = padded([tokens(1, 9)[0], tokens(1, 5)[0]], "interior", 10)
+
+        def loss() -> torch.Tensor:
+            return weighed(model(ids, attention_mask=mask).logits[mask.bool()])
+
+        found = gradients(model, loss())
+        for name, parameter in model.named_parameters():
+            direction, step = torch.randn_like(parameter), 1e-5
+            with torch.no_grad():
+                parameter.add_(direction, alpha=step)
+                above = loss()
+                parameter.add_(direction, alpha=-2 * step)
+                slope = (above - loss()) / (2 * step)
+                parameter.add_(direction, alpha=step)
+            expected = (found[name] * direction).sum()
+            scale = found[name].norm() * direction.norm() / direction.numel() ** 0.5
+            assert scale > 0, f"{name} has no gradient"
+            assert (slope - expected).abs() < 1e-5 * scale, f"{name}: autograd {expected}, difference {slope}"
+
+    def test_routes_agree(self, model: Any) -> None:
+        """Reference, portable and Triton: the same logits, states and gradients of a padded and packed batch."""
+        ids, mask = padded([tokens(1, 19)[0], tokens(1, 13)[0]], "left", 21)
+        seq_idx = (torch.arange(21) >= 11).int().expand(2, -1)
+        found = {}
+        for route in BACKENDS:
+            with use_backend(route):
+                out = model(ids, attention_mask=mask, seq_idx=seq_idx, use_cache=True)
+                kept = {name: tensor.detach() for name, tensor in out.past_key_values.tensors()}
+                step = logits(model, tokens(2, 1), past_key_values=out.past_key_values)
+                real = out.logits[mask.bool()]
+                found[route] = (real.detach(), step, kept, gradients(model, weighed(real)))
+        for route in BACKENDS[1:]:
+            assert_close(found[route][0], found["reference"][0], route)
+            assert_close(found[route][1], found["reference"][1], f"{route}, one step")
+            assert_all_close(found[route][2], found["reference"][2], f"{route}, states")
+            assert_all_close(found[route][3], found["reference"][3], f"{route}, gradients", 3e-5)
+
+    def test_every_module_is_called(self, model: Any) -> None:
+        """A parameter that is read past its module's forward is lost on adapters, offloading, sharding, quantisers."""
+        called: set[nn.Module] = set()
+        owners = {m: name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
+        for module in owners:
+            module.register_forward_hook(lambda m, args, out: called.add(m))
+        model.train()(tokens(1, 9)).logits.sum().backward()
+        assert not [name for module, name in owners.items() if module not in called]
+        called.clear()
+        with torch.no_grad():
+            model.eval()(tokens(1, 1), use_cache=True)
+        assert not [name for module, name in owners.items() if module not in called]
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_gradient_checkpointing(self, model: Any, reentrant: bool) -> None:
+        ids, mask = padded([tokens(1, 19)[0], tokens(1, 9)[0]], "left", 20)
+        model.train()
+        blocks = model.model.layers
+
+        def run() -> tuple[dict[str, torch.Tensor], int]:
+            calls = 0
+
+            def count(*_: Any) -> None:
+                nonlocal calls
+                calls += 1
+
+            hooks = [block.mixer.register_forward_hook(count) for block in blocks]
+            found = gradients(model, model(ids, attention_mask=mask, labels=ids).loss)
+            for hook in hooks:
+                hook.remove()
+            return found, calls
+
+        plain, once = run()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        again, twice = run()
+        assert twice == 2 * once, "nothing was computed a second time"
+        assert_all_close(again, plain, "gradient")
+
+    def test_it_learns(self, model: Any, tmp_path: Path) -> None:
+        """The Trainer trains it, evaluates it, and saves what it trained."""
+        rows = examples([12] * 8)
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, max_steps=15, per_device_train_batch_size=4, save_strategy="steps", save_steps=15),
+            train_dataset=rows,
+            eval_dataset=rows,
+        )
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        after = trainer.evaluate()["eval_loss"]
+        assert after < 0.5 * before
+        with torch.no_grad():
+            batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            assert abs(model.eval()(**batch).loss.item() - after) < 1e-4 * after
+        saved = type(model).from_pretrained(tmp_path / "checkpoint-15").state_dict()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+    def test_a_resumed_run_equals_the_uninterrupted_one(self, model: Any, tmp_path: Path) -> None:
+        rows = examples([12, 7, 9, 12, 4, 11, 12, 6])
+        options = {"max_steps": 6, "save_steps": 3, "save_strategy": "steps", "per_device_train_batch_size": 3}
+        options |= {"lr_scheduler_type": "linear", "warmup_steps": 2}
+        whole = Trainer(copy.deepcopy(model), arguments(tmp_path / "whole", **options), train_dataset=rows)
+        whole.train()
+        resumed = Trainer(model, arguments(tmp_path / "resumed", **options), train_dataset=rows)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+        assert resumed.state.global_step == 6
+        assert losses(resumed) == losses(whole)
+        ours = whole.model.state_dict()
+        for name, tensor in resumed.model.state_dict().items():
+            assert torch.equal(tensor, ours[name]), name
+
+    def test_gradient_accumulation(self, model: Any, tmp_path: Path) -> None:
+        """Four rows at once, or one at a time: the same step, though the rows have 11, 1, 4 and 7 predicted tokens."""
+        rows = examples([12, 2, 5, 8])
+        found = []
+        for batch in (4, 1):
+            trainer = Trainer(
+                copy.deepcopy(model),
+                arguments(
+                    tmp_path,
+                    max_steps=1,
+                    per_device_train_batch_size=batch,
+                    gradient_accumulation_steps=4 // batch,
+                    optim="sgd",
+                    max_grad_norm=0.0,
+                ),
+                train_dataset=rows,
+            )
+            trainer.train()
+            start = dict(model.named_parameters())
+            found.append(({n: p - start[n] for n, p in trainer.model.named_parameters()}, losses(trainer)[0]))
+        assert abs(found[0][1] - found[1][1]) < 1e-4 * found[0][1]
+        # a step is a small difference of large numbers: the last bits of the parameters show in it
+        assert_all_close(found[1][0], found[0][0], "step", 1e-3)
+
+    def test_num_items_in_batch(self, model: Any) -> None:
+        ids = tokens(2, 9)
+        with torch.no_grad():
+            mean = model(ids, labels=ids).loss
+            found = model(ids, labels=ids, num_items_in_batch=torch.tensor(48)).loss
+        assert_close(found, mean * 16 / 48, "loss")
