@@ -22,6 +22,9 @@ these say of the segments before it.
 There is no autotuning: the configuration follows from the shape alone, so results are the same from run to run.
 """
 
+# Tuples grow in the kernels, which are no Python.
+# mypy: disable-error-code="assignment,var-annotated"
+
 from __future__ import annotations
 
 import math
@@ -258,7 +261,7 @@ def _selective_scan_bwd_kernel(
     dB,  # (blocks of channels, b, n, l padded), like dC
     dC,
     dD,  # (s, b, c)
-    starts,  # (s, b, CHUNK / T, n, c): states at the starts of a chunk's tiles
+    starts,  # (s, b, CHUNK / T + 1, n, c): states at the starts of a chunk's tiles
     running,  # (s, b, n, c): the gradient of the state; at the end, of the state before the segment
     ends,  # (s, b, n, c): what the summaries found
     products,  # (s, b, n, c)
@@ -295,6 +298,7 @@ def _selective_scan_bwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
     PACKED: tl.constexpr = seq_idx is not None
     TILES: tl.constexpr = CHUNK // T
     block = tl.program_id(0).to(tl.int64)
@@ -326,7 +330,7 @@ def _selective_scan_bwd_kernel(
     dB += (block * batch + b) * state * padded
     dC += (block * batch + b) * state * padded
     dA += (s * batch + b) * row + c
-    starts += (s * batch + b) * TILES * row + c
+    starts += (s * batch + b) * (TILES + 1) * row + c
     running += (s * batch + b) * row + c
     d = tl.zeros([BLOCK_C], tl.float32)
     if D is not None:
@@ -352,22 +356,36 @@ def _selective_scan_bwd_kernel(
         chunk = first + (chunks - 1 - k) * CHUNK
         tiles = tl.cdiv(tl.minimum(CHUNK, last - chunk), T)
 
-        if not SUMMARY:  # the states at the starts of the chunk's tiles
+        if not SUMMARY:
+            # Forwards: the states at the starts of the tiles, and the gradients of C, D and z.
             for n in range(state):
                 h = _load(kept + ((chunk // CHUNK) * batch + b) * row + n * channels + c, in_c)
                 tl.store(starts + n * channels, h, mask=in_c)
             tl.debug_barrier()
-            for tile in range(tiles - 1):
+            for tile in range(tiles):
                 t0 = chunk + tile * T
-                x_tile = x + tl.cast(t0, tl.int64) * x_l
-                dt_tile = dt + tl.cast(t0, tl.int64) * dt_l
+                at = tl.cast(t0, tl.int64)
                 deltas = ()
                 inputs = ()
                 begins = ()
-                for i in tl.static_range(T):  # every token of these tiles is below the length
-                    delta = _delta(dt_tile + i * dt_l, t0 + i < limit, in_c)
+                grads = ()  # of C h + D x
+                outputs = ()  # C h + D x
+                for i in tl.static_range(T):
+                    here = in_c & (t0 + i < length)
+                    delta = _delta(dt + at * dt_l + i * dt_l, t0 + i < limit, here)
+                    value = _load(x + at * x_l + i * x_l, here)
                     deltas += (delta,)
-                    inputs += (delta * _load(x_tile + i * x_l, in_c),)
+                    inputs += (delta * value,)
+                    outputs += (d * value,)
+                    if dy is not None:
+                        grad = _load(dy + at * dy_l + i * dy_l, here)
+                    else:
+                        grad = tl.zeros([BLOCK_C], tl.float32)
+                    if z is not None:
+                        gate = _load(z + at * z_l + i * z_l, here)
+                        grad = grad * gate * tl.sigmoid(gate)
+                    grads += (grad,)
+                    dd += grad * value
                     if PACKED:
                         begins += (_begins(seq_idx, t0 + i, limit),)
                     else:
@@ -375,48 +393,57 @@ def _selective_scan_bwd_kernel(
                 for n in range(state):
                     A_n_row = _load(A + n * A_n, in_c) * LOG2E
                     B_row = B + n * B_n + t0
+                    C_row = C + n * C_n + t0
+                    dC_row = dC + n * padded + t0
                     h = _load(starts + tile * row + n * channels, in_c)
+                    news = ()
                     for i in tl.static_range(T):
                         a = _decay(deltas[i], A_n_row, begins[i], PACKED)
                         h = a * h + inputs[i] * tl.load(B_row + i).to(tl.float32)
+                        tl.store(dC_row + i, tl.sum(h * grads[i]))  # over this program's channels
+                        if z is not None:
+                            news += (outputs[i] + h * tl.load(C_row + i).to(tl.float32),)
+                    if z is not None:
+                        outputs = news
                     tl.store(starts + (tile + 1) * row + n * channels, h, mask=in_c)
+                if z is not None:
+                    for i in tl.static_range(T):
+                        here = in_c & (t0 + i < length)
+                        gate = _load(z + at * z_l + i * z_l, here)
+                        sigmoid = tl.sigmoid(gate)
+                        d_gate = outputs[i] * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                        if dy is not None:
+                            d_gate *= _load(dy + at * dy_l + i * dy_l, here)
+                        else:
+                            d_gate *= 0.0
+                        tl.store(dz + at * channels + i * channels, d_gate, mask=here)
                 tl.debug_barrier()
 
+        # Backwards: the gradient of the state, and what follows from it.
         for back in range(tiles):
             tile = tiles - 1 - back
             t0 = chunk + tile * T
             at = tl.cast(t0, tl.int64)
-            x_tile = x + at * x_l
-            dt_tile = dt + at * dt_l
-            if dy is not None:
-                dy_tile = dy + at * dy_l
-            dx_tile = dx + at * channels
-            ddt_tile = ddt + at * channels
-            if z is not None:
-                z_tile = z + at * z_l
-                dz_tile = dz + at * channels
             deltas = ()
             inputs = ()
             begins = ()
-            grads = ()  # of C h + D x
-            outputs = ()  # C h, for the gradient of the gate
+            grads = ()
             d_inputs = ()  # of delta x
             d_deltas = ()  # by way of the decay
             for i in tl.static_range(T):
                 here = in_c & (t0 + i < length)
-                delta = _delta(dt_tile + i * dt_l, t0 + i < limit, here)
+                delta = _delta(dt + at * dt_l + i * dt_l, t0 + i < limit, here)
                 deltas += (delta,)
                 if dy is not None:
-                    grad = _load(dy_tile + i * dy_l, here)
+                    grad = _load(dy + at * dy_l + i * dy_l, here)
                 else:
                     grad = tl.zeros([BLOCK_C], tl.float32)
                 if z is not None:
-                    gate = _load(z_tile + i * z_l, here)
+                    gate = _load(z + at * z_l + i * z_l, here)
                     grad = grad * gate * tl.sigmoid(gate)
                 grads += (grad,)
                 if not SUMMARY:
-                    inputs += (delta * _load(x_tile + i * x_l, here),)
-                    outputs += (tl.zeros([BLOCK_C], tl.float32),)
+                    inputs += (delta * _load(x + at * x_l + i * x_l, here),)
                     d_inputs += (tl.zeros([BLOCK_C], tl.float32),)
                     d_deltas += (tl.zeros([BLOCK_C], tl.float32),)
                 if PACKED:
@@ -429,26 +456,17 @@ def _selective_scan_bwd_kernel(
                 B_row = B + n * B_n + t0
                 C_row = C + n * C_n + t0
                 dB_row = dB + n * padded + t0
-                dC_row = dC + n * padded + t0
                 q = _load(running + n * channels, in_c)  # of the state after the tile
                 decays = ()
                 befores = ()  # a h: what is left of the state before
-                news = ()
                 if not SUMMARY:
                     h = _load(starts + tile * row + n * channels, in_c)
                 for i in tl.static_range(T):
                     a = _decay(deltas[i], A_n_row, begins[i], PACKED)
                     decays += (a,)
                     if not SUMMARY:
-                        before = a * h
-                        h = before + inputs[i] * tl.load(B_row + i).to(tl.float32)
-                        befores += (before,)
-                        if z is not None:
-                            news += (outputs[i] + h * tl.load(C_row + i).to(tl.float32),)
-                        # the sum over this program's channels
-                        tl.store(dC_row + i, tl.sum(h * grads[i]))
-                if not SUMMARY and z is not None:
-                    outputs = news
+                        befores += (a * h,)
+                        h = befores[i] + inputs[i] * tl.load(B_row + i).to(tl.float32)
                 d_A = tl.zeros([BLOCK_C], tl.float32)
                 new_inputs = ()
                 new_deltas = ()
@@ -474,22 +492,12 @@ def _selective_scan_bwd_kernel(
                     if PACKED:
                         alive = tl.where(begins[i], 0.0, alive)
                 else:
-                    value = _load(x_tile + i * x_l, here)
-                    tl.store(dx_tile + i * channels, d_inputs[i] * deltas[i] + d * grads[i], mask=here)
-                    d_delta = d_deltas[i] * 0.6931471805599453 + d_inputs[i] * value  # A_n_row has log2(e) in it
-                    raw = _load(dt_tile + i * dt_l, here)
+                    value = _load(x + at * x_l + i * x_l, here)
+                    tl.store(dx + at * channels + i * channels, d_inputs[i] * deltas[i] + d * grads[i], mask=here)
+                    d_delta = d_deltas[i] * LN2 + d_inputs[i] * value  # A_n_row has log2(e) in it
+                    raw = _load(dt + at * dt_l + i * dt_l, here)
                     d_dt = tl.where(t0 + i < limit, d_delta * tl.sigmoid(raw), 0.0)
-                    tl.store(ddt_tile + i * channels, d_dt, mask=here)
-                    dd += grads[i] * value
-                    if z is not None:
-                        gate = _load(z_tile + i * z_l, here)
-                        sigmoid = tl.sigmoid(gate)
-                        d_gate = (outputs[i] + d * value) * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-                        if dy is not None:
-                            d_gate *= _load(dy_tile + i * dy_l, here)
-                        else:
-                            d_gate *= 0.0
-                        tl.store(dz_tile + i * channels, d_gate, mask=here)
+                    tl.store(ddt + at * channels + i * channels, d_dt, mask=here)
             tl.debug_barrier()
 
     if SUMMARY:
@@ -629,7 +637,7 @@ def selective_scan_bwd(
     dA, running, ends, products = (scratch(segments, b, n, c) for _ in range(4))
     dB, dC = (scratch(blocks, b, n, B.shape[2]) for _ in range(2))
     dD = None if D is None else scratch(segments, b, c)
-    starts = scratch(segments, b, CHUNK // config["T"], n, c)
+    starts = scratch(segments, b, CHUNK // config["T"] + 1, n, c)
 
     def launch(running: Tensor, summary: bool) -> None:
         _selective_scan_bwd_kernel[(blocks, b, segments)](
@@ -659,40 +667,37 @@ def selective_scan_bwd(
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Every kernel and configuration, for `hf_archs.kernels.aot`: training in bfloat16 and float32, with and without
-    documents and segments."""
-    pointers = {
-        _selective_scan_fwd_kernel: "y final kept running ends products",
-        _selective_scan_bwd_kernel: "kept dx ddt dz dA dB dC dD starts running ends products",
-    }
+    """Both kernels with every configuration, for `hf_archs.kernels.aot`."""
+    activations = "x dt z B C dy y dx ddt dz".split()
     specs = []
-    for kernel in pointers:
-        for config in CONFIGS:
-            for dtype in ("bf16", "fp32"):
-                for packed, summary in ((False, False), (True, False), (True, True)):
-                    constexprs: dict[str, object] = {"SUMMARY": summary, "CHUNK": CHUNK, **config}
-                    num_warps = constexprs.pop("num_warps")
-                    assert isinstance(num_warps, int)
-                    constexprs |= {f"{t}_c": 1 for t in ("x", "dt", "z", "dy", "A")}
-                    if not packed:
-                        constexprs |= {"seq_idx": None, "lengths": None}
-                    signature = {}
-                    for name in kernel.arg_names:
-                        if name in constexprs:
-                            kind = "constexpr"
-                        elif name in ("x", "dt", "z", "B", "C", "dy", "y", "dx", "ddt", "dz"):
-                            kind = f"*{dtype}"
-                        elif name in ("seq_idx", "lengths"):
-                            kind = "*i64"
-                        elif name in ("A", "D", "initial", "d_final", *pointers[kernel].split()):
-                            kind = "*fp32"
-                        elif name in ("channels", "state", "segment") or name[-2:] in ("_b", "_l", "_n"):
-                            kind = "i32:16"
-                        else:
-                            kind = "i32"
-                        signature[name] = kind
-                    constexprs = {name: constexprs[name] for name in signature if name in constexprs}
-                    label = f"{dtype} {config['BLOCK_C']} x {config['T']}"
-                    label += ", packed" * packed + ", summary" * summary
-                    specs.append(KernelSpec(kernel, signature, constexprs, num_warps, num_stages=2, label=label))
+    for kernel in (_selective_scan_fwd_kernel, _selective_scan_bwd_kernel):
+        for config, dtype, packed, summary in (
+            (CONFIGS[0], "bf16", False, False),
+            (CONFIGS[0], "bf16", True, False),
+            (CONFIGS[0], "bf16", True, True),
+            (CONFIGS[0], "fp32", True, False),
+            (CONFIGS[1], "bf16", True, False),
+            (CONFIGS[2], "bf16", False, False),
+        ):
+            given: dict[str, object] = {"SUMMARY": summary, "CHUNK": CHUNK, "T": config["T"]}
+            given |= {"BLOCK_C": config["BLOCK_C"]} | {f"{t}_c": 1 for t in ("x", "dt", "z", "dy", "A")}
+            if not packed:
+                given |= {"seq_idx": None, "lengths": None}
+            signature = {}
+            for name in kernel.arg_names:
+                if name in given:
+                    signature[name] = "constexpr"
+                elif name in activations:
+                    signature[name] = f"*{dtype}"
+                elif name in ("seq_idx", "lengths"):
+                    signature[name] = "*i64"
+                elif name in ("length", "batch", "segments"):
+                    signature[name] = "i32"
+                elif name in ("channels", "state", "segment") or name[-2:] in ("_b", "_l", "_c", "_n"):
+                    signature[name] = "i32:16"
+                else:
+                    signature[name] = "*fp32"
+            constexprs = {name: value for name, value in given.items() if name in signature}
+            label = f"{dtype} {config['BLOCK_C']} x {config['T']}" + ", packed" * packed + ", summary" * summary
+            specs.append(KernelSpec(kernel, signature, constexprs, config["num_warps"], num_stages=3, label=label))
     return specs
