@@ -8,7 +8,6 @@ The environment variable ``HF_ARCHS_BACKEND`` overrides the automatic choice, fo
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 import warnings
@@ -28,23 +27,28 @@ def _checked(name: str | None) -> str | None:
 _override: str | None = _checked(os.environ.get("HF_ARCHS_BACKEND") or None)
 
 
-@functools.cache
+# not functools.cache, which torch.compile warns of
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_warned: set[str] = set()
+
+
 def has_triton() -> bool:
     """True where the ``triton`` package can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
-@functools.cache
 def _automatic(device_type: str) -> str:
     if device_type != "cuda":  # ROCm devices are called "cuda" as well
         return "portable"
     if has_triton():
         return "triton"
-    warnings.warn(
-        "hf-archs: no triton package beside this GPU build of torch, so every op runs in its portable PyTorch form, "
-        "which is many times slower; install triton",
-        stacklevel=3,
-    )
+    if device_type not in _warned:
+        _warned.add(device_type)
+        warnings.warn(
+            "hf-archs: no triton package beside this GPU build of torch, so every op runs in its portable PyTorch "
+            "form, which is many times slower; install triton",
+            stacklevel=3,
+        )
     return "portable"
 
 
