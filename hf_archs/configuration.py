@@ -94,6 +94,10 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         check_range(self, "num_hidden_layers", 1, 2**12)
         check_range(self, "initializer_range", 0.0, 10.0)
 
+    def validate_layer_type(self) -> None:
+        self.validate_sizes()  # before transformers compares the number of layers with their types
+        super().validate_layer_type()
+
     def layer_plan(self, layer_idx: int) -> LayerPlan:
         """What stands in layer ``layer_idx``; a pure stack has the same everywhere."""
         return LayerPlan(self.mixer_type, self)

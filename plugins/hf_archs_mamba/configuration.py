@@ -55,8 +55,8 @@ class MambaMixerConfig(MixerConfig):
         if self.time_step_rank is not None:
             check_range(self, "time_step_rank", 1, 2**17)
         check_range(self, "time_step_scale", 0.0, 1e3)
+        check_range(self, "time_step_max", 1e-9, 1e3)
         check_range(self, "time_step_min", 1e-9, self.time_step_max)
-        check_range(self, "time_step_max", self.time_step_min, 1e3)
         check_range(self, "time_step_floor", 1e-9, 1e3)
         check_range(self, "bcdt_norm_eps", 0.0, 1.0)
 

@@ -48,8 +48,8 @@ class Mamba2MixerConfig(MixerConfig):
         check_range(self, "expand", 1, 64)
         check_range(self, "head_dim", 1, 2**12)
         check_range(self, "conv_kernel", 2, 8)
+        check_range(self, "time_step_max", 1e-9, 1e3)
         check_range(self, "time_step_min", 1e-9, self.time_step_max)
-        check_range(self, "time_step_max", self.time_step_min, 1e3)
         check_range(self, "time_step_floor", 1e-9, 1e3)
         if self.inner_size % self.head_dim:
             raise ValueError(
