@@ -69,7 +69,7 @@ class AdapterContract(Contract):
         wrapped = get_peft_model(copy.deepcopy(model), lora(target_modules="all-linear")).eval()
         expected = logits(wrapped, ids)
         assert (expected - plain).abs().max() > 1e-1
-        wrapped.save_pretrained(tmp_path)
+        wrapped.save_pretrained(str(tmp_path))
         loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
         assert torch.equal(logits(loaded, ids), expected), "saved and loaded"
         wrapped.merge_adapter()
@@ -89,7 +89,7 @@ class AdapterContract(Contract):
         plain = logits(model, ids)
         wrapped = get_peft_model(model, lora(target_modules="all-linear"), adapter_name="first").eval()
         wrapped.add_adapter("second", lora())
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for name in ("first", "second", "first"):
             wrapped.set_adapter(name)
             found.setdefault(name, logits(wrapped, ids))
@@ -119,7 +119,7 @@ class AdapterContract(Contract):
             moved = (parameter != before[name]).double().mean()
             assert moved > 0.9, f"{name}: {moved:.0%} of it moved"
         expected = logits(wrapped.eval(), ids)
-        wrapped.save_pretrained(tmp_path)
+        wrapped.save_pretrained(str(tmp_path))
         assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path).eval(), ids), expected)
 
     def test_prompt_tuning_with_generation(self, model: Any) -> None:

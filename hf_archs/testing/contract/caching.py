@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class CacheContract(Contract):
         dice = random.Random(0)
         for _ in range(3):
             ends = [0, *sorted(dice.sample(range(1, 150), 6)), 150]
-            cuts.append([b - a for a, b in zip(ends, ends[1:])])
+            cuts.append([b - a for a, b in itertools.pairwise(ends)])
         for sizes in cuts:
             assert_close(continued(model, ids, sizes), whole, f"pieces of {sizes}")
 

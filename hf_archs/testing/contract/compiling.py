@@ -44,7 +44,7 @@ class CompileContract(Contract):
         """`generate` with a static cache compiles its step once, for any number of tokens and a second call."""
         prompt = tokens(2, 11)
         counter = CompileCounterWithBackend("inductor")
-        compiled = CompileConfig(fullgraph=True, backend=counter, mode=None)
+        compiled: Any = CompileConfig(fullgraph=True, backend=counter, mode=None)  # type: ignore[arg-type]
         compiled._compile_all_devices = True
         options = {"cache_implementation": "static", "compile_config": compiled}
         expected = generate(copy.deepcopy(model), prompt)

@@ -59,8 +59,8 @@ def other_values(value: Any, hint: Any) -> list[Any]:
         elif option is bool:
             found += [True, False]
         elif option is int:
-            start = value if isinstance(value, int) else 2
-            found += [start + 1, start - 1, start * 2, start // 2, 1, 3]
+            whole = value if isinstance(value, int) else 2
+            found += [whole + 1, whole - 1, whole * 2, whole // 2, 1, 3]
         elif option is float:
             start = value if isinstance(value, float) and math.isfinite(value) else 1.0
             found += [start * 2, start / 2, start * 100, start / 100, 0.0, 1.0]
@@ -146,10 +146,12 @@ class ConfigContract(Contract):
         for field, hint in own_fields(architecture.config_class).items():
             assert not isinstance(hint, str), f"{field}: its type is a string, which `strict` checks nothing against"
             for value in wrong_values(hint):
-                with pytest.raises(REFUSED) as error:
+                try:
                     architecture.tiny_config(**{field: value})
+                except REFUSED as error:
+                    text = str(error)
+                else:
                     pytest.fail(f"{field}={value!r} is accepted")
-                text = str(error.value)
                 assert field in text, text
                 assert str(value) in text, text
                 assert "allowed" in text or "expected" in text, text

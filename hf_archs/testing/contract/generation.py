@@ -166,9 +166,9 @@ class GenerationContract(Contract):
         """The prompt repeats itself, so that there is something to look up, mostly wrong."""
         assert torch.equal(generate(model, prompt[:1], prompt_lookup_num_tokens=4), expected[:1])
         repeated = torch.cat([expected[:1], expected[:1, :20]], 1)
+        wanted = greedy(model, repeated)
         passes = Passes(model)
-        found = generate(model, repeated, prompt_lookup_num_tokens=4)
-        assert torch.equal(found, greedy(model, repeated))
+        assert torch.equal(generate(model, repeated, prompt_lookup_num_tokens=4), wanted)
         assert passes.count <= NEW
 
     def test_continued_after_assisted(self, model: Any, prompt: torch.Tensor) -> None:

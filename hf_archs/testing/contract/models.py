@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -117,6 +117,11 @@ def weighed(logits: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """A loss that every logit takes part in: the inner product with fixed random weights."""
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (logits * weights.to(logits.dtype)).mean()
+
+
+def total(losses: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of some losses."""
+    return torch.stack(list(losses)).sum()
 
 
 class Contract:

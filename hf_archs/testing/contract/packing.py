@@ -16,6 +16,7 @@ from hf_archs.testing.contract.models import (
     gradients,
     logits,
     tokens,
+    total,
     weighed,
 )
 from hf_archs.testing.contract.padding import padded
@@ -54,9 +55,9 @@ class PackingContract(Contract):
         for i, (found, expected) in enumerate(zip(out.logits[0].split(LENGTHS), alone)):
             assert_close(found, expected, f"document {i}")
         packed = gradients(
-            model, sum(weighed(part, i) for i, part in enumerate(model(**batch).logits[0].split(LENGTHS)))
+            model, total(weighed(part, i) for i, part in enumerate(model(**batch).logits[0].split(LENGTHS)))
         )
-        apart = gradients(model, sum(weighed(part, i) for i, part in enumerate(alone)))
+        apart = gradients(model, total(weighed(part, i) for i, part in enumerate(alone)))
         assert_all_close(packed, apart, "gradient")
         predicted = sum(n - 1 for n in LENGTHS)
         with torch.no_grad():

@@ -14,6 +14,7 @@ from hf_archs.testing.contract.models import (
     gradients,
     logits,
     tokens,
+    total,
     weighed,
 )
 
@@ -123,6 +124,6 @@ class PaddingContract(Contract):
         rows = [tokens(1, n, seed=n)[0] for n in (14, 6)]
         ids, mask = padded(rows, kind, 18)
         out = model(ids, attention_mask=mask).logits
-        found = gradients(model, sum(weighed(out[i, real.bool()], i) for i, real in enumerate(mask)))
-        alone = gradients(model, sum(weighed(model(row[None]).logits[0], i) for i, row in enumerate(rows)))
+        found = gradients(model, total(weighed(out[i, real.bool()], i) for i, real in enumerate(mask)))
+        alone = gradients(model, total(weighed(model(row[None]).logits[0], i) for i, row in enumerate(rows)))
         assert_all_close(found, alone, "gradient")

@@ -55,6 +55,7 @@ class SavingContract(Contract):
 
     @pytest.mark.parametrize("auto_class", HEADS)
     def test_every_head_comes_back_bit_for_bit(self, architecture: Architecture, auto_class: str, tmp_path: Path):
+        loader: Any
         loader, model_class = architecture.auto_classes()[auto_class]
         model = lively(model_class, architecture.tiny_config(num_labels=2))
         model.save_pretrained(tmp_path)
@@ -143,7 +144,7 @@ class SavingContract(Contract):
 
     def test_every_parameter_is_initialised(self, architecture: Architecture) -> None:
         """Fresh memory is full of not-a-number here; the same seed gives the same model, built on meta or not."""
-        deterministic = torch.utils.deterministic
+        deterministic: Any = torch.utils.deterministic
         before = deterministic.fill_uninitialized_memory
         torch.use_deterministic_algorithms(True, warn_only=True)
         deterministic.fill_uninitialized_memory = True

@@ -1,0 +1,397 @@
+"""The registry: discovery through entry points, refusals, import orders, and a toy plugin of a third party."""
+
+import importlib
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_archs
+from hf_archs import registry
+from hf_archs.configuration import MixerConfig
+
+
+def python(code: str, *paths: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run code in a new interpreter, with these folders first on the path."""
+    where = os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": where} | environment,
+        timeout=300,
+    )
+
+
+def passes(code: str, *paths: Path, **environment: str) -> str:
+    done = python(code, *paths, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def distribution(folder: Path, name: str, entry_points: dict[str, str]) -> None:
+    """Install a distribution of that name into a folder: its metadata and entry points."""
+    info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines = [f"{key} = {value}" for key, value in entry_points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[hf_archs.plugins]", *lines, ""]))
+
+
+TOY = '''
+"""An architecture of a third party: an exponential moving average as its mixer, and the core's feed-forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import GenerationMixin
+from transformers import initialization as init
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+
+from hf_archs.backbone import ArchForCausalLM, ArchForMaskedLM, ArchModel, ArchPreTrainedModel
+from hf_archs.configuration import ArchConfig, LayerPlan, MixerConfig, check_range
+from hf_archs.mlp import MLPConfig
+from hf_archs.registry import Architecture, StateSpec, register, register_mixer
+
+
+@strict
+@dataclass(kw_only=True)
+class AverageConfig(MixerConfig):
+    initial_decay: float = 0.9
+
+    def validate_average(self) -> None:
+        check_range(self, "initial_decay", 0.01, 0.99)
+
+
+class Decay(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.logit = nn.Parameter(torch.empty(config.hidden_size))
+
+    def init_weights(self):
+        init.constant_(self.logit, torch.logit(torch.tensor(self.config.initial_decay)).item())
+
+    def forward(self, x, state, lengths, seq_idx):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        decay = torch.sigmoid(self.logit.to(wide))
+        average = x.new_zeros(x.shape[0], x.shape[2], dtype=wide) if state is None else state.to(wide)
+        averages = []
+        for t in range(x.shape[1]):
+            if seq_idx is not None and t > 0:
+                real = True if lengths is None else t < lengths
+                begins = (seq_idx[:, t] != seq_idx[:, t - 1]) & real
+                average = torch.where(begins[:, None], 0, average)
+            new = decay * average + x[:, t].to(wide)
+            average = new if lengths is None else torch.where((t < lengths)[:, None], new, average)
+            averages.append(average)
+        return torch.stack(averages, 1).to(x.dtype), average
+
+
+class Average(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.in_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.ssm = Decay(config)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, state=None, lengths=None, seq_idx=None):
+        before = None if state is None else state.get("average")
+        x = torch.tanh(self.in_proj(hidden_states))
+        y, after = self.ssm(x, before, lengths, seq_idx)
+        if state is not None:
+            inputs = {"x": x} if seq_idx is None else {"x": x, "seq_idx": seq_idx}
+            state.update({"average": after}, inputs, self._replay)
+        return self.out_proj(y)
+
+    def _replay(self, inputs, before, lengths):
+        return {"average": self.ssm(inputs["x"], before["average"], lengths, inputs.get("seq_idx"))[1]}
+
+
+@strict
+class ArchToyConfig(ArchConfig, AverageConfig):
+    model_type = "toy_by_a_third_party"
+    mixer_type: ClassVar[str] = "toy_average"
+
+    intermediate_size: int = 96
+
+    def layer_plan(self, layer_idx):
+        wide = MLPConfig(hidden_size=self.hidden_size, intermediate_size=self.intermediate_size)
+        return LayerPlan(self.mixer_type, self, "mlp", wide)
+
+
+class ArchToyPreTrainedModel(ArchPreTrainedModel):
+    config_class = ArchToyConfig
+
+
+class ArchToyModel(ArchModel):
+    config_class = ArchToyConfig
+
+
+class ArchToyForCausalLM(ArchForCausalLM, GenerationMixin):
+    config_class = ArchToyConfig
+    _model_class = ArchToyModel
+
+
+class ArchToyForMaskedLM(ArchForMaskedLM):
+    config_class = ArchToyConfig
+    _model_class = ArchToyModel
+
+
+class ArchToyForSequenceClassification(GenericForSequenceClassification, ArchToyPreTrainedModel):
+    pass
+
+
+class ArchToyForTokenClassification(GenericForTokenClassification, ArchToyPreTrainedModel):
+    pass
+
+
+class ArchToyForQuestionAnswering(GenericForQuestionAnswering, ArchToyPreTrainedModel):
+    pass
+
+
+register_mixer(
+    "toy_average",
+    Average,
+    AverageConfig,
+    state=lambda config: {"average": StateSpec("recurrent", (config.hidden_size,), torch.float32)},
+)
+register(
+    Architecture(
+        name="toy",
+        config_class=ArchToyConfig,
+        model_class=ArchToyModel,
+        causal_lm_class=ArchToyForCausalLM,
+        masked_lm_class=ArchToyForMaskedLM,
+        sequence_classification_class=ArchToyForSequenceClassification,
+        token_classification_class=ArchToyForTokenClassification,
+        question_answering_class=ArchToyForQuestionAnswering,
+        mixer_class=Average,
+        lora_targets=("in_proj", "out_proj"),
+        tiny={"intermediate_size": 96},
+    )
+)
+'''
+
+TOY_CONTRACT = """
+import pytest
+import hf_archs
+from hf_archs.testing.contract import ArchitectureContract
+
+class TestToy(ArchitectureContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def architecture(cls):
+        return hf_archs.get_architecture("toy")
+"""
+
+# what costs minutes in all (the Trainer, compilers, length 2,048) is left to the built-in architectures
+TOY_TESTS = (
+    "pads or pieces or split or token_by_token or every_kind or saved or greedy or assisted or prompt_lookup or beams"
+    " or forward_gradients or last_document or field or tiny or lora or merged or state_parameters or prompt_tuning"
+    " or every_head or dtypes or missing or slopes or every_module"
+)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A folder with the toy plugin as an installed distribution."""
+    (tmp_path / "site" / "toy_plugin").mkdir(parents=True)
+    (tmp_path / "site" / "toy_plugin" / "__init__.py").write_text(TOY)
+    distribution(tmp_path / "site", "toy-plugin", {"toy": "toy_plugin"})
+    return tmp_path / "site"
+
+
+def test_a_third_party_plugin_passes_the_contract(toy, tmp_path):
+    """Found through its entry point, it needs nothing but its one file: mixer, state, cache, rollback, packing, PEFT."""
+    (tmp_path / "test_toy.py").write_text(TOY_CONTRACT)
+    conftest = Path(__file__).parent.parent / "conftest.py"
+    (tmp_path / "conftest.py").write_text(conftest.read_text())
+    settings = Path(hf_archs.__file__).parent.parent / "pyproject.toml"
+    code = f"""
+        import sys, pytest
+        sys.exit(pytest.main(["-q", "-c", {str(settings)!r}, "--rootdir", {str(tmp_path)!r}, "-p", "no:cacheprovider",
+            "-k", {TOY_TESTS!r}, {str(tmp_path / "test_toy.py")!r}]))
+    """
+    done = python(code, toy)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert int(done.stdout.split(" passed")[0].split()[-1]) > 50
+
+
+def test_a_third_party_plugin_has_its_own_name_in_the_stub(toy, tmp_path):
+    passes(
+        f"""
+        import hf_archs
+        model = hf_archs.get_architecture("toy").causal_lm_class(hf_archs.get_architecture("toy").tiny_config())
+        model.save_pretrained({str(tmp_path / "model")!r})
+        """,
+        toy,
+    )
+    stub = (tmp_path / "model" / "load_with_hf_archs.py").read_text()
+    assert "pip install toy-plugin" in stub
+
+
+def test_a_broken_plugin_is_one_warning(tmp_path):
+    """It names the plugin, its distribution and the cause; the others work, and an unknown name says why it may be."""
+    site = tmp_path / "site"
+    distribution(site, "broken-plugin", {"broken": "broken_plugin"})
+    (site / "broken_plugin.py").write_text("raise RuntimeError('a shelf fell down')\n")
+    passes(
+        """
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import hf_archs
+            hf_archs.load_plugins()  # again: nothing is said twice
+        said = [str(w.message) for w in caught if "hf-archs" in str(w.message)]
+        assert len(said) == 1, said
+        for part in ("'broken'", "broken-plugin", "RuntimeError: a shelf fell down"):
+            assert part in said[0], said[0]
+        assert hf_archs.failed_plugins() == {"broken": "RuntimeError: a shelf fell down"}
+        assert {"mamba", "mamba2"} <= set(hf_archs.architectures())
+        try:
+            hf_archs.get_architecture("broken")
+        except ValueError as error:
+            assert "a shelf fell down" in str(error), error
+        else:
+            raise AssertionError
+        """,
+        site,
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import hf_archs",
+        "import hf_archs_mamba2, hf_archs",
+        "import hf_archs_mamba, hf_archs_mamba2",
+        "from hf_archs.registry import architectures",
+        "import hf_archs.backbone",
+        "import hf_archs.cache",
+        "import hf_archs.kernels",
+        "import hf_archs.mlp",
+        "import hf_archs.norm",
+        "import hf_archs_mamba.mixer",
+        "from hf_archs_mamba.selective_scan import selective_scan",
+        "import transformers, hf_archs.configuration",
+    ],
+)
+def test_import_orders(code):
+    """Whatever comes first, all plugins are there afterwards and no warning was given."""
+    check = "import hf_archs as h; assert {'mamba', 'mamba2'} <= set(h.architectures()); assert not h.failed_plugins()"
+    done = python(f"import warnings; warnings.filterwarnings('error', message='hf-archs')\n{code}\n{check}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_native_classes_are_untouched():
+    passes(
+        """
+        import transformers
+        from transformers.models.auto import configuration_auto, modeling_auto
+        from transformers import MambaConfig, MambaForCausalLM, Mamba2ForCausalLM, AutoConfig, AutoModelForCausalLM
+        from peft.utils import constants
+
+        def picture():
+            natives = (MambaConfig, MambaForCausalLM, Mamba2ForCausalLM, transformers.PreTrainedModel,
+                       transformers.PreTrainedConfig, transformers.DynamicCache, transformers.StaticCache,
+                       transformers.GenerationMixin)
+            found = {c.__name__: {k: repr(v) for k, v in vars(c).items()} for c in natives}
+            found["mappings"] = dict(configuration_auto.CONFIG_MAPPING_NAMES)
+            found["causal"] = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+            found["lora"] = {k: v for k, v in constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()
+                             if not k.startswith("hf_archs")}
+            return found
+
+        before = picture()
+        import hf_archs
+        for name, attributes in picture().items():
+            assert attributes == before[name], name
+        model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1))
+        assert type(model) is MambaForCausalLM
+        assert type(AutoConfig.for_model("mamba")) is MambaConfig
+        """
+    )
+
+
+def test_names_that_are_taken():
+    mamba = registry.get_architecture("mamba")
+    before = registry.architectures()
+    with pytest.raises(ValueError, match="architecture 'mamba' is registered already, by hf_archs_mamba"):
+        registry.register(mamba)
+    with pytest.raises(ValueError, match=r"architecture 'other'.*hf_archs_mamba"):
+        registry.register(replace(mamba, name="other"))  # the same model type
+    assert registry.architectures() == before
+    mixer = registry.get_mixer("mamba")
+    with pytest.raises(ValueError, match="mixer 'mamba' is registered already, by hf_archs_mamba"):
+        registry.register_mixer("mamba", mixer.module_class, mixer.config_class, state=mixer.state)
+    with pytest.raises(ValueError, match=r"feed-forward 'mlp' is registered already, by hf_archs\.mlp"):
+        registry.register_feed_forward("mlp", torch.nn.Linear, MixerConfig)
+
+
+def test_classes_that_are_no_config():
+    mamba = registry.get_architecture("mamba")
+    with pytest.raises(TypeError, match=r"architecture 'other'.*Linear.*no config class"):
+        registry.register(replace(mamba, name="other", config_class=torch.nn.Linear))
+    with pytest.raises(TypeError, match="architecture 'other'"):
+        registry.register(replace(mamba, name="other", config_class="ArchMambaConfig"))
+
+    class NoType(mamba.config_class):
+        model_type = ""
+
+    with pytest.raises(TypeError, match="NoType has no model_type"):
+        registry.register(replace(mamba, name="other", config_class=NoType))
+    with pytest.raises(TypeError, match=r"mixer 'other'.*dict.*no subclass of MixerConfig"):
+        registry.register_mixer("other", torch.nn.Linear, dict, state=lambda config: {})
+    assert "other" not in registry.architectures()
+
+
+def test_near_names():
+    with pytest.raises(ValueError, match=r"no architecture 'mamba3'; did you mean mamba.*registered are mamba, mamba2"):
+        hf_archs.get_architecture("mamba3")
+    with pytest.raises(ValueError, match="no mixer 'mamab'; did you mean mamba"):
+        hf_archs.get_mixer("mamab")
+    with pytest.raises(ValueError, match="no feed-forward 'mpl'; did you mean mlp"):
+        hf_archs.get_feed_forward("mpl")
+    with pytest.raises(ValueError) as error:
+        hf_archs.get_architecture("qqqqq")
+    assert "did you mean" not in str(error.value)
+
+
+def test_public_names():
+    for name in hf_archs.__all__:
+        assert getattr(hf_archs, name) is not None
+    assert importlib.metadata.version("hf-archs") == hf_archs.__version__
+
+
+def test_lora_targets_are_registered():
+    from peft.utils import constants
+
+    for name in hf_archs.architectures():
+        architecture = hf_archs.get_architecture(name)
+        targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[architecture.model_type]
+        assert tuple(targets) == architecture.lora_targets
+
+
+def test_find_architecture():
+    for name in hf_archs.architectures():
+        architecture = hf_archs.get_architecture(name)
+        assert registry.find_architecture(architecture.config_class) is architecture
+        assert registry.distribution_of(architecture) == "hf-archs"
+        assert architecture.model_type == f"hf_archs_{name}"
+        assert architecture.config_class.__name__.startswith("Arch")
+    assert registry.find_architecture(MixerConfig) is None
