@@ -114,22 +114,21 @@ def causal_conv1d_reference(
     """`causal_conv1d` token by token: what the fast forms are held against."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     b, l, c = x.shape
-    window = x.new_zeros(b, c, weight.shape[1] - 1, dtype=dtype)
-    if initial_state is not None:
-        window = initial_state.to(dtype)
+    window = x.new_zeros(b, c, weight.shape[1] - 1) if initial_state is None else initial_state.to(x.dtype)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     final_state = window
     outputs = []
     for t in range(l):
         if seq_idx is not None and t > 0:
             window = torch.where((seq_idx[:, t] != seq_idx[:, t - 1])[:, None, None], 0, window)
-        seen = torch.cat([window, x[:, t, :, None].to(dtype)], dim=2)
-        y = (seen * weight.to(dtype)).sum(2)
+        seen = torch.cat([window, x[:, t, :, None]], dim=2)
+        y = (seen.to(dtype) * weight).sum(2)
         if bias is not None:
-            y = y + bias.to(dtype)
+            y = y + bias
         outputs.append(F.silu(y) if activation == "silu" else y)
         window = seen[:, :, 1:]
         final_state = window if lengths is None else torch.where((t < lengths)[:, None, None], window, final_state)
-    return torch.stack(outputs, dim=1).to(x.dtype), final_state.to(x.dtype)
+    return torch.stack(outputs, dim=1).to(x.dtype), final_state
 
 
 def _step(
@@ -264,8 +263,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y):
-    gradients = _causal_conv1d_backward(grad_y, *ctx.saved_tensors, ctx.silu)
     saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
+    gradients = _causal_conv1d_backward(grad_y, *saved, ctx.silu)
     return *(g if t is not None else None for g, t in zip(gradients, saved)), None, None
 
 
