@@ -1,0 +1,261 @@
+"""Compare ops and whole models with their peers in one run: interleaved pairs, medians, ratios.
+
+Machines are noisy, so every measure alternates between ours and the peer, and what counts is the median of the
+ratios of neighbouring runs. Nothing here fails on a slow machine; the numbers go into a JSON file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_archs import registry
+from hf_archs.backend import backend_for
+
+Run = Callable[[], Any]
+
+
+@dataclass
+class Measure:
+    """One comparison: ours against a peer, on the same input."""
+
+    name: str
+    peer: str
+    ours: Run
+    theirs: Run
+    target: float | None = None  # the ratio ours / peer that the project asks for, on a CPU with two cores
+    pairs: int = 7
+    bytes_moved: int | None = None  # what the op must read and write at least, for the share of the bandwidth
+
+
+@dataclass
+class Result:
+    name: str
+    peer: str
+    ratio: float
+    ours_ms: float
+    peer_ms: float
+    pairs: int
+    target: float | None
+    bandwidth_share: float | None = None
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _seconds(run: Run, device: torch.device) -> float:
+    _synchronise(device)
+    start = time.perf_counter()
+    run()
+    _synchronise(device)
+    return time.perf_counter() - start
+
+
+def compare(measure: Measure, device: torch.device, bandwidth: float | None = None) -> Result:
+    """Run a measure: one warm-up each, then interleaved pairs. ``bandwidth`` in bytes per second, measured."""
+    measure.ours()
+    measure.theirs()
+    pairs = [(_seconds(measure.ours, device), _seconds(measure.theirs, device)) for _ in range(measure.pairs)]
+    ours = statistics.median(a for a, _ in pairs)
+    share = measure.bytes_moved / ours / bandwidth if measure.bytes_moved and bandwidth else None
+    return Result(
+        name=measure.name,
+        peer=measure.peer,
+        ratio=statistics.median(a / b for a, b in pairs),
+        ours_ms=1e3 * ours,
+        peer_ms=1e3 * statistics.median(b for _, b in pairs),
+        pairs=measure.pairs,
+        target=measure.target,
+        bandwidth_share=share,
+    )
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large copy, reads and writes counted."""
+    x = torch.empty(2**28 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    y.copy_(x)
+    return 2 * x.numel() / statistics.median(_seconds(lambda: y.copy_(x), device) for _ in range(7))
+
+
+# -- whole models ------------------------------------------------------------------------------------------------
+
+SIZE: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 4}
+
+
+def _ids(length: int, device: torch.device) -> torch.Tensor:
+    return torch.randint(3, SIZE["vocab_size"], (1, length), device=device)
+
+
+def _step(model: Any, length: int, device: torch.device) -> Run:
+    ids = _ids(length, device)
+
+    def run() -> None:
+        model.train()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def _prefill(model: Any, length: int, device: torch.device) -> Run:
+    ids = _ids(length, device)
+
+    @torch.no_grad()
+    def run() -> None:
+        model.eval()
+        model(ids, use_cache=True)
+
+    return run
+
+
+def _generate(model: Any, context: int, device: torch.device, new: int = 64) -> Run:
+    ids = _ids(context, device)
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+
+    def run() -> None:
+        model.eval().generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The ratios that the project asks of an architecture on a CPU with two cores; None: no promise."""
+
+    step: float | None = None  # training step at 1,024 over Llama's
+    long_step: float | None = None  # at 8,192 over Llama's
+    growth: float | None = None  # a step at 4,096 over one at 1,024
+    native_step: float | None = None  # at 1,024 over the native class's
+    prefill: float | None = None  # of 2,048 tokens over the native class's
+    decode: float | None = None  # through `generate`, over the native class's
+
+
+def model_measures(
+    name: str,
+    device: torch.device,
+    fields: dict[str, Any],
+    targets: Targets,
+    native: Any = None,
+    native_pairs: int = 7,
+) -> Iterator[Measure]:
+    """Training step, scaling, prefill and decoding of one architecture.
+
+    Args:
+        fields: config fields beside those of `SIZE`.
+        native: transformers' own model of the same size, or None.
+        native_pairs: how often its training step is run; few where it takes minutes.
+    """
+    config = registry.get_architecture(name).config_class(**SIZE, **fields)
+    ours = AutoModelForCausalLM.from_config(config).to(device)
+    attention = {"intermediate_size": 688, "num_attention_heads": 4, "max_position_embeddings": 2**15}
+    llama = LlamaForCausalLM(LlamaConfig(**SIZE, **attention)).to(device)
+
+    def step(length: int) -> Run:
+        return _step(ours, length, device)
+
+    at_1024, at_8192 = f"{name}: training step at 1,024", f"{name}: training step at 8,192"
+    yield Measure(at_1024, "Llama", step(1024), _step(llama, 1024, device), targets.step)
+    yield Measure(at_8192, "Llama", step(8192), _step(llama, 8192, device), targets.long_step)
+    yield Measure(f"{name}: training step at 4,096", "at 1,024", step(4096), step(1024), targets.growth)
+    if native is None:
+        return
+    native.to(device)
+    its_step = _step(native, 1024, device)
+    yield Measure(at_1024, "transformers", step(1024), its_step, targets.native_step, native_pairs)
+    prefill, its_prefill = _prefill(ours, 2048, device), _prefill(native, 2048, device)
+    yield Measure(f"{name}: prefill of 2,048", "transformers", prefill, its_prefill, targets.prefill)
+    for context in (16, 512):
+        decode, its_decode = _generate(ours, context, device), _generate(native, context, device)
+        yield Measure(f"{name}: 64 tokens after {context}", "transformers", decode, its_decode, targets.decode)
+
+
+# -- what there is to measure ------------------------------------------------------------------------------------
+
+
+def measures(kind: str, device: torch.device, names: list[str] | None = None) -> Iterator[Measure]:
+    """The measures that plugins offer in their module ``bench``: ``ops(device)`` and ``models(device)``.
+
+    Args:
+        kind: ``ops`` or ``models``.
+        names: architectures; None takes all.
+    """
+    for name in names or registry.architectures():
+        package = registry.get_architecture(name).config_class.__module__.partition(".")[0]
+        if importlib.util.find_spec(f"{package}.bench") is not None:
+            yield from getattr(importlib.import_module(f"{package}.bench"), kind)(device)
+
+
+def forward(op: Callable[..., Any], tensors: dict[str, torch.Tensor], **options: Any) -> Run:
+    """Run an op without gradients."""
+
+    @torch.no_grad()
+    def run() -> None:
+        op(**tensors, **options)
+
+    return run
+
+
+def forward_backward(op: Callable[..., Any], tensors: dict[str, torch.Tensor], **options: Any) -> Run:
+    """Run an op and differentiate the sum of its first output by every floating-point tensor."""
+    leaves = {n: t.detach().clone().requires_grad_(t.is_floating_point()) for n, t in tensors.items()}
+
+    def run() -> None:
+        output = op(**leaves, **options)
+        output = output[0] if isinstance(output, tuple) else output
+        output.sum().backward()
+        for leaf in leaves.values():
+            leaf.grad = None
+
+    return run
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What a reader must know of the hardware and the versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        if device.type == "cpu":
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "backend": backend_for(torch.empty(0, device=device)),
+        "command": " ".join(sys.argv),
+    }
+
+
+def run(measures: Iterator[Measure], device: torch.device, report: Callable[[Result], None]) -> list[Result]:
+    """Run measures one after the other, reporting each as it is done."""
+    bandwidth = copy_bandwidth(device)
+    results = []
+    for measure in measures:
+        results.append(compare(measure, device, bandwidth))
+        report(results[-1])
+        gc.collect()
+    return results
+
+
+def write(results: list[Result], device: torch.device, path: Path) -> None:
+    """Write machine and results as JSON."""
+    text = json.dumps({"machine": describe_machine(device), "results": [asdict(r) for r in results]}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")

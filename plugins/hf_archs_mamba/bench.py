@@ -1,0 +1,77 @@
+"""What is measured of Mamba: the selective scan against mamba_ssm's CUDA kernel, the model against transformers'."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+from hf_archs import bench
+from hf_archs.backend import use_backend
+from hf_archs_mamba.selective_scan import selective_scan
+
+
+def _inputs(batch: int, length: int, channels: int, state: int, device: torch.device) -> dict[str, torch.Tensor]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    return {
+        "x": randn(batch, length, channels),
+        "dt": randn(batch, length, channels) - 4,
+        "A": -torch.rand(channels, state, device=device) * 16,
+        "B": randn(batch, length, state),
+        "C": randn(batch, length, state),
+        "D": torch.ones(channels, device=device),
+        "z": randn(batch, length, channels),
+    }
+
+
+def _mamba_ssm(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, z: Any) -> torch.Tensor:
+    """The same through mamba_ssm, which wants the length last."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x, dt, B, C, z = (t.transpose(1, 2).contiguous() for t in (x, dt, B, C, z))
+    return selective_scan_fn(x, dt, A, B, C, D, z, delta_softplus=True).transpose(1, 2)
+
+
+def _portable(**tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with use_backend("portable"):
+        return selective_scan(**tensors)
+
+
+def _loop(**tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with use_backend("reference"):
+        return selective_scan(**tensors)
+
+
+def ops(device: torch.device) -> Iterator[bench.Measure]:
+    """The scan, forward and with its backward."""
+    peer: Any
+    if device.type == "cuda":
+        shapes = [(8, 2048, 1536, 16), (8, 2048, 5120, 16), (1, 8192, 5120, 16), (64, 1, 5120, 16)]
+        fused = importlib.util.find_spec("mamba_ssm") is not None
+        peer, name = (_mamba_ssm, "mamba_ssm") if fused else (_portable, "portable")
+    else:
+        shapes = [(1, 1024, 512, 16), (8, 512, 512, 16)]
+        peer, name = _loop, "the paper's loop"
+    for shape in shapes:
+        tensors = _inputs(*shape, device)
+        label = f"selective_scan {' x '.join(map(str, shape))}"
+        moved = sum(t.numel() * t.element_size() for t in tensors.values()) + tensors["x"].nbytes
+        alone = bench.forward(selective_scan, tensors), bench.forward(peer, tensors)
+        yield bench.Measure(f"{label}, forward", name, *alone, bytes_moved=moved)
+        both = bench.forward_backward(selective_scan, tensors), bench.forward_backward(peer, tensors)
+        yield bench.Measure(f"{label}, forward and backward", name, *both, bytes_moved=3 * moved)
+
+
+def models(device: torch.device) -> Iterator[bench.Measure]:
+    """The whole model; transformers' training step takes many seconds, so it is run twice only."""
+    fields: dict[str, Any] = {"state_size": 16, "expand": 2}
+    targets = bench.Targets(step=1.0, long_step=0.45, growth=4.4, native_step=0.01, prefill=0.25, decode=0.6)
+    native = MambaForCausalLM(MambaConfig(**bench.SIZE, **fields))
+    yield from bench.model_measures("mamba", device, fields, targets, native, native_pairs=1)

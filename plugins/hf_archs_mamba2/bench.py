@@ -1,0 +1,66 @@
+"""What is measured of Mamba-2: its scan against mamba_ssm's and transformers', the model against transformers'."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+from hf_archs import bench
+from hf_archs_mamba2.ssd_scan import ssd_scan
+
+
+def _inputs(batch: int, length: int, heads: int, state: int, device: torch.device) -> dict[str, torch.Tensor]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    return {
+        "x": randn(batch, length, heads, 64),
+        "dt": randn(batch, length, heads) - 4,
+        "A": -torch.rand(heads, device=device) * 16,
+        "B": randn(batch, length, 1, state),
+        "C": randn(batch, length, 1, state),
+        "D": torch.ones(heads, device=device),
+    }
+
+
+def _mamba_ssm(**tensors: torch.Tensor) -> torch.Tensor:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    return mamba_chunk_scan_combined(**tensors, chunk_size=256, dt_softplus=True)
+
+
+def _transformers(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any) -> Any:
+    return mamba2_chunk_scan(x, dt, A, B, C, chunk_size=256, D=D, dt_softplus=True)
+
+
+def ops(device: torch.device) -> Iterator[bench.Measure]:
+    """The scan, forward and with its backward."""
+    fused = device.type == "cuda" and importlib.util.find_spec("mamba_ssm")
+    peer: Any = _mamba_ssm if fused else _transformers
+    name = "mamba_ssm" if fused else "transformers"
+    shapes = (
+        [(8, 2048, 80, 128), (1, 8192, 80, 128)] if device.type == "cuda" else [(1, 1024, 8, 16), (1, 1024, 8, 128)]
+    )
+    for shape in shapes:
+        tensors = _inputs(*shape, device)
+        label = f"ssd_scan {' x '.join(map(str, shape))}"
+        moved = sum(t.nbytes for t in tensors.values()) + tensors["x"].nbytes
+        alone = bench.forward(ssd_scan, tensors), bench.forward(peer, tensors)
+        yield bench.Measure(f"{label}, forward", name, *alone, bytes_moved=moved)
+        both = bench.forward_backward(ssd_scan, tensors), bench.forward_backward(peer, tensors)
+        yield bench.Measure(f"{label}, forward and backward", name, *both, bytes_moved=3 * moved)
+
+
+def models(device: torch.device) -> Iterator[bench.Measure]:
+    """The whole model."""
+    fields: dict[str, Any] = {"state_size": 16, "head_dim": 64}
+    targets = bench.Targets(step=1.0, long_step=0.45, growth=4.4, native_step=0.8, prefill=1.0, decode=0.7)
+    config = Mamba2Config(**bench.SIZE, **fields, expand=2, num_heads=8, n_groups=1, tie_word_embeddings=True)
+    yield from bench.model_measures("mamba2", device, fields, targets, Mamba2ForCausalLM(config))
