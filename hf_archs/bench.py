@@ -165,8 +165,9 @@ def model_measures(
     """
     config = registry.get_architecture(name).config_class(**SIZE, **fields)
     ours = AutoModelForCausalLM.from_config(config).to(device)
-    attention = {"intermediate_size": 688, "num_attention_heads": 4, "max_position_embeddings": 2**15}
-    llama = LlamaForCausalLM(LlamaConfig(**SIZE, **attention)).to(device)
+    attention: dict[str, Any] = {"intermediate_size": 688, "num_attention_heads": 4, "max_position_embeddings": 2**15}
+    llama: Any = LlamaForCausalLM(LlamaConfig(**SIZE, **attention))
+    llama.to(device)
 
     def step(length: int) -> Run:
         return _step(ours, length, device)
