@@ -55,6 +55,7 @@ class ScalarSSM(nn.Module):
         seq_idx: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        low, high = self.config.time_step_limit
         return ssd_scan(
             x,
             dt,
@@ -63,7 +64,7 @@ class ScalarSSM(nn.Module):
             C,
             self.D,
             self.dt_bias,
-            dt_limit=tuple(self.config.time_step_limit),
+            dt_limit=(low, high),
             initial_state=state,
             seq_idx=seq_idx,
             lengths=lengths,
