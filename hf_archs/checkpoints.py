@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,10 @@ def check_memory(config: PreTrainedConfig, copies: int = 1) -> int:
     if torch.cuda.is_available():
         free = max(free, torch.cuda.mem_get_info()[0])
     if needed > free:
-        use = "to train it" if copies > 1 else "its weights"
+        use = "training it needs" if copies > 1 else "its weights need"
         raise ValueError(
-            f"a {type(config).__name__} with hidden_size {config.hidden_size}, {config.num_hidden_layers} layers and "
-            f"vocab_size {config.vocab_size} has {parameters:,} parameters; {use} needs {_gib(needed)}, and "
+            f"{type(config).__name__}: a model with hidden_size {config.hidden_size}, {config.num_hidden_layers} layers "
+            f"and vocab_size {config.vocab_size} has {parameters:,} parameters; {use} {_gib(needed)}, and "
             f"{_gib(free)} are free here: choose a smaller size"
         )
     return parameters
@@ -92,6 +93,13 @@ def _architecture_of(config: PreTrainedConfig) -> registry.Architecture:
     return architecture
 
 
+def looks_local(source: str) -> bool:
+    """Whether a name that does not exist here is a path, rather than ``owner/name`` on the Hub."""
+    path = Path(source).expanduser()
+    in_folder = "/" in source and path.parent.is_dir()
+    return in_folder or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+
+
 def read_config(source: str) -> tuple[registry.Architecture, PreTrainedConfig]:
     """The architecture and the config of a checkpoint, ours or a native one that an architecture can read.
 
@@ -107,7 +115,7 @@ def read_config(source: str) -> tuple[registry.Architecture, PreTrainedConfig]:
         has_adapter = (path / "adapter_config.json").exists()
         hint = "; it holds an adapter, which is given beside its model with --adapter" if has_adapter else ""
         raise OSError(f"{source!r} is no checkpoint: it has no config.json{hint}")
-    if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
+    if not path.is_dir() and looks_local(source):
         raise OSError(f"{source!r} does not exist; allowed is a folder with a checkpoint, or owner/name on the Hub")
     raw, _ = PreTrainedConfig.get_config_dict(source)
     for name in registry.architectures():
@@ -148,9 +156,17 @@ def load_model(source: str, *, copies: int = 1, **kwargs: Any) -> PreTrainedMode
     check_weights(Path(source).expanduser())
     try:
         model_class: Any = architecture.causal_lm_class
-        model, loading = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
-    except RuntimeError as error:  # shapes that differ
+        model, loading = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except RuntimeError as error:
         raise ValueError(f"the weights of {source!r} do not fit its config.json: {error}") from error
+    if wrong := sorted(loading["mismatched_keys"]):
+        name, found, expected = wrong[0]
+        raise ValueError(
+            f"the weights of {source!r} do not fit its config.json: {name} has shape {tuple(found)}, and by the config "
+            f"it has {tuple(expected)}"
+        )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{source!r} lacks {len(missing)} of the model's weights, {missing[0]} among them")
     return model
@@ -164,14 +180,22 @@ def load_adapter(model: PreTrainedModel, source: str, **kwargs: Any) -> PeftMode
         ValueError: where the Hub has none, or it does not fit the model.
     """
     path = Path(source).expanduser()
-    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
-    if (path.is_dir() or looks_local) and not (path / "adapter_config.json").exists():
+    if (path.is_dir() or looks_local(source)) and not (path / "adapter_config.json").exists():
         raise OSError(f"{source!r} is no adapter: it has no adapter_config.json")
     check_weights(path)
     try:
-        return PeftModel.from_pretrained(model, source, **kwargs)
+        with quiet_peft():
+            return PeftModel.from_pretrained(model, source, **kwargs)
     except RuntimeError as error:
         raise ValueError(f"the adapter {source!r} does not fit this model: {error}") from error
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that transformers 5.23 gives for an attribute that PEFT 0.21 asks every model for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

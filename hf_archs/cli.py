@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,6 +161,8 @@ def train(context: typer.Context) -> None:
     from hf_archs import training
 
     own, arguments = training.parse(context.args)
+    if checkpoint := training.checkpoint_to_continue(arguments):
+        console.print(f"continuing from {checkpoint}; --resume_from_checkpoint false starts anew", highlight=False)
     results = training.train(own, arguments)
     console.print(
         f"training loss {results['train_loss']:.4f}, held-out text {results['bits_per_byte']:.4f} bits per byte; "
@@ -235,8 +238,8 @@ def quickstart(
     arch: Annotated[str, typer.Option(help="Name of the architecture.")] = "mamba",
     size: Annotated[str | None, typer.Option(help="One of its sizes, or tiny; else its first.")] = None,
     assign: Set = None,
-    steps: Annotated[int, typer.Option(help="Steps of the pretraining.")] = 200,
-    lora_steps: Annotated[int, typer.Option(help="Steps of LoRA.")] = 100,
+    steps: Annotated[int, typer.Option(help="Steps of the pretraining.")] = 150,
+    lora_steps: Annotated[int, typer.Option(help="Steps of LoRA.")] = 60,
     data: Annotated[str, typer.Option(help="Text file, folder or dataset to pretrain on.")] = "stdlib",
     output: Output = Path("quickstart"),
     hub: Annotated[bool, typer.Option("--hub", help="Push to huggingface.co, not to an embedded Hub.")] = False,
@@ -267,8 +270,20 @@ def quickstart(
     )
 
 
+def _only_ours() -> None:
+    """Leave the telling to this program: no reports on loading, no retries one by one (HF_ARCHS_DEBUG shows them)."""
+    import huggingface_hub.utils.logging as hub_logging
+    import transformers.utils.logging as transformers_logging
+
+    hub_logging.set_verbosity(hub_logging.CRITICAL)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # of loading and saving; training and downloads have their own
+
+
 def main() -> None:
     """Run the command line; an expected error ends with its sentence on stderr and status 2."""
+    if not os.environ.get("HF_ARCHS_DEBUG"):
+        _only_ours()
     try:
         app()
     except errors.EXPECTED as error:

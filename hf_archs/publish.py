@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_archs  # noqa: F401  (the Auto classes know our models)
 from hf_archs import errors
+from hf_archs.checkpoints import load_adapter, quiet_peft
 from hf_archs.model_card import model_card
 
 
@@ -56,7 +57,7 @@ def push(folder: str, name: str, private: bool, cards: Mapping[str, Mapping[str,
     card = model_card(model, names["model"], **cards["model"])
     card.save(parts["model"] / "README.md")
     card.push_to_hub(names["model"])
-    adapted = PeftModel.from_pretrained(model, parts["adapter"], is_trainable=True)
+    adapted = load_adapter(model, str(parts["adapter"].resolve()), is_trainable=True)
     adapted.peft_config["default"].base_model_name_or_path = names["model"]
     adapted.push_to_hub(names["adapter"], private=private)
     card = model_card(adapted, names["adapter"], base_model=names["model"], **cards["adapter"])
@@ -84,7 +85,8 @@ def pull(names: Mapping[str, str], text: str, tokens: str, output: str) -> dict[
     encoded = AutoTokenizer.from_pretrained(names["model"])(text, add_special_tokens=False, return_tensors="pt")
     model: Any = AutoModelForCausalLM.from_pretrained(names["model"])
     found = {"model": logits(model, given)}
-    found["adapter"] = logits(PeftModel.from_pretrained(model, names["adapter"]), given)
+    with quiet_peft():
+        found["adapter"] = logits(PeftModel.from_pretrained(model, names["adapter"]), given)
     save_file(found, output)
     return {"tokenizer": torch.equal(encoded["input_ids"], given)}
 
@@ -105,8 +107,8 @@ def run(action: str, environment: Mapping[str, str], **arguments: Any) -> Any:
 
 if __name__ == "__main__":
     try:
-        action: Callable[..., Any] = {"push": push, "pull": pull}[sys.argv[1]]
-        answer = action(**json.loads(sys.argv[2]))
+        actions: dict[str, Callable[..., Any]] = {"push": push, "pull": pull}
+        answer = actions[sys.argv[1]](**json.loads(sys.argv[2]))
     except errors.EXPECTED as error:
         sys.exit(errors.report(error))
     print(json.dumps(answer))

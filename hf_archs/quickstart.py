@@ -12,7 +12,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerBase,
-    TrainerCallback,
+    ProgressCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -57,8 +57,8 @@ class Options:
     arch: str = "mamba"
     size: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    steps: int = 200
-    lora_steps: int = 100
+    steps: int = 150
+    lora_steps: int = 60
     data: str = "stdlib"
     output: str = "quickstart"
     hub: bool = False
@@ -67,7 +67,7 @@ class Options:
     block: int = 512
     seed: int = 0
     learning_rate: float = 4e-3
-    lora_learning_rate: float = 3e-3
+    lora_learning_rate: float = 4e-3
 
     def __post_init__(self) -> None:
         for name in ("steps", "lora_steps", "batch"):
@@ -77,13 +77,18 @@ class Options:
             raise ValueError(f"block is {self.block}; allowed are 2 or more")
 
 
-class _Losses(TrainerCallback):
+class _Progress(ProgressCallback):
+    """The loss of every step beside the progress bar, not in a line of its own, and kept."""
+
     def __init__(self) -> None:
+        super().__init__()
         self.losses: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.losses.append(logs["loss"])
+            if self.training_bar is not None:
+                self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
 def _train(
@@ -108,18 +113,19 @@ def _train(
             seed=options.seed,
             dataloader_pin_memory=torch.accelerator.is_available(),
         )
-        losses = _Losses()
         trainer = ArchTrainer(
             model,
             arguments,
             train_dataset=rows,
             data_collator=default_data_collator,
             processing_class=tokenizer,
-            callbacks=[losses],
         )
+        progress = _Progress()
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(progress)
         began = time.perf_counter()
         trainer.train()
-        return losses.losses, time.perf_counter() - began
+        return progress.losses, time.perf_counter() - began
 
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, seed: int) -> str:
@@ -186,6 +192,7 @@ def quickstart(options: Options, console: Console | None = None) -> dict[str, An
     pushed = {"model": publish.logits(model, tokens)}
 
     console.print("[bold]2[/] LoRA on English")
+    model.name_or_path = str((output / "model").resolve())  # where the adapter's config says its base model is
     model = add_lora(model)
     lora_losses, _ = _train(model, tokenizer, english.values(), options, options.lora_steps, options.lora_learning_rate)
     bits["english"]["after_lora"] = text.bits_per_byte(model, tokenizer, held_out_english.values())
@@ -240,7 +247,10 @@ def _embedded_hub() -> Any:
 
 
 def _cards(options: Options, bits: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    command = f"`hf-archs quickstart --arch {options.arch} --steps {options.steps} --data {options.data}`"
+    given = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
+    names = ("arch", "size", "steps", "lora_steps", "data", "batch", "block", "seed")
+    flags = [f" --{name.replace('_', '-')} {given[name]}" for name in names if name in given]
+    command = f"`hf-archs quickstart{''.join(flags)}{''.join(f' --set {k}={v}' for k, v in options.overrides.items())}`"
     corpus = "the source of Python's standard library" if options.data == "stdlib" else f"`{options.data}`"
     where = f"on {platform.machine()} with {torch.get_num_threads()} threads"
     code, english = bits["code"], bits["english"]

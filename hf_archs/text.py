@@ -24,6 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hf_archs.checkpoints import looks_local
+
 Corpus = dict[str, str]
 
 END_OF_TEXT = "<|endoftext|>"  # begins every document, and ends the one before
@@ -84,7 +86,7 @@ def read_corpus(data: str) -> Corpus:
         corpus = read_text_files(path)
     elif path.is_file():
         corpus = _pieces(path)
-    elif path.suffix == ".txt" or path.is_absolute() or data.startswith((".", "~")) or data.count("/") > 1:
+    elif path.suffix == ".txt" or looks_local(data):
         raise FileNotFoundError(
             f"data is {data!r}, which does not exist; allowed is a text file, a folder or a dataset"
         )

@@ -7,6 +7,7 @@ both; `train` is what ``hf-archs train`` does.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,7 +128,8 @@ def add_lora(
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules
     )
-    return get_peft_model(model, config)  # type: ignore[return-value]
+    with checkpoints.quiet_peft():
+        return get_peft_model(model, config)  # type: ignore[return-value]
 
 
 class _Parser(HfArgumentParser):
@@ -139,8 +141,9 @@ class _Parser(HfArgumentParser):
 
 def parser() -> HfArgumentParser:
     """The arguments of ``hf-archs train``: its own, and every field of `TrainingArguments`."""
+    host: Any = TrainingArguments
     parser = _Parser(
-        [TrainingArguments],
+        host,
         prog="hf-archs train",
         usage="hf-archs train MODEL --data TEXT --output_dir DIR [--lora [LAYER ...]] [--NAME VALUE ...]",
         description="Train a checkpoint on text, or an adapter for it; continues where an interrupted run stopped.",
@@ -165,7 +168,15 @@ def parser() -> HfArgumentParser:
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]:
     """The command line of ``hf-archs train``. Raises `ValueError` where it is wrong."""
-    training_arguments, own = parser().parse_args_into_dataclasses([*arguments], look_for_args_file=False)
+    options = parser()
+    training_arguments, own, unknown = options.parse_args_into_dataclasses(
+        [*arguments], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        known = [flag for action in options._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; see hf-archs train --help"
+        raise ValueError(f"hf-archs train has no argument {unknown[0]!r}{hint}")
     if not 2 <= own.block_size <= 2**24:
         raise ValueError(f"block_size is {own.block_size}; allowed are 2 to {2**24}")
     return own, training_arguments
@@ -184,7 +195,9 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
     if not torch.accelerator.is_available():
         arguments.dataloader_pin_memory = False  # there is nothing to pin for, and PyTorch warns
     training, held_out = text.split(text.read_corpus(own.data))
-    tokenizer_source = own.tokenizer or (own.model if checkpoints.has_tokenizer(own.model) else None)
+    checkpoint = checkpoint_to_continue(arguments)
+    known = [source for source in (own.model, checkpoint) if source and checkpoints.has_tokenizer(source)]
+    tokenizer_source = own.tokenizer or next(iter(known), None)
     model: Any = checkpoints.load_model(own.model, copies=1 if own.lora is not None else 4)
     if tokenizer_source is not None:
         tokenizer = checkpoints.load_tokenizer(tokenizer_source)
@@ -215,7 +228,7 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
-    outcome = trainer.train(resume_from_checkpoint=_checkpoint(arguments))
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
     figure = text.bits_per_byte(model, tokenizer, _up_to(MEASURED, held_out.values()))
     card["training"] += f" {trainer.state.global_step:,} steps, {arguments.learning_rate:g} learning rate."
     card["results"] = {"held-out text": f"{figure:.3f} bits per byte"}
@@ -234,7 +247,12 @@ def _up_to(size: int, texts: Any) -> list[str]:
     return kept
 
 
-def _checkpoint(arguments: TrainingArguments) -> str | None:
+def checkpoint_to_continue(arguments: TrainingArguments) -> str | None:
+    """The checkpoint that `train` continues from: the one asked for, or the last in ``output_dir``.
+
+    Raises:
+        OSError: where the one asked for does not exist.
+    """
     wanted = arguments.resume_from_checkpoint
     folder = str(arguments.output_dir)
     if wanted is not None and str(wanted).lower() in ("false", "no", "0"):
