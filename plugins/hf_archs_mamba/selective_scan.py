@@ -156,9 +156,9 @@ def _step(
     delta = F.softplus(dt[:, 0].to(dtype))
     if lengths is not None:
         delta = delta * (lengths > 0).unsqueeze(1)
-    state = (delta * x).unsqueeze(2) * B.to(dtype)
-    if initial_state is not None:
-        state = torch.addcmul(state, (delta.unsqueeze(2) * A.to(dtype)).exp(), initial_state.to(dtype))
+    before = x.new_zeros(*x.shape, A.shape[1]) if initial_state is None else initial_state.to(dtype)
+    decay = (delta.unsqueeze(2) * A.to(dtype)).exp()
+    state = torch.addcmul(decay * before, (delta * x).unsqueeze(2), B.to(dtype))
     y = (state * C.to(dtype)).sum(2)
     if D is not None:
         y = torch.addcmul(y, D.to(dtype), x)
@@ -228,7 +228,11 @@ def _selective_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the start of every block of tokens (empty unless ``keep_states``)."""
     with torch.autocast(x.device.type, enabled=False):
-        return _implementation(x).selective_scan_fwd(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep_states)
+        y, final_state, kept = _implementation(x).selective_scan_fwd(
+            x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep_states
+        )
+    # in one row: a dimension of blocks would be 1 for short sequences, and torch.compile compiles once more for a 1
+    return y, final_state, kept.flatten()
 
 
 @torch.library.custom_op("hf_archs::selective_scan_backward", mutates_args=())
@@ -248,6 +252,7 @@ def _selective_scan_backward(
     kept_states: Tensor,
 ) -> list[Tensor]:
     """The gradients of x, dt, A, B, C, D, z and initial_state."""
+    kept_states = kept_states.view(-1, x.shape[0], A.shape[1], x.shape[2])
     with torch.autocast(x.device.type, enabled=False):
         gradients = _implementation(x).selective_scan_bwd(
             grad_y, grad_final_state, x, dt, A, B, C, D, z, seq_idx, lengths, kept_states
@@ -257,7 +262,7 @@ def _selective_scan_backward(
 
 
 def _implementation(x: Tensor):
-    if backend_for(x) == "triton":
+    if backend_for(x) == "triton" and x.dtype != torch.float64:  # the kernels are float32 inside
         from hf_archs_mamba import selective_scan_triton
 
         return selective_scan_triton
@@ -268,10 +273,8 @@ def _implementation(x: Tensor):
 def _(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep_states):
     dtype = torch.promote_types(x.dtype, torch.float32)
     b, l, c = x.shape
-    kept = x.new_empty(
-        ((l + portable.BLOCK - 1) // portable.BLOCK, b, A.shape[1], c) if keep_states else 0, dtype=dtype
-    )
-    return x.new_empty(b, l, c), x.new_empty(b, *A.shape, dtype=dtype), kept
+    kept = (l + portable.BLOCK - 1) // portable.BLOCK * b * A.shape[1] * c if keep_states else 0
+    return x.new_empty(b, l, c), x.new_empty(b, *A.shape, dtype=dtype), x.new_empty(kept, dtype=dtype)
 
 
 @_selective_scan_backward.register_fake

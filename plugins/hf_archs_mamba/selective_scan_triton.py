@@ -19,6 +19,8 @@ Where rows and channels are too few to fill the machine, the length is cut into 
 (``SUMMARY``) finds each segment's end from an empty start, and the product of its decays; the second starts from what
 these say of the segments before it.
 
+The number of channels and the steps from token to token are constants of the kernels, since a model has one of each:
+as arguments, their multiples by the tokens of a tile would fill the registers. The length is an ordinary argument.
 There is no autotuning: the configuration follows from the shape alone, so results are the same from run to run.
 """
 
@@ -78,17 +80,18 @@ def _delta(dt, real, mask):
 
 
 @triton.jit
-def _begins(seq_idx, t, limit):
-    """Whether a document begins at token t: never at position 0, nor among the pads."""
+def _goes_on(seq_idx, t, limit):
+    """0 where a document begins at token t (never at position 0, nor among the pads), else 1."""
     inside = (t > 0) & (t < limit)
-    return tl.load(seq_idx + t, mask=inside, other=0) != tl.load(seq_idx + t - 1, mask=inside, other=0)
+    document = tl.load(seq_idx + t, mask=inside, other=0)
+    return tl.where(document == tl.load(seq_idx + t - 1, mask=inside, other=0), 1.0, 0.0)
 
 
 @triton.jit
-def _decay(delta, A, begins, PACKED: tl.constexpr):
+def _decay(delta, A, goes_on, PACKED: tl.constexpr):
     a = tl.exp2(delta * A)
     if PACKED:
-        a = tl.where(begins, 0.0, a)
+        a *= goes_on
     return a
 
 
@@ -111,18 +114,18 @@ def _selective_scan_fwd_kernel(
     ends,  # (s, b, n, c): what the summaries found
     products,  # (s, b, n, c): the product of a segment's decays
     length,
-    channels,
+    channels: tl.constexpr,
     state,
     batch,
     segment,  # tokens, a multiple of CHUNK
     x_b,
-    x_l,
+    x_l: tl.constexpr,
     x_c,
     dt_b,
-    dt_l,
+    dt_l: tl.constexpr,
     dt_c,
     z_b,
-    z_l,
+    z_l: tl.constexpr,
     z_c,
     B_b,
     B_n,
@@ -188,7 +191,7 @@ def _selective_scan_fwd_kernel(
         deltas = ()
         inputs = ()
         outputs = ()
-        begins = ()
+        goes_on = ()
         for i in tl.static_range(T):
             here = in_c & (t0 + i < length)
             delta = _delta(dt_tile + i * dt_l, t0 + i < limit, here)
@@ -197,9 +200,9 @@ def _selective_scan_fwd_kernel(
             inputs += (delta * value,)
             outputs += (d * value,)
             if PACKED:
-                begins += (_begins(seq_idx, t0 + i, limit),)
+                goes_on += (_goes_on(seq_idx, t0 + i, limit),)
             else:
-                begins += (False,)
+                goes_on += (1.0,)
         for n in range(state):
             A_n_row = _load(A + n * A_n, in_c) * LOG2E
             B_row = B + n * B_n + t0
@@ -210,7 +213,7 @@ def _selective_scan_fwd_kernel(
                 tl.store(kept + ((t0 // CHUNK) * batch + b) * row + n * channels + c, h, mask=in_c & boundary)
             news = ()
             for i in tl.static_range(T):
-                a = _decay(deltas[i], A_n_row, begins[i], PACKED)
+                a = _decay(deltas[i], A_n_row, goes_on[i], PACKED)
                 h = a * h + inputs[i] * tl.load(B_row + i).to(tl.float32)
                 if not SUMMARY:
                     news += (outputs[i] + h * tl.load(C_row + i).to(tl.float32),)
@@ -222,7 +225,7 @@ def _selective_scan_fwd_kernel(
             if SUMMARY:
                 total += deltas[i]
                 if PACKED:
-                    alive = tl.where(begins[i], 0.0, alive)
+                    alive *= goes_on[i]
             else:
                 out = outputs[i]
                 if z is not None:
@@ -266,22 +269,19 @@ def _selective_scan_bwd_kernel(
     ends,  # (s, b, n, c): what the summaries found
     products,  # (s, b, n, c)
     length,
-    channels,
+    channels: tl.constexpr,
     state,
     batch,
     segment,
     segments,
-    dy_b,
-    dy_l,
-    dy_c,
     x_b,
-    x_l,
+    x_l: tl.constexpr,
     x_c,
     dt_b,
-    dt_l,
+    dt_l: tl.constexpr,
     dt_c,
     z_b,
-    z_l,
+    z_l: tl.constexpr,
     z_c,
     B_b,
     B_n,
@@ -315,7 +315,7 @@ def _selective_scan_bwd_kernel(
         seq_idx += b * length
     row = tl.cast(state, tl.int64) * channels
     if dy is not None:
-        dy += b * dy_b + c * dy_c
+        dy += b * length * channels + c
     x += b * x_b + c * x_c
     dt += b * dt_b + c * dt_c
     B += b * B_b
@@ -367,7 +367,7 @@ def _selective_scan_bwd_kernel(
                 at = tl.cast(t0, tl.int64)
                 deltas = ()
                 inputs = ()
-                begins = ()
+                goes_on = ()
                 grads = ()  # of C h + D x
                 outputs = ()  # C h + D x
                 for i in tl.static_range(T):
@@ -378,7 +378,7 @@ def _selective_scan_bwd_kernel(
                     inputs += (delta * value,)
                     outputs += (d * value,)
                     if dy is not None:
-                        grad = _load(dy + at * dy_l + i * dy_l, here)
+                        grad = _load(dy + at * channels + i * channels, here)
                     else:
                         grad = tl.zeros([BLOCK_C], tl.float32)
                     if z is not None:
@@ -387,9 +387,9 @@ def _selective_scan_bwd_kernel(
                     grads += (grad,)
                     dd += grad * value
                     if PACKED:
-                        begins += (_begins(seq_idx, t0 + i, limit),)
+                        goes_on += (_goes_on(seq_idx, t0 + i, limit),)
                     else:
-                        begins += (False,)
+                        goes_on += (1.0,)
                 for n in range(state):
                     A_n_row = _load(A + n * A_n, in_c) * LOG2E
                     B_row = B + n * B_n + t0
@@ -398,7 +398,7 @@ def _selective_scan_bwd_kernel(
                     h = _load(starts + tile * row + n * channels, in_c)
                     news = ()
                     for i in tl.static_range(T):
-                        a = _decay(deltas[i], A_n_row, begins[i], PACKED)
+                        a = _decay(deltas[i], A_n_row, goes_on[i], PACKED)
                         h = a * h + inputs[i] * tl.load(B_row + i).to(tl.float32)
                         tl.store(dC_row + i, tl.sum(h * grads[i]))  # over this program's channels
                         if z is not None:
@@ -413,7 +413,7 @@ def _selective_scan_bwd_kernel(
                         sigmoid = tl.sigmoid(gate)
                         d_gate = outputs[i] * sigmoid * (1.0 + gate * (1.0 - sigmoid))
                         if dy is not None:
-                            d_gate *= _load(dy + at * dy_l + i * dy_l, here)
+                            d_gate *= _load(dy + at * channels + i * channels, here)
                         else:
                             d_gate *= 0.0
                         tl.store(dz + at * channels + i * channels, d_gate, mask=here)
@@ -426,7 +426,7 @@ def _selective_scan_bwd_kernel(
             at = tl.cast(t0, tl.int64)
             deltas = ()
             inputs = ()
-            begins = ()
+            goes_on = ()
             grads = ()
             d_inputs = ()  # of delta x
             d_deltas = ()  # by way of the decay
@@ -435,7 +435,7 @@ def _selective_scan_bwd_kernel(
                 delta = _delta(dt + at * dt_l + i * dt_l, t0 + i < limit, here)
                 deltas += (delta,)
                 if dy is not None:
-                    grad = _load(dy + at * dy_l + i * dy_l, here)
+                    grad = _load(dy + at * channels + i * channels, here)
                 else:
                     grad = tl.zeros([BLOCK_C], tl.float32)
                 if z is not None:
@@ -447,9 +447,9 @@ def _selective_scan_bwd_kernel(
                     d_inputs += (tl.zeros([BLOCK_C], tl.float32),)
                     d_deltas += (tl.zeros([BLOCK_C], tl.float32),)
                 if PACKED:
-                    begins += (_begins(seq_idx, t0 + i, limit),)
+                    goes_on += (_goes_on(seq_idx, t0 + i, limit),)
                 else:
-                    begins += (False,)
+                    goes_on += (1.0,)
 
             for n in range(state):
                 A_n_row = _load(A + n * A_n, in_c) * LOG2E
@@ -462,7 +462,7 @@ def _selective_scan_bwd_kernel(
                 if not SUMMARY:
                     h = _load(starts + tile * row + n * channels, in_c)
                 for i in tl.static_range(T):
-                    a = _decay(deltas[i], A_n_row, begins[i], PACKED)
+                    a = _decay(deltas[i], A_n_row, goes_on[i], PACKED)
                     decays += (a,)
                     if not SUMMARY:
                         befores += (a * h,)
@@ -490,7 +490,7 @@ def _selective_scan_bwd_kernel(
                 if SUMMARY:
                     total += deltas[i]
                     if PACKED:
-                        alive = tl.where(begins[i], 0.0, alive)
+                        alive *= goes_on[i]
                 else:
                     value = _load(x + at * x_l + i * x_l, here)
                     tl.store(dx + at * channels + i * channels, d_inputs[i] * deltas[i] + d * grads[i], mask=here)
@@ -595,9 +595,10 @@ def selective_scan_fwd(
             SUMMARY=summary, CHUNK=CHUNK, **config,
         )  # fmt: skip
 
-    if segments > 1:
-        launch(ends, True)
-    launch(running, False)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        if segments > 1:
+            launch(ends, True)
+        launch(running, False)
     return y, final_state, kept
 
 
@@ -628,6 +629,7 @@ def selective_scan_bwd(
         segments = triton.cdiv(l, segment)
     A, B, C = _arranged(A, B, C, l, config["T"])
     D, seq_idx = (None if t is None else t.contiguous() for t in (D, seq_idx))
+    grad_y = None if grad_y is None else grad_y.contiguous()
     dx, ddt = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt))
     dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
 
@@ -645,15 +647,16 @@ def selective_scan_bwd(
             dx, ddt, dz, dA, dB, dC, dD, starts, running, ends, products,
             l, c, n, b, segment, segments,
             **_strides(
-                "dy_of_blc x_of_blc dt_of_blc z_of_blc B_of_bn C_of_bn A_of_cn d_final_of_bcn",
-                grad_y, x, dt, z, B, C, A, grad_final_state,
+                "x_of_blc dt_of_blc z_of_blc B_of_bn C_of_bn A_of_cn d_final_of_bcn",
+                x, dt, z, B, C, A, grad_final_state,
             ),
             SUMMARY=summary, CHUNK=CHUNK, **config,
         )  # fmt: skip
 
-    if segments > 1:
-        launch(ends, True)
-    launch(running, False)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        if segments > 1:
+            launch(ends, True)
+        launch(running, False)
     return (
         dx,
         ddt,
@@ -668,7 +671,7 @@ def selective_scan_bwd(
 
 def aot_specs() -> list[KernelSpec]:
     """Both kernels with every configuration, for `hf_archs.kernels.aot`."""
-    activations = "x dt z B C dy y dx ddt dz".split()
+    activations = ["x", "dt", "z", "B", "C", "dy", "y", "dx", "ddt", "dz"]
     specs = []
     for kernel in (_selective_scan_fwd_kernel, _selective_scan_bwd_kernel):
         for config, dtype, packed, summary in (
@@ -680,7 +683,8 @@ def aot_specs() -> list[KernelSpec]:
             (CONFIGS[2], "bf16", False, False),
         ):
             given: dict[str, object] = {"SUMMARY": summary, "CHUNK": CHUNK, "T": config["T"]}
-            given |= {"BLOCK_C": config["BLOCK_C"]} | {f"{t}_c": 1 for t in ("x", "dt", "z", "dy", "A")}
+            given |= {"channels": 1536, "x_l": 1536, "dt_l": 1536, "z_l": 3072}
+            given |= {"BLOCK_C": config["BLOCK_C"]} | {f"{t}_c": 1 for t in ("x", "dt", "z", "A")}
             if not packed:
                 given |= {"seq_idx": None, "lengths": None}
             signature = {}
@@ -693,7 +697,7 @@ def aot_specs() -> list[KernelSpec]:
                     signature[name] = "*i64"
                 elif name in ("length", "batch", "segments"):
                     signature[name] = "i32"
-                elif name in ("channels", "state", "segment") or name[-2:] in ("_b", "_l", "_c", "_n"):
+                elif name in ("state", "segment") or name[-2:] in ("_b", "_l", "_c", "_n"):
                     signature[name] = "i32:16"
                 else:
                     signature[name] = "*fp32"
