@@ -75,7 +75,9 @@ def decay_scan(
         with _no_autocast(v):
             return portable.decay_scan_plain(*inputs)
     keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, final_state, _ = _decay_scan(*inputs, keep_states)
+    if torch.float64 in (q.dtype, k.dtype, v.dtype):  # which Triton's matrix products do not have
+        backend = "portable"
+    y, final_state, _ = _decay_scan(*inputs, keep_states, backend)
     return y, final_state
 
 
@@ -190,10 +192,11 @@ def _decay_scan(
     initial_state: Tensor | None,
     documents: Tensor | None,
     keep_states: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the start of every chunk of tokens (empty unless ``keep_states``)."""
     with _no_autocast(v):
-        return _implementation(v).decay_scan_fwd(q, k, v, log_decay, scale, initial_state, documents, keep_states)
+        return _implementation(backend).decay_scan_fwd(q, k, v, log_decay, scale, initial_state, documents, keep_states)
 
 
 @torch.library.custom_op("hf_archs::decay_scan_backward", mutates_args=())
@@ -208,19 +211,19 @@ def _decay_scan_backward(
     initial_state: Tensor | None,
     documents: Tensor | None,
     kept_states: Tensor,
+    backend: str,
 ) -> list[Tensor]:
     """The gradients of q, k, v, log_decay, scale and initial_state."""
     with _no_autocast(v):
-        gradients = _implementation(v).decay_scan_bwd(
+        gradients = _implementation(backend).decay_scan_bwd(
             grad_y, grad_final_state, q, k, v, log_decay, scale, documents, kept_states
         )
     inputs = (q, k, v, log_decay, scale, initial_state)
     return [v.new_empty(0) if t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
 
 
-def _implementation(v: Tensor):
-    # Triton has no float64 matrix product
-    if backend_for(v) == "triton" and v.dtype != torch.float64:
+def _implementation(backend: str):
+    if backend == "triton":
         from hf_archs.kernels import decay_scan_triton
 
         return decay_scan_triton
@@ -228,31 +231,33 @@ def _implementation(v: Tensor):
 
 
 @_decay_scan.register_fake
-def _(q, k, v, log_decay, scale, initial_state, documents, keep_states):
+def _(q, k, v, log_decay, scale, initial_state, documents, keep_states, backend):
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), n = v.shape, q.shape[3]
     # in one row: a dimension of chunks would be 1 for short sequences, and torch.compile compiles once more for a 1
-    kept = (l + portable.CHUNK - 1) // portable.CHUNK * b * h * p * n if keep_states else 0
+    chunk = _implementation(backend).CHUNK
+    kept = (l + chunk - 1) // chunk * b * h * p * n if keep_states else 0
     return v.new_empty(b, l, h, p), v.new_empty(b, h, p, n, dtype=dtype), v.new_empty(kept, dtype=dtype)
 
 
 @_decay_scan_backward.register_fake
-def _(grad_y, grad_final_state, q, k, v, log_decay, scale, initial_state, documents, kept_states):
+def _(grad_y, grad_final_state, q, k, v, log_decay, scale, initial_state, documents, kept_states, backend):
     inputs = (q, k, v, log_decay, scale, initial_state)
     return [v.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
 
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:-1], output[2])
+    ctx.save_for_backward(*inputs[:7], output[2])
+    ctx.backend = inputs[8]  # the kept states are its own
 
 
 def _backward(ctx, grad_y, grad_final_state, _):
     if grad_y is None and grad_final_state is None:
-        return (None,) * 8
+        return (None,) * 9
     saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
-    gradients = _decay_scan_backward(grad_y, grad_final_state, *saved)
-    return *(g if t is not None else None for g, t in zip(gradients, saved[:6])), None, None
+    gradients = _decay_scan_backward(grad_y, grad_final_state, *saved, ctx.backend)
+    return *(g if t is not None else None for g, t in zip(gradients, saved[:6])), None, None, None
 
 
 _decay_scan.register_autograd(_backward, setup_context=_setup_context)

@@ -1,11 +1,13 @@
 """The scalar-decay scan: its reference against the parallel form, its fast forms against the reference."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_archs.backend import use_backend
-from hf_archs.kernels import decay_scan_portable
+from hf_archs.kernels import decay_scan_portable, decay_scan_triton
 from hf_archs.kernels.decay_scan import _decay_scan, decay_scan, decay_scan_reference
 from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_distance
 
@@ -103,6 +105,42 @@ def arguments(case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"l{c[0]}")
 def test_portable_is_the_reference(case, dtype, nan_filled_memory):
     check_op(portable, decay_scan_reference, *arguments(case, dtype))
+
+
+# Interpreted kernels are slow: the cases that differ in what the kernels do.
+@pytest.mark.parametrize(
+    ("case", "dtype"), [(0, "float32"), (2, "float16"), (4, "float32"), (5, "float32"), (6, "float16")]
+)
+def test_triton_is_the_reference(case, dtype, nan_filled_memory):
+    check_op(on("triton"), decay_scan_reference, *arguments(CASES[case], getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("config", range(2))
+@pytest.mark.parametrize("programs", [1, 512])
+def test_every_triton_config(config, programs, monkeypatch, nan_filled_memory):
+    """Over several tiles that the dimensions do not fill, heads in turn in one program or split among several."""
+    monkeypatch.setattr(decay_scan_triton, "PROGRAMS", programs)
+    for name in ("decay_scan_fwd", "decay_scan_bwd"):
+        real = getattr(decay_scan_triton, name)
+        monkeypatch.setattr(decay_scan_triton, name, functools.partial(real, config=decay_scan_triton.CONFIGS[config]))
+    case = (135, 1, 2, 40, 70, True, True, 1.0, True, [135, 130])
+    check_op(on("triton"), decay_scan_reference, *arguments(case, torch.float32))
+
+
+def test_triton_hands_float64_on():
+    tensors = make(l=9, dtype=torch.float64)
+    assert torch.equal(on("triton")(**tensors)[0], portable(**tensors)[0])
+
+
+def test_triton_over_views_and_mixed_dtypes():
+    tensors = make(l=20, g=4)
+    tensors["q"] = tensors["q"].half()
+    tensors["v"] = tensors["v"].transpose(1, 2).contiguous().transpose(1, 2)
+    tensors["k"] = torch.randn(2, 8, 4, 20).permute(0, 3, 2, 1)
+    tensors["log_decay"] = -torch.rand(4).expand(2, 20, 4)
+    found, expected = on("triton")(**tensors), decay_scan_reference(**tensors)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_portable_in_several_spans(monkeypatch):
@@ -249,7 +287,7 @@ def test_states_are_kept_for_a_backward_only(monkeypatch):
     real = decay_scan_portable.decay_scan_fwd
 
     def spy(*args):
-        asked.append((args[-1], result := real(*args)))
+        asked.append((args[7], result := real(*args)))
         return result
 
     monkeypatch.setattr(decay_scan_portable, "decay_scan_fwd", spy)
@@ -306,7 +344,7 @@ def test_opcheck(grad, everything):
     inputs = [None if t is None else t.requires_grad_(grad) for t in tensors.values()]
     documents = torch.zeros(2, 70, dtype=torch.int32)
     documents[:, 33:] = 1
-    torch.library.opcheck(_decay_scan, (*inputs, documents if everything else None, grad))
+    torch.library.opcheck(_decay_scan, (*inputs, documents if everything else None, grad, "portable"))
 
 
 def test_export_knows_no_custom_op():

@@ -1,0 +1,862 @@
+"""`decay_scan` in Triton, forward and backward.
+
+The sequence is cut into chunks of 128 tokens. Three kernels make the forward: what each chunk adds to the state, all
+chunks at once; the states passed on from chunk to chunk, the only sequential part, elementwise; and the outputs, again
+all chunks at once. The backward does the same in the other direction.
+
+Why it is fast: nearly all the work is matrix products of tiles of at most 64 by 64, whatever the key and value
+dimensions, so no accumulator outgrows the registers. The states between chunks are what costs memory traffic; at 128
+tokens a chunk they are read and written at about the cost of the projections, and the work with the pairs of tokens
+within a chunk is still small.
+Gradients of q and k are summed over the heads of a group in registers, not in memory.
+
+Why it is exact: inputs of 16 bits are multiplied as they are and summed in float32; whatever is computed (decayed
+weights, states) is float32, and is cut into three bfloat16 terms that hold all of its bits where the result is kept in
+float32, and into one where it is rounded to 16 bits anyway. Products of float32 inputs are made of six bfloat16
+products ("bf16x6"): as exact as float32, several times faster than its units, and the same on NVIDIA and AMD. Decays
+are sums in float64, stored as two float32, since differences of float32 sums lose the digits of weak decays beside
+strong ones. There are no atomics, so results are the same from run to run.
+
+Letters: b batch, l length, h heads, g groups of heads that share q and k, n key_dim, p value_dim, c chunks;
+i tokens that read, j tokens that write. States are (c, b, h, p, n).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from hf_archs.kernels.aot import KernelSpec
+
+CHUNK = 128  # tokens between two kept states
+ROWS = 64  # tokens of a tile; `_grad_scores_kernel` and `_grad_decays_kernel` rely on two tiles a chunk
+HEADS = 4  # heads whose decays are summed by one program
+PASSED = 1024  # elements of the state that one program passes on
+# What fits into the registers: the first is for inputs of 16 bits, the second for float32 with its products of six terms.
+# Which one runs follows from the dtype alone, so nothing is tuned at run time.
+CONFIGS = [
+    {"TILE": 64, "num_warps": 4, "num_stages": 3},
+    {"TILE": 32, "num_warps": 8, "num_stages": 2},
+]
+STATE_TILE = 64  # of `_chunk_states_kernel`, which holds one accumulator only
+PROGRAMS = 512  # enough of them to fill a large GPU
+SCORE_WARPS = 8  # of `_grad_scores_kernel`, which holds four
+
+
+@triton.jit
+def _dot(a, b, total, FINE: tl.constexpr, PRECISION: tl.constexpr):
+    """``total + a @ b``, where either may be a computed float32 and the other one an input."""
+    if a.dtype == b.dtype and a.dtype != tl.float32:
+        total = tl.dot(a, b, total)
+    elif a.dtype == tl.bfloat16:
+        term = b.to(tl.bfloat16)
+        total = tl.dot(a, term, total)
+        if FINE:
+            b -= term.to(tl.float32)
+            term = b.to(tl.bfloat16)
+            total = tl.dot(a, term, total)
+            total = tl.dot(a, (b - term.to(tl.float32)).to(tl.bfloat16), total)
+    elif b.dtype == tl.bfloat16:
+        term = a.to(tl.bfloat16)
+        total = tl.dot(term, b, total)
+        if FINE:
+            a -= term.to(tl.float32)
+            term = a.to(tl.bfloat16)
+            total = tl.dot(term, b, total)
+            total = tl.dot((a - term.to(tl.float32)).to(tl.bfloat16), b, total)
+    else:  # float16 would overflow where a float32 does not
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _rows(x, t, d, length, x_l, D: tl.constexpr):
+    """Tokens ``t`` and columns ``d`` of x, whose rows are ``x_l`` apart: (tokens, columns)."""
+    return tl.load(x + t.to(tl.int64)[:, None] * x_l + d[None, :], (t < length)[:, None] & (d < D)[None, :], 0)
+
+
+@triton.jit
+def _columns(x, t, d, length, x_l, D: tl.constexpr):
+    """The same, transposed: (columns, tokens)."""
+    return tl.load(x + t.to(tl.int64)[None, :] * x_l + d[:, None], (t < length)[None, :] & (d < D)[:, None], 0)
+
+
+@triton.jit
+def _document(documents, t, length):
+    """The document of tokens ``t``; that of the tokens before the first and after the last is theirs."""
+    return tl.load(documents + tl.minimum(tl.maximum(t, 0), length - 1))
+
+
+@triton.jit
+def _from_start(high, low, documents, t, c, length, CHUNK: tl.constexpr):
+    """The decay from the start of chunk c to tokens ``t`` of it."""
+    decay = tl.exp2(tl.load(high + t) + tl.load(low + t))
+    if documents is not None:
+        decay = tl.where(_document(documents, t, length) == _document(documents, c * CHUNK - 1, length), decay, 0)
+    return decay
+
+
+@triton.jit
+def _to_end(high, low, documents, t, c, length, CHUNK: tl.constexpr):
+    """The decay from after tokens ``t`` to the end of their chunk c."""
+    end = c * CHUNK + CHUNK - 1
+    decay = tl.exp2((tl.load(high + end) - tl.load(high + t)) + (tl.load(low + end) - tl.load(low + t)))
+    if documents is not None:
+        decay = tl.where(_document(documents, t, length) == _document(documents, end, length), decay, 0)
+    return decay
+
+
+@triton.jit
+def _between(high, low, documents, i, j, length):
+    """The decay from after tokens ``j`` to after tokens ``i``, 0 where j > i; ``i`` and ``j`` broadcast."""
+    log = (tl.load(high + i) - tl.load(high + j)) + (tl.load(low + i) - tl.load(low + j))
+    seen = i >= j
+    if documents is not None:
+        seen = seen & (_document(documents, i, length) == _document(documents, j, length))
+    return tl.where(seen, tl.exp2(tl.minimum(log, 0)), 0)
+
+
+@triton.jit(do_not_specialize=["length", "padded"])
+def _decay_sums_kernel(
+    log_decay,  # (b, l, h), strides given
+    scale,  # (b, l, h), strides given, or None
+    high,  # (b, h, padded): the sum of the log2 decays from the chunk's start on, inclusive
+    low,  # (b, h, padded): what of it does not fit in a float32
+    scales,  # (b, h, padded), or None
+    length,
+    padded,
+    heads,
+    a_b,
+    a_l,
+    a_h,
+    s_b,
+    s_l,
+    s_h,
+    CHUNK: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    parts = tl.cdiv(heads, HEADS)
+    b = (tl.program_id(0) // parts).to(tl.int64)
+    h = (tl.program_id(0) % parts * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
+    t = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :].to(tl.int64)
+    inside = (t < length) & (h < heads)
+    logs = tl.load(log_decay + b * a_b + t * a_l + h * a_h, inside, 0).to(tl.float64)
+    sums = tl.cumsum(logs * 1.4426950408889634, axis=1)
+    place = (b * heads + h) * padded + t
+    above = sums.to(tl.float32)
+    tl.store(high + place, above, h < heads)
+    tl.store(low + place, (sums - above.to(tl.float64)).to(tl.float32), h < heads)
+    if scale is not None:
+        tl.store(scales + place, tl.load(scale + b * s_b + t * s_l + h * s_h, inside, 0).to(tl.float32), h < heads)
+
+
+@triton.jit(do_not_specialize=["length", "padded"])
+def _chunk_states_kernel(
+    keys,  # (b, l, g, n), strides given: k, or q where READS
+    values,  # (b, l, h, p), strides given: v, or the gradient of y where READS
+    high,
+    low,
+    scales,  # None where READS
+    documents,  # (b, l) or None
+    out,  # (c, b, h, p, n)
+    length,
+    padded,
+    batch,
+    heads,
+    shared,  # heads that share a key
+    k_b,
+    k_l,
+    k_g,
+    v_b,
+    v_l,
+    v_h,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    READS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What each chunk adds to the state after it, or (READS) to the gradient of the state before it."""
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    TILES_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    tile = tl.program_id(0) % (TILES_N * TILES_P)
+    row = (tl.program_id(0) // (TILES_N * TILES_P)).to(tl.int64)  # of (b, h)
+    c = tl.program_id(1)
+    b, h = row // heads, row % heads
+    n = tile % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = tile // TILES_N * BLOCK_P + tl.arange(0, BLOCK_P)
+    keys += b * k_b + h // shared * k_g
+    values += b * v_b + h * v_h
+    high += row * padded
+    low += row * padded
+    if scales is not None:
+        scales += row * padded
+    if documents is not None:
+        documents += b * length
+
+    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for first in range(0, CHUNK, ROWS):
+        t = c * CHUNK + first + tl.arange(0, ROWS)
+        if READS:
+            weight = _from_start(high, low, documents, t, c, length, CHUNK)
+        else:
+            weight = _to_end(high, low, documents, t, c, length, CHUNK)
+            if scales is not None:
+                weight *= tl.load(scales + t)
+        weighted = _columns(values, t, p, length, v_l, P).to(tl.float32) * weight[None, :]
+        total = _dot(weighted, _rows(keys, t, n, length, k_l, N), total, True, PRECISION)
+    place = (c * batch * heads + row) * (N * P) + p[:, None] * N + n[None, :]
+    tl.store(out + place, total, (p < P)[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["length", "padded", "chunks"])
+def _pass_states_kernel(
+    added,  # (c, b, h, p, n): what each chunk adds
+    passed,  # (c, b, h, p, n): the state before each chunk; REVERSED: the gradient of the state after it
+    first,  # (b, h, p, n): the initial state, or the gradient of the final one, or None
+    last,  # (b, h, p, n): the final state, or the gradient of the initial one
+    starts,  # REVERSED: the state before each chunk
+    across,  # REVERSED: (tiles, b, h, c): the part of d loss / d log decay that every token of the chunk has in common
+    high,
+    low,
+    documents,
+    length,
+    padded,
+    chunks,
+    batch,
+    heads,
+    STATE: tl.constexpr,
+    REVERSED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PASSED: tl.constexpr,
+):
+    TILES: tl.constexpr = (STATE + PASSED - 1) // PASSED
+    AHEAD: tl.constexpr = 4  # chunks that are fetched at once, since each waits for the one before
+    tile = tl.program_id(0) % TILES
+    row = (tl.program_id(0) // TILES).to(tl.int64)  # of (b, h)
+    element = tile * PASSED + tl.arange(0, PASSED)
+    inside = element < STATE
+    high += row * padded
+    low += row * padded
+    if documents is not None:
+        documents += row // heads * length
+
+    state = tl.zeros((PASSED,), tl.float32)
+    if first is not None:
+        state = tl.load(first + row * STATE + element, inside, 0).to(tl.float32)
+    for begin in range(0, chunks, AHEAD):
+        news, olds, decays = (), (), ()  # type: ignore[var-annotated]
+        for ahead in tl.static_range(AHEAD):
+            c = begin + ahead
+            there = c < chunks
+            if REVERSED:
+                c = chunks - 1 - c
+            place = (c * batch * heads + row) * STATE + element
+            news += (tl.load(added + place, inside & there, 0),)  # type: ignore[assignment]
+            if REVERSED:
+                olds += (tl.load(starts + place, inside & there, 0),)  # type: ignore[assignment]
+            end = c * CHUNK + CHUNK - 1
+            decay = tl.exp2(tl.load(high + end, there, 0) + tl.load(low + end, there, 0))
+            if documents is not None:
+                same = _document(documents, c * CHUNK - 1, length) == _document(documents, end, length)
+                decay = tl.where(same, decay, 0)
+            decays += (decay,)  # type: ignore[assignment]
+        for ahead in tl.static_range(AHEAD):
+            c = begin + ahead
+            there = c < chunks
+            if REVERSED:
+                c = chunks - 1 - c
+            place = (c * batch * heads + row) * STATE + element
+            tl.store(passed + place, state, inside & there)
+            if REVERSED:
+                part = tl.sum(state * olds[ahead]) * decays[ahead]
+                tl.store(across + (tile * batch * heads + row) * chunks + c, part, there)
+            state = tl.where(there, decays[ahead] * state + news[ahead], state)
+    tl.store(last + row * STATE + element, state, inside)
+
+
+@triton.jit(do_not_specialize=["length", "padded"])
+def _outputs_kernel(
+    q,  # (b, l, g, n), strides given
+    k,  # (b, l, g, n), strides given
+    v,  # (b, l, h, p), strides given
+    high,
+    low,
+    scales,
+    documents,
+    starts,  # (c, b, h, p, n): the state before each chunk
+    y,  # (b, l, h, p)
+    length,
+    padded,
+    batch,
+    heads,
+    shared,
+    q_b,
+    q_l,
+    q_g,
+    k_b,
+    k_l,
+    k_g,
+    v_b,
+    v_l,
+    v_h,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    TILES_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    PARTS: tl.constexpr = CHUNK // ROWS
+    tile = tl.program_id(0) % (TILES_P * PARTS)
+    row = (tl.program_id(0) // (TILES_P * PARTS)).to(tl.int64)  # of (b, h)
+    c = tl.program_id(1)
+    part = tile // TILES_P
+    b, h = row // heads, row % heads
+    p = tile % TILES_P * BLOCK_P + tl.arange(0, BLOCK_P)
+    i = c * CHUNK + part * ROWS + tl.arange(0, ROWS)
+    q += b * q_b + h // shared * q_g
+    k += b * k_b + h // shared * k_g
+    v += b * v_b + h * v_h
+    high += row * padded
+    low += row * padded
+    if scales is not None:
+        scales += row * padded
+    if documents is not None:
+        documents += b * length
+    starts += (c * batch * heads + row) * (N * P)
+
+    total = tl.zeros((ROWS, BLOCK_P), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        state = tl.load(starts + p[None, :] * N + n[:, None], (p < P)[None, :] & (n < N)[:, None], 0)
+        total = _dot(_rows(q, i, n, length, q_l, N), state, total, False, PRECISION)
+    total *= _from_start(high, low, documents, i, c, length, CHUNK)[:, None]
+    for other in range(0, part + 1):
+        j = c * CHUNK + other * ROWS + tl.arange(0, ROWS)
+        weight = tl.zeros((ROWS, ROWS), tl.float32)
+        for first in range(0, N, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            weight = _dot(_rows(q, i, n, length, q_l, N), _columns(k, j, n, length, k_l, N), weight, True, PRECISION)
+        weight *= _between(high, low, documents, i[:, None], j[None, :], length)
+        if scales is not None:
+            weight *= tl.load(scales + j)[None, :]
+        total = _dot(weight, _rows(v, j, p, length, v_l, P), total, False, PRECISION)
+    place = ((b * length + i)[:, None] * heads + h) * P + p[None, :]
+    tl.store(y + place, total, (i < length)[:, None] & (p < P)[None, :])
+
+
+@triton.jit(do_not_specialize=["length", "padded"])
+def _grad_values_kernel(
+    q,
+    k,
+    grad_y,  # (b, l, h, p), strides given
+    high,
+    low,
+    scales,
+    documents,
+    grad_ends,  # (c, b, h, p, n): the gradient of the state after each chunk
+    grad_v,  # (b, l, h, p)
+    length,
+    padded,
+    batch,
+    heads,
+    shared,
+    q_b,
+    q_l,
+    q_g,
+    k_b,
+    k_l,
+    k_g,
+    y_b,
+    y_l,
+    y_h,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    TILES_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    PARTS: tl.constexpr = CHUNK // ROWS
+    tile = tl.program_id(0) % (TILES_P * PARTS)
+    row = (tl.program_id(0) // (TILES_P * PARTS)).to(tl.int64)  # of (b, h)
+    c = tl.program_id(1)
+    part = tile // TILES_P
+    b, h = row // heads, row % heads
+    p = tile % TILES_P * BLOCK_P + tl.arange(0, BLOCK_P)
+    j = c * CHUNK + part * ROWS + tl.arange(0, ROWS)
+    q += b * q_b + h // shared * q_g
+    k += b * k_b + h // shared * k_g
+    grad_y += b * y_b + h * y_h
+    high += row * padded
+    low += row * padded
+    if documents is not None:
+        documents += b * length
+    grad_ends += (c * batch * heads + row) * (N * P)
+
+    total = tl.zeros((ROWS, BLOCK_P), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        state = tl.load(grad_ends + p[None, :] * N + n[:, None], (p < P)[None, :] & (n < N)[:, None], 0)
+        total = _dot(_rows(k, j, n, length, k_l, N), state, total, False, PRECISION)
+    total *= _to_end(high, low, documents, j, c, length, CHUNK)[:, None]
+    for other in range(part, PARTS):
+        i = c * CHUNK + other * ROWS + tl.arange(0, ROWS)
+        weight = tl.zeros((ROWS, ROWS), tl.float32)  # (j, i)
+        for first in range(0, N, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            weight = _dot(_rows(k, j, n, length, k_l, N), _columns(q, i, n, length, q_l, N), weight, True, PRECISION)
+        weight *= _between(high, low, documents, i[None, :], j[:, None], length)
+        total = _dot(weight, _rows(grad_y, i, p, length, y_l, P), total, False, PRECISION)
+    if scales is not None:
+        total *= tl.load(scales + row * padded + j)[:, None]
+    place = ((b * length + j)[:, None] * heads + h) * P + p[None, :]
+    tl.store(grad_v + place, total, (j < length)[:, None] & (p < P)[None, :])
+
+
+@triton.jit(do_not_specialize=["length", "padded", "splits"])
+def _grad_scores_kernel(
+    q,
+    k,
+    v,
+    grad_y,
+    high,
+    low,
+    scales,
+    documents,
+    grad_scores,  # (c, splits, b, g, 3, ROWS, ROWS): of q . k, summed over the heads of a split
+    inside,  # (b, h, padded): d loss / d log decay by the pairs of tokens of one tile
+    crossing,  # (b, h, padded): by the pairs of tokens of two tiles, summed for each token over the others
+    columns,  # (b, h, padded): d loss / d scale by the pairs of tokens of one tile
+    length,
+    padded,
+    batch,
+    heads,
+    shared,
+    splits,
+    q_b,
+    q_l,
+    q_g,
+    k_b,
+    k_l,
+    k_g,
+    v_b,
+    v_l,
+    v_h,
+    y_b,
+    y_l,
+    y_h,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient by pairs of tokens, tiles (0, 0), (1, 0) and (1, 1) of a chunk, for the heads of a group in turn."""
+    pair = tl.program_id(0) % 3
+    row = tl.program_id(0) // 3  # of (splits, b, g)
+    groups = heads // shared
+    split, b, g = row // (batch * groups), (row // groups % batch).to(tl.int64), row % groups
+    c = tl.program_id(1)
+    i = c * CHUNK + (pair + 1) // 2 * ROWS + tl.arange(0, ROWS)
+    j = c * CHUNK + pair // 2 * ROWS + tl.arange(0, ROWS)
+    q += b * q_b + g.to(tl.int64) * q_g
+    k += b * k_b + g.to(tl.int64) * k_g
+    if documents is not None:
+        documents += b * length
+
+    scores = tl.zeros((ROWS, ROWS), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        scores = _dot(_rows(q, i, n, length, q_l, N), _columns(k, j, n, length, k_l, N), scores, True, PRECISION)
+    total = tl.zeros((ROWS, ROWS), tl.float32)
+    each = tl.cdiv(shared, splits)
+    begin = split * each
+    for step in range(0, tl.minimum(each, shared - begin)):
+        h = g.to(tl.int64) * shared + begin + step
+        line = (b * heads + h) * padded
+        grad = tl.zeros((ROWS, ROWS), tl.float32)
+        for first in range(0, P, BLOCK_P):
+            p = first + tl.arange(0, BLOCK_P)
+            written = _columns(v + b * v_b + h * v_h, j, p, length, v_l, P)
+            wanted = _rows(grad_y + b * y_b + h * y_h, i, p, length, y_l, P)
+            grad = _dot(wanted, written, grad, True, PRECISION)
+        grad *= _between(high + line, low + line, documents, i[:, None], j[None, :], length)
+        scale = tl.full((ROWS,), 1, tl.float32)
+        if scales is not None:
+            scale = tl.load(scales + line + j)
+        paths = grad * scores
+        total += grad * scale[None, :]
+        by_column = tl.sum(paths, 0)
+        if pair == 1:
+            tl.store(crossing + line + j, by_column)
+            tl.store(crossing + line + i, tl.sum(paths * scale[None, :], 1))
+        else:
+            tl.store(columns + line + j, by_column)
+            # a token's decay stands in the paths from before it to it or later; nothing is added and taken away again
+            paths = tl.where(i[:, None] > j[None, :], paths * scale[None, :], 0)
+            ended = tl.cumsum(paths, 0, reverse=True)
+            tl.store(inside + line + i, tl.sum(tl.where(i[:, None] > j[None, :], ended, 0), 1))
+    place = ((c.to(tl.int64) * splits * batch * groups + row) * 3 + pair) * (ROWS * ROWS)
+    tl.store(grad_scores + place + tl.arange(0, ROWS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :], total)
+
+
+@triton.jit(do_not_specialize=["length", "padded", "splits"])
+def _grad_keys_kernel(
+    keys,  # (b, l, g, n), strides given: k, or q where READS
+    others,  # (b, l, g, n), strides given: q, or k where READS
+    values,  # (b, l, h, p), strides given: v, or the gradient of y where READS
+    high,
+    low,
+    scales,  # None where READS
+    documents,
+    states,  # (c, b, h, p, n): the gradients of the states after the chunks, or the states before them where READS
+    grad_scores,
+    grad_keys,  # (splits, b, l, g, n)
+    along,  # (tiles of n, b, h, padded): the gradient's product with each key, before the scale
+    length,
+    padded,
+    batch,
+    heads,
+    shared,
+    splits,
+    k_b,
+    k_l,
+    k_g,
+    o_b,
+    o_l,
+    o_g,
+    v_b,
+    v_l,
+    v_h,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    READS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient of k, or of q (READS), summed over the heads of a split."""
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    PARTS: tl.constexpr = CHUNK // ROWS
+    tile = tl.program_id(0) % (TILES_N * PARTS)
+    row = tl.program_id(0) // (TILES_N * PARTS)  # of (splits, b, g)
+    groups = heads // shared
+    split, b, g = row // (batch * groups), (row // groups % batch).to(tl.int64), row % groups
+    c = tl.program_id(1)
+    part = tile // TILES_N
+    n = tile % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = c * CHUNK + part * ROWS + tl.arange(0, ROWS)
+    others += b * o_b + g.to(tl.int64) * o_g
+    if documents is not None:
+        documents += b * length
+    key = _rows(keys + b * k_b + g.to(tl.int64) * k_g, t, n, length, k_l, N).to(tl.float32)
+
+    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    each = tl.cdiv(shared, splits)
+    begin = split * each
+    for step in range(0, tl.minimum(each, shared - begin)):
+        h = g.to(tl.int64) * shared + begin + step
+        line = (b * heads + h) * padded
+        state = states + (c * batch * heads + b * heads + h) * (N * P)
+        grad = tl.zeros((ROWS, BLOCK_N), tl.float32)
+        for first in range(0, P, BLOCK_P):
+            p = first + tl.arange(0, BLOCK_P)
+            wide = tl.load(state + p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :], 0)
+            value = _rows(values + b * v_b + h * v_h, t, p, length, v_l, P)
+            grad = _dot(value, wide, grad, True, PRECISION)
+        if READS:
+            grad *= _from_start(high + line, low + line, documents, t, c, length, CHUNK)[:, None]
+        else:
+            grad *= _to_end(high + line, low + line, documents, t, c, length, CHUNK)[:, None]
+        tl.store(along + tile % TILES_N * batch * heads * padded.to(tl.int64) + line + t, tl.sum(grad * key, 1))
+        if scales is not None:
+            grad *= tl.load(scales + line + t)[:, None]
+        total += grad
+
+    grad_scores += (c.to(tl.int64) * splits * batch * groups + row) * (3 * ROWS * ROWS)
+    x = tl.arange(0, ROWS)
+    begin, stop = part, PARTS
+    if READS:
+        begin, stop = 0, part + 1
+    for other in range(begin, stop):
+        u = c * CHUNK + other * ROWS + x
+        if READS:
+            weight = tl.load(grad_scores + (part + other) * ROWS * ROWS + x[:, None] * ROWS + x[None, :])
+        else:
+            weight = tl.load(grad_scores + (part + other) * ROWS * ROWS + x[None, :] * ROWS + x[:, None])
+        total = _dot(weight, _rows(others, u, n, length, o_l, N), total, False, PRECISION)
+    place = (((split * batch + b) * length + t)[:, None] * groups + g) * N + n[None, :]
+    tl.store(grad_keys + place, total, (t < length)[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["length", "padded", "chunks"])
+def _grad_decays_kernel(
+    inside,
+    crossing,
+    columns,
+    reads,  # (tiles of n, b, h, padded)
+    writes,  # (tiles of n, b, h, padded), before the scale
+    across,  # (tiles, b, h, c)
+    scales,
+    grad_decay,  # (b, l, h)
+    grad_scale,  # (b, l, h), or None
+    length,
+    padded,
+    chunks,
+    batch,
+    heads,
+    tiles,
+    TILES_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Join what is known by token: a decay gets what is read at it or later, and what was written before it."""
+    parts = tl.cdiv(heads, HEADS)
+    b = (tl.program_id(0) // parts).to(tl.int64)
+    h = (tl.program_id(0) % parts * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
+    c = tl.program_id(1)
+    m = tl.arange(0, CHUNK)[None, :]
+    t = c * CHUNK + m
+    there = (h < heads) & (m < CHUNK)
+    line = (b * heads + h) * padded + t
+    read = tl.zeros((HEADS, CHUNK), tl.float64)
+    written = tl.zeros((HEADS, CHUNK), tl.float64)
+    for tile in tl.static_range(TILES_N):
+        read += tl.load(reads + tile * batch * heads * padded.to(tl.int64) + line, there, 0).to(tl.float64)
+        written += tl.load(writes + tile * batch * heads * padded.to(tl.int64) + line, there, 0).to(tl.float64)
+    grad = tl.zeros((HEADS, 1), tl.float64)
+    for tile in range(0, tiles):
+        place = (tile * batch * heads + b * heads + h) * chunks + c
+        grad += tl.load(across + place, h < heads, 0).to(tl.float64)
+    crossed = tl.load(crossing + line, there, 0).to(tl.float64)
+    scaled = tl.where(m < ROWS, crossed, 0)
+    by_scale = tl.load(columns + line, there, 0).to(tl.float64) + scaled + written
+    if scales is not None:
+        scale = tl.load(scales + line, there, 0).to(tl.float64)
+        scaled *= scale
+        written *= scale
+    crossed = tl.where(m < ROWS, 0, crossed)
+    # within the first tile the crossing paths were written before a token, within the second they are read after it
+    before = tl.where(m < ROWS, tl.cumsum(scaled, 1) - scaled, 0) + tl.cumsum(written, 1) - written
+    after = tl.where(m < ROWS, 0, tl.cumsum(crossed, 1, reverse=True)) + tl.cumsum(read, 1, reverse=True)
+    grad = grad + before + after + tl.load(inside + line, there, 0).to(tl.float64)
+    place = (b * length + t) * heads + h
+    tl.store(grad_decay + place, grad.to(tl.float32), there & (t < length))
+    if grad_scale is not None:
+        tl.store(grad_scale + place, by_scale.to(tl.float32), there & (t < length))
+
+
+def _precision() -> str:
+    # what the interpreter multiplies exactly has another name there
+    return "ieee" if knobs.runtime.interpret else "bf16x6"
+
+
+def _tiles(dimension: int, tile: int) -> int:
+    """The tile for a dimension: a power of two, and at least what the matrix units take."""
+    return min(tile, max(16, triton.next_power_of_2(dimension)))
+
+
+def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """In ``dtype``, the last dimension adjacent."""
+    t = t.to(dtype)
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+class _Launch:
+    """The inputs as the kernels take them, and what forward and backward have in common."""
+
+    def __init__(self, q, k, v, log_decay, scale, documents, config):
+        (b, l, h, p), n = v.shape, q.shape[3]
+        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+        self.dtype = dtype
+        self.q, self.k, self.v = (_dense(t, dtype) for t in (q, k, v))
+        config = dict(config or CONFIGS[0 if dtype.itemsize == 2 else 1])
+        tile = config.pop("TILE")
+        self.shape = {"N": n, "P": p, "CHUNK": CHUNK, "ROWS": ROWS, "PRECISION": _precision()} | config
+        self.blocks = {"BLOCK_N": _tiles(n, tile), "BLOCK_P": _tiles(p, tile)}
+        self.tiles_n, self.tiles_p = triton.cdiv(n, self.blocks["BLOCK_N"]), triton.cdiv(p, self.blocks["BLOCK_P"])
+        self.chunks = triton.cdiv(l, CHUNK)
+        self.padded = self.chunks * CHUNK
+        self.documents = None if documents is None else documents.contiguous()
+        rows = v.new_empty(3 if scale is not None else 2, b, h, self.padded, dtype=torch.float32)
+        self.high, self.low, self.scales = rows[0], rows[1], None if scale is None else rows[2]
+        _decay_sums_kernel[(b * triton.cdiv(h, HEADS), self.chunks)](
+            log_decay, scale, self.high, self.low, self.scales, l, self.padded, h,
+            *log_decay.stride(), *(scale.stride() if scale is not None else (0, 0, 0)), CHUNK=CHUNK, HEADS=HEADS,
+        )  # fmt: skip
+
+    def chunk_states(self, keys: Tensor, values: Tensor, reads: bool) -> Tensor:
+        b, l, h, p = self.v.shape
+        g, n = keys.shape[2:]
+        out = values.new_empty(self.chunks, b, h, p, n, dtype=torch.float32)
+        blocks = {"BLOCK_N": _tiles(n, STATE_TILE), "BLOCK_P": _tiles(p, STATE_TILE)}
+        tiles = triton.cdiv(n, blocks["BLOCK_N"]) * triton.cdiv(p, blocks["BLOCK_P"])
+        _chunk_states_kernel[(tiles * b * h, self.chunks)](
+            keys, values, self.high, self.low, None if reads else self.scales, self.documents, out, l, self.padded,
+            b, h, h // g, *keys.stride()[:3], *values.stride()[:3], READS=reads, **self.shape, **blocks,
+        )  # fmt: skip
+        return out
+
+    def pass_states(self, added, passed, first, last, starts=None, across=None) -> None:
+        b, l, h, p = self.v.shape
+        state = p * added.shape[4]
+        first = None if first is None else first.contiguous()
+        _pass_states_kernel[(triton.cdiv(state, PASSED) * b * h,)](
+            added, passed, first, last, starts, across, self.high, self.low, self.documents, l, self.padded,
+            self.chunks, b, h, STATE=state, REVERSED=starts is not None, CHUNK=CHUNK, PASSED=PASSED,
+        )  # fmt: skip
+
+
+def decay_scan_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: Tensor | None,
+    initial_state: Tensor | None,
+    documents: Tensor | None,
+    keep_states: bool,
+    config: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and (if asked for) the chunks' start states in one row; ``config`` is one of `CONFIGS`."""
+    (b, l, h, p), g = v.shape, q.shape[2]
+    x = _Launch(q, k, v, log_decay, scale, documents, config)
+    added = x.chunk_states(x.k, x.v, reads=False)
+    starts, final_state = torch.empty_like(added), torch.empty_like(added[0])
+    x.pass_states(added, starts, initial_state, final_state)
+    y = v.new_empty(b, l, h, p)
+    _outputs_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
+        x.q, x.k, x.v, x.high, x.low, x.scales, x.documents, starts, y, l, x.padded, b, h, h // g,
+        *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], **x.shape, **x.blocks,
+    )  # fmt: skip
+    return y, final_state, starts.flatten() if keep_states else starts.new_empty(0)
+
+
+def decay_scan_bwd(
+    grad_y: Tensor | None,
+    grad_final_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: Tensor | None,
+    documents: Tensor | None,
+    kept: Tensor,
+    config: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """The gradients of q, k, v, log_decay, scale (None without one) and the initial state."""
+    (b, l, h, p), (g, n) = v.shape, q.shape[2:]
+    r = h // g
+    x = _Launch(q, k, v, log_decay, scale, documents, config)
+    grad_y = torch.zeros_like(x.v) if grad_y is None else _dense(grad_y, x.dtype)
+    starts = kept.view(x.chunks, b, h, p, n)
+    strides = x.q.stride()[:3], x.k.stride()[:3], x.v.stride()[:3], grad_y.stride()[:3]
+    of_q, of_k, of_v, of_y = strides
+
+    added = x.chunk_states(x.q, grad_y, reads=True)
+    grad_ends, grad_initial = torch.empty_like(added), torch.empty_like(added[0])
+    across = added.new_empty(triton.cdiv(p * n, PASSED), b, h, x.chunks)
+    x.pass_states(added, grad_ends, grad_final_state, grad_initial, starts, across)
+
+    grad_v = v.new_empty(b, l, h, p)
+    _grad_values_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
+        x.q, x.k, grad_y, x.high, x.low, x.scales, x.documents, grad_ends, grad_v, l, x.padded, b, h, r,
+        *of_q, *of_k, *of_y, **x.shape, **x.blocks,
+    )  # fmt: skip
+
+    # The heads of a group take turns in one program; where that leaves a large GPU idle, they are split among several.
+    splits = min(r, triton.cdiv(PROGRAMS, b * g * x.chunks))
+    inside, crossing, columns = x.high.new_empty(3, b, h, x.padded)
+    grad_scores = x.high.new_empty(x.chunks, splits, b, g, 3, ROWS, ROWS)
+    _grad_scores_kernel[(3 * splits * b * g, x.chunks)](
+        x.q, x.k, x.v, grad_y, x.high, x.low, x.scales, x.documents, grad_scores, inside, crossing, columns,
+        l, x.padded, b, h, r, splits, *of_q, *of_k, *of_v, *of_y, **(x.shape | {"num_warps": SCORE_WARPS}), **x.blocks,
+    )  # fmt: skip
+
+    grads, along = [], x.high.new_empty(2, x.tiles_n, b, h, x.padded)
+    for reads in (True, False):
+        key, other, value = (x.q, x.k, grad_y) if reads else (x.k, x.q, x.v)
+        dtype = (q if reads else k).dtype if splits == 1 else torch.float32
+        grad = v.new_empty(splits, b, l, g, n, dtype=dtype)
+        _grad_keys_kernel[(x.tiles_n * (CHUNK // ROWS) * splits * b * g, x.chunks)](
+            key, other, value, x.high, x.low, None if reads else x.scales, x.documents, starts if reads else grad_ends,
+            grad_scores, grad, along[0 if reads else 1], l, x.padded, b, h, r, splits,
+            *key.stride()[:3], *other.stride()[:3], *value.stride()[:3], READS=reads, **x.shape, **x.blocks,
+        )  # fmt: skip
+        grads.append(grad[0] if splits == 1 else grad.sum(0))
+
+    grad_decay = x.high.new_empty(b, l, h)
+    grad_scale = None if scale is None else torch.empty_like(grad_decay)
+    _grad_decays_kernel[(b * triton.cdiv(h, HEADS), x.chunks)](
+        inside, crossing, columns, along[0], along[1], across, x.scales, grad_decay, grad_scale, l, x.padded, x.chunks,
+        b, h, across.shape[0], TILES_N=x.tiles_n, CHUNK=CHUNK, ROWS=ROWS, HEADS=HEADS,
+    )  # fmt: skip
+    return grads[0], grads[1], grad_v, grad_decay, grad_scale, grad_initial
+
+
+def aot_specs() -> list[KernelSpec]:
+    """Every kernel and config, for `hf_archs.kernels.aot`: bfloat16 with large heads, documents and a scale, as in
+    packed training, and float32 with the heads of Mamba-2, without documents."""
+    of_q: dict[str, object] = {"READS": True, "scales": None}
+    of_k: dict[str, object] = {"READS": False}
+    specs = []
+    for dtype, config, n, p in (("bf16", CONFIGS[0], 256, 512), ("fp32", CONFIGS[1], 128, 64)):
+        tile, warps, stages = config["TILE"], config["num_warps"], config["num_stages"]
+        common: dict[str, object] = {"CHUNK": CHUNK, "ROWS": ROWS, "HEADS": HEADS, "PASSED": PASSED}
+        common |= {"N": n, "P": p, "STATE": n * p, "TILES_N": triton.cdiv(n, _tiles(n, tile)), "PRECISION": "bf16x6"}
+        if dtype == "fp32":
+            common["documents"] = None
+        variants: tuple[tuple[Any, str, int, int, int, dict[str, object]], ...] = (
+            (_decay_sums_kernel, "", 0, 4, 3, {}),
+            (_chunk_states_kernel, "", STATE_TILE, warps, stages, of_k),
+            (_chunk_states_kernel, ", of q", STATE_TILE, warps, stages, of_q),
+            (_pass_states_kernel, "", 0, 4, 3, {"REVERSED": False, "starts": None, "across": None}),
+            (_pass_states_kernel, ", reversed", 0, 4, 3, {"REVERSED": True}),
+            (_outputs_kernel, "", tile, warps, stages, {}),
+            (_grad_values_kernel, "", tile, warps, stages, {}),
+            (_grad_scores_kernel, "", tile, SCORE_WARPS, stages, {}),
+            (_grad_keys_kernel, "", tile, warps, stages, of_k),
+            (_grad_keys_kernel, ", of q", tile, warps, stages, of_q),
+            (_grad_decays_kernel, "", 0, 4, 3, {}),
+        )
+        for kernel, name, block, kernel_warps, kernel_stages, more in variants:
+            known = common | {"BLOCK_N": _tiles(n, block), "BLOCK_P": _tiles(p, block)} | more
+            signature = {argument: _kind(argument, known, dtype) for argument in kernel.arg_names}
+            constexprs = {argument: known[argument] for argument in signature if argument in known}
+            label = f"{dtype}, keys {n}, values {p}{name}"
+            specs.append(KernelSpec(kernel, signature, constexprs, kernel_warps, kernel_stages, label))
+    return specs
+
+
+def _kind(argument: str, known: dict[str, object], dtype: str) -> str:
+    if argument in known:
+        return "constexpr"
+    if argument in ("q", "k", "v", "y", "grad_y", "grad_v", "keys", "others", "values", "grad_keys"):
+        return f"*{dtype}"
+    if argument == "documents":
+        return "*i32"
+    if argument[1:2] == "_" and argument[0] in "qkvyo":
+        return "i32:16"
+    counts = ("length", "padded", "chunks", "batch", "heads", "shared", "splits", "tiles")
+    if argument[1:2] == "_" or argument in counts:
+        return "i32"
+    return "*fp32"
