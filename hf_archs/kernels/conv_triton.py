@@ -30,13 +30,13 @@ SPAN = 64
 
 
 @triton.jit
-def _silu(x):
-    return x / (1 + tl.exp(-x))
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(tl.minimum(-x, 88.0)))  # beyond, exp overflows and the sigmoid is nothing
 
 
 @triton.jit
 def _silu_slope(x):
-    s = 1 / (1 + tl.exp(-x))
+    s = _sigmoid(x)
     return s * (1 + x * (1 - s))
 
 
@@ -100,7 +100,7 @@ def _conv_fwd_kernel(
             term = tl.where((visible >= back)[:, None], term, 0)
         total += term * taps[back]
     if SILU:
-        total = _silu(total)
+        total *= _sigmoid(total)
     place = (b * length + t)[:, None] * channels + c[None, :]
     tl.store(y + place, total, (t < length)[:, None] & (c < channels)[None, :])
 

@@ -30,6 +30,11 @@ def _config(group_size: int) -> dict[str, int]:
 
 
 @triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(tl.minimum(-x, 88.0)))  # beyond, exp overflows and the sigmoid is nothing
+
+
+@triton.jit
 def _scale(gated, eps, GROUP: tl.constexpr):
     """One over the root mean square of every row: (ROWS, 1)."""
     return 1 / tl.sqrt(tl.sum(gated * gated, 1) / GROUP + eps)[:, None]
@@ -56,7 +61,7 @@ def _rms_norm_gated_fwd_kernel(
     c = tl.program_id(1) * GROUP + lane
     mask = (row < rows)[:, None] & (lane < GROUP)[None, :]
     gate = tl.load(z + row[:, None] * z_stride + c[None, :], mask, 0).to(ACC)
-    gated = tl.load(x + row[:, None] * x_stride + c[None, :], mask, 0).to(ACC) * (gate / (1 + tl.exp(-gate)))
+    gated = tl.load(x + row[:, None] * x_stride + c[None, :], mask, 0).to(ACC) * gate * _sigmoid(gate)
     normed = gated * _scale(gated, eps, GROUP)
     out = normed.to(y.dtype.element_ty).to(ACC) * tl.load(weight + c, lane < GROUP, 0).to(ACC)[None, :]
     tl.store(y + row[:, None] * channels + c[None, :], out, mask)
@@ -92,7 +97,7 @@ def _rms_norm_gated_bwd_kernel(
         g = tl.load(grad_y + row[:, None] * g_stride + c[None, :], mask, 0).to(ACC)
         x_tile = tl.load(x + row[:, None] * x_stride + c[None, :], mask, 0).to(ACC)
         z_tile = tl.load(z + row[:, None] * z_stride + c[None, :], mask, 0).to(ACC)
-        s = 1 / (1 + tl.exp(-z_tile))
+        s = _sigmoid(z_tile)
         gate = z_tile * s
         gated = x_tile * gate
         scale = _scale(gated, eps, GROUP)

@@ -145,6 +145,14 @@ def test_every_triton_config():
 
 
 @pytest.mark.parametrize("backend", ["portable", "triton"])
+def test_activations_far_from_zero(backend):
+    tensors = inputs(9)
+    tensors["x"] *= 300
+    with use_backend(backend):
+        check_op(causal_conv1d, causal_conv1d_reference, tensors, {"activation": "silu"})
+
+
+@pytest.mark.parametrize("backend", ["portable", "triton"])
 def test_any_layout_of_the_inputs(backend):
     """A slice of a wider tensor, a transposed one, an expanded gradient."""
     tensors = inputs(19)
