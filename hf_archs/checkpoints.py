@@ -73,8 +73,8 @@ def check_memory(config: PreTrainedConfig, copies: int = 1) -> int:
     if needed > free:
         use = "training it needs" if copies > 1 else "its weights need"
         raise ValueError(
-            f"{type(config).__name__}: a model with hidden_size {config.hidden_size}, {config.num_hidden_layers} layers "
-            f"and vocab_size {config.vocab_size} has {parameters:,} parameters; {use} {_gib(needed)}, and "
+            f"{type(config).__name__}: a model with hidden_size {config.hidden_size}, {config.num_hidden_layers} "
+            f"layers and vocab_size {config.vocab_size} has {parameters:,} parameters; {use} {_gib(needed)}, and "
             f"{_gib(free)} are free here: choose a smaller size"
         )
     return parameters

@@ -1,0 +1,338 @@
+"""Text, parameter groups, callbacks, saving whole or not at all, and the library side of ``hf-archs train``."""
+
+import hashlib
+import math
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+import hf_archs
+from hf_archs import checkpoints, text, training
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def tiny(name="mamba", **fields):
+    return AutoModelForCausalLM.from_config(hf_archs.get_architecture(name).tiny_config(vocab_size=300, **fields))
+
+
+def corpus_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"def function_{i}(value):\n    return value + {i}\n" * 6)
+    return folder
+
+
+# -- text ------------------------------------------------------------------------------------------------------
+
+
+def test_the_library_is_its_own_source_and_the_rule_is_on_the_path():
+    corpus = text.standard_library()
+    library = Path(sysconfig.get_path("stdlib"))
+    assert corpus["functools.py"] == (library / "functools.py").read_bytes().decode()
+    assert "json/decoder.py" in corpus
+    first = {name.split("/")[0] for name in corpus}
+    assert not first & {"test", "idlelib", "pydoc_data", "lib2to3", "site-packages"}
+    kept, held_out = text.split(corpus)
+    assert kept.keys() | held_out.keys() == corpus.keys()
+    assert not kept.keys() & held_out.keys()
+    assert all(int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0 for name in held_out)
+    assert not any(int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0 for name in kept)
+
+
+def test_a_folder_gives_its_text_files_only(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("häuser", encoding="utf-8")
+    (tmp_path / "binary").write_bytes(b"a\0b")
+    (tmp_path / "latin").write_bytes("häuser".encode("latin-1"))
+    (tmp_path / "empty").write_text("")
+    assert text.read_corpus(str(tmp_path)) == {"sub/a.txt": "häuser"}
+
+
+def test_a_file_is_cut_without_a_loss(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(500)))
+    corpus = text.read_corpus(str(path))
+    assert "".join(corpus.values()) == path.read_text()
+    kept, held_out = text.split(corpus)
+    assert kept
+    assert held_out
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "./missing", "a/b/c", "~/no-such-folder-here"])
+def test_a_path_that_is_not_there(name):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        text.read_corpus(name)
+
+
+def test_no_text_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no text"):
+        text.read_corpus(str(tmp_path))
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        text.read_corpus(str(tmp_path / "x.txt"))
+    with pytest.raises(ValueError, match="1 document"):
+        text.split({"a": "b"})
+
+
+def test_something_is_always_held_out():
+    assert [len(part) for part in text.split({"a": "1", "b": "2", "c": "3"})] == [2, 1]
+
+
+def test_the_tokenizer_writes_any_text(tmp_path):
+    tokenizer = text.train_tokenizer(["hello hello hello"], 260)
+    for sample in ("hello", " tab\t\n  two", "日本 ☃ é \x00", "x" * 50):
+        assert tokenizer.decode(text.encode(tokenizer, sample)) == sample
+    assert len(tokenizer) <= 260
+    assert text.start_token(tokenizer) == 0
+    with pytest.raises(ValueError, match="vocab_size is 256; allowed are 257"):
+        text.train_tokenizer(["a"], 256)
+
+
+def test_blocks_are_one_stream_with_a_start_before_every_document():
+    tokenizer = text.train_tokenizer(["ab"], 257)
+    a, b = text.encode(tokenizer, "ab")
+    rows = text.token_blocks(tokenizer, ["ab", "b", "aab"], 3)["input_ids"][:]
+    assert rows == [[0, a, b], [0, b, 0], [a, a, b]]
+    assert text.token_blocks(tokenizer, ["a"], 8)["input_ids"][:] == [[0, a]]
+
+
+@pytest.mark.parametrize("name", hf_archs.architectures())
+def test_bits_per_byte_are_those_of_each_text_alone(name):
+    model = tiny(name).double().eval()
+    texts = ["def f(x): return x\n" * 9, "é" * 70, "", "a", "import os"]
+    tokenizer = text.train_tokenizer(texts, 300)
+    nats, size = 0.0, 0
+    for document in texts:
+        tokens = torch.tensor([[0, *text.encode(tokenizer, document)]])
+        if tokens.shape[1] > 1:
+            logits = model(tokens[:, :-1]).logits[0]
+            nats += F.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
+        size += len(document.encode())
+    expected = nats / math.log(2) / size
+    model.train()
+    for batch_size, chunk in ((8, 512), (2, 7), (3, 16), (1, 1000)):
+        found = text.bits_per_byte(model, tokenizer, texts, batch_size=batch_size, chunk=chunk)
+        assert found == pytest.approx(expected, rel=1e-6), (batch_size, chunk)
+    assert model.training
+
+
+# -- groups, callbacks, LoRA -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", hf_archs.architectures())
+def test_only_matrices_decay(name):
+    model = tiny(name)
+    groups = training.parameter_groups(model, 0.3)
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept = ([names[id(p)] for p in group["params"]] for group in groups)
+    assert sorted(decayed + kept) == sorted(names.values())
+    assert all(n.endswith("weight") and "norm" not in n and "embed" not in n and ".ssm." not in n for n in decayed)
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    assert {f"{n}.weight" for n in linear} <= set(decayed)
+    assert any(".ssm." in n for n in kept)
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = training.add_lora(tiny())
+    parameters = [p for group in training.parameter_groups(model) for p in group["params"]]
+    assert len(parameters) == 2 * 2 * 4  # A and B for four layers in each of two blocks
+    assert all(p.requires_grad for p in parameters)
+
+
+def test_the_trainer_decays_the_same_parameters(tmp_path):
+    model = tiny()
+    trainer = training.ArchTrainer(model, TrainingArguments(str(tmp_path), weight_decay=0.3, report_to="none"))
+    found = {
+        group["weight_decay"]: {id(p) for p in group["params"]} for group in trainer.create_optimizer().param_groups
+    }
+    expected = {g["weight_decay"]: {id(p) for p in g["params"]} for g in training.parameter_groups(model, 0.3)}
+    assert found == expected
+
+
+class _Balanced(nn.Module):
+    class Callback(TrainerCallback):
+        pass
+
+    def trainer_callbacks(self):
+        return [self.Callback()]
+
+
+def test_layers_bring_their_callbacks(tmp_path):
+    model = tiny()
+    assert training.callbacks(model) == []
+    model.model.layers[1].router = _Balanced()
+    assert [type(callback) for callback in training.callbacks(model)] == [_Balanced.Callback]
+    trainer = training.ArchTrainer(model, TrainingArguments(str(tmp_path), report_to="none"))
+    assert any(isinstance(callback, _Balanced.Callback) for callback in trainer.callback_handler.callbacks)
+
+
+def test_lora_targets_are_checked():
+    with pytest.raises(ValueError, match="LoRA target is 'q_proj'; allowed are all-linear, dt_proj, in_proj"):
+        training.add_lora(tiny(), ["in_proj", "q_proj"])
+    with pytest.raises(ValueError, match="LoRA rank is 0"):
+        training.add_lora(tiny(), rank=0)
+    assert set(training.add_lora(tiny(), ["in_proj"]).active_peft_config.target_modules) == {"in_proj"}
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------
+
+
+def test_a_failed_save_leaves_the_old_files(tmp_path):
+    folder = tmp_path / "model"
+    tiny().save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fails():
+        with checkpoints.replacing(folder) as partial:
+            (partial / "config.json").write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fails()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_new_weights_replace_old_shards_and_nothing_else(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "m", max_shard_size="100KB")
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    assert (tmp_path / "m" / "model.safetensors.index.json").exists()
+    with checkpoints.replacing(tmp_path / "m") as partial:
+        model.save_pretrained(partial)
+    assert [path.name for path in (tmp_path / "m").glob("model*")] == ["model.safetensors"]
+    assert (tmp_path / "m" / "notes.txt").read_text() == "mine"
+    checkpoints.load_model(str(tmp_path / "m"))
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_allocated():
+    architecture = hf_archs.get_architecture("mamba")
+    config = checkpoints.sized_config(architecture, "4m", {})
+    assert checkpoints.check_memory(config) == sum(p.numel() for p in architecture.causal_lm_class(config).parameters())
+    config = checkpoints.sized_config(architecture, "2.8b", {"hidden_size": 100_000})
+    with pytest.raises(ValueError, match=r"hidden_size 100000, 64 layers .* GiB are free here"):
+        checkpoints.check_memory(config)
+
+
+def test_weights_that_do_not_fit_or_do_not_read(tmp_path):
+    source = tmp_path / "m"
+    tiny().save_pretrained(source)
+    config = (source / "config.json").read_text()
+    (source / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(ValueError, match=r"lacks \d+ of the model's weights"):
+        checkpoints.load_model(str(source))
+    (source / "config.json").write_text(config.replace('"state_size": 8', '"state_size": 4'))
+    with pytest.raises(ValueError, match="A_log has shape"):
+        checkpoints.load_model(str(source))
+    (source / "config.json").write_text(config)
+    weights = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(weights[:-1000])
+    with pytest.raises(SafetensorError, match=r"model.safetensors is corrupt or truncated"):
+        checkpoints.load_model(str(source))
+
+
+# -- hf-archs train --------------------------------------------------------------------------------------------
+
+
+def run(model, data, output, *arguments):
+    fixed = [
+        "--per_device_train_batch_size",
+        "2",
+        "--block_size",
+        "32",
+        "--disable_tqdm",
+        "true",
+        "--lr_scheduler_type",
+    ]
+    return training.train(
+        *training.parse([str(model), "--data", str(data), "--output_dir", str(output), *fixed, "constant", *arguments])
+    )
+
+
+def test_a_continued_run_equals_an_uninterrupted_one(tmp_path):
+    data = corpus_folder(tmp_path / "data")
+    tiny().save_pretrained(tmp_path / "m")
+    whole = run(tmp_path / "m", data, tmp_path / "whole", "--max_steps", "4")
+    run(tmp_path / "m", data, tmp_path / "parts", "--max_steps", "2")
+    parts = run(tmp_path / "m", data, tmp_path / "parts", "--max_steps", "4")
+    a, b = (checkpoints.load_model(str(tmp_path / name)).state_dict() for name in ("whole", "parts"))
+    start = checkpoints.load_model(str(tmp_path / "m")).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["model.layers.0.mixer.in_proj.weight"], start["model.layers.0.mixer.in_proj.weight"])
+    assert whole["bits_per_byte"] == parts["bits_per_byte"]
+    assert (tmp_path / "whole" / "tokenizer.json").exists()
+    assert "bits per byte" in (tmp_path / "whole" / "README.md").read_text()
+
+
+def test_an_adapter_is_trained_on_a_trained_model(tmp_path):
+    data = corpus_folder(tmp_path / "data")
+    tiny().save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="no tokenizer, so it was never trained"):
+        run(tmp_path / "m", data, tmp_path / "a", "--max_steps", "1", "--lora")
+    run(tmp_path / "m", data, tmp_path / "t", "--max_steps", "1")
+    run(
+        tmp_path / "t",
+        data,
+        tmp_path / "a",
+        "--max_steps",
+        "1",
+        "--lora",
+        "in_proj",
+        "out_proj",
+        "--learning_rate",
+        "1",
+    )
+    model = checkpoints.load_model(str(tmp_path / "t"))
+    tokens = torch.arange(9)[None]
+    before = model(tokens).logits
+    adapted = checkpoints.load_adapter(model, str(tmp_path / "a"))
+    assert set(adapted.active_peft_config.target_modules) == {"in_proj", "out_proj"}
+    assert not torch.allclose(adapted(tokens).logits, before)
+
+
+def test_a_save_that_fails_leaves_a_checkpoint_that_loads(tmp_path, monkeypatch):
+    data = corpus_folder(tmp_path / "data")
+    tiny().save_pretrained(tmp_path / "m")
+    text.train_tokenizer(["a"], 300).save_pretrained(tmp_path / "m")
+    run(tmp_path / "m", data, tmp_path / "out", "--max_steps", "1", "--save_strategy", "no")
+    before = checkpoints.load_model(str(tmp_path / "out")).state_dict()
+    cls = hf_archs.get_architecture("mamba").causal_lm_class
+    save = cls.save_pretrained
+
+    def breaks(self, folder, **kwargs):
+        save(self, folder, **kwargs)
+        (Path(folder) / "model.safetensors").write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(cls, "save_pretrained", breaks)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path / "m", data, tmp_path / "out", "--max_steps", "1", "--save_strategy", "no")
+    after = checkpoints.load_model(str(tmp_path / "out")).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--learnig_rate", "1"], "no argument '--learnig_rate'; did you mean --learning_rate"),
+        (["--max_steps", "many"], "--max_steps"),
+        (["--block_size", "1"], "block_size is 1; allowed are 2"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint is 'nowhere'"),
+        (["--lora", "in_proj", "--lora_rank", "0"], "LoRA rank is 0"),
+    ],
+)
+def test_wrong_arguments_of_train(tmp_path, arguments, said):
+    data = corpus_folder(tmp_path / "data")
+    tiny().save_pretrained(tmp_path / "m")
+    text.train_tokenizer(["a"], 300).save_pretrained(tmp_path / "m")
+    with pytest.raises((ValueError, OSError), match=said):
+        run(tmp_path / "m", data, tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
