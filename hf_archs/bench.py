@@ -54,6 +54,14 @@ class Result:
     target: float | None
     bandwidth_share: float | None = None
 
+    def __str__(self) -> str:
+        target = "" if self.target is None else f", asked {self.target:g}"
+        share = "" if self.bandwidth_share is None else f", {self.bandwidth_share:.0%} of the copy bandwidth"
+        return (
+            f"{self.name}: {self.ratio:.3f} of {self.peer}{target} "
+            f"({self.ours_ms:.2f} and {self.peer_ms:.2f} ms, {self.pairs} pairs{share})"
+        )
+
 
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":

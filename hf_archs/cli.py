@@ -234,6 +234,31 @@ def convert(
 
 
 @app.command()
+def bench(
+    kinds: Annotated[list[str] | None, typer.Argument(help="ops, models, or both (the default).")] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="Architecture; may be repeated. Else all.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="File for machine and results.")] = None,
+) -> None:
+    """Compare ops and whole models with their peers in one run, on the device there is: medians of ratios."""
+    import torch
+
+    from hf_archs import bench as benchmark
+
+    unknown = set(kinds or ()) - {"ops", "models"}
+    if unknown:
+        raise ValueError(f"bench: {min(unknown)!r} is no kind of measure; allowed are ops and models")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert device is not None
+    results = []
+    for kind in kinds or ("ops", "models"):
+        results += benchmark.run(
+            benchmark.measures(kind, device, arch), device, lambda r: console.print(str(r), highlight=False)
+        )
+    if output is not None:
+        benchmark.write(results, device, output)
+
+
+@app.command()
 def quickstart(
     arch: Annotated[str, typer.Option(help="Name of the architecture.")] = "mamba",
     size: Annotated[str | None, typer.Option(help="One of its sizes, or tiny; else its first.")] = None,
