@@ -5,6 +5,7 @@ Letters in shapes: b batch, l length, d hidden size, v vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from typing import Any, NamedTuple
@@ -394,6 +395,7 @@ class ArchForMaskedLM(ArchPreTrainedModel):
     _model_class: type[ArchModel]
 
     def __init__(self, config: ArchConfig):
+        config = copy.deepcopy(config)  # the caller's own may become a causal model yet
         config.bidirectional = True
         super().__init__(config)
         self.model = self._model_class(config)

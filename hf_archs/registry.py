@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 if TYPE_CHECKING:
     from hf_archs.conversion import NativeFormat
@@ -202,7 +203,8 @@ def register(architecture: Architecture) -> Architecture:
 
     Raises:
         TypeError: where its config class is no config, or has no ``model_type``.
-        ValueError: where its name or its model type is taken; nothing is registered then.
+        ValueError: where its name, its model type or the name of its config class is taken; nothing is registered
+            then.
     """
     config_class = architecture.config_class
     if not (isinstance(config_class, type) and issubclass(config_class, PreTrainedConfig)):
@@ -211,6 +213,17 @@ def register(architecture: Architecture) -> Architecture:
         )
     if not config_class.model_type:
         raise TypeError(f"architecture {architecture.name!r}: {config_class.__name__} has no model_type")
+    for other in _architectures.values():  # transformers refuses its own types only
+        if other.name != architecture.name and other.model_type == config_class.model_type:
+            raise ValueError(
+                f"architecture {architecture.name!r}: model type {config_class.model_type!r} is registered already, "
+                f"by {_owner(other)}"
+            )
+    if config_class.__name__ in CONFIG_MAPPING_NAMES.values():  # Auto classes tell configs apart by this name
+        raise ValueError(
+            f"architecture {architecture.name!r}: transformers has a {config_class.__name__} of its own; "
+            f"allowed is another class name, such as Arch{config_class.__name__}"
+        )
     _add("architecture", _architectures, architecture.name, architecture)
     try:
         AutoConfig.register(config_class.model_type, config_class)
