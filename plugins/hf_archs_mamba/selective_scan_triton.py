@@ -52,6 +52,10 @@ CONFIGS = [
 ]
 
 
+# Arguments that change with the length or the batch: Triton would compile once more for a 1 and for multiples of 16.
+LENGTHS = ["length", "batch", "segment", "segments", "B_b", "B_n", "C_b", "C_n"]
+
+
 @triton.jit
 def _softplus(v):
     # log1p(e) = 2 atanh(e / (2 + e)) by its series: a log of 1 + e would lose what a small e carries.
@@ -95,7 +99,7 @@ def _decay(delta, A, goes_on, PACKED: tl.constexpr):
     return a
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _selective_scan_fwd_kernel(
     x,
     dt,
@@ -243,7 +247,7 @@ def _selective_scan_fwd_kernel(
             tl.store(final + (b * channels + c) * state + n, h, mask=in_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _selective_scan_bwd_kernel(
     dy,
     d_final,
@@ -695,9 +699,9 @@ def aot_specs() -> list[KernelSpec]:
                     signature[name] = f"*{dtype}"
                 elif name in ("seq_idx", "lengths"):
                     signature[name] = "*i64"
-                elif name in ("length", "batch", "segments"):
+                elif name in LENGTHS:
                     signature[name] = "i32"
-                elif name in ("state", "segment") or name[-2:] in ("_b", "_l", "_c", "_n"):
+                elif name == "state" or name[-2:] in ("_b", "_l", "_c", "_n"):
                     signature[name] = "i32:16"
                 else:
                     signature[name] = "*fp32"
