@@ -20,8 +20,13 @@ BELOW = {
     "hf_archs.convolution": ("hf_archs.kernels", "hf_archs.backend"),
     "hf_archs.cache": ("hf_archs.registry",),
     "hf_archs.hub": ("hf_archs.registry",),
-    "hf_archs.configuration": ("hf_archs.registry", "hf_archs.hub"),
+    "hf_archs.configuration": ("hf_archs.registry", "hf_archs.hub", "hf_archs.conversion"),
+    "hf_archs.conversion": ("hf_archs.registry",),
 }
+# programs over the library: which architecture they take where none is named, and which peers they measure
+PROGRAMS = {"bench.py", "cli.py", "quickstart.py"}
+# a value that a foreign checkpoint format leaves out
+FOREIGN = {("conversion.py", "Mamba1")}
 
 
 def module_of(file: Path, root: Path) -> str:
@@ -75,20 +80,22 @@ def test_nothing_imports_what_stands_above_it(below):
     assert files
     for file in files:
         for name in imports(file):
-            assert not within(name, "hf_archs") or within(name, *allowed) or name == "hf_archs.hub", f"{file}: {name}"
+            assert not within(name, "hf_archs") or within(name, *allowed), f"{file}: {name}"
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_ops_import_no_models(plugin):
     """The ops of a plugin can be used, and tested, without transformers."""
     for file in sorted((REPOSITORY / "plugins" / plugin).rglob("*.py")):
-        if file.stem not in ("__init__", "configuration", "mixer", "modeling", "conversion"):
+        if file.stem not in ("__init__", "configuration", "mixer", "modeling", "conversion", "bench"):
             for name in imports(file):
                 assert not within(name, "transformers", "hf_archs.backbone", "hf_archs.cache"), f"{file}: {name}"
                 assert not within(name, *(f"{plugin}.{x}" for x in ("configuration", "mixer", "modeling"))), file
 
 
-@pytest.mark.parametrize("file", CORE, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "file", [file for file in CORE if file.name not in PROGRAMS], ids=lambda file: str(file.relative_to(ROOT))
+)
 def test_core_names_no_architecture(file):
     """Neither a name nor a string of the code; comments and docstrings may give examples."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -110,6 +117,8 @@ def test_core_names_no_architecture(file):
         elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             said = node.name
         else:
+            continue
+        if (file.name, said) in FOREIGN:
             continue
         assert not any(name in said.lower() for name in names), f"{file}:{node.lineno}: {said}"
 
