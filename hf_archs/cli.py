@@ -264,7 +264,7 @@ def quickstart(
     size: Annotated[str | None, typer.Option(help="One of its sizes, or tiny; else its first.")] = None,
     assign: Set = None,
     steps: Annotated[int, typer.Option(help="Steps of the pretraining.")] = 150,
-    lora_steps: Annotated[int, typer.Option(help="Steps of LoRA.")] = 60,
+    lora_steps: Annotated[int, typer.Option(help="Steps of LoRA.")] = 80,
     data: Annotated[str, typer.Option(help="Text file, folder or dataset to pretrain on.")] = "stdlib",
     output: Output = Path("quickstart"),
     hub: Annotated[bool, typer.Option("--hub", help="Push to huggingface.co, not to an embedded Hub.")] = False,

@@ -19,7 +19,12 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-EXPECTED = (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError, httpx2.HTTPError)
+
+class CheckFailed(RuntimeError):
+    """Something ran to its end and is not what it must be."""
+
+
+EXPECTED = (CheckFailed, ValueError, OSError, ImportError, StrictDataclassError, SafetensorError, httpx2.HTTPError)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -38,7 +43,7 @@ def sentence(error: BaseException) -> str:
         if isinstance(link, HfHubHTTPError):
             status = link.response.status_code
             said = _one_line(link.server_message or str(link))
-            what = f"the Hub at {constants.ENDPOINT} refused {link.request.url.path} ({status}): {said}"
+            what = f"the Hub at {constants.ENDPOINT} refused {link.response.url.path} ({status}): {said}"
             if isinstance(link, GatedRepoError):
                 return f"{what}; ask for access on the repository's page"
             if isinstance(link, RepositoryNotFoundError):

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from hf_archs import checkpoints, publish, text
+from hf_archs.errors import CheckFailed
 from hf_archs.registry import get_architecture
 from hf_archs.training import ArchTrainer, add_lora
 
@@ -58,7 +59,7 @@ class Options:
     size: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 150
-    lora_steps: int = 60
+    lora_steps: int = 80
     data: str = "stdlib"
     output: str = "quickstart"
     hub: bool = False
@@ -154,7 +155,7 @@ def quickstart(options: Options, console: Console | None = None) -> dict[str, An
 
     Raises:
         ValueError, OSError: for a wrong option, before anything is trained, and where the Hub refuses.
-        RuntimeError: where a model pulled from the Hub differs from what was pushed, or a merged model from its parts.
+        CheckFailed: where a model pulled from the Hub differs from what was pushed, or a merged model from its parts.
     """
     console = console or Console()
     began = time.perf_counter()
@@ -193,7 +194,7 @@ def quickstart(options: Options, console: Console | None = None) -> dict[str, An
 
     console.print("[bold]2[/] LoRA on English")
     model.name_or_path = str((output / "model").resolve())  # where the adapter's config says its base model is
-    model = add_lora(model)
+    model = add_lora(model, rank=32, alpha=128)
     lora_losses, _ = _train(model, tokenizer, english.values(), options, options.lora_steps, options.lora_learning_rate)
     bits["english"]["after_lora"] = text.bits_per_byte(model, tokenizer, held_out_english.values())
     bits["code"]["after_lora"] = text.bits_per_byte(model, tokenizer, held_out_code.values())
@@ -234,7 +235,7 @@ def quickstart(options: Options, console: Console | None = None) -> dict[str, An
     console.print(f"written to {output}", highlight=False)
     for check in ("merged_equals_unmerged", "pulled_equals_pushed"):
         if not summary[check]:
-            raise RuntimeError(f"{check} is false, see {output / 'summary.json'}")
+            raise CheckFailed(f"{check} is false, see {output / 'summary.json'}")
     return summary
 
 

@@ -1,0 +1,341 @@
+"""The command line: what each command does, and that a wrong input ends with one sentence and status 2."""
+
+import json
+import os
+import subprocess
+import sys
+
+import httpx2
+import huggingface_hub.utils.logging as hub_logging
+import pytest
+import torch
+import transformers.utils.logging as transformers_logging
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import hf_raise_for_status
+from transformers import MambaConfig, MambaForCausalLM
+
+import hf_archs
+from hf_archs import checkpoints, cli, errors, text, training
+from hf_archs.testing.hub import EmbeddedHub
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+TRAIN = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--block_size", "32", "--disable_tqdm", "true"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a command line in ``tmp_path``: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "console", cli.Console(width=200))
+    levels = hub_logging.get_verbosity(), transformers_logging.get_verbosity()
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-archs", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    yield run
+    hub_logging.set_verbosity(levels[0])
+    transformers_logging.set_verbosity(levels[1])
+    transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture
+def refused(run):
+    """Run a command line that must fail, and give its one sentence."""
+
+    def refused(*arguments):
+        status, _, error = run(*arguments)
+        assert status == 2, error
+        return one_sentence(error)
+
+    return refused
+
+
+def one_sentence(stderr):
+    assert stderr.startswith("error: "), stderr
+    assert len(stderr.splitlines()) == 1, stderr
+    return stderr
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A tiny model with a tokenizer, and an adapter for it."""
+    folder = tmp_path_factory.mktemp("trained")
+    model = hf_archs.get_architecture("mamba").causal_lm_class(
+        hf_archs.get_architecture("mamba").tiny_config(vocab_size=300)
+    )
+    model.save_pretrained(folder / "model")
+    text.train_tokenizer(["some words to begin with"], 300).save_pretrained(folder / "model")
+    training.add_lora(model).save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """A copy of the tiny model that a test may spoil."""
+    folder = tmp_path / "copy"
+    with checkpoints.replacing(folder) as partial:
+        for file in (trained / "model").iterdir():
+            (partial / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+# -- what the commands do --------------------------------------------------------------------------------------
+
+
+def test_list_names_every_architecture(run):
+    status, out, _ = run("list")
+    assert status == 0
+    for name in hf_archs.architectures():
+        assert name in out
+        assert hf_archs.get_architecture(name).model_type in out
+
+
+def test_doctor_tells_versions_ops_and_failures(run, monkeypatch):
+    status, out, _ = run("doctor")
+    assert status == 0
+    for word in (torch.__version__, "transformers", "op selective_scan", "portable", "all loaded"):
+        assert word in out
+    monkeypatch.setattr("hf_archs.registry.failed_plugins", lambda: {"broken": "ImportError: no module"})
+    status, out, _ = run("doctor")
+    assert status == 1
+    assert "plugin broken" in out
+    assert "ImportError: no module" in out
+
+
+def test_doctor_names_the_forced_implementation(run):
+    with hf_archs.backend.use_backend("reference"):
+        _, out, _ = run("doctor")
+    assert "reference" in out
+
+
+def test_init_makes_a_model_of_a_size_and_fields(run, tmp_path):
+    assert run("init", "mamba", "-o", "a", "--size", "tiny", "--set", "state_size=4", "--set", "use_bias=true")[0] == 0
+    model = checkpoints.load_model(str(tmp_path / "a"))
+    assert (model.config.state_size, model.config.use_bias, model.config.vocab_size) == (4, True, 512)
+    run("init", "mamba", "-o", "b", "--size", "tiny", "--set", "state_size=4", "--set", "use_bias=true")
+    run("init", "mamba", "-o", "c", "--size", "tiny", "--seed", "1")
+    embedding = [checkpoints.load_model(str(tmp_path / name)).model.embed_tokens.weight for name in "abc"]
+    assert torch.equal(embedding[0], embedding[1])
+    assert not torch.equal(embedding[0], embedding[2])
+
+
+def test_init_takes_a_tokenizer_and_spares_a_checkpoint(run, refused, trained, copy):
+    before = (copy / "model.safetensors").read_bytes()
+    assert "holds a checkpoint already" in refused("init", "mamba", "-o", copy, "--size", "tiny")
+    assert (copy / "model.safetensors").read_bytes() == before
+    status, _, _ = run(
+        "init", "mamba", "-o", copy, "--size", "tiny", "--overwrite", "--tokenizer", trained / "model", "--seed", 5
+    )
+    assert status == 0
+    assert (copy / "model.safetensors").read_bytes() != before
+    size = len(checkpoints.load_tokenizer(str(copy)))
+    assert size == checkpoints.load_model(str(copy)).config.vocab_size
+
+
+def test_train_then_continue_then_generate(run, trained, tmp_path):
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 200)
+    arguments = ["train", trained / "model", "--data", "book.txt", "--output_dir", "out", *TRAIN]
+    status, out, _ = run(*arguments)
+    assert status == 0
+    assert "bits per byte" in out
+    status, out, _ = run(*arguments, "--max_steps", "2")
+    assert "continuing from out/checkpoint-1" in out
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    assert run("train", "out", "--data", "book.txt", "--output_dir", "lora", "--lora", *TRAIN)[0] == 0
+    status, out, _ = run(
+        "generate", "out", "It was", "--adapter", "lora", "--max-new-tokens", "5", "--temperature", "0"
+    )
+    assert status == 0
+    assert out.startswith("It was")
+
+
+def test_generate_is_what_the_model_says(run, trained):
+    model = checkpoints.load_model(str(trained / "model")).eval()
+    tokenizer = checkpoints.load_tokenizer(str(trained / "model"))
+    start = torch.tensor([[0, *text.encode(tokenizer, "some")]])
+    expected = tokenizer.decode(model.generate(start, max_new_tokens=7, do_sample=False)[0], skip_special_tokens=True)
+    _, out, _ = run("generate", trained / "model", "some", "--max-new-tokens", "7", "--temperature", "0")
+    assert out.rstrip("\n") == expected
+    two = [run("generate", trained / "model", "some", "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert two[0] == two[1] != two[2]
+
+
+def test_convert_there_and_back(run, refused, tmp_path, trained):
+    native = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4))
+    native.save_pretrained(tmp_path / "native")
+    assert run("convert", "native", "-o", "ours")[0] == 0
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "hf_archs_mamba"
+    assert run("convert", "ours", "-o", "back")[0] == 0
+    back = MambaForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in native.state_dict().items())
+    assert "holds a checkpoint already" in refused("convert", "native", "-o", "ours")
+    assert "is native already" in refused("convert", "native", "-o", "x", "--to", "falcon_mamba")
+    assert run("convert", trained / "model", "-o", "with-tokenizer")[0] == 0
+    assert (tmp_path / "with-tokenizer" / "tokenizer.json").exists()
+
+
+def test_train_help_names_our_arguments_and_the_trainer_s(run):
+    status, out, _ = run("train", "--help")
+    assert status == 0
+    for argument in ("--data", "--lora", "--learning_rate", "--push_to_hub"):
+        assert argument in out
+
+
+# -- wrong inputs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["manba"], "no architecture 'manba'; did you mean mamba"),
+        (["mamba", "--set", "hidden_size=0"], "hidden_size is 0; allowed are 1 to"),
+        (["mamba", "--set", "hidden_size=wide"], "'hidden_size' expected int, got str (value: 'wide')"),
+        (["mamba", "--set", "hiden_size=8"], "no field 'hiden_size'; did you mean hidden_size"),
+        (["mamba", "--set", "hidden_size"], "--set is 'hidden_size'; allowed is FIELD=VALUE"),
+        (["mamba", "--size", "9000t"], "size is '9000t'; mamba has tiny, 4m"),
+        (["mamba", "--set", "hidden_size=99999999999"], "hidden_size is 99999999999; allowed are"),
+        (["mamba", "--size", "2.8b", "--set", "hidden_size=100000"], "GiB are free here: choose a smaller size"),
+        (["mamba", "--tokenizer", "missing/tokenizer/there"], "missing/tokenizer/there"),
+    ],
+)
+def test_init_refuses(refused, tmp_path, arguments, said):
+    assert said in refused("init", *arguments, "-o", "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_absurd_sizes_allocate_nothing(refused, monkeypatch):
+    def allocates(*arguments, **kwargs):
+        raise AssertionError("memory was allocated")
+
+    monkeypatch.setattr(hf_archs.get_architecture("mamba").causal_lm_class, "save_pretrained", allocates)
+    monkeypatch.setattr("transformers.set_seed", allocates)  # it stands before the model is made
+    assert "its weights need" in refused("init", "mamba", "--size", "1.4b", "--set", "hidden_size=131072", "-o", "new")
+
+
+def test_damaged_weights(refused, copy, tmp_path):
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 200)
+    weights = (copy / "model.safetensors").read_bytes()
+    for damaged in (weights[:-100], weights[:4], b"\xff" * 3000, b""):
+        (copy / "model.safetensors").write_bytes(damaged)
+        sentence = refused("generate", copy, "x")
+        assert f"{copy}/model.safetensors is corrupt or truncated" in sentence
+        assert "corrupt or truncated" in refused("train", copy, "--data", "book.txt", "--output_dir", "out")
+        assert "corrupt or truncated" in refused("convert", copy, "-o", "out")
+
+
+def test_damaged_configs(refused, copy):
+    config = (copy / "config.json").read_text()
+    for old, new, said in (
+        ('"hidden_size": 64', '"hidden_size": -1', "hidden_size is -1"),
+        ('"hidden_size": 64', '"hidden_size": 131072', "GiB are free here"),
+        ('"state_size": 8', '"state_size": 4', "A_log has shape (128, 8)"),
+        ('"num_hidden_layers": 2', '"num_hidden_layers": 3', "lacks 10 of the model's weights"),
+        ('"hf_archs_mamba"', '"llama"', "is a checkpoint of 'llama'; allowed are hf_archs_mamba"),
+        ("{", "", "not a valid JSON file"),
+    ):
+        changed = config.replace(old, new, 1)
+        assert changed != config
+        if "GiB" in said:
+            changed = changed.replace('"num_hidden_layers": 2', '"num_hidden_layers": 64')
+        (copy / "config.json").write_text(changed)
+        assert said in refused("generate", copy, "x")
+
+
+def test_missing_things(refused, trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    model = trained / "model"
+    assert "is no checkpoint: it has no config.json" in refused("generate", "empty")
+    assert "it holds an adapter" in refused("generate", trained / "adapter")
+    assert "does not exist" in refused("generate", "./nowhere")
+    assert "is no adapter: it has no adapter_config.json" in refused("generate", model, "--adapter", "empty")
+    assert "is no adapter" in refused("generate", model, "--adapter", tmp_path / "nowhere")
+    assert "does not exist" in refused("train", model, "--data", "nowhere.txt", "--output_dir", "out")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((model / "config.json").read_bytes())
+    assert "model.safetensors" in refused("generate", "bare")
+    assert "required: --data" in refused("train", model, "--output_dir", "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_or_foreign_adapter(refused, run, trained, tmp_path):
+    (tmp_path / "bad").mkdir()
+    for file in (trained / "adapter").iterdir():
+        (tmp_path / "bad" / file.name).write_bytes(file.read_bytes()[:900])
+    (tmp_path / "bad" / "adapter_config.json").write_bytes((trained / "adapter" / "adapter_config.json").read_bytes())
+    assert "adapter_model.safetensors is corrupt" in refused("generate", trained / "model", "--adapter", "bad")
+    run("init", "mamba", "-o", "wide", "--size", "tiny", "--set", "hidden_size=32", "--tokenizer", trained / "model")
+    assert "does not fit this model" in refused("generate", "wide", "--adapter", trained / "adapter")
+
+
+def command(*arguments, **environment):
+    """A process of its own, as a user starts it, but for the half minute that huggingface_hub waits for a Hub."""
+    program = "import time; time.sleep = lambda seconds: None; from hf_archs.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**os.environ, "HF_HUB_OFFLINE": "0", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_an_unreachable_hub_and_a_corrupt_file_in_a_process(copy, tmp_path):
+    away = command("generate", "alice/model", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
+    assert away.returncode == 2
+    assert "the Hub at http://127.0.0.1:9 cannot be reached" in one_sentence(away.stderr)
+    (copy / "model.safetensors").write_bytes(b"no weights")
+    corrupt = command("generate", copy)
+    assert corrupt.returncode == 2
+    assert "corrupt or truncated" in one_sentence(corrupt.stderr)
+
+
+def test_the_traceback_is_there_for_who_asks(run, monkeypatch):
+    monkeypatch.setenv("HF_ARCHS_DEBUG", "1")
+    status, _, error = run("generate", "./nowhere")
+    assert status == 2
+    assert "Traceback" in error
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "said"),
+    [
+        (404, {"X-Error-Code": "RepoNotFound"}, "(404): Nothing here.; check the name, and HF_TOKEN"),
+        (403, {"X-Error-Code": "GatedRepo"}, "ask for access on the repository's page"),
+        (403, {}, "a token with the role 'write' is needed"),
+        (404, {"X-Error-Code": "RevisionNotFound"}, "(404): Nothing here."),
+        (500, {}, "(500): Nothing here."),
+    ],
+)
+def test_what_a_hub_refuses(status, headers, said):
+    request = httpx2.Request("GET", "https://hub.example/api/models/alice/x")
+    response = httpx2.Response(status, headers={**headers, "X-Error-Message": "Nothing here."}, request=request)
+    with pytest.raises(HfHubHTTPError) as caught:
+        hf_raise_for_status(response)
+    wrapped = OSError("something that transformers says\nin several lines")
+    wrapped.__cause__ = caught.value
+    sentence = errors.sentence(wrapped)
+    assert said in sentence
+    assert "/api/models/alice/x" in sentence
+    assert "\n" not in sentence
+
+
+def test_tokens_and_pushes_in_a_process(trained, tmp_path):
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 200)
+    arguments = ["train", trained / "model", "--data", tmp_path / "book.txt", "--output_dir", tmp_path / "out", *TRAIN]
+    with EmbeddedHub(tmp_path / "hub") as hub:
+        environment = hub.environment(tmp_path / "home")
+        refused = command(*arguments, "--push-to-hub", **environment | {"HF_TOKEN": "hf_read"})
+        assert refused.returncode == 2
+        assert "(403)" in one_sentence(refused.stderr)
+        assert "role 'write'" in refused.stderr
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+        pushed = command(*arguments, "--push-to-hub", "--hub_model_id", "alice/trained", **environment)
+        assert pushed.returncode == 0, pushed.stderr
+        pulled = command("generate", "alice/trained", "It was", "--max-new-tokens", "3", **environment)
+        assert pulled.stdout.startswith("It was"), pulled.stderr

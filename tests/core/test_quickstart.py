@@ -1,0 +1,146 @@
+"""The main job in miniature: every step of it, the push and the pull included."""
+
+import io
+import json
+import math
+
+import pytest
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_archs
+from hf_archs import checkpoints, publish, text
+from hf_archs.errors import CheckFailed
+from hf_archs.quickstart import Options, quickstart
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+FIELDS = {"arch", "parameters", "seconds", "tokens_per_second", "bits_per_byte", "merged_equals_unmerged"}
+FIELDS |= {"repositories", "pulled_equals_pushed"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of small files to pretrain on."""
+    folder = tmp_path_factory.mktemp("quickstart") / "data"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i}.py").write_text(f"def function_{i}(value):\n    return value + {i}\n" * 9)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(data):
+    """A finished miniature: its folder, its summary, what it printed."""
+    folder = data.parent
+    options = Options(
+        size="tiny",
+        overrides={"vocab_size": 400, "hidden_size": 32},
+        steps=12,
+        lora_steps=6,
+        batch=4,
+        block=64,
+        data=str(data),
+        output=str(folder / "out"),
+    )
+    console = Console(record=True, width=120, file=io.StringIO())
+    summary = quickstart(options, console)
+    return folder, summary, console.export_text()
+
+
+def test_the_summary(done):
+    folder, summary, _ = done
+    assert json.loads((folder / "out" / "summary.json").read_text()) == summary
+    assert summary.keys() >= FIELDS
+    bits = summary["bits_per_byte"]
+    assert bits["code"].keys() == {"before", "after", "after_lora"}
+    assert bits["english"].keys() == {"before_lora", "after_lora"}
+    assert bits["code"]["after"] < 0.95 * bits["code"]["before"]
+    assert bits["english"]["after_lora"] < bits["english"]["before_lora"]
+    assert summary["merged_equals_unmerged"] is True
+    assert summary["pulled_equals_pushed"] is True
+    assert summary["repositories"]["model"] == "alice/hf-archs-quickstart-mamba"
+    assert len(summary["losses"]["code"]) == 12
+    assert len(summary["losses"]["lora"]) == 6
+    assert math.isfinite(sum(summary["losses"]["code"]))
+
+
+def test_the_figures_are_those_of_the_files(done):
+    folder, summary, _ = done
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out" / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "out" / "model")
+    assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
+    _, code = text.split(text.read_corpus(str(folder / "data")))
+    _, english = text.split(text.read_corpus("topics"))
+    bits = summary["bits_per_byte"]
+    assert text.bits_per_byte(model, tokenizer, code.values()) == pytest.approx(bits["code"]["after"], rel=1e-5)
+    before = text.bits_per_byte(model, tokenizer, english.values())
+    assert before == pytest.approx(bits["english"]["before_lora"], rel=1e-5)
+    adapted = PeftModel.from_pretrained(model, folder / "out" / "adapter")
+    assert text.bits_per_byte(adapted, tokenizer, english.values()) == pytest.approx(
+        bits["english"]["after_lora"], rel=1e-5
+    )
+    assert text.bits_per_byte(adapted, tokenizer, code.values()) == pytest.approx(bits["code"]["after_lora"], rel=1e-5)
+
+
+def test_the_files_and_the_table(done):
+    folder, summary, printed = done
+    assert {path.name for path in (folder / "out").iterdir()} == {"model", "adapter", "loss.png", "summary.json"}
+    assert (folder / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{summary['bits_per_byte']['code']['after']:.3f}" in printed
+    card = (folder / "out" / "model" / "README.md").read_text()
+    for word in ("library_name: transformers", "alice/hf-archs-quickstart-mamba", "import hf_archs", "bits per byte"):
+        assert word in card
+    card = (folder / "out" / "adapter" / "README.md").read_text()
+    assert "base_model: alice/hf-archs-quickstart-mamba" in card
+
+
+def test_a_difference_after_the_pull_is_an_error(data, tmp_path, monkeypatch):
+    asked = []
+
+    def exchange(action, environment, **arguments):
+        asked.append(action)
+        if action == "push":
+            return {"model": "alice/a", "adapter": "alice/b"}
+        tokens = load_file(arguments["tokens"])["tokens"]
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+        found = {"model": publish.logits(model, tokens)}
+        found["adapter"] = publish.logits(PeftModel.from_pretrained(model, tmp_path / "out" / "adapter"), tokens)
+        found["adapter"][0, 0, 0] += 1e-6
+        save_file(found, arguments["output"])
+        return {"tokenizer": True}
+
+    monkeypatch.setattr(publish, "run", exchange)
+    options = Options(
+        size="tiny", steps=2, lora_steps=2, batch=2, block=32, data=str(data), output=str(tmp_path / "out")
+    )
+    with pytest.raises(CheckFailed, match="pulled_equals_pushed is false"):
+        quickstart(options, Console(file=io.StringIO()))
+    assert asked == ["push", "pull"]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["pulled"] == {"model": True, "adapter": False, "tokenizer": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"arch": "manba"}, "no architecture 'manba'"),
+        ({"size": "9t"}, "size is '9t'"),
+        ({"steps": 0}, "steps is 0; allowed are 1 or more"),
+        ({"data": "nowhere.txt"}, "data is 'nowhere.txt'"),
+        ({"overrides": {"hidden_size": 0}}, "hidden_size is 0"),
+        ({"size": "2.8b", "overrides": {"hidden_size": 100_000}}, "GiB are free here"),
+    ],
+)
+def test_wrong_options_cost_nothing(tmp_path, options, said):
+    with pytest.raises(Exception, match=said):  # the host library's for a config, ValueError or OSError otherwise
+        quickstart(Options(**{"output": str(tmp_path / "out"), **options}))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", hf_archs.architectures())
+def test_every_architecture_has_a_first_size_for_the_quickstart(name):
+    config = checkpoints.sized_config(hf_archs.get_architecture(name), None, {})
+    assert 2e6 < checkpoints.check_memory(config, copies=4) < 6e6
+    assert config.vocab_size >= text.SMALLEST_VOCABULARY
