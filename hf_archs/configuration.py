@@ -94,10 +94,6 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         check_range(self, "num_hidden_layers", 1, 2**12)
         check_range(self, "initializer_range", 0.0, 10.0)
 
-    def validate_layer_type(self) -> None:
-        self.validate_sizes()  # before transformers compares the number of layers with their types
-        super().validate_layer_type()
-
     def layer_plan(self, layer_idx: int) -> LayerPlan:
         """What stands in layer ``layer_idx``; a pure stack has the same everywhere."""
         return LayerPlan(self.mixer_type, self)
@@ -108,6 +104,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         return [registry.get_mixer(self.layer_plan(i).mixer).cache_layer_type for i in range(self.num_hidden_layers)]
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.validate_sizes()  # first of all: transformers goes through all layers here
         # where it is no field it follows from others, and stands in the file for those who read only that
         heads = None if "num_heads" in self.__dataclass_fields__ else kwargs.pop("num_heads", None)
         super().__post_init__(**kwargs)
