@@ -17,6 +17,11 @@ _CONFIG: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "head_dim": 8, "n_groups": 2},
 }
+# merging wants untied embeddings, and its adapters have rank 20, which no layer may be narrower than
+_PEFT: dict[str, dict[str, Any]] = {
+    "mamba": {"tie_word_embeddings": False, "time_step_rank": 32},
+    "mamba2": {"tie_word_embeddings": False},
+}
 
 
 class StateShapes:
@@ -58,16 +63,9 @@ def environment(name: str) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "warning",
         "PEFT_SUITE_CONFIG": spec(architecture.config_class),
         "PEFT_SUITE_CAUSAL": spec(architecture.causal_lm_class),
-        "PEFT_SUITE_CONFIG_KWARGS": json.dumps(
-            {
-                **architecture.tiny,
-                "vocab_size": 128,
-                "hidden_size": 64,
-                "num_hidden_layers": 2,
-                "tie_word_embeddings": False,
-            }
-        ),
+        "PEFT_SUITE_CONFIG_KWARGS": json.dumps(architecture.tiny_config(**_PEFT.get(name, {})).to_diff_dict()),
         "PEFT_SUITE_TARGETS": ",".join(architecture.lora_targets),
+        "PEFT_SUITE_METHODS": "LoraConfig,IA3Config",
     }
 
 
