@@ -56,6 +56,7 @@ class SavingContract(Contract):
     @pytest.mark.parametrize("auto_class", HEADS)
     def test_every_head_comes_back_bit_for_bit(self, architecture: Architecture, auto_class: str, tmp_path: Path):
         loader: Any
+        found: Any
         loader, model_class = architecture.auto_classes()[auto_class]
         model = lively(model_class, architecture.tiny_config(num_labels=2))
         model.save_pretrained(tmp_path)
