@@ -144,9 +144,9 @@ def _step(
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], x.shape[2], weight.shape[1] - 1)
     seen = torch.cat([initial_state.to(x.dtype), x.transpose(1, 2)], dim=2)
-    y = (seen.to(dtype) * weight.to(dtype)).sum(2)
+    y = (seen.to(dtype) * weight).sum(2)  # PyTorch widens what weight and bias lack
     if bias is not None:
-        y = y + bias.to(dtype)
+        y = y + bias
     if silu:
         y = F.silu(y)
     final_state = seen[:, :, 1:].contiguous()

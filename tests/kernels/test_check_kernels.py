@@ -58,7 +58,7 @@ def test_every_config_is_there(report):
                 sys.executable,
                 "-c",
                 f"import {module} as m, json; print(json.dumps("
-                "[c for n, v in vars(m).items() if n.endswith('_CONFIGS') for c in v]))",
+                "[c for n, v in vars(m).items() if n.endswith('CONFIGS') for c in v]))",
             ],
             env=ENVIRONMENT,
             capture_output=True,
