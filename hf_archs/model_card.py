@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -70,7 +71,7 @@ def model_card(
         training: a sentence or more on data, steps and hardware.
         results: what was measured, and the figure with its unit.
         license: an identifier that the Hub knows; left out where nobody said.
-        base_model: the repository of the model that an adapter belongs to.
+        base_model: the repository (or the folder) of the model that an adapter belongs to.
 
     Raises:
         ValueError: where the model is none of this library.
@@ -100,7 +101,8 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["hf-archs", architecture.name, *(["lora"] if is_adapter else [])],
         license=license,
-        base_model=base_model,
+        # the Hub refuses anything but a repository here
+        base_model=None if base_model is None or Path(base_model).exists() else base_model,
     )
     rows = [f"| {what} | {figure} |" for what, figure in results.items()]
     return ModelCard(

@@ -6,6 +6,7 @@ classes and the client of huggingface_hub.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import platform
@@ -163,8 +164,9 @@ def quickstart(options: Options, console: Console | None = None) -> dict[str, An
     config = checkpoints.sized_config(architecture, options.size, options.overrides)
     parameters = checkpoints.check_memory(config, copies=4)
     repository = f"hf-archs-quickstart-{options.arch}"
+    _needs("matplotlib", "the plot of the losses")  # this, and a missing login, is better known now
     if options.hub:
-        publish.repositories(repository)  # a missing login is better known now
+        publish.repositories(repository)
     else:
         _embedded_hub()
     code, held_out_code = text.split(text.read_corpus(options.data))
@@ -239,12 +241,15 @@ def quickstart(options: Options, console: Console | None = None) -> dict[str, An
     return summary
 
 
-def _embedded_hub() -> Any:
+def _needs(module: str, purpose: str) -> Any:
     try:
-        from hf_archs.testing.hub import EmbeddedHub
+        return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"the embedded Hub needs {error.name}: pip install 'hf-archs[dev]', or use --hub") from error
-    return EmbeddedHub
+        raise ImportError(f"{purpose} needs the package {error.name}: pip install 'hf-archs[dev]'") from error
+
+
+def _embedded_hub() -> Any:
+    return _needs("hf_archs.testing.hub", "the embedded Hub").EmbeddedHub
 
 
 def _cards(options: Options, bits: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sys
 
 import pytest
 from peft import PeftModel
@@ -136,6 +137,15 @@ def test_a_difference_after_the_pull_is_an_error(data, tmp_path, monkeypatch):
 def test_wrong_options_cost_nothing(tmp_path, options, said):
     with pytest.raises(Exception, match=said):  # the host library's for a config, ValueError or OSError otherwise
         quickstart(Options(**{"output": str(tmp_path / "out"), **options}))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "starlette.applications"])
+def test_a_missing_package_is_named_before_anything_is_trained(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "hf_archs.testing.hub", raising=False)
+    with pytest.raises(ImportError, match=f"needs the package {module}: pip install"):
+        quickstart(Options(size="tiny", output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 

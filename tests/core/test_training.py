@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
@@ -295,6 +296,7 @@ def test_an_adapter_is_trained_on_a_trained_model(tmp_path):
     before = model(tokens).logits
     adapted = checkpoints.load_adapter(model, str(tmp_path / "a"))
     assert set(adapted.active_peft_config.target_modules) == {"in_proj", "out_proj"}
+    assert "base_model" not in ModelCard.load(tmp_path / "a" / "README.md").data.to_dict()  # the Hub refuses a path
     assert not torch.allclose(adapted(tokens).logits, before)
 
 
