@@ -37,15 +37,15 @@ CHUNK = 128  # tokens between two kept states
 ROWS = 64  # tokens of a tile; `_grad_scores_kernel` and `_grad_decays_kernel` rely on two tiles a chunk
 HEADS = 4  # heads whose decays are summed by one program
 PASSED = 1024  # elements of the state that one program passes on
-# What fits into the registers: the first is for inputs of 16 bits, the second for float32 with its products of six terms.
-# Which one runs follows from the dtype alone, so nothing is tuned at run time.
+# TILE is what a product's result measures, STEP what it sums over at once; both are what fits into the registers. The
+# first config is for inputs of 16 bits, the second for float32 with its products of six terms. Which one runs follows
+# from the dtype alone, so nothing is tuned at run time.
 CONFIGS = [
-    {"TILE": 64, "num_warps": 4, "num_stages": 3},
-    {"TILE": 32, "num_warps": 8, "num_stages": 2},
+    {"TILE": 64, "STEP": 32, "num_warps": 8, "num_stages": 3},
+    {"TILE": 32, "STEP": 16, "num_warps": 8, "num_stages": 2},
 ]
-STATE_TILE = 64  # of `_chunk_states_kernel`, which holds one accumulator only
+STATE_TILE = 64  # of `_chunk_states_kernel`, whose only tile in float32 is the result
 PROGRAMS = 512  # enough of them to fill a large GPU
-SCORE_WARPS = 8  # of `_grad_scores_kernel`, which holds four
 
 
 @triton.jit
@@ -312,6 +312,7 @@ def _outputs_kernel(
     P: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -342,9 +343,9 @@ def _outputs_kernel(
         state = tl.load(starts + p[None, :] * N + n[:, None], (p < P)[None, :] & (n < N)[:, None], 0)
         total = _dot(_rows(q, i, n, length, q_l, N), state, total, False, PRECISION)
     total *= _from_start(high, low, documents, i, c, length, CHUNK)[:, None]
-    for other in range(0, part + 1):
-        j = c * CHUNK + other * ROWS + tl.arange(0, ROWS)
-        weight = tl.zeros((ROWS, ROWS), tl.float32)
+    for others in range(0, part * ROWS + ROWS, COLUMNS):
+        j = c * CHUNK + others + tl.arange(0, COLUMNS)
+        weight = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in range(0, N, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
             weight = _dot(_rows(q, i, n, length, q_l, N), _columns(k, j, n, length, k_l, N), weight, True, PRECISION)
@@ -385,6 +386,7 @@ def _grad_values_kernel(
     P: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -413,9 +415,9 @@ def _grad_values_kernel(
         state = tl.load(grad_ends + p[None, :] * N + n[:, None], (p < P)[None, :] & (n < N)[:, None], 0)
         total = _dot(_rows(k, j, n, length, k_l, N), state, total, False, PRECISION)
     total *= _to_end(high, low, documents, j, c, length, CHUNK)[:, None]
-    for other in range(part, PARTS):
-        i = c * CHUNK + other * ROWS + tl.arange(0, ROWS)
-        weight = tl.zeros((ROWS, ROWS), tl.float32)  # (j, i)
+    for others in range(part * ROWS, CHUNK, COLUMNS):
+        i = c * CHUNK + others + tl.arange(0, COLUMNS)
+        weight = tl.zeros((ROWS, COLUMNS), tl.float32)  # (j, i)
         for first in range(0, N, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
             weight = _dot(_rows(k, j, n, length, k_l, N), _columns(q, i, n, length, q_l, N), weight, True, PRECISION)
@@ -438,8 +440,8 @@ def _grad_scores_kernel(
     scales,
     documents,
     grad_scores,  # (c, splits, b, g, 3, ROWS, ROWS): of q . k, summed over the heads of a split
-    inside,  # (b, h, padded): d loss / d log decay by the pairs of tokens of one tile
-    crossing,  # (b, h, padded): by the pairs of tokens of two tiles, summed for each token over the others
+    inside,  # (b, h, padded), float64: by pairs of tokens of one tile, what each reads less what it writes
+    crossing,  # (b, h, padded): by pairs of tokens of two tiles, what those of the first write, of the second read
     columns,  # (b, h, padded): d loss / d scale by the pairs of tokens of one tile
     length,
     padded,
@@ -508,10 +510,10 @@ def _grad_scores_kernel(
             tl.store(crossing + line + i, tl.sum(paths * scale[None, :], 1))
         else:
             tl.store(columns + line + j, by_column)
-            # a token's decay stands in the paths from before it to it or later; nothing is added and taken away again
-            paths = tl.where(i[:, None] > j[None, :], paths * scale[None, :], 0)
-            ended = tl.cumsum(paths, 0, reverse=True)
-            tl.store(inside + line + i, tl.sum(tl.where(i[:, None] > j[None, :], ended, 0), 1))
+            # A decay stands in the paths from before it to it or later: what is read from a token on, less what is
+            # written from there on. In float64, since most of it is added and taken away again.
+            wide = tl.where(i[:, None] > j[None, :], paths * scale[None, :], 0).to(tl.float64)
+            tl.store(inside + line + i, tl.sum(wide, 1) - tl.sum(wide, 0))
     place = ((c.to(tl.int64) * splits * batch * groups + row) * 3 + pair) * (ROWS * ROWS)
     tl.store(grad_scores + place + tl.arange(0, ROWS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :], total)
 
@@ -567,44 +569,44 @@ def _grad_keys_kernel(
     others += b * o_b + g.to(tl.int64) * o_g
     if documents is not None:
         documents += b * length
-    key = _rows(keys + b * k_b + g.to(tl.int64) * k_g, t, n, length, k_l, N).to(tl.float32)
+    # Everything is transposed, (n, t): what is cut into terms stands on the left, where each warp holds its rows only.
+    key = _columns(keys + b * k_b + g.to(tl.int64) * k_g, t, n, length, k_l, N).to(tl.float32)
 
-    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_N, ROWS), tl.float32)
     each = tl.cdiv(shared, splits)
     begin = split * each
     for step in range(0, tl.minimum(each, shared - begin)):
         h = g.to(tl.int64) * shared + begin + step
         line = (b * heads + h) * padded
         state = states + (c * batch * heads + b * heads + h) * (N * P)
-        grad = tl.zeros((ROWS, BLOCK_N), tl.float32)
+        grad = tl.zeros((BLOCK_N, ROWS), tl.float32)
         for first in range(0, P, BLOCK_P):
             p = first + tl.arange(0, BLOCK_P)
-            wide = tl.load(state + p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :], 0)
-            value = _rows(values + b * v_b + h * v_h, t, p, length, v_l, P)
-            grad = _dot(value, wide, grad, True, PRECISION)
+            wide = tl.load(state + p[None, :] * N + n[:, None], (p < P)[None, :] & (n < N)[:, None], 0)
+            value = _columns(values + b * v_b + h * v_h, t, p, length, v_l, P)
+            grad = _dot(wide, value, grad, True, PRECISION)
         if READS:
-            grad *= _from_start(high + line, low + line, documents, t, c, length, CHUNK)[:, None]
+            grad *= _from_start(high + line, low + line, documents, t, c, length, CHUNK)[None, :]
         else:
-            grad *= _to_end(high + line, low + line, documents, t, c, length, CHUNK)[:, None]
-        tl.store(along + tile % TILES_N * batch * heads * padded.to(tl.int64) + line + t, tl.sum(grad * key, 1))
+            grad *= _to_end(high + line, low + line, documents, t, c, length, CHUNK)[None, :]
+        tl.store(along + tile % TILES_N * batch * heads * padded.to(tl.int64) + line + t, tl.sum(grad * key, 0))
         if scales is not None:
-            grad *= tl.load(scales + line + t)[:, None]
+            grad *= tl.load(scales + line + t)[None, :]
         total += grad
 
     grad_scores += (c.to(tl.int64) * splits * batch * groups + row) * (3 * ROWS * ROWS)
-    x = tl.arange(0, ROWS)
-    begin, stop = part, PARTS
+    x = tl.arange(0, ROWS)[None, :]
+    begin, stop = part * ROWS, CHUNK
     if READS:
-        begin, stop = 0, part + 1
-    for other in range(begin, stop):
-        u = c * CHUNK + other * ROWS + x
-        if READS:
-            weight = tl.load(grad_scores + (part + other) * ROWS * ROWS + x[:, None] * ROWS + x[None, :])
-        else:
-            weight = tl.load(grad_scores + (part + other) * ROWS * ROWS + x[None, :] * ROWS + x[:, None])
-        total = _dot(weight, _rows(others, u, n, length, o_l, N), total, False, PRECISION)
-    place = (((split * batch + b) * length + t)[:, None] * groups + g) * N + n[None, :]
-    tl.store(grad_keys + place, total, (t < length)[:, None] & (n < N)[None, :])
+        begin, stop = 0, part * ROWS + ROWS
+    for first in range(begin, stop, BLOCK_P):
+        u = first + tl.arange(0, BLOCK_P)
+        pair = grad_scores + (part + first // ROWS) * (ROWS * ROWS)
+        y = (u % ROWS)[:, None]
+        weight = tl.load(pair + (x * ROWS + y if READS else y * ROWS + x))
+        total = _dot(_columns(others, c * CHUNK + u, n, length, o_l, N), weight, total, False, PRECISION)
+    place = (((split * batch + b) * length + t)[None, :] * groups + g) * N + n[:, None]
+    tl.store(grad_keys + place, total, (t < length)[None, :] & (n < N)[:, None])
 
 
 @triton.jit(do_not_specialize=["length", "padded", "chunks"])
@@ -657,8 +659,9 @@ def _grad_decays_kernel(
     crossed = tl.where(m < ROWS, 0, crossed)
     # within the first tile the crossing paths were written before a token, within the second they are read after it
     before = tl.where(m < ROWS, tl.cumsum(scaled, 1) - scaled, 0) + tl.cumsum(written, 1) - written
+    read += tl.load(inside + line, there, 0)
     after = tl.where(m < ROWS, 0, tl.cumsum(crossed, 1, reverse=True)) + tl.cumsum(read, 1, reverse=True)
-    grad = grad + before + after + tl.load(inside + line, there, 0).to(tl.float64)
+    grad = grad + before + after
     place = (b * length + t) * heads + h
     tl.store(grad_decay + place, grad.to(tl.float32), there & (t < length))
     if grad_scale is not None:
@@ -670,7 +673,7 @@ def _precision() -> str:
     return "ieee" if knobs.runtime.interpret else "bf16x6"
 
 
-def _tiles(dimension: int, tile: int) -> int:
+def _tile(dimension: int, tile: int) -> int:
     """The tile for a dimension: a power of two, and at least what the matrix units take."""
     return min(tile, max(16, triton.next_power_of_2(dimension)))
 
@@ -690,10 +693,14 @@ class _Launch:
         self.dtype = dtype
         self.q, self.k, self.v = (_dense(t, dtype) for t in (q, k, v))
         config = dict(config or CONFIGS[0 if dtype.itemsize == 2 else 1])
-        tile = config.pop("TILE")
-        self.shape = {"N": n, "P": p, "CHUNK": CHUNK, "ROWS": ROWS, "PRECISION": _precision()} | config
-        self.blocks = {"BLOCK_N": _tiles(n, tile), "BLOCK_P": _tiles(p, tile)}
-        self.tiles_n, self.tiles_p = triton.cdiv(n, self.blocks["BLOCK_N"]), triton.cdiv(p, self.blocks["BLOCK_P"])
+        tile, self.step = config.pop("TILE"), config.pop("STEP")
+        self.common = {"N": n, "P": p, "CHUNK": CHUNK, "PRECISION": _precision()} | config
+        sums = {"ROWS": ROWS, "BLOCK_N": _tile(n, self.step), "BLOCK_P": _tile(p, self.step)}
+        self.over_pairs = self.common | sums
+        self.over_values = self.common | sums | {"BLOCK_P": _tile(p, tile), "COLUMNS": 2 * self.step}
+        self.over_keys = self.common | sums | {"BLOCK_N": _tile(n, tile)}
+        self.tiles_n = triton.cdiv(n, self.over_keys["BLOCK_N"])
+        self.tiles_p = triton.cdiv(p, self.over_values["BLOCK_P"])
         self.chunks = triton.cdiv(l, CHUNK)
         self.padded = self.chunks * CHUNK
         self.documents = None if documents is None else documents.contiguous()
@@ -708,11 +715,11 @@ class _Launch:
         b, l, h, p = self.v.shape
         g, n = keys.shape[2:]
         out = values.new_empty(self.chunks, b, h, p, n, dtype=torch.float32)
-        blocks = {"BLOCK_N": _tiles(n, STATE_TILE), "BLOCK_P": _tiles(p, STATE_TILE)}
+        blocks = {"ROWS": self.step, "BLOCK_N": _tile(n, STATE_TILE), "BLOCK_P": _tile(p, STATE_TILE)}
         tiles = triton.cdiv(n, blocks["BLOCK_N"]) * triton.cdiv(p, blocks["BLOCK_P"])
         _chunk_states_kernel[(tiles * b * h, self.chunks)](
             keys, values, self.high, self.low, None if reads else self.scales, self.documents, out, l, self.padded,
-            b, h, h // g, *keys.stride()[:3], *values.stride()[:3], READS=reads, **self.shape, **blocks,
+            b, h, h // g, *keys.stride()[:3], *values.stride()[:3], READS=reads, **self.common, **blocks,
         )  # fmt: skip
         return out
 
@@ -746,7 +753,7 @@ def decay_scan_fwd(
     y = v.new_empty(b, l, h, p)
     _outputs_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
         x.q, x.k, x.v, x.high, x.low, x.scales, x.documents, starts, y, l, x.padded, b, h, h // g,
-        *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], **x.shape, **x.blocks,
+        *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], **x.over_values,
     )  # fmt: skip
     return y, final_state, starts.flatten() if keep_states else starts.new_empty(0)
 
@@ -769,8 +776,7 @@ def decay_scan_bwd(
     x = _Launch(q, k, v, log_decay, scale, documents, config)
     grad_y = torch.zeros_like(x.v) if grad_y is None else _dense(grad_y, x.dtype)
     starts = kept.view(x.chunks, b, h, p, n)
-    strides = x.q.stride()[:3], x.k.stride()[:3], x.v.stride()[:3], grad_y.stride()[:3]
-    of_q, of_k, of_v, of_y = strides
+    of_q, of_k, of_v, of_y = (t.stride()[:3] for t in (x.q, x.k, x.v, grad_y))
 
     added = x.chunk_states(x.q, grad_y, reads=True)
     grad_ends, grad_initial = torch.empty_like(added), torch.empty_like(added[0])
@@ -780,16 +786,17 @@ def decay_scan_bwd(
     grad_v = v.new_empty(b, l, h, p)
     _grad_values_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
         x.q, x.k, grad_y, x.high, x.low, x.scales, x.documents, grad_ends, grad_v, l, x.padded, b, h, r,
-        *of_q, *of_k, *of_y, **x.shape, **x.blocks,
+        *of_q, *of_k, *of_y, **x.over_values,
     )  # fmt: skip
 
     # The heads of a group take turns in one program; where that leaves a large GPU idle, they are split among several.
     splits = min(r, triton.cdiv(PROGRAMS, b * g * x.chunks))
-    inside, crossing, columns = x.high.new_empty(3, b, h, x.padded)
+    crossing, columns = x.high.new_empty(2, b, h, x.padded)
+    inside = torch.empty_like(columns, dtype=torch.float64)
     grad_scores = x.high.new_empty(x.chunks, splits, b, g, 3, ROWS, ROWS)
     _grad_scores_kernel[(3 * splits * b * g, x.chunks)](
         x.q, x.k, x.v, grad_y, x.high, x.low, x.scales, x.documents, grad_scores, inside, crossing, columns,
-        l, x.padded, b, h, r, splits, *of_q, *of_k, *of_v, *of_y, **(x.shape | {"num_warps": SCORE_WARPS}), **x.blocks,
+        l, x.padded, b, h, r, splits, *of_q, *of_k, *of_v, *of_y, **x.over_pairs,
     )  # fmt: skip
 
     grads, along = [], x.high.new_empty(2, x.tiles_n, b, h, x.padded)
@@ -800,7 +807,7 @@ def decay_scan_bwd(
         _grad_keys_kernel[(x.tiles_n * (CHUNK // ROWS) * splits * b * g, x.chunks)](
             key, other, value, x.high, x.low, None if reads else x.scales, x.documents, starts if reads else grad_ends,
             grad_scores, grad, along[0 if reads else 1], l, x.padded, b, h, r, splits,
-            *key.stride()[:3], *other.stride()[:3], *value.stride()[:3], READS=reads, **x.shape, **x.blocks,
+            *key.stride()[:3], *other.stride()[:3], *value.stride()[:3], READS=reads, **x.over_keys,
         )  # fmt: skip
         grads.append(grad[0] if splits == 1 else grad.sum(0))
 
@@ -820,26 +827,35 @@ def aot_specs() -> list[KernelSpec]:
     of_k: dict[str, object] = {"READS": False}
     specs = []
     for dtype, config, n, p in (("bf16", CONFIGS[0], 256, 512), ("fp32", CONFIGS[1], 128, 64)):
-        tile, warps, stages = config["TILE"], config["num_warps"], config["num_stages"]
-        common: dict[str, object] = {"CHUNK": CHUNK, "ROWS": ROWS, "HEADS": HEADS, "PASSED": PASSED}
-        common |= {"N": n, "P": p, "STATE": n * p, "TILES_N": triton.cdiv(n, _tiles(n, tile)), "PRECISION": "bf16x6"}
+        tile, step, warps, stages = config["TILE"], config["STEP"], config["num_warps"], config["num_stages"]
+        common: dict[str, object] = {
+            "CHUNK": CHUNK,
+            "HEADS": HEADS,
+            "PASSED": PASSED,
+            "STATE": n * p,
+            "COLUMNS": 2 * step,
+        }
+        common |= {"N": n, "P": p, "TILES_N": triton.cdiv(n, _tile(n, tile)), "PRECISION": "bf16x6"}
         if dtype == "fp32":
             common["documents"] = None
-        variants: tuple[tuple[Any, str, int, int, int, dict[str, object]], ...] = (
-            (_decay_sums_kernel, "", 0, 4, 3, {}),
-            (_chunk_states_kernel, "", STATE_TILE, warps, stages, of_k),
-            (_chunk_states_kernel, ", of q", STATE_TILE, warps, stages, of_q),
-            (_pass_states_kernel, "", 0, 4, 3, {"REVERSED": False, "starts": None, "across": None}),
-            (_pass_states_kernel, ", reversed", 0, 4, 3, {"REVERSED": True}),
-            (_outputs_kernel, "", tile, warps, stages, {}),
-            (_grad_values_kernel, "", tile, warps, stages, {}),
-            (_grad_scores_kernel, "", tile, SCORE_WARPS, stages, {}),
-            (_grad_keys_kernel, "", tile, warps, stages, of_k),
-            (_grad_keys_kernel, ", of q", tile, warps, stages, of_q),
-            (_grad_decays_kernel, "", 0, 4, 3, {}),
+        elementwise, whole = (ROWS, 0, 0, 4, 3), (step, STATE_TILE, STATE_TILE, warps, stages)
+        over_values, over_pairs = (ROWS, step, tile, warps, stages), (ROWS, step, step, warps, stages)
+        over_keys = (ROWS, tile, step, warps, stages)
+        variants: tuple[tuple[Any, str, tuple[int, ...], dict[str, object]], ...] = (
+            (_decay_sums_kernel, "", elementwise, {}),
+            (_chunk_states_kernel, "", whole, of_k),
+            (_chunk_states_kernel, ", of q", whole, of_q),
+            (_pass_states_kernel, "", elementwise, {"REVERSED": False, "starts": None, "across": None}),
+            (_pass_states_kernel, ", reversed", elementwise, {"REVERSED": True}),
+            (_outputs_kernel, "", over_values, {}),
+            (_grad_values_kernel, "", over_values, {}),
+            (_grad_scores_kernel, "", over_pairs, {}),
+            (_grad_keys_kernel, "", over_keys, of_k),
+            (_grad_keys_kernel, ", of q", over_keys, of_q),
+            (_grad_decays_kernel, "", elementwise, {}),
         )
-        for kernel, name, block, kernel_warps, kernel_stages, more in variants:
-            known = common | {"BLOCK_N": _tiles(n, block), "BLOCK_P": _tiles(p, block)} | more
+        for kernel, name, (rows, block_n, block_p, kernel_warps, kernel_stages), more in variants:
+            known = common | {"ROWS": rows, "BLOCK_N": _tile(n, block_n), "BLOCK_P": _tile(p, block_p)} | more
             signature = {argument: _kind(argument, known, dtype) for argument in kernel.arg_names}
             constexprs = {argument: known[argument] for argument in signature if argument in known}
             label = f"{dtype}, keys {n}, values {p}{name}"
@@ -850,6 +866,8 @@ def aot_specs() -> list[KernelSpec]:
 def _kind(argument: str, known: dict[str, object], dtype: str) -> str:
     if argument in known:
         return "constexpr"
+    if argument == "inside":
+        return "*fp64"
     if argument in ("q", "k", "v", "y", "grad_y", "grad_v", "keys", "others", "values", "grad_keys"):
         return f"*{dtype}"
     if argument == "documents":

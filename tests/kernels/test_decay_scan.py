@@ -115,15 +115,17 @@ def test_triton_is_the_reference(case, dtype, nan_filled_memory):
     check_op(on("triton"), decay_scan_reference, *arguments(CASES[case], getattr(torch, dtype)))
 
 
-@pytest.mark.parametrize("config", range(2))
-@pytest.mark.parametrize("programs", [1, 512])
-def test_every_triton_config(config, programs, monkeypatch, nan_filled_memory):
+@pytest.mark.parametrize(
+    ("config", "programs", "key_dim", "value_dim"), [(0, 1, 40, 70), (0, 512, 70, 8), (1, 512, 40, 20)]
+)
+def test_every_triton_config(config, programs, key_dim, value_dim, monkeypatch, nan_filled_memory):
     """Over several tiles that the dimensions do not fill, heads in turn in one program or split among several."""
     monkeypatch.setattr(decay_scan_triton, "PROGRAMS", programs)
     for name in ("decay_scan_fwd", "decay_scan_bwd"):
         real = getattr(decay_scan_triton, name)
         monkeypatch.setattr(decay_scan_triton, name, functools.partial(real, config=decay_scan_triton.CONFIGS[config]))
-    case = (135, 1, 2, 40, 70, True, True, 1.0, True, [135, 130])
+    assert len(decay_scan_triton.CONFIGS) == 2
+    case = (135, 1, 2, key_dim, value_dim, True, True, 1.0, True, [135, 130])
     check_op(on("triton"), decay_scan_reference, *arguments(case, torch.float32))
 
 
