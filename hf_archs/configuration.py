@@ -94,6 +94,16 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         check_range(self, "num_hidden_layers", 1, 2**12)
         check_range(self, "initializer_range", 0.0, 10.0)
 
+    def validate_token_ids(self) -> None:
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, field)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"{type(self).__name__}: {field} is {value}; allowed are 0 to vocab_size - 1 = "
+                        f"{self.vocab_size - 1}, and None"
+                    )
+
     def layer_plan(self, layer_idx: int) -> LayerPlan:
         """What stands in layer ``layer_idx``; a pure stack has the same everywhere."""
         return LayerPlan(self.mixer_type, self)
@@ -104,7 +114,9 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         return [registry.get_mixer(self.layer_plan(i).mixer).cache_layer_type for i in range(self.num_hidden_layers)]
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.validate_sizes()  # first of all: transformers goes through all layers here
+        # first of all: others compute with these, and transformers goes through all layers here
+        self.validate_mixer_sizes()
+        self.validate_sizes()
         # where it is no field it follows from others, and stands in the file for those who read only that
         heads = None if "num_heads" in self.__dataclass_fields__ else kwargs.pop("num_heads", None)
         super().__post_init__(**kwargs)
