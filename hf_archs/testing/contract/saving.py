@@ -62,7 +62,7 @@ class SavingContract(Contract):
         model.save_pretrained(tmp_path)
         found, info = loader.from_pretrained(tmp_path, output_loading_info=True)
         assert type(found) is model_class
-        assert not found.training
+        assert not found.training  # type: ignore[attr-defined]
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
         assert_same_bits(found, model)
 
