@@ -190,7 +190,7 @@ def _final_state(
         last = None if reach is None else reach.gather(1, (lengths - 1).clamp(min=0))
     if last is not None:
         window = torch.where((last >= torch.arange(size - 1, -1, -1, device=x.device)).unsqueeze(2), window, 0)
-    # a copy, so that a cache does not keep all of x alive
+    # a copy even of what is contiguous, so that a cache keeps no larger tensor alive
     return window.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 

@@ -101,9 +101,7 @@ def causal_conv1d_bwd(
                 (0, 1)
             )
             if back:
-                split = min(max(back - start, 0), count)  # so many rows of the block look into the initial state
-                if split:
-                    at = size - back + start
-                    grad_state[:, at : at + split].addcmul_(term[:, :split], weight[size - back])
+                split = min(back, count) if start == 0 else 0  # so many rows look back into the initial state
+                grad_state[:, size - back : size - back + split].addcmul_(term[:, :split], weight[size - back])
                 grad_x[:, start + split - back : end - back].addcmul_(term[:, split:], weight[size - back])
     return grad_x, grad_weight.t(), grad_bias, grad_state.transpose(1, 2)

@@ -132,9 +132,9 @@ def test_half_precision_with_a_float32_weight(backend):
     weight.requires_grad_()
     with use_backend(backend):
         y = rms_norm_gated(x, weight, z, eps=1e-5)
+        gradients = torch.autograd.grad(y.float().sum(), (x, weight))
     assert y.dtype == torch.float16
     assert y.isfinite().all()
-    gradients = torch.autograd.grad(y.float().sum(), (x, weight))
     assert [g.dtype for g in gradients] == [torch.float16, torch.float32]
     assert all(g.isfinite().all() for g in gradients)
 
