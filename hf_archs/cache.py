@@ -181,12 +181,12 @@ class RecurrentCache(Cache):
         if "length" not in states or (given and given != set(names)):
             wrong = sorted(given ^ set(names)) or ["length"]
             raise ValueError(f"these states are of another model: {wrong[0]} is missing or unknown")
-        for key in given:
+        for key in sorted(given):
             shape, expected = tuple(states[key].shape), names[key][2].shape
             if shape[1:] != expected:
                 raise ValueError(f"state {key} has shape {shape}; allowed is {('batch', *expected)}")
         self.reset()
-        for key in given:
+        for key in sorted(given):
             self.store(*names[key][:2], states[key])
         length = int(states["length"])
         self._length = self._length.fill_(length) if self.is_static else length
