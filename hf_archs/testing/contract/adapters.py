@@ -14,7 +14,16 @@ from torch import nn
 from hf_archs.backend import use_backend
 from hf_archs.registry import Architecture
 from hf_archs.testing.contract.generation import generate, greedy
-from hf_archs.testing.contract.models import Contract, assert_close, gradients, lively, logits, tokens
+from hf_archs.testing.contract.models import (
+    STATE_MODULE,
+    Contract,
+    assert_close,
+    gradients,
+    lively,
+    logits,
+    state_parameters,
+    tokens,
+)
 
 
 def linear_names(model: nn.Module) -> set[str]:
@@ -103,12 +112,11 @@ class AdapterContract(Contract):
 
     def test_state_parameters_beside_lora(self, model: Any, tmp_path: Path) -> None:
         """``modules_to_save`` with the submodule's name trains the states' own parameters, and saves them."""
-        modules = sorted(model._keep_in_fp32_modules_strict)
-        state = {n for n, _ in model.named_parameters() if set(n.split(".")) & set(modules)}
+        state = state_parameters(model)
         if not state:
             return  # an architecture whose decays are fixed
         base = copy.deepcopy(model)
-        wrapped = get_peft_model(model, lora(modules_to_save=modules)).train()
+        wrapped = get_peft_model(model, lora(modules_to_save=[STATE_MODULE])).train()
         ids = tokens(2, 19)
         trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad and "lora_" not in n}
         assert {n.replace("base_model.model.", "").replace(".modules_to_save.default", "") for n in trained} == state

@@ -76,6 +76,14 @@ class CacheContract(Contract):
             assert int(cache.get_seq_length()) == 0, kind
             assert_close(continued(model, ids, [4, 16], cache), whole, f"{kind}, after a reset")
 
+    def test_static_states_stay_where_they_are(self, model: Any) -> None:
+        """Compiled steps and CUDA graphs write to fixed addresses."""
+        cache = ArchStaticCache(model.config, max_cache_len=50)
+        continued(model, tokens(2, 5), [5], cache)
+        where = {name: tensor.data_ptr() for name, tensor in cache.tensors()}
+        continued(model, tokens(2, 5), [1, 4], cache)
+        assert {name: tensor.data_ptr() for name, tensor in cache.tensors()} == where
+
     def test_no_cache_unless_asked_for(self, model: Any) -> None:
         assert model(tokens(1, 4), use_cache=False).past_key_values is None
         assert isinstance(model(tokens(1, 4), use_cache=True).past_key_values, RecurrentCache)

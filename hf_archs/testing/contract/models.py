@@ -21,6 +21,14 @@ from hf_archs.registry import Architecture
 # largest |difference| over largest |value|, for float32 results that are equal but for the order of additions
 TOLERANCE = 1e-5
 
+# where every mixer keeps the parameters of its states: they stay in float32, and `modules_to_save` names them
+STATE_MODULE = "ssm"
+
+
+def state_parameters(model: nn.Module) -> set[str]:
+    """The full names of the states' own parameters; empty for an architecture whose decays are fixed."""
+    return {name for name, _ in model.named_parameters() if STATE_MODULE in name.split(".")}
+
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids ``(batch, length)`` without the special ones (0, 1, 2)."""

@@ -19,7 +19,7 @@ from hf_archs.testing.contract.models import (
     total,
     weighed,
 )
-from hf_archs.testing.contract.padding import padded
+from hf_archs.testing.contract.padding import KINDS, padded
 
 SIGNALS = {
     "position_ids": ("position_ids",),
@@ -114,17 +114,23 @@ class PackingContract(Contract):
         for i, (part, document) in enumerate(zip(found.split((6, 9)), rows)):
             assert_close(part, logits(model, document[None])[0], f"document {i}")
 
-    def test_a_mask_outranks_positions(self, model: Any) -> None:
-        """`generate` passes both, and the positions of left-padded rows restart as packed ones do."""
-        ids, mask = padded([tokens(1, 9)[0], tokens(1, 14)[0]], "left", 14)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_mask_outranks_positions(self, model: Any, kind: str) -> None:
+        """`generate` passes both, and positions around pads restart as those of packed documents do."""
+        ids, mask = padded([tokens(1, 9)[0], tokens(1, 14)[0]], kind, 16)
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
         expected = logits(model, ids, attention_mask=mask)
         assert torch.equal(logits(model, ids, attention_mask=mask, position_ids=positions), expected)
-        # positions that go on where a cache ends are no new document
-        with torch.no_grad():
-            cache = model(ids[1:, :6], use_cache=True).past_key_values
-        found = logits(model, ids[1:, 6:], past_key_values=cache, position_ids=torch.arange(6, 14)[None])
-        assert_close(found, expected[1:, 6:], "continued with positions")
+
+    def test_positions_of_a_continuation(self, model: Any) -> None:
+        """With a cache that holds tokens, positions say where the text goes on, and mark no documents."""
+        ids = tokens(1, 14)
+        expected = logits(model, ids)
+        for positions in (torch.arange(6, 14)[None], torch.tensor([[6, 7, 8, 0, 1, 2, 3, 4]])):
+            with torch.no_grad():
+                cache = model(ids[:, :6], use_cache=True).past_key_values
+            found = logits(model, ids[:, 6:], past_key_values=cache, position_ids=positions)
+            assert_close(found, expected[:, 6:], f"positions {positions.tolist()}")
 
     def test_signals_that_do_not_fit(self, model: Any) -> None:
         with pytest.raises(ValueError, match=r"seq_idx has shape \(1, 4\); allowed is \(1, 6\)"):

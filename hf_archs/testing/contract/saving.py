@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_archs.registry import Architecture
-from hf_archs.testing.contract.models import Contract, gradients, lively, logits, tokens
+from hf_archs.testing.contract.models import (
+    Contract,
+    gradients,
+    lively,
+    logits,
+    state_parameters,
+    tokens,
+)
 
 HEADS = (
     "AutoModel",
@@ -110,10 +117,9 @@ class SavingContract(Contract):
         model.save_pretrained(tmp_path / "float32")
         half = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
         exact = dict(model.named_parameters())
-        strict = tuple(f".{name}." for name in model._keep_in_fp32_modules_strict or ())
+        wide = state_parameters(model)
         for name, parameter in half.named_parameters():
-            kept = any(part in name for part in strict)
-            assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
+            assert parameter.dtype == (torch.float32 if name in wide else torch.bfloat16), name
             assert torch.equal(parameter, exact[name].to(parameter.dtype)), name
         half.save_pretrained(tmp_path / "bf16")
         assert AutoConfig.from_pretrained(tmp_path / "bf16").dtype == torch.bfloat16
