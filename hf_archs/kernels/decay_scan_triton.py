@@ -4,10 +4,10 @@ The sequence is cut into chunks of 128 tokens. Three kernels make the forward: w
 chunks at once; the states passed on from chunk to chunk, the only sequential part, elementwise; and the outputs, again
 all chunks at once. The backward does the same in the other direction.
 
-Why it is fast: nearly all the work is matrix products of tiles of at most 64 by 64, whatever the key and value
-dimensions, so no accumulator outgrows the registers. The states between chunks are what costs memory traffic; at 128
-tokens a chunk they are read and written at about the cost of the projections, and the work with the pairs of tokens
-within a chunk is still small.
+Why it should be fast: nearly all the work is matrix products of tiles of at most 64 by 64, whatever the key and value
+dimensions, so no accumulator outgrows the registers (`aot_specs` shows it). The states between chunks are what costs
+memory traffic: of 128 by 64, they are 256 bytes a token and head each time they are read or written, where chunks of 64
+tokens would take twice as much, and within a chunk of 128 the pairs of tokens are still less work than the states.
 Gradients of q and k are summed over the heads of a group in registers, not in memory.
 
 Why it is exact: inputs of 16 bits are multiplied as they are and summed in float32; whatever is computed (decayed

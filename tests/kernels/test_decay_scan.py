@@ -151,11 +151,19 @@ def test_portable_in_several_spans(monkeypatch):
     check_op(portable, decay_scan_reference, tensors, options)
 
 
-def test_uneven_decays_cost_no_digits():
-    """A strong decay at the start of a chunk, none later: differences of float32 sums would be off by 1e-4."""
-    tensors = make(l=128, decay=1e-3)
+@pytest.mark.parametrize("backend", ["portable", "triton"])
+def test_uneven_decays_cost_no_digits(backend):
+    """A strong decay at the start of a chunk, none later: differences of float32 sums would be off by 1e-4.
+
+    Nor may the gradients of the decays share an error, which would add up in a parameter that all tokens share.
+    """
+
+    def op(log_decay, by, scan, **tensors):
+        return scan(log_decay=log_decay * by, **tensors)
+
+    tensors = make(b=1, l=128, decay=1e-3) | {"by": torch.ones(4)}
     tensors["log_decay"][:, :32] = -100.0
-    check_op(portable, decay_scan_reference, tensors)
+    check_op(functools.partial(op, scan=on(backend)), functools.partial(op, scan=decay_scan_reference), tensors)
 
 
 @pytest.mark.parametrize("l", [1, 5, 67])
