@@ -195,7 +195,7 @@ def _decay_scan(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the start of every chunk of tokens (empty unless ``keep_states``)."""
-    with _no_autocast(v):
+    with _no_autocast(v), torch.accelerator.device_index(v.device.index):
         return _implementation(backend).decay_scan_fwd(q, k, v, log_decay, scale, initial_state, documents, keep_states)
 
 
@@ -214,7 +214,7 @@ def _decay_scan_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of q, k, v, log_decay, scale and initial_state."""
-    with _no_autocast(v):
+    with _no_autocast(v), torch.accelerator.device_index(v.device.index):
         gradients = _implementation(backend).decay_scan_bwd(
             grad_y, grad_final_state, q, k, v, log_decay, scale, documents, kept_states
         )

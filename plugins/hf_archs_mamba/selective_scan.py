@@ -227,7 +227,7 @@ def _selective_scan(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the start of every block of tokens (empty unless ``keep_states``)."""
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), torch.accelerator.device_index(x.device.index):
         y, final_state, kept = _implementation(x).selective_scan_fwd(
             x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep_states
         )
@@ -253,7 +253,7 @@ def _selective_scan_backward(
 ) -> list[Tensor]:
     """The gradients of x, dt, A, B, C, D, z and initial_state."""
     kept_states = kept_states.view(-1, x.shape[0], A.shape[1], x.shape[2])
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), torch.accelerator.device_index(x.device.index):
         gradients = _implementation(x).selective_scan_bwd(
             grad_y, grad_final_state, x, dt, A, B, C, D, z, seq_idx, lengths, kept_states
         )
