@@ -263,8 +263,8 @@ def quickstart(
     arch: Annotated[str, typer.Option(help="Name of the architecture.")] = "mamba",
     size: Annotated[str | None, typer.Option(help="One of its sizes, or tiny; else its first.")] = None,
     assign: Set = None,
-    steps: Annotated[int, typer.Option(help="Steps of the pretraining.")] = 150,
-    lora_steps: Annotated[int, typer.Option(help="Steps of LoRA.")] = 80,
+    steps: Annotated[int, typer.Option(help="Steps of the pretraining.")] = 130,
+    lora_steps: Annotated[int, typer.Option(help="Steps of LoRA.")] = 70,
     data: Annotated[str, typer.Option(help="Text file, folder or dataset to pretrain on.")] = "stdlib",
     output: Output = Path("quickstart"),
     hub: Annotated[bool, typer.Option("--hub", help="Push to huggingface.co, not to an embedded Hub.")] = False,
@@ -305,10 +305,24 @@ def _only_ours() -> None:
     transformers_logging.disable_progress_bar()  # of loading and saving; training and downloads have their own
 
 
+def _use_all_cores() -> None:
+    """One thread for each core: on some virtual machines torch takes two cores for one and starts one thread."""
+    import psutil
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = psutil.cpu_count(logical=False) or 1
+    if hasattr(os, "sched_getaffinity"):  # fewer may be allowed to this process
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    torch.set_num_threads(max(cores, torch.get_num_threads()))
+
+
 def main() -> None:
     """Run the command line; an expected error ends with its sentence on stderr and status 2."""
     if not os.environ.get("HF_ARCHS_DEBUG"):
         _only_ours()
+    _use_all_cores()
     try:
         app()
     except errors.EXPECTED as error:

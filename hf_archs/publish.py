@@ -98,7 +98,8 @@ def run(action: str, environment: Mapping[str, str], **arguments: Any) -> Any:
         OSError: with the sentence of what went wrong there.
     """
     command = [sys.executable, "-m", "hf_archs.publish", action, json.dumps(arguments)]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the sums' order, and so their last bit, depends on it
+    done = subprocess.run(command, env={**os.environ, **threads, **environment}, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
         raise OSError(f"the {action} failed: {said}")

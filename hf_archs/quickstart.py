@@ -59,8 +59,8 @@ class Options:
     arch: str = "mamba"
     size: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    steps: int = 150
-    lora_steps: int = 80
+    steps: int = 130
+    lora_steps: int = 70
     data: str = "stdlib"
     output: str = "quickstart"
     hub: bool = False
@@ -111,6 +111,7 @@ def _train(
             logging_steps=1,
             logging_strategy="steps",
             save_strategy="no",
+            disable_tqdm=False,
             report_to="none",
             seed=options.seed,
             dataloader_pin_memory=torch.accelerator.is_available(),

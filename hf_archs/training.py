@@ -150,6 +150,7 @@ def parser() -> HfArgumentParser:
         epilog="Every field of transformers.TrainingArguments is an option of its name.",
         allow_abbrev=False,
     )
+    parser.set_defaults(disable_tqdm=False)  # by default it follows transformers' verbosity, which the command lowers
     own = parser.add_argument_group("model and data")
     own.add_argument("model", help="folder or Hub repository of the checkpoint to start from")
     own.add_argument(

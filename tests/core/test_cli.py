@@ -27,6 +27,7 @@ def run(monkeypatch, capsys, tmp_path):
     """Run a command line in ``tmp_path``: (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # the threads of this process stay as they are
     monkeypatch.setattr(cli, "console", cli.Console(width=200))
     levels = hub_logging.get_verbosity(), transformers_logging.get_verbosity()
 
@@ -148,7 +149,9 @@ def test_train_then_continue_then_generate(run, trained, tmp_path):
     status, out, _ = run(*arguments, "--max_steps", "2")
     assert "continuing from out/checkpoint-1" in out
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
-    assert run("train", "out", "--data", "book.txt", "--output_dir", "lora", "--lora", *TRAIN)[0] == 0
+    status, _, error = run("train", "out", "--data", "book.txt", "--output_dir", "lora", "--lora", *TRAIN[:-2])
+    assert status == 0
+    assert "1/1 [" in error  # a progress bar
     status, out, _ = run(
         "generate", "out", "It was", "--adapter", "lora", "--max-new-tokens", "5", "--temperature", "0"
     )
@@ -293,6 +296,20 @@ def test_an_unreachable_hub_and_a_corrupt_file_in_a_process(copy, tmp_path):
     corrupt = command("generate", copy)
     assert corrupt.returncode == 2
     assert "corrupt or truncated" in one_sentence(corrupt.stderr)
+
+
+def test_every_core_gets_a_thread(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 6)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cli._use_all_cores()
+    assert asked == []  # the user decides
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    cli._use_all_cores()
+    assert asked == [3]
 
 
 def test_the_traceback_is_there_for_who_asks(run, monkeypatch):
