@@ -5,7 +5,7 @@ Letters: b batch, l length, c channels, n state, m tokens of one block.
 A block is laid out (m, b, n, c), channels innermost. Everything that is not the recurrence itself is done for the
 whole block in a few large calls; the recurrence is one in-place `addcmul_` a token, on views that were made once.
 Only the state at the start of each block is kept for the backward, which recomputes the block from there, so memory
-grows with the length by l / 64 states. (Measured on a CPU: scans in log-many steps, in two levels and by einsum are
+grows with the length by l / 128 states. (Measured on a CPU: scans in log-many steps, in two levels and by einsum are
 slower; the closed form exp(cumsum) * cumsum(...) overflows.)
 """
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 64  # tokens between two kept states
+BLOCK = 128  # tokens between two kept states
 # Elements of the state that are scanned together: enough to hide the cost of a call, few enough for the cache.
 _SMALL, _LARGE = 8192, 32768
 
@@ -60,7 +60,10 @@ def _tiles(batch: int, channels: int, state: int) -> Iterator[tuple[slice, slice
 
 
 class _Part:
-    """The inputs of one tile, block by block, as (m, b, ...) in the working dtype."""
+    """The inputs of one tile, time first and in the working dtype: (l, b, c), and (l, b, n) for B and C.
+
+    What needs no state is done here for the whole length: on a block, calls this small cost more than their work.
+    """
 
     def __init__(
         self,
@@ -74,43 +77,41 @@ class _Part:
     ) -> None:
         x, dt, A, B, C = inputs
         self.dtype = torch.promote_types(x.dtype, torch.float32)
-        self.x, self.dt = x[rows, :, cols], dt[rows, :, cols]
-        self.B, self.C = B[rows], C[rows]
-        self.z = None if z is None else z[rows, :, cols]
+        self.x, self.dt = self.time_first(x[rows, :, cols]), self.time_first(dt[rows, :, cols])
+        self.B, self.C = self.time_first(B[rows]).contiguous(), self.time_first(C[rows]).contiguous()
+        self.z = None if z is None else self.time_first(z[rows, :, cols])
         self.A = A[cols].t().to(self.dtype).contiguous()
         self.A_log2e = self.A * math.log2(math.e)  # exp2 is several times faster than exp
         self.D = None if D is None else D[cols].to(self.dtype)
-        self.reset = None if reset is None else reset[rows]
-        self.pad = None if pad is None else pad[rows]
-        self.workspace = _workspace(self.x.shape[0], A.shape[1], self.x.shape[2], self.A)
-
-    def block(self, t: Tensor, start: int) -> Tensor:
-        """(b, l, k) -> (m, b, k): the block from ``start``."""
-        return t[:, start : start + BLOCK].transpose(0, 1).to(self.dtype)
-
-    def flags(self, t: Tensor, start: int) -> Tensor:
-        return t[:, start : start + BLOCK].t()
-
-    def scan(self, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Fill the workspace's decays and states of one block; gives x, delta, B and C of the block."""
-        w = self.workspace
-        x, B, C = self.block(self.x, start), self.block(self.B, start), self.block(self.C, start)
-        delta = F.logsigmoid(-self.block(self.dt, start)).neg_()  # softplus, half as long as F.softplus takes
+        self.reset = None if reset is None else reset[rows].t()
+        self.pad = None if pad is None else pad[rows].t().unsqueeze(-1)
+        self.delta = F.logsigmoid(-self.dt).neg_()  # softplus, half as long as F.softplus takes
         if self.pad is not None:
-            delta = delta.masked_fill(self.flags(self.pad, start).unsqueeze(-1), 0)
-        m = x.shape[0]
+            self.delta.masked_fill_(self.pad, 0)
+        self.input = self.delta * self.x
+        self.workspace = _workspace(self.x.shape[1], A.shape[1], self.x.shape[2], self.A)
+
+    def time_first(self, t: Tensor) -> Tensor:
+        """(b, l, k) -> (l, b, k)."""
+        return t.transpose(0, 1).to(self.dtype)
+
+    def scan(self, block: slice) -> int:
+        """Fill the workspace's decays and states of one block; gives the number of its tokens."""
+        w = self.workspace
+        delta = self.delta[block]
+        m = delta.shape[0]
         decay = torch.mul(delta.unsqueeze(2), self.A_log2e, out=w.decay[:m]).exp2_()
         if self.reset is not None:
-            decay.masked_fill_(self.flags(self.reset, start)[:, :, None, None], 0)
-        torch.mul((delta * x).unsqueeze(2), B.unsqueeze(3), out=w.states[1 : m + 1])
+            decay.masked_fill_(self.reset[block][:, :, None, None], 0)
+        torch.mul(self.input[block].unsqueeze(2), self.B[block].unsqueeze(3), out=w.states[1 : m + 1])
         _recur(w.state_at[1 : m + 1], w.decay_at[:m], w.state_at[:m])
-        return x, delta, B, C
+        return m
 
-    def outputs(self, x: Tensor, C: Tensor) -> Tensor:
-        """y = C h + D x of the block in the workspace, before the gate: (m, b, c)."""
-        m, b, n = C.shape
-        y = torch.bmm(C.reshape(m * b, 1, n), self.workspace.states[1 : m + 1].view(m * b, n, -1)).view(m, b, -1)
-        return y if self.D is None else y.addcmul_(self.D, x)
+    def outputs(self, block: slice, to: Tensor) -> None:
+        """Write C h of the block in the workspace into its place in ``to``, (l, b, c)."""
+        m, b, n = self.C[block].shape
+        states = self.workspace.states[1 : m + 1].view(m * b, n, -1)
+        torch.bmm(self.C[block].view(m * b, 1, n), states, out=to[block].view(m * b, 1, -1))
 
 
 def boundaries(seq_idx: Tensor | None, lengths: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -171,15 +172,19 @@ def selective_scan_fwd(
             carried.zero_()
         else:
             carried.copy_(initial_state[rows, cols].transpose(1, 2))
+        out = torch.empty_like(part.delta, memory_format=torch.contiguous_format)
         for i, start in enumerate(range(0, l, BLOCK)):
             if keep_states:
                 kept[i, rows, :, cols] = carried
-            x_block, _, _, C_block = part.scan(start)
-            out = part.outputs(x_block, C_block)
-            if part.z is not None:
-                out *= F.silu(part.block(part.z, start))
-            y[rows, start : start + BLOCK, cols] = out.transpose(0, 1)
-            carried.copy_(w.state_at[x_block.shape[0]])
+            block = slice(start, start + BLOCK)
+            m = part.scan(block)
+            part.outputs(block, out)
+            carried.copy_(w.state_at[m])
+        if part.D is not None:
+            out.addcmul_(part.D, part.x)
+        if part.z is not None:
+            out *= F.silu(part.z)
+        y[rows, :, cols] = out.transpose(0, 1)
         final_state[rows, cols] = carried.transpose(1, 2)
     return y, final_state, kept
 
@@ -213,44 +218,46 @@ def selective_scan_bwd(
         carried = torch.zeros_like(w.state_at[0])  # the gradient of the state after the block
         if grad_final_state is not None:
             carried.copy_(grad_final_state[rows, cols].transpose(1, 2))
+        out, d_input, d_delta = (torch.empty_like(part.delta, memory_format=torch.contiguous_format) for _ in range(3))
+        dy = torch.zeros_like(part.delta) if grad_y is None else part.time_first(grad_y[rows, :, cols])
+        if part.z is not None:
+            gate, s = part.z, part.z.sigmoid()
+            d_gate = dy * s * (1 + gate * (1 - s))  # but for the factor y
+            dy = dy * gate * s
         for i in reversed(range(kept.shape[0])):
-            start = i * BLOCK
-            block = slice(start, start + BLOCK)
+            block = slice(i * BLOCK, (i + 1) * BLOCK)
             w.state_at[0].copy_(kept[i, rows, :, cols])
-            x_block, delta, B_block, C_block = part.scan(start)
-            m, r = x_block.shape[:2]
+            m = part.scan(block)
+            r = part.x.shape[1]
             states, decay, grads = w.states[: m + 1], w.decay[:m], w.grads[:m]
-            if grad_y is None:
-                dy = torch.zeros_like(x_block)
-            else:
-                dy = part.block(grad_y[rows, :, cols], start)
-            if part.z is not None and dz is not None:
-                gate = part.block(part.z, start)
-                s = gate.sigmoid()
-                dz[rows, block, cols] = (dy * part.outputs(x_block, C_block) * s * (1 + gate * (1 - s))).transpose(0, 1)
-                dy = dy * gate * s
+            if part.z is not None:
+                part.outputs(block, out)
 
             # g_t = C_t dy_t + decay_{t+1} g_{t+1}
-            torch.mul(dy.unsqueeze(2), C_block.unsqueeze(3), out=grads)
+            torch.mul(dy[block].unsqueeze(2), part.C[block].unsqueeze(3), out=grads)
             w.grad_at[m - 1].add_(carried)
             back = slice(m - 1, 0, -1)
             _recur(w.grad_at[:m][-2::-1], w.decay_at[back], w.grad_at[back])
             torch.mul(w.grad_at[0], w.decay_at[0], out=carried)
 
-            dC[block, rows] += _over_channels(states[1:], dy)
-            dB[block, rows] += _over_channels(grads, delta * x_block)
-            d_input = torch.bmm(B_block.reshape(m * r, 1, n), grads.view(m * r, n, -1)).view(m, r, -1)
-            d_x = d_input * delta
-            if part.D is not None and dD is not None:
-                dD[cols] += (dy * x_block).sum((0, 1))
-                d_x.addcmul_(part.D, dy)
-            dx[rows, block, cols] = d_x.transpose(0, 1)
+            dC[block, rows] += _over_channels(states[1:], dy[block])
+            dB[block, rows] += _over_channels(grads, part.input[block])
+            torch.bmm(part.B[block].view(m * r, 1, n), grads.view(m * r, n, -1), out=d_input[block].view(m * r, 1, -1))
             d_delta_A = grads.mul_(states[:m]).mul_(decay)  # the gradient of delta * A: g h_{t-1} decay
-            d_delta = torch.mul(d_delta_A, part.A, out=decay).sum(2).addcmul_(d_input, x_block)
-            dA[:, cols] += d_delta_A.mul_(delta.unsqueeze(2)).sum((0, 1))
-            d_dt = d_delta * part.block(part.dt, start).sigmoid()
-            if part.pad is not None:
-                d_dt.masked_fill_(part.flags(part.pad, start).unsqueeze(-1), 0)
-            ddt[rows, block, cols] = d_dt.transpose(0, 1)
+            torch.sum(torch.mul(d_delta_A, part.A, out=decay), 2, out=d_delta[block])
+            dA[:, cols] += d_delta_A.mul_(part.delta[block].unsqueeze(2)).sum((0, 1))
+        if part.z is not None and dz is not None:
+            if part.D is not None:
+                out.addcmul_(part.D, part.x)
+            dz[rows, :, cols] = d_gate.mul_(out).transpose(0, 1)
+        d_delta.addcmul_(d_input, part.x).mul_(part.dt.sigmoid())
+        if part.pad is not None:
+            d_delta.masked_fill_(part.pad, 0)
+        ddt[rows, :, cols] = d_delta.transpose(0, 1)
+        d_x = d_input.mul_(part.delta)
+        if part.D is not None and dD is not None:
+            dD[cols] += (dy * part.x).sum((0, 1))
+            d_x.addcmul_(part.D, dy)
+        dx[rows, :, cols] = d_x.transpose(0, 1)
         d_initial[rows, cols] = carried.transpose(1, 2)
     return dx, ddt, dA.t(), dB.transpose(0, 1), dC.transpose(0, 1), dD, dz, d_initial
