@@ -11,6 +11,7 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -160,9 +161,16 @@ class ArchPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
+            SafetensorError: where a weights file is corrupt or truncated.
         """
         native = conversion.prepare(cls, pretrained_model_name_or_path, kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise SafetensorError(
+                f"the weights of {pretrained_model_name_or_path} are corrupt or truncated ({error}); "
+                "restore them from where they came"
+            ) from error
         if native is not None:
             # transformers would save under the names it has read
             model = loaded[0] if isinstance(loaded, tuple) else loaded
