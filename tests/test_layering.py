@@ -24,7 +24,7 @@ BELOW = {
     "hf_archs.conversion": ("hf_archs.registry",),
 }
 # programs over the library: which architecture they take where none is named, and which peers they measure
-PROGRAMS = {"bench.py", "cli.py", "quickstart.py"}
+PROGRAMS = {"cli.py", "quickstart.py"}
 # a value that a foreign checkpoint format leaves out
 FOREIGN = {("conversion.py", "Mamba1")}
 

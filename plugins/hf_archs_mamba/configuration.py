@@ -66,11 +66,6 @@ class MambaMixerConfig(MixerConfig):
         return self.expand * self.hidden_size
 
     @property
-    def num_heads(self) -> int:
-        """One: each channel has its own recurrence. (Prompt tuning asks every config for its heads.)"""
-        return 1
-
-    @property
     def dt_rank(self) -> int:
         """The rank that ``time_step_rank`` stands for."""
         return self.time_step_rank or math.ceil(self.hidden_size / 16)
