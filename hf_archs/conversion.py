@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ OURS = "model"  # `base_model_prefix` of every class of this library
 
 
 @dataclass(frozen=True, kw_only=True)
-class NativeFormat:
+class NativeFormat(ABC):
     """A checkpoint format other than ours whose parameters are ours under other names.
 
     Attributes:
@@ -62,9 +63,9 @@ class NativeFormat:
         """Whether a ``config.json`` is of this format."""
         return raw.get("model_type") == self.name
 
+    @abstractmethod
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """All their config fields as one flat dict, and the default of each that the format knows."""
-        raise NotImplementedError
 
     # -- names -------------------------------------------------------------------------------------------------
 
