@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hf_archs import conversion
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
 from hf_archs.configuration import ArchConfig
-from hf_archs.norm import ArchRMSNorm
+from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
 
 
@@ -73,11 +73,11 @@ class ArchBlock(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.bidirectional = config.bidirectional
         self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = ArchRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
         self.mixer = get_mixer(plan.mixer).module_class(plan.mixer_config)
         self.feed_forward = None
         if plan.feed_forward is not None:
-            self.feed_forward_norm = ArchRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.feed_forward_norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
             self.feed_forward = get_feed_forward(plan.feed_forward).module_class(plan.feed_forward_config)
 
     def forward(
@@ -189,7 +189,7 @@ class ArchModel(ArchPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ArchBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = ArchRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -218,6 +218,8 @@ class ArchModel(ArchPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.embedding_multiplier != 1.0:
+            inputs_embeds = inputs_embeds * self.config.embedding_multiplier
         if self.config.bidirectional:
             if past_key_values is not None:
                 raise ValueError("a bidirectional model has no cache: every token depends on those after it")

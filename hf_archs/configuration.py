@@ -3,7 +3,7 @@
 import inspect
 import os
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -28,7 +28,7 @@ class MixerConfig:
     """
 
     hidden_size: int = 768
-    rms_norm_eps: float = 1e-5
+    norm_eps: float = 1e-5
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -42,7 +42,7 @@ class MixerConfig:
 
     def validate_mixer_sizes(self) -> None:
         check_range(self, "hidden_size", 1, 2**17)
-        check_range(self, "rms_norm_eps", 0.0, 1.0)
+        check_range(self, "norm_eps", 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
-        rms_norm_eps: added to the mean square in every RMSNorm.
+        norm_eps: added to the mean square, or the variance, in every norm.
+        norm_type: the norm before every mixer and feed-forward and at the end, ``rms_norm`` or ``layer_norm``.
+        embedding_multiplier: what the embeddings are multiplied by; the square root of hidden_size in some models.
         residual_in_fp32: keep the residual stream in (at least) float32 whatever the weights' dtype.
         initializer_range: standard deviation of embeddings and linear layers at initialisation.
         rescale_prenorm_residual: divide the initial output projections by the square root of the number of
@@ -79,6 +81,8 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
 
     vocab_size: int = 32000
     num_hidden_layers: int = 24
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    embedding_multiplier: float = 1.0
     residual_in_fp32: bool = True
     initializer_range: float = 0.02
     rescale_prenorm_residual: bool = True
@@ -93,6 +97,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         check_range(self, "vocab_size", 1, 2**24)
         check_range(self, "num_hidden_layers", 1, 2**12)
         check_range(self, "initializer_range", 0.0, 10.0)
+        check_range(self, "embedding_multiplier", 1e-6, 1e6)
 
     def validate_token_ids(self) -> None:
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):

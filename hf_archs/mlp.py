@@ -1,13 +1,13 @@
-"""The gated feed-forward, registered as ``mlp``."""
+"""The feed-forward of one hidden layer, registered as ``mlp``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers.activations import ACT2FN
 
 from hf_archs.configuration import MixerConfig, check_range
 from hf_archs.registry import register_feed_forward
@@ -16,26 +16,44 @@ from hf_archs.registry import register_feed_forward
 @strict
 @dataclass(kw_only=True)
 class MLPConfig(MixerConfig):
-    """Args: intermediate_size: width of the hidden layer; bias: whether the linear layers have one."""
+    """Fields of the feed-forward.
+
+    Args:
+        intermediate_size: width of the hidden layer.
+        hidden_act: the activation, by its name in transformers.
+        gated: multiply the activation by a second projection (Shazeer 2020, the GLU variants).
+        bias: whether the linear layers have one.
+    """
 
     intermediate_size: int = 2048
+    hidden_act: str = "silu"
+    gated: bool = True
     bias: bool = False
 
-    def validate_intermediate_size(self) -> None:
+    def validate_mlp(self) -> None:
         check_range(self, "intermediate_size", 1, 2**20)
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"{type(self).__name__}: hidden_act is {self.hidden_act!r}; allowed are {', '.join(sorted(ACT2FN))}"
+            )
 
 
-class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020, SwiGLU)."""
+class MLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where it is not gated."""
 
     def __init__(self, config: MLPConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.gate_proj = None
+        if config.gated:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+        self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(hidden_states)))
+        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-register_feed_forward("mlp", GatedMLP, MLPConfig)
+register_feed_forward("mlp", MLP, MLPConfig)

@@ -1,6 +1,8 @@
-"""Normalisation layers. (transformers initialises every class with ``RMSNorm`` in its name to ones.)"""
+"""Normalisation layers. (transformers initialises every class with ``RMSNorm`` or ``LayerNorm`` in its name.)"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,18 @@ class ArchRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class ArchLayerNorm(nn.LayerNorm):
+    """LayerNorm (Ba et al. 2016) in at least float32, returned in the dtype of its weight."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        normed = F.layer_norm(wide, self.normalized_shape, eps=self.eps)
+        return torch.addcmul(self.bias, self.weight, normed.to(self.weight.dtype))
+
+
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rms_norm": ArchRMSNorm, "layer_norm": ArchLayerNorm}
 
 
 class ArchRMSNormGated(nn.Module):

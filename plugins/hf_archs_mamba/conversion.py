@@ -37,7 +37,7 @@ _SAME = (
     "bos_token_id",
     "eos_token_id",
 )
-_FIELDS = {**{name: name for name in _SAME}, "rms_norm_eps": "layer_norm_epsilon"}
+_FIELDS = {**{name: name for name in _SAME}, "norm_eps": "layer_norm_epsilon"}
 
 _TRANSFORMERS: dict[str, Any] = {
     "renames": {"embed_tokens.weight": "embeddings.weight", "norm.weight": "norm_f.weight"},
@@ -106,6 +106,6 @@ STATE_SPACES = StateSpacesFormat(
         "use_conv_bias": "ssm_cfg.conv_bias",
         "use_bias": "ssm_cfg.bias",
     },
-    constants={"rms_norm_eps": 1e-5, "bcdt_norm": "none"},
+    constants={"norm_eps": 1e-5, "bcdt_norm": "none"},
     ignored=("ssm_cfg.use_fast_path",),
 )

@@ -43,7 +43,7 @@ MAMBA2 = TransformersFormat(
     causal_lm_name="Mamba2ForCausalLM",
     renames={"embed_tokens.weight": "embeddings.weight", "norm.weight": "norm_f.weight"},
     layer_renames=LAYER_RENAMES,
-    fields={**{name: name for name in _SAME}, "rms_norm_eps": "layer_norm_epsilon"},
+    fields={**{name: name for name in _SAME}, "norm_eps": "layer_norm_epsilon"},
     allowed={"hidden_act": ("silu", "swish")},
     # num_heads is expand * hidden_size / head_dim, which Mamba2Config checks; nothing in Mamba-2 has a step rank
     ignored=("num_heads", "time_step_rank", "chunk_size"),
@@ -94,7 +94,7 @@ STATE_SPACES = StateSpacesFormat(
         "use_conv_bias": "ssm_cfg.conv_bias",
         "use_bias": "ssm_cfg.bias",
     },
-    constants={"rms_norm_eps": 1e-5},
+    constants={"norm_eps": 1e-5},
     # how weights were initialised, and which kernels run
     ignored=("ssm_cfg.conv_init", "ssm_cfg.A_init_range", "ssm_cfg.chunk_size", "ssm_cfg.use_mem_eff_path"),
 )

@@ -82,7 +82,7 @@ class Mamba2Mixer(nn.Module):
         )
         self.conv1d = CausalConv1d(config.conv_size, config.conv_kernel, config.use_conv_bias)
         self.ssm = ScalarSSM(config)
-        self.norm = ArchRMSNormGated(config.inner_size, config.rms_norm_eps, config.inner_size // config.n_groups)
+        self.norm = ArchRMSNormGated(config.inner_size, config.norm_eps, config.inner_size // config.n_groups)
         self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.use_bias)
 
     def forward(

@@ -201,3 +201,13 @@ class TestModel:
         assert torch.equal(logits(model, tokens(1, 5))[..., :128], before)
         assert isinstance(model.lm_head, nn.Linear)
         assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_layer_norm_and_embedding_multiplier_are_read(architecture):
+    model = lively(architecture.model_class, architecture.tiny_config(norm_type="layer_norm", embedding_multiplier=8.0))
+    torch.nn.init.ones_(model.norm.weight)
+    torch.nn.init.zeros_(model.norm.bias)
+    ids = tokens(1, 9)
+    outputs = model(ids, output_hidden_states=True)
+    assert torch.equal(outputs.hidden_states[0], 8 * model.embed_tokens(ids))
+    assert outputs.last_hidden_state.mean(-1).abs().max() < 1e-6  # an RMSNorm leaves the mean

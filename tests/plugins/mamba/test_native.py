@@ -120,7 +120,7 @@ def test_config_of_every_field():
         id2label={0: "a", 1: "b", 2: "c"},
     )
     ours = ArchMambaConfig(**MAMBA.read_config(native.to_dict(), ArchMambaConfig))
-    assert (ours.rms_norm_eps, ours.dt_rank, ours.conv_kernel, ours.pad_token_id) == (1e-3, 7, 5, 3)
+    assert (ours.norm_eps, ours.dt_rank, ours.conv_kernel, ours.pad_token_id) == (1e-3, 7, 5, 3)
     assert ours.num_labels == 3
     assert MAMBA.write_config(ours).to_dict() == native.to_dict()
 
@@ -173,7 +173,7 @@ def test_state_spaces_checkpoint(tmp_path, weights):
     ours, info = ArchMambaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
-    assert ours.config.rms_norm_eps == 1e-5
+    assert ours.config.norm_eps == 1e-5
     ids = torch.randint(0, 40, (2, 9))
     with torch.no_grad():
         assert relative_distance(ours(ids).logits, native(ids).logits) < 1e-5

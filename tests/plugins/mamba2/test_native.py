@@ -100,7 +100,7 @@ def test_config_of_every_field():
         eos_token_id=[5, 6],
     )
     ours = ArchMamba2Config(**MAMBA2.read_config(native.to_dict(), ArchMamba2Config))
-    assert (ours.rms_norm_eps, ours.num_heads, ours.n_groups, ours.pad_token_id) == (1e-3, 6, 3, 3)
+    assert (ours.norm_eps, ours.num_heads, ours.n_groups, ours.pad_token_id) == (1e-3, 6, 3, 3)
     assert MAMBA2.write_config(ours).to_dict() == native.to_dict()
 
 
@@ -146,7 +146,7 @@ def test_state_spaces_checkpoint(tmp_path, weights):
     ours, info = ArchMamba2ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
-    assert ours.config.rms_norm_eps == 1e-5
+    assert ours.config.norm_eps == 1e-5
     ids = torch.randint(0, 40, (2, 9))
     with torch.no_grad():
         assert relative_distance(ours(ids).logits, native(ids).logits) < 1e-5

@@ -1,0 +1,1 @@
+"""RetNet (Sun et al. 2023) as an architecture of hf-archs."""
