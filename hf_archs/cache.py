@@ -1,4 +1,4 @@
-"""The cache of recurrent models: constant-size states, rollback, save and load.
+"""The cache of recurrent models: states, rollback, save and load.
 
 transformers' own layer objects hold the tensors; everything they cannot do (count tokens without keys, roll a
 recurrence back, repeat and select batch rows) stands here, once, for the dynamic and the static cache.
@@ -10,6 +10,7 @@ again from the state before. Of a long forward only the last ``rollback_window``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,7 @@ class RecurrentCache(Cache):
     """What `ArchDynamicCache` and `ArchStaticCache` share; see the module's docstring."""
 
     is_static = False
+    max_cache_len: int | None = None  # columns of growing states in a static cache; None where nobody said
 
     def _setup(self, config: Any) -> None:
         self.rollback_window = 2  # logits_to_keep + 1; the backbone's causal head keeps it up to date
@@ -90,7 +92,14 @@ class RecurrentCache(Cache):
         self._specs: list[dict[str, StateSpec]] = []
         for layer_idx in range(config.num_hidden_layers):
             plan = config.layer_plan(layer_idx)
-            self._specs.append(get_mixer(plan.mixer).state(plan.mixer_config))
+            specs = get_mixer(plan.mixer).state(plan.mixer_config)
+            self._specs.append(specs)
+            layer = self.layers[layer_idx]
+            count = max(sum(spec.kind == kind for spec in specs.values()) for kind in ("conv", "recurrent"))
+            # transformers makes room for one state of each kind
+            if isinstance(layer, LinearAttentionCacheLayerMixin) and count > layer.number_of_states:
+                LinearAttentionCacheLayerMixin.__init__(layer, number_of_states=count)
+        self._grows = any(spec.grows for specs in self._specs for spec in specs.values())
         self._length: Any = torch.zeros((), dtype=torch.long) if self.is_static else 0
 
     # -- counting ----------------------------------------------------------------------------------------------
@@ -98,6 +107,15 @@ class RecurrentCache(Cache):
     def begin(self, length: int, mask: torch.Tensor | None, device: torch.device) -> None:
         """Told by the model at the start of every forward: ``length`` more positions, ``mask`` of the real ones."""
         if self.is_static:
+            if (
+                self._grows
+                and not is_torchdynamo_compiling()
+                and self._length + length > (self.max_cache_len or math.inf)
+            ):
+                raise ValueError(
+                    f"the static cache holds max_cache_len = {self.max_cache_len} positions; "
+                    f"{int(self._length)} are there and {length} more do not fit"
+                )
             if self._length.device != device:
                 self._length = self._length.to(device)
                 torch._dynamo.mark_static_address(self._length)
@@ -138,8 +156,11 @@ class RecurrentCache(Cache):
         """Rebind the state (dynamic) or copy into its buffer, whose address stays (static)."""
         layer, kind, index = self.place(layer_idx, name)
         states = getattr(layer, f"{kind}_states")
-        if self.is_static and states.get(index) is not None:
-            states[index].copy_(value)
+        held = states.get(index)
+        if self.max_cache_len is not None and self._specs[layer_idx][name].grows:
+            value = _last_columns(value, self.max_cache_len)
+        if self.is_static and held is not None and held.shape == value.shape:
+            held.copy_(value)
         else:
             states[index] = value.clone() if self.is_static else value
             if self.is_static and not is_torchdynamo_compiling():
@@ -182,9 +203,11 @@ class RecurrentCache(Cache):
             wrong = sorted(given ^ set(names)) or ["length"]
             raise ValueError(f"these states are of another model: {wrong[0]} is missing or unknown")
         for key in sorted(given):
-            shape, expected = tuple(states[key].shape), names[key][2].shape
-            if shape[1:] != expected:
-                raise ValueError(f"state {key} has shape {shape}; allowed is {('batch', *expected)}")
+            shape, spec = tuple(states[key].shape), names[key][2]
+            fixed = len(spec.shape) - spec.grows
+            if len(shape) != 1 + len(spec.shape) or shape[1 : fixed + 1] != spec.shape[:fixed]:
+                expected = ("batch", *spec.shape[:fixed], *["length"] * spec.grows)
+                raise ValueError(f"state {key} has shape {shape}; allowed is {expected}")
         self.reset()
         for key in sorted(given):
             self.store(*names[key][:2], states[key])
@@ -327,13 +350,14 @@ class ArchStaticCache(RecurrentCache, StaticCache):
 
     Args:
         config: the model's config.
-        max_cache_len: positions that key-value layers can hold; states have no limit.
+        max_cache_len: positions that key-value layers and growing states can hold; other states have no limit.
     """
 
     is_static = True
 
     def __init__(self, config: Any, max_cache_len: int, offloading: bool = False, **kwargs: Any):
         StaticCache.__init__(self, config, max_cache_len, offloading=offloading, **kwargs)
+        self.max_cache_len = max_cache_len
         self._setup(config)
 
     def early_initialization(
@@ -341,13 +365,19 @@ class ArchStaticCache(RecurrentCache, StaticCache):
     ) -> None:
         """Allocate every buffer now (transformers calls this before it compiles a chunked prefill)."""
         super().early_initialization(batch_size, num_heads, head_dim, dtype, device)
+        max_length = self.max_cache_len or 0  # a growing state of no columns is an empty one
         for layer_idx, specs in enumerate(self._specs):
             for name, spec in specs.items():
                 layer, _, index = self.place(layer_idx, name)
-                self.store(
-                    layer_idx, name, torch.zeros(batch_size, *spec.shape, dtype=spec.dtype or dtype, device=device)
-                )
+                shape = [max_length if size is None else size for size in spec.shape]
+                self.store(layer_idx, name, torch.zeros(batch_size, *shape, dtype=spec.dtype or dtype, device=device))
                 layer.has_previous_state[index] = True  # zeros are the empty state: one graph for every chunk
+
+
+def _last_columns(value: torch.Tensor, columns: int) -> torch.Tensor:
+    """The last ``columns`` of the last dimension, after zeros where there are fewer."""
+    value = value[..., max(value.shape[-1] - columns, 0) :]
+    return torch.nn.functional.pad(value, (columns - value.shape[-1], 0))
 
 
 def adopt(cache: Cache, config: Any) -> RecurrentCache:

@@ -41,13 +41,20 @@ class StateSpec:
 
     Attributes:
         kind: ``"conv"`` (a window of past inputs) or ``"recurrent"``: where transformers' cache keeps it.
-        shape: without the batch dimension.
+        shape: without the batch dimension. The last dimension may be None: time, for a mixer that needs all it has
+            read. Such a state grows with every token; its last column is the row's latest token, and zeros in the
+            first columns are tokens that never were (a static cache begins with nothing else).
         dtype: None for the dtype of the activations.
     """
 
     kind: str
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     dtype: torch.dtype | None = None
+
+    @property
+    def grows(self) -> bool:
+        """Whether the state holds something of every token."""
+        return self.shape[-1:] == (None,)
 
 
 @dataclass(frozen=True)

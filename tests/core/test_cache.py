@@ -1,11 +1,14 @@
 """The recurrent cache: rollback by replay, batch operations, saved states, and caches that others made."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import DynamicCache, MambaConfig, StaticCache
 
 import hf_archs
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, adopt
+from hf_archs.registry import StateSpec
 from hf_archs.testing.contract.models import assert_close, lively, logits, tokens
 from hf_archs.testing.contract.padding import padded
 
@@ -309,3 +312,63 @@ class TestCachesOfOthers:
         feed(model, cache, tokens(2, 4))
         with pytest.raises((ValueError, RuntimeError)):
             feed(model, cache, tokens(3, 4))
+
+
+class TestGrowingStates:
+    """A state with an entry for every token: longer with each forward, or right-aligned in a buffer of fixed size."""
+
+    @pytest.fixture
+    def config(self, monkeypatch):
+        specs = {
+            "past": StateSpec("recurrent", (3, None)),
+            "position": StateSpec("recurrent", (1,), torch.int64),
+        }
+        monkeypatch.setattr("hf_archs.cache.get_mixer", lambda name: SimpleNamespace(state=lambda config: specs))
+        config = hf_archs.get_architecture("mamba").tiny_config()
+        return config
+
+    @staticmethod
+    def read(cache, inputs):
+        cache.begin(inputs.shape[-1], None, inputs.device)
+        slot = cache.slot(1)
+        past, position = slot.get("past"), slot.get("position")
+        past = inputs if past is None else torch.cat([past, inputs], -1)
+        position = torch.zeros(inputs.shape[0], 1, dtype=torch.int64) if position is None else position
+        slot.update({"past": past, "position": position + inputs.shape[-1]}, {}, lambda *_: {})
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_holds_every_token(self, config, kind):
+        cache = empty(kind, config)
+        inputs = torch.randn(2, 3, 9)
+        for piece in inputs.split([4, 1, 4], -1):
+            self.read(cache, piece)
+        past = cache.slot(1).get("past")
+        assert past.shape == (2, 3, 9 if kind == "dynamic" else 300)
+        assert torch.equal(past[..., -9:], inputs)
+        assert not past[..., :-9].any()
+        assert cache.slot(1).get("position").tolist() == [[9], [9]]
+        for other in KINDS:
+            loaded = empty(other, config)
+            loaded.load_state_dict({**cache.state_dict(), **self.of_layer_0(cache)})
+            assert torch.equal(loaded.slot(1).get("past")[..., -9:], inputs)
+
+    @staticmethod
+    def of_layer_0(cache):
+        states = cache.state_dict()
+        return {name.replace("layers.1", "layers.0"): tensor for name, tensor in states.items() if "layers.1" in name}
+
+    def test_more_than_a_static_cache_holds_is_an_error(self, config):
+        cache = empty("static", config)
+        self.read(cache, torch.randn(1, 3, 298))
+        with pytest.raises(ValueError, match="max_cache_len = 300 positions; 298 are there and 3 more do not fit"):
+            self.read(cache, torch.randn(1, 3, 3))
+
+    def test_a_wrong_shape_is_refused(self, config):
+        cache = empty("dynamic", config)
+        self.read(cache, torch.randn(1, 3, 4))
+        states = {**cache.state_dict(), **self.of_layer_0(cache)}
+        states["layers.0.past"] = torch.randn(1, 2, 4)
+        with pytest.raises(
+            ValueError, match=r"layers\.0\.past has shape \(1, 2, 4\); allowed is \('batch', 3, 'length'\)"
+        ):
+            empty("dynamic", config).load_state_dict(states)
