@@ -1,0 +1,150 @@
+"""Retention (Sun et al. 2023, "Retentive Network: A Successor to Transformer for Large Language Models",
+https://arxiv.org/abs/2307.08621, section 2.1): linear attention whose state decays by one constant per head.
+
+Letters: b batch, l length, h heads, n key_dim, p value_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
+
+
+def multi_scale_log_decay(heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The logarithm of the paper's decays, ``gamma_h = 1 - 2^(-5 - h)`` (section 2.3): (heads,).
+
+    Far heads decay by less than what float32 can tell from 1, so the decay itself is never formed.
+    """
+    return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, device=device, dtype=dtype)))
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrent form of retention (equation 6), computed in chunks (equation 7).
+
+    ``S_t = exp(log_decay) S_{t-1} + v_t k_t^T``, ``y_t = scale S_t q_t``.
+
+    States, decays and sums are in float32, or float64 where ``v`` is, autocast or not. Every tensor may have a dtype of
+    its own, and its gradient has that dtype.
+
+    Args:
+        q: queries, (batch, length, heads, key_dim), rotated already.
+        k: keys, (batch, length, heads, key_dim), rotated already.
+        v: values, (batch, length, heads, value_dim).
+        log_decay: at most 0, (heads,), or None for the paper's `multi_scale_log_decay`.
+        scale: multiplies the output; None for ``key_dim ** -0.5``.
+        initial_state: the state to continue from, (batch, heads, value_dim, key_dim), or None for zeros.
+        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins with an empty
+            state; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length. Positions from there on are pads: they leave the state as it is, and
+            the final state is the one at the row's length.
+
+    Returns:
+        ``y``, (batch, length, heads, value_dim) in the dtype of ``v``, and the final state, (batch, heads, value_dim,
+        key_dim) in float32 or wider. Both can be differentiated, once.
+
+    Raises:
+        ValueError: where a shape does not fit, naming the argument.
+    """
+    boundaries = {"initial_state": initial_state, "seq_idx": seq_idx, "lengths": lengths}
+    return _retention(decay_scan, q, k, v, log_decay, scale, boundaries)
+
+
+def retention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`retention` token by token: what the fast forms are held against."""
+    boundaries = {"initial_state": initial_state, "seq_idx": seq_idx, "lengths": lengths}
+    return _retention(decay_scan_reference, q, k, v, log_decay, scale, boundaries)
+
+
+def _retention(
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float | None,
+    boundaries: dict[str, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    log_decay = _checked(q, v, log_decay)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale != 1.0:
+        q = q * scale
+    # a view: the scan is faster where it sees that every token has the same decay
+    return scan(q, k, v, log_decay.expand(v.shape[:3]), **boundaries)
+
+
+def _checked(q: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
+    if q.dim() != 4 or v.dim() != 4 or q.shape[2] != v.shape[2]:
+        raise ValueError(
+            f"retention: q must be (batch, length, heads, key_dim) and v (batch, length, heads, value_dim), "
+            f"not {tuple(q.shape)} and {tuple(v.shape)}"
+        )
+    heads = v.shape[2]
+    if log_decay is None:
+        return multi_scale_log_decay(heads, v.device, torch.promote_types(v.dtype, torch.float32))
+    if log_decay.shape != (heads,):
+        raise ValueError(f"retention: log_decay must have shape {(heads,)}, not {tuple(log_decay.shape)}")
+    return log_decay
+
+
+def retention_parallel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The parallel form, ``(Q K^T * D) V`` with ``D_ij = gamma^(i - j)`` (equation 5): a second oracle.
+
+    Same arguments and results as `retention`; it takes memory and time in the square of the length.
+    """
+    log_decay = _checked(q, v, log_decay)
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    b, l, h, p = v.shape
+    q = q.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    k, values, log_decay = k.to(dtype), v.to(dtype), log_decay.to(dtype)
+    initial = v.new_zeros(b, h, p, q.shape[3], dtype=dtype) if initial_state is None else initial_state.to(dtype)
+
+    position = torch.arange(l, device=v.device)
+    ends = torch.full((b, 1), l, device=v.device) if lengths is None else lengths[:, None]
+    real = position < ends  # (b, l)
+    age = torch.minimum(position + 1, ends)  # real tokens up to each position; pads decay nothing
+    document = torch.zeros_like(age)
+    if seq_idx is not None:
+        document = ((seq_idx != seq_idx.roll(1, 1)) & (position > 0) & real).cumsum(1)
+    seen = (position[:, None] >= position) & (document[:, :, None] == document[:, None]) & real[:, None]
+    steps = (age[:, :, None] - age[:, None]).clamp(min=0)
+    decay = torch.where(seen[:, None], (log_decay[:, None, None] * steps[:, None]).exp(), 0)  # (b, h, i, j)
+    from_start = torch.where(document[:, None] == 0, (log_decay[:, None] * age[:, None]).exp(), 0)  # (b, h, i)
+
+    y = torch.einsum("bihn,bjhn,bhij,bjhp->bihp", q, k, decay, values)
+    y = y + torch.einsum("bihn,bhpn,bhi->bihp", q, initial, from_start)
+    state = torch.einsum("bjhp,bjhn,bhj->bhpn", values, k, decay[:, :, -1])
+    return y.to(v.dtype), state + from_start[:, :, -1, None, None] * initial
