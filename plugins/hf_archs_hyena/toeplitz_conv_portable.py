@@ -1,0 +1,161 @@
+"""`toeplitz_conv` in PyTorch, for CPUs.
+
+Few taps are shifted multiply-adds over blocks of time that stay in the processor's cache; more are a depthwise
+``F.conv1d`` forward and for the gradient of x, and a sum of spectra for the gradient of the taps, for which
+``F.conv1d``'s own is eight times slower. (Toeplitz matrices and one spectrum per block were no faster forward.)
+
+Rows and documents are laid out behind each other with as many zeros (or the initial state) before each as a filter
+reaches back, so that no document sees another.
+
+Letters: b batch, l length, c channels, g groups of channels that share a filter, k taps; n positions of a layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MANY_TAPS = 17  # from here on conv1d and spectra are faster
+BLOCK_ELEMENTS = 2**18  # of x in a block: 1 MB of float32, and long enough to hide the cost of a call
+SPECTRUM = 512  # points of a block's spectrum
+SPECTRA_ELEMENTS = 2**21  # of x whose spectra are held at once
+
+
+class _Layout:
+    """Inputs with what they may see before them, ``rows`` (b', k - 1 + n, c); positions 0 to n - 1 have outputs."""
+
+    def __init__(self, x: Tensor, size: int, initial_state: Tensor | None, documents: Tensor | None):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        b, l, c = x.shape
+        self.size = size
+        # where in the layout the tokens lie, (b, l); the initial states lie right before each row's first
+        self.place = None
+        if documents is None:
+            self.rows = torch.empty(b, size + l, c, dtype=dtype, device=x.device)
+            self.rows[:, :size] = 0 if initial_state is None else initial_state.transpose(1, 2)
+            self.rows[:, size:] = x
+        else:
+            shift = (documents.long() + 1) * size  # a gap before the row's first document, and before each other one
+            ends = (shift[:, -1] + l).cumsum(0)
+            starts = F.pad(ends, (1, 0))[:-1]
+            self.place = shift + torch.arange(l, device=x.device) + starts.unsqueeze(1)
+            self.before = self.place[:, :1] + torch.arange(-size, 0, device=x.device)  # (b, k - 1)
+            self.rows = torch.zeros(1, int(ends[-1]), c, dtype=dtype, device=x.device)
+            self.rows[0, self.place] = x.to(dtype)
+            if initial_state is not None:
+                self.rows[0, self.before] = initial_state.transpose(1, 2).to(dtype)
+
+    def outputs(self, t: Tensor) -> Tensor:
+        """What belongs to the tokens of a (b', n, c): (b, l, c)."""
+        return t if self.place is None else t[0, self.place - self.size]
+
+    def all_outputs(self, t: Tensor) -> Tensor:
+        """The other way round, zero where there is no token: (b, l, c) to (b', n, c)."""
+        t = t.to(self.rows.dtype)
+        if self.place is None:
+            return t
+        found = t.new_zeros(1, self.rows.shape[1] - self.size, t.shape[2])
+        found[0, self.place - self.size] = t
+        return found
+
+    def inputs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """From a (b', k - 1 + n, c) what belongs to x, (b, l, c), and to the initial state, (b, c, k - 1)."""
+        if self.place is None:
+            x, before = t[:, self.size :], t[:, : self.size]
+        else:
+            x, before = t[0, self.place], t[0, self.before]
+        return x, before.transpose(1, 2)
+
+
+def _blocks(t: Tensor) -> Iterator[tuple[int, int]]:
+    step = max(1, BLOCK_ELEMENTS // (t.shape[0] * t.shape[2]))
+    for start in range(0, t.shape[1], step):
+        yield start, min(start + step, t.shape[1])
+
+
+def _per_channel(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+    """Each channel's filter with its bias in the first tap: (c, k)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    taps = taps.to(dtype).repeat_interleave(x.shape[2] // taps.shape[0], 0)
+    if bias is not None:
+        taps[:, 0] += bias
+    return taps
+
+
+def _convolve(rows: Tensor, taps: Tensor) -> Tensor:
+    """(b', k - 1 + n, c) with (c, k): (b', n, c)."""
+    c, k = taps.shape
+    if k >= MANY_TAPS:
+        return F.conv1d(rows.transpose(1, 2), taps.flip(1).unsqueeze(1), groups=c).transpose(1, 2)
+    y, by_tap = rows.new_empty(rows.shape[0], rows.shape[1] - k + 1, c), taps.t().contiguous()
+    for start, end in _blocks(y):
+        block = torch.mul(rows[:, start + k - 1 : end + k - 1], by_tap[0], out=y[:, start:end])
+        for back in range(1, k):
+            block.addcmul_(rows[:, start + k - 1 - back : end + k - 1 - back], by_tap[back])
+    return y
+
+
+def _convolve_back(g: Tensor, taps: Tensor) -> Tensor:
+    """The gradient of the rows, (b', k - 1 + n, c), from that of the outputs, (b', n, c)."""
+    c, k = taps.shape
+    if k >= MANY_TAPS:
+        padded = F.pad(g, (0, 0, k - 1, k - 1))
+        return F.conv1d(padded.transpose(1, 2), taps.unsqueeze(1), groups=c).transpose(1, 2)
+    grad, by_tap = g.new_zeros(g.shape[0], g.shape[1] + k - 1, c), taps.t().contiguous()
+    for start, end in _blocks(g):
+        for back in range(k):
+            grad[:, start + k - 1 - back : end + k - 1 - back].addcmul_(g[:, start:end], by_tap[back])
+    return grad
+
+
+def _grad_taps(g: Tensor, rows: Tensor, k: int) -> Tensor:
+    """``sum_t g_t rows_{t - m}``: (c, k)."""
+    b, n, c = g.shape
+    size = k - 1
+    if k >= MANY_TAPS:
+        step = SPECTRUM - size  # outputs of a block; it sees SPECTRUM inputs
+        together = max(1, SPECTRA_ELEMENTS // (b * c * step)) * step
+        total = torch.zeros(c, SPECTRUM // 2 + 1, dtype=torch.promote_types(g.dtype, torch.complex64), device=g.device)
+        for start in range(0, n, together):
+            count = min(together, n - start)
+            short = -count % step
+            seen = F.pad(rows[:, start : start + count + size].transpose(1, 2), (0, short)).unfold(2, SPECTRUM, step)
+            here = F.pad(g[:, start : start + count].transpose(1, 2), (0, short)).unflatten(2, (-1, step))
+            spectrum = torch.fft.rfft(F.pad(here, (size, 0)))
+            total += (spectrum * torch.fft.rfft(seen).conj()).sum((0, 2))
+        return torch.fft.irfft(total, SPECTRUM)[:, :k]
+    by_tap = g.new_zeros(k, c)
+    for start, end in _blocks(g):
+        product = g.new_empty(b, end - start, c)
+        for back in range(k):
+            seen = rows[:, start + size - back : end + size - back]
+            by_tap[back] += torch.mul(g[:, start:end], seen, out=product).sum((0, 1))
+    return by_tap.t()
+
+
+def toeplitz_conv_fwd(
+    x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, documents: Tensor | None
+) -> Tensor:
+    layout = _Layout(x, taps.shape[1] - 1, initial_state, documents)
+    y = layout.outputs(_convolve(layout.rows, _per_channel(x, taps, bias)))
+    return y.to(x.dtype).contiguous()
+
+
+def toeplitz_conv_bwd(
+    grad_y: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, taps, bias and initial_state."""
+    groups, k = taps.shape
+    layout = _Layout(x, k - 1, initial_state, documents)
+    g = layout.all_outputs(grad_y)
+    grad_x, grad_state = layout.inputs(_convolve_back(g, _per_channel(x, taps, bias)))
+    grad_channels = _grad_taps(g, layout.rows, k)
+    return grad_x, grad_channels.unflatten(0, (groups, -1)).sum(1), grad_channels[:, 0], grad_state
