@@ -12,18 +12,20 @@ from hf_archs.kernels import causal_conv1d
 
 
 class CausalConv1d(nn.Module):
-    """Depthwise causal convolution with SiLU, whose window of past inputs is a state.
+    """Depthwise causal convolution, whose window of past inputs is a state.
 
     It is no `nn.Conv1d`: it takes and returns a state, which adapters for `nn.Conv1d` would drop without a word.
 
     Args:
         channels: number of channels; each has its own filter.
         kernel_size: taps of each filter.
-        bias: whether a bias is added before the SiLU.
+        bias: whether a bias is added before the activation.
+        activation: ``"silu"``, or None.
     """
 
-    def __init__(self, channels: int, kernel_size: int, bias: bool):
+    def __init__(self, channels: int, kernel_size: int, bias: bool, activation: str | None = "silu"):
         super().__init__()
+        self.activation = activation
         # the shape of nn.Conv1d's weight, so that checkpoints fit
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
@@ -46,7 +48,7 @@ class CausalConv1d(nn.Module):
             hidden_states,
             self.weight.squeeze(1),
             self.bias,
-            activation="silu",
+            activation=self.activation,
             initial_state=state,
             lengths=lengths,
             seq_idx=seq_idx,
