@@ -1,1 +1,57 @@
-"""Hyena (Poli et al. 2023) as an architecture of hf-archs."""
+"""Hyena (Poli et al. 2023) as an architecture of hf-archs, and its op `long_conv`."""
+
+from hf_archs.registry import Architecture, register, register_mixer
+from hf_archs_hyena.configuration import ArchHyenaConfig, HyenaMixerConfig, hyena_state
+from hf_archs_hyena.long_conv import long_conv
+from hf_archs_hyena.mixer import HyenaMixer
+from hf_archs_hyena.modeling import (
+    ArchHyenaForCausalLM,
+    ArchHyenaForMaskedLM,
+    ArchHyenaForQuestionAnswering,
+    ArchHyenaForSequenceClassification,
+    ArchHyenaForTokenClassification,
+    ArchHyenaModel,
+)
+
+__all__ = [
+    "ArchHyenaConfig",
+    "ArchHyenaForCausalLM",
+    "ArchHyenaForMaskedLM",
+    "ArchHyenaForQuestionAnswering",
+    "ArchHyenaForSequenceClassification",
+    "ArchHyenaForTokenClassification",
+    "ArchHyenaModel",
+    "HyenaMixer",
+    "HyenaMixerConfig",
+    "long_conv",
+]
+
+# the token ids of HyenaDNA's vocabulary: 12 characters and special tokens, in 16 rows
+_DNA = {"vocab_size": 16, "pad_token_id": 4, "bos_token_id": 2, "eos_token_id": 1}
+
+register_mixer("hyena", HyenaMixer, HyenaMixerConfig, state=hyena_state)
+register(
+    Architecture(
+        name="hyena",
+        config_class=ArchHyenaConfig,
+        model_class=ArchHyenaModel,
+        causal_lm_class=ArchHyenaForCausalLM,
+        masked_lm_class=ArchHyenaForMaskedLM,
+        sequence_classification_class=ArchHyenaForSequenceClassification,
+        token_classification_class=ArchHyenaForTokenClassification,
+        question_answering_class=ArchHyenaForQuestionAnswering,
+        mixer_class=HyenaMixer,
+        lora_targets=("in_proj", "out_proj", "up_proj", "down_proj"),
+        # a low frequency: at high ones the slope of a filter changes too fast for finite differences
+        tiny={"max_positions": 16384, "filter_size": 16, "filter_frequency": 1.0},
+        sizes={
+            "4m": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096, "max_positions": 16384},
+            # the published models' sizes (Nguyen et al. 2023, "HyenaDNA")
+            "tiny-1k": {"hidden_size": 256, "num_hidden_layers": 2, "max_positions": 1026, **_DNA},
+            "small-32k": {"hidden_size": 256, "num_hidden_layers": 4, "max_positions": 32770, **_DNA},
+            "medium-160k": {"hidden_size": 256, "num_hidden_layers": 8, "max_positions": 160002, **_DNA},
+            "medium-450k": {"hidden_size": 256, "num_hidden_layers": 8, "max_positions": 450002, **_DNA},
+            "large-1m": {"hidden_size": 256, "num_hidden_layers": 8, "max_positions": 1000002, **_DNA},
+        },
+    )
+)

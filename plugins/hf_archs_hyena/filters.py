@@ -1,0 +1,265 @@
+"""The filters of a Hyena mixer, with their own parameters: how taps come about, and what is kept of the past.
+
+Letters in shapes: b batch, l length, d hidden size, s convolutions (order - 1), c channels of all of them (s x d),
+k taps, m modes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from hf_archs.backend import backend_for
+from hf_archs_hyena.configuration import HyenaMixerConfig
+from hf_archs_hyena.long_conv import long_conv, long_conv_step, no_autocast
+from hf_archs_hyena.toeplitz_conv import toeplitz_conv
+
+WINDOW_END = 1e-2  # what a window has fallen to after `fast_decay` and `slow_decay`
+
+
+class HyenaFilter(nn.Module, ABC):
+    """The recurrence of gates and convolutions (Poli et al. 2023, definition 3.1).
+
+    It is a module of its own so that the filters' parameters can be sharded, kept in float32 and, through
+    ``modules_to_save=["ssm"]``, trained beside LoRA.
+    """
+
+    def __init__(self, config: HyenaMixerConfig):
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def taps(self, length: int) -> torch.Tensor:
+        """The first taps of every filter, ``(c, length)`` in float32 or wider."""
+
+    def forward(
+        self,
+        v: torch.Tensor,  # (b, l, d)
+        gates: Sequence[torch.Tensor],  # order times (b, l, d), the last to be multiplied with first
+        state: torch.Tensor | None = None,  # (b, c, ...)
+        lengths: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        need_state: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        last, *others = gates
+        with no_autocast(v):
+            filters = self._filters(v, state)
+        size = self.config.hidden_size
+        states = []
+        for i, gate in enumerate(reversed(others)):
+            part = slice(i * size, (i + 1) * size)
+            v, after = self._convolve(
+                filters,
+                part,
+                v,
+                gate,
+                last if i == len(others) - 1 else None,
+                None if state is None else state[:, part],
+                {"lengths": lengths, "seq_idx": seq_idx},
+                need_state,
+            )
+            states.append(after)
+        if not need_state:
+            return v, None
+        return v, states[0] if len(states) == 1 else torch.cat(states, dim=1)  # type: ignore[arg-type]
+
+    @abstractmethod
+    def _filters(self, v: torch.Tensor, state: torch.Tensor | None) -> Any:
+        """What the convolutions of this forward need of the parameters, computed once for all of them."""
+
+    @abstractmethod
+    def _convolve(
+        self,
+        filters: Any,
+        part: slice,
+        v: torch.Tensor,
+        gate_in: torch.Tensor,
+        gate_out: torch.Tensor | None,
+        state: torch.Tensor | None,
+        boundaries: dict[str, torch.Tensor | None],
+        need_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One convolution, of the channels ``part``, between its gates."""
+
+
+class Sine(nn.Module):
+    """``sin(freq x)`` with a learned frequency for each channel."""
+
+    def __init__(self, config: HyenaMixerConfig):
+        super().__init__()
+        self.initial = config.filter_frequency
+        self.freq = nn.Parameter(torch.empty(1, config.filter_size))
+
+    def init_weights(self) -> None:
+        init.constant_(self.freq, self.initial)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(self.freq * x)
+
+
+class ImplicitFilter(HyenaFilter):
+    """Taps from a network of the lag (Poli et al. 2023, section 3.3): ``FFN(features(t)) (exp(-t |delta|) + shift)``.
+
+    A tap depends on its lag over ``max_positions`` alone, never on the length of the text; from that lag on there is
+    none. The state is all of the past.
+    """
+
+    def __init__(self, config: HyenaMixerConfig):
+        super().__init__(config)
+        self.bias = nn.Parameter(torch.empty(config.filter_channels))
+        self.deltas = nn.Parameter(torch.empty(1, 1, config.filter_channels))
+        features = 2 * config.position_bands + 1
+        self.z = None
+        if config.learned_positions:
+            self.z = nn.Parameter(torch.empty(1, config.max_positions, features))
+        self.sine = Sine(config)
+        width = config.filter_size
+        inputs = [features] + [width] * config.filter_layers
+        self.layers = nn.ModuleList(nn.Linear(size, width) for size in inputs)
+        self.layers.append(nn.Linear(width, config.filter_channels, bias=False))
+        self._memo: tuple[list[Any], torch.Tensor] | None = None
+
+    def init_weights(self) -> None:
+        """As safari does, but for the network, whose first layers have PyTorch's own initial values."""
+        init.normal_(self.bias)
+        config, device = self.config, self.deltas.device
+        slow, fast = (math.log(WINDOW_END) / part for part in (config.slow_decay, config.fast_decay))
+        init.copy_(self.deltas, torch.linspace(slow, fast, config.filter_channels, device=device).expand(1, 1, -1))
+        if self.z is not None:
+            init.copy_(self.z, self._features(config.max_positions)[0].unsqueeze(0))
+        for layer in self.layers:
+            init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+
+    def _features(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is known of a lag, (length, 2 bands + 1), and the lag as a part of all, (length, 1)."""
+        config, dtype = self.config, torch.promote_types(self.deltas.dtype, torch.float32)
+        lag = torch.arange(length, device=self.deltas.device, dtype=dtype).unsqueeze(1)
+        t = lag / (config.max_positions - 1)
+        bands = torch.linspace(1e-4, config.position_bands - 1, config.position_bands, device=lag.device, dtype=dtype)
+        angle = bands * (2 * math.pi * lag / config.max_positions)
+        return torch.cat([t, torch.cos(angle), -torch.sin(angle)], dim=1), t
+
+    def taps(self, length: int) -> torch.Tensor:
+        z, t = self._features(length)
+        if self.z is not None:
+            z = self.z[0, :length]
+        *hidden, last = self.layers
+        for layer in hidden:
+            z = self.sine(layer(z.to(self.deltas.dtype)))
+        window = torch.exp(-t * self.deltas[0].abs()) + self.config.filter_shift
+        return (last(z) * window).t()
+
+    def _filters(self, v: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
+        """The taps, and whether the present's is the last of them."""
+        past = 0 if state is None else state.shape[2]
+        length = min(past + v.shape[1], self.config.max_positions)
+        step = v.shape[1] == 1 and state is not None and backend_for(v) != "reference"
+        if step and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return self._remembered(length), True
+        return self.taps(length), False
+
+    def _remembered(self, length: int) -> torch.Tensor:
+        """Reversed taps for decoding, computed anew only when they become too few or a parameter has changed.
+
+        The first token of a text never comes here, so what changes parameters without a trace (an assignment through
+        ``.data``) can be missed only in the middle of one.
+        """
+        parameters = list(self.parameters())
+        # adapters, quantised and sharded weights can change in ways of their own
+        plain = all(type(p) is nn.Parameter and not p.is_inference() for p in parameters) and all(
+            type(module) in (nn.Linear, nn.ModuleList, Sine, ImplicitFilter) for module in self.modules()
+        )
+        if not plain:
+            self._memo = None
+            return self.taps(length).flip(1)
+        key = [(p, p._version, p.data_ptr()) for p in parameters]
+        if self._memo is not None:
+            before, taps = self._memo
+            same = len(before) == len(key) and all(
+                a[0] is b[0] and a[1:] == b[1:] for a, b in zip(before, key, strict=True)
+            )
+            if same and taps.shape[1] >= length:
+                return taps[:, taps.shape[1] - length :]
+        # twice as many every time: all that is ever computed is a few times what is needed
+        enough = min(max(256, 2 ** (length - 1).bit_length()), self.config.max_positions)
+        taps = self.taps(enough).flip(1)
+        self._memo = key, taps
+        return taps[:, enough - length :]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memo": None}
+
+    def _convolve(
+        self,
+        filters: tuple[torch.Tensor, bool],
+        part: slice,
+        v: torch.Tensor,
+        gate_in: torch.Tensor,
+        gate_out: torch.Tensor | None,
+        state: torch.Tensor | None,
+        boundaries: dict[str, torch.Tensor | None],
+        need_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        taps, reversed_ = filters
+        inputs = (v, taps[part], self.bias[part], gate_in, gate_out)
+        if reversed_:
+            return long_conv_step(*inputs, state, boundaries["lengths"], need_state)
+        return long_conv(*inputs, initial_state=state, **boundaries, need_state=need_state)
+
+
+class ExplicitFilter(HyenaFilter):
+    """A few taps that are parameters (Ku et al. 2025, section 2); medium ones under a decaying window.
+
+    The state is a window of the past.
+    """
+
+    def __init__(self, config: HyenaMixerConfig):
+        super().__init__(config)
+        count = config.short_taps if config.filter_type == "short" else config.medium_taps
+        self.weight = nn.Parameter(torch.empty(config.filter_channels // config.filter_group_size, count))
+
+    def init_weights(self) -> None:
+        init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def taps(self, length: int) -> torch.Tensor:
+        taps = self._filters(self.weight, None).repeat_interleave(self.config.filter_group_size, 0)
+        return F.pad(taps, (0, max(length - taps.shape[1], 0)))[:, :length]
+
+    def _filters(self, v: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
+        config = self.config
+        taps = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        if config.filter_type == "short":
+            return taps
+        groups, count = taps.shape
+        slow, fast = (-math.log(WINDOW_END) / part for part in (config.slow_decay, config.fast_decay))
+        decay = torch.linspace(slow, fast, groups, device=taps.device, dtype=taps.dtype).unsqueeze(1)
+        return taps * torch.exp(-decay * torch.arange(count, device=taps.device, dtype=taps.dtype) / count)
+
+    def _convolve(
+        self,
+        filters: torch.Tensor,
+        part: slice,
+        v: torch.Tensor,
+        gate_in: torch.Tensor,
+        gate_out: torch.Tensor | None,
+        state: torch.Tensor | None,
+        boundaries: dict[str, torch.Tensor | None],
+        need_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        groups = slice(*(end // self.config.filter_group_size for end in (part.start, part.stop)))
+        y, after = toeplitz_conv(v * gate_in, filters[groups], initial_state=state, **boundaries)
+        return y if gate_out is None else y * gate_out, after
+
+
+FILTERS: dict[str, type[HyenaFilter]] = {
+    "implicit": ImplicitFilter,
+    "medium": ExplicitFilter,
+    "short": ExplicitFilter,
+}
