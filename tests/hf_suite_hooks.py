@@ -16,11 +16,13 @@ import hf_archs
 _CONFIG: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "head_dim": 8, "n_groups": 2},
+    "retnet": {"num_heads": 2, "intermediate_size": 64},
 }
 # merging wants untied embeddings, and its adapters have rank 20, which no layer may be narrower than
 _PEFT: dict[str, dict[str, Any]] = {
     "mamba": {"tie_word_embeddings": False, "time_step_rank": 32},
     "mamba2": {"tie_word_embeddings": False},
+    "retnet": {"tie_word_embeddings": False},
 }
 
 

@@ -1,5 +1,86 @@
 """RetNet (Sun et al. 2023) as an architecture of hf-archs, and its op `retention`."""
 
+from hf_archs.registry import Architecture, register, register_mixer
+from hf_archs_retnet.configuration import ArchRetNetConfig, RetNetMixerConfig, retnet_state
+from hf_archs_retnet.mixer import RetNetMixer
+from hf_archs_retnet.modeling import (
+    ArchRetNetForCausalLM,
+    ArchRetNetForMaskedLM,
+    ArchRetNetForQuestionAnswering,
+    ArchRetNetForSequenceClassification,
+    ArchRetNetForTokenClassification,
+    ArchRetNetModel,
+)
 from hf_archs_retnet.retention import multi_scale_log_decay, retention, retention_parallel, retention_reference
 
-__all__ = ["multi_scale_log_decay", "retention", "retention_parallel", "retention_reference"]
+__all__ = [
+    "ArchRetNetConfig",
+    "ArchRetNetForCausalLM",
+    "ArchRetNetForMaskedLM",
+    "ArchRetNetForQuestionAnswering",
+    "ArchRetNetForSequenceClassification",
+    "ArchRetNetForTokenClassification",
+    "ArchRetNetModel",
+    "RetNetMixer",
+    "RetNetMixerConfig",
+    "multi_scale_log_decay",
+    "retention",
+    "retention_parallel",
+    "retention_reference",
+]
+
+# what the paper's models have in common (section 3.1): heads of 256 keys and 512 values, a plain feed-forward
+_PAPER = {
+    "rotary": "interleaved",
+    "elementwise_affine": False,
+    "norm_type": "layer_norm",
+    "hidden_act": "gelu",
+    "gated": False,
+}
+
+register_mixer("retnet", RetNetMixer, RetNetMixerConfig, state=retnet_state)
+register(
+    Architecture(
+        name="retnet",
+        config_class=ArchRetNetConfig,
+        model_class=ArchRetNetModel,
+        causal_lm_class=ArchRetNetForCausalLM,
+        masked_lm_class=ArchRetNetForMaskedLM,
+        sequence_classification_class=ArchRetNetForSequenceClassification,
+        token_classification_class=ArchRetNetForTokenClassification,
+        question_answering_class=ArchRetNetForQuestionAnswering,
+        mixer_class=RetNetMixer,
+        lora_targets=("q_proj", "k_proj", "v_proj", "g_proj", "out_proj"),
+        tiny={"num_heads": 2},
+        sizes={
+            "4m": {
+                "hidden_size": 256,
+                "num_hidden_layers": 4,
+                "vocab_size": 4096,
+                "num_heads": 4,
+                "intermediate_size": 384,
+            },
+            "1.3b": {
+                **_PAPER,
+                "hidden_size": 2048,
+                "num_hidden_layers": 24,
+                "num_heads": 8,
+                "intermediate_size": 4096,
+            },
+            "2.7b": {
+                **_PAPER,
+                "hidden_size": 2560,
+                "num_hidden_layers": 32,
+                "num_heads": 10,
+                "intermediate_size": 5120,
+            },
+            "6.7b": {
+                **_PAPER,
+                "hidden_size": 4096,
+                "num_hidden_layers": 32,
+                "num_heads": 16,
+                "intermediate_size": 8192,
+            },
+        },
+    )
+)

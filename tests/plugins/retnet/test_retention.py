@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_archs.backend import use_backend
@@ -201,7 +202,7 @@ def test_a_step_is_a_handful_of_operators():
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_one_graph_serves_every_length(dynamic):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def loss(tensors):
         y, state = portable(**tensors)

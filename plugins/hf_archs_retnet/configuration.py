@@ -1,0 +1,112 @@
+"""Configs of the retention mixer and of the RetNet architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+
+from hf_archs.configuration import ArchConfig, LayerPlan, MixerConfig, check_range
+from hf_archs.mlp import MLPConfig
+from hf_archs.registry import StateSpec
+
+
+@strict
+@dataclass(kw_only=True)
+class RetNetMixerConfig(MixerConfig):
+    """Fields of multi-scale retention (Sun et al. 2023, section 2.3).
+
+    Args:
+        num_heads: heads of the retention; each has its own constant decay.
+        expand_k: channels of all keys together per hidden unit.
+        expand_v: channels of all values together per hidden unit.
+        gate_fn: activation of the output gate.
+        rotary: how queries and keys are rotated. ``half``: channels c and c + n/2 of a head of n are a pair, which
+            turns by ``10000 ** (-2c / n)`` a token (flash-linear-attention). ``interleaved``: channels 2c and 2c + 1
+            are, and the exponents are spaced evenly from 0 to 1 with both ends (the authors' torchscale).
+        elementwise_affine: whether the norm of each head has a weight.
+    """
+
+    num_heads: int = 8
+    expand_k: float = 1.0
+    expand_v: float = 2.0
+    gate_fn: Literal["swish", "gelu"] = "swish"
+    rotary: Literal["half", "interleaved"] = "half"
+    elementwise_affine: bool = True
+
+    def validate_retnet(self) -> None:
+        check_range(self, "num_heads", 1, 2**10)
+        for field, unit in (("expand_k", 2 * self.num_heads), ("expand_v", self.num_heads)):
+            check_range(self, field, 2.0**-17, 64.0)
+            size = self.hidden_size * getattr(self, field)
+            if size < unit or size % unit:
+                pairs = "pairs of channels in each head" if field == "expand_k" else "channels in each head"
+                raise ValueError(
+                    f"{type(self).__name__}: {field} is {getattr(self, field)}; allowed is what gives a whole number "
+                    f"of {pairs}, that is hidden_size * {field} = {size:g} must be a multiple of {unit} "
+                    f"(num_heads is {self.num_heads})"
+                )
+
+    @property
+    def key_size(self) -> int:
+        """Channels of all keys together."""
+        return round(self.hidden_size * self.expand_k)
+
+    @property
+    def value_size(self) -> int:
+        """Channels of all values together."""
+        return round(self.hidden_size * self.expand_v)
+
+
+def retnet_state(config: RetNetMixerConfig) -> dict[str, StateSpec]:
+    """The recurrence's state in float32, and the number of tokens so far, which the next rotation continues from."""
+    heads = config.num_heads
+    return {
+        "retention": StateSpec(
+            "recurrent", (heads, config.value_size // heads, config.key_size // heads), torch.float32
+        ),
+        "position": StateSpec("recurrent", (1,), torch.int64),
+    }
+
+
+@strict
+class ArchRetNetConfig(ArchConfig, RetNetMixerConfig, MLPConfig):
+    """Config of a stack of retention and feed-forward: the fields of `ArchConfig`, of `RetNetMixerConfig`, and these.
+
+    Args:
+        intermediate_size: width of the feed-forward's hidden layer; None for two thirds of ``hidden_ratio *
+            hidden_size``, rounded up to a multiple of 256, as flash-linear-attention has it.
+        hidden_ratio: see ``intermediate_size``.
+        hidden_act: activation of the feed-forward.
+        gated: multiply that activation by a second projection (SwiGLU and the like); the paper has none.
+        bias: whether the linear layers of the feed-forward have one.
+    """
+
+    model_type = "hf_archs_retnet"
+    mixer_type: ClassVar[str] = "retnet"
+    # retention runs on every rank: what is between its projections is short of parameters
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        **{f"layers.*.mixer.{x}_proj": "colwise_gather_output" for x in ("q", "k", "v", "g", "out")},
+        "layers.*.feed_forward.gate_proj": "colwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    }
+
+    intermediate_size: int | None = None  # type: ignore[assignment]  # a whole number as soon as there is a config
+    hidden_ratio: float = 2.0
+    hidden_act: Literal["swish", "silu", "gelu", "relu"] = "swish"  # type: ignore[assignment]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.validate_mixer_sizes()
+        check_range(self, "hidden_ratio", 1e-3, 1024.0)
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-int(self.hidden_size * self.hidden_ratio * 2 / 3) // 256) * 256
+        super().__post_init__(**kwargs)
+
+    def validate_feed_forward(self) -> None:
+        check_range(self, "hidden_ratio", 1e-3, 1024.0)
+
+    def layer_plan(self, layer_idx: int) -> LayerPlan:
+        return LayerPlan(self.mixer_type, self, "mlp", self)

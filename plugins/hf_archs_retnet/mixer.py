@@ -1,0 +1,160 @@
+"""Multi-scale retention (Sun et al. 2023, "Retentive Network", section 2.3).
+
+Letters in shapes: b batch, l length, d hidden size, h heads, n key channels per head, p value channels per head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_archs.cache import Slot, States
+from hf_archs_retnet.configuration import RetNetMixerConfig
+from hf_archs_retnet.retention import retention
+
+
+class HeadRMSNorm(nn.Module):
+    """The paper's group norm: each head's output over its root mean square, in at least float32.
+
+    Args:
+        head_dim: channels of a head; all heads share one weight.
+        eps: added to the mean square.
+        affine: whether there is a weight.
+    """
+
+    def __init__(self, head_dim: int, eps: float, affine: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim)) if affine else None
+        self.head_dim, self.eps = head_dim, eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        normed = F.rms_norm(wide, (self.head_dim,), eps=self.eps)
+        if self.weight is None:
+            return normed.to(hidden_states.dtype)
+        return self.weight * normed.to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, eps={self.eps}, affine={self.weight is not None}"
+
+
+def positions(
+    length: int, before: torch.Tensor | None, seq_idx: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """The position of each token in its document: (b or 1, length), integer.
+
+    Only differences of positions matter, but a document that begins at 0 is rotated as it is alone, to the last bit:
+    where a query and a key are nearly at right angles, the norm after them would make a difference of the last one.
+
+    Args:
+        before: how many tokens of document 0 came before these, (b, 1), or None for none.
+        seq_idx: the document of each token, (b, length), or None for one.
+    """
+    steps = torch.arange(length, device=device).unsqueeze(0)
+    if seq_idx is None:
+        return steps if before is None else steps + before
+    begins = (seq_idx != seq_idx.roll(1, 1)) & (steps > 0)
+    starts = torch.where(begins, steps, 0 if before is None else -before).cummax(1).values
+    return steps - starts
+
+
+def _after(
+    position: torch.Tensor, before: torch.Tensor | None, lengths: torch.Tensor | None, batch: int
+) -> torch.Tensor:
+    """How many tokens of each row's last document there are so far, (b, 1), from `positions`."""
+    position = position.expand(batch, -1)
+    if lengths is None:
+        return position[:, -1:] + 1
+    last = position.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)) + 1
+    return torch.where(lengths.unsqueeze(1) > 0, last, 0 if before is None else before)
+
+
+def angles(position: torch.Tensor, key_dim: int, rotary: str, dtype: torch.dtype) -> torch.Tensor:
+    """By how much each pair of channels of a head is rotated at each token.
+
+    They are computed at each call: a buffer would follow the model into bfloat16, and be empty after the meta device.
+
+    Args:
+        position: integer, (b or 1, l).
+        key_dim: channels of a head, a multiple of 2.
+        rotary: ``half`` or ``interleaved``, see `RetNetMixerConfig`.
+        dtype: of the result.
+
+    Returns:
+        (b or 1, l, 1, key_dim / 2), from 0 to 2 pi.
+    """
+    # whole turns are taken off in float64: in float32 an angle at token 10,000 has lost four digits
+    wide = dtype if position.device.type == "mps" else torch.float64
+    pairs = torch.arange(key_dim // 2, device=position.device, dtype=wide)
+    last = key_dim // 2 if rotary == "half" else max(key_dim // 2 - 1, 1)  # whose exponent would be 1, or is
+    turns = torch.exp2(pairs * (-math.log2(10000.0) / last) - math.log2(2 * math.pi)) * position[:, :, None, None]
+    return ((turns - turns.floor()) * (2 * math.pi)).to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary: str) -> torch.Tensor:
+    """Rotate the pairs of channels of x, (b, l, h, n).
+
+    First all the first channels of the pairs come back, then all the second ones: an order that scores cannot tell,
+    as long as queries and keys have the same.
+    """
+    wide = x.to(cos.dtype)
+    first, second = wide.unflatten(-1, (-1, 2)).unbind(-1) if rotary == "interleaved" else wide.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
+
+
+class RetNetMixer(nn.Module):
+    """Projections, rotation, retention, norm of each head, gate, projection (equation 8)."""
+
+    def __init__(self, config: RetNetMixerConfig):
+        super().__init__()
+        self.config = config
+        self.q_proj = nn.Linear(config.hidden_size, config.key_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.value_size, bias=False)
+        self.g_proj = nn.Linear(config.hidden_size, config.value_size, bias=False)
+        self.norm = HeadRMSNorm(config.value_size // config.num_heads, config.norm_eps, config.elementwise_affine)
+        self.out_proj = nn.Linear(config.value_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (b, l, d)
+        state: Slot | None = None,
+        lengths: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        before = {name: None if state is None else state.get(name) for name in ("position", "retention")}
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (self.config.num_heads, -1))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        position = positions(k.shape[1], before["position"], seq_idx, k.device)
+        q, k = self._rotate(q, k, position)
+        y, after = retention(q, k, v, scale=1.0, initial_state=before["retention"], lengths=lengths, seq_idx=seq_idx)
+        if state is not None:
+            states = {"position": _after(position, before["position"], lengths, k.shape[0]), "retention": after}
+            inputs = {"k": k, "v": v}
+            if seq_idx is not None:
+                inputs["seq_idx"] = seq_idx
+            state.update(states, inputs, self._replay)
+        gate = self.g_proj(hidden_states)
+        gate = F.silu(gate) if self.config.gate_fn == "swish" else F.gelu(gate)
+        return self.out_proj(self.norm(y).flatten(2) * gate)
+
+    def _rotate(self, q: torch.Tensor, k: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both rotated, and q scaled."""
+        rotary, dtype = self.config.rotary, torch.promote_types(q.dtype, torch.float32)
+        by = angles(position, q.shape[-1], rotary, dtype)
+        cos, sin, scale = by.cos(), by.sin(), q.shape[-1] ** -0.5
+        return rotate(q, cos * scale, sin * scale, rotary), rotate(k, cos, sin, rotary)
+
+    def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
+        """The states after the first ``lengths`` tokens of a recorded forward."""
+        k, v, seq_idx = inputs["k"], inputs["v"], inputs.get("seq_idx")
+        _, after = retention(  # whatever q reads
+            k, k, v, scale=1.0, initial_state=before["retention"], lengths=lengths, seq_idx=seq_idx
+        )
+        position = positions(k.shape[1], before["position"], seq_idx, k.device)
+        return {"position": _after(position, before["position"], lengths, k.shape[0]), "retention": after}
