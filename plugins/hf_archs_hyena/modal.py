@@ -101,17 +101,18 @@ def modal_state(
     (b, l, c), documents, last = x.shape, _documents(seq_idx, lengths), None
     ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths.to(torch.int64)
     # x from the row's end backwards, so that x_j weighs p^j in every row, in blocks of _STRIDE
-    blocks = _blocks(l)
-    place = ends.unsqueeze(1) - 1 - torch.arange(blocks * _STRIDE, device=x.device)  # (b, blocks * _STRIDE)
-    seen, index = place >= 0, place.clamp(min=0)
+    fine_exponents = torch.arange(_STRIDE, device=x.device)
+    coarse_exponents = _STRIDE * torch.arange(_blocks(l), device=x.device)
+    place = ends[:, None, None] - 1 - (coarse_exponents.unsqueeze(1) + fine_exponents)  # (b, blocks, _STRIDE)
+    row = torch.arange(b, device=x.device)[:, None, None]
+    seen, place = place >= 0, place.clamp(min=0)
     if documents is not None:
-        last = documents.gather(1, (ends - 1).clamp(min=0).unsqueeze(1))
-        seen = seen & (documents.gather(1, index) == last)
-    backwards = torch.where(seen.unsqueeze(2), x.gather(1, index.unsqueeze(2).expand(-1, -1, c)), 0).to(dtype)
-    fine = modal_powers(log_decay, phase, torch.arange(_STRIDE, device=x.device)).to(dtype)
-    coarse = modal_powers(log_decay, phase, _STRIDE * torch.arange(blocks, device=x.device)).to(dtype)
+        last = documents.gather(1, (ends - 1).clamp(min=0).unsqueeze(1))  # (b, 1)
+        seen = seen & (documents[row, place] == last.unsqueeze(2))
+    backwards = torch.where(seen.unsqueeze(3), x[row, place], 0).to(dtype)  # (b, blocks, _STRIDE, c)
+    fine, coarse = (modal_powers(log_decay, phase, e).to(dtype) for e in (fine_exponents, coarse_exponents))
     with _no_autocast(x):
-        sums = torch.einsum("bqrc,cnrz->qbcnz", backwards.unflatten(1, (blocks, _STRIDE)), fine)
+        sums = torch.einsum("bqrc,cnrz->qbcnz", backwards, fine)
     state = _times(coarse.permute(2, 0, 1, 3).unsqueeze(1), sums).sum(0)
     if initial_state is not None:
         over = modal_powers(log_decay, phase, ends).permute(2, 0, 1, 3).to(dtype)  # (b, c, n, 2)
