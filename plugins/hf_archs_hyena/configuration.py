@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -115,19 +115,20 @@ def hyena_state(config: HyenaMixerConfig) -> dict[str, StateSpec]:
 
 
 @strict
-class ArchHyenaConfig(ArchConfig, HyenaFields):
+class ArchHyenaConfig(ArchConfig, HyenaFields, MLPConfig):
     """Config of a stack of Hyena mixers and feed-forwards, as in HyenaDNA (Nguyen et al. 2023).
 
     Args:
         filter_types: the filters of the layers, repeated; see `HyenaMixerConfig`.
-        intermediate_size: width of the feed-forward, None for four times ``hidden_size``.
+        intermediate_size: width of the feed-forward's hidden layer, None for four times ``hidden_size``.
         hidden_act: activation of the feed-forward.
-        gated_mlp: multiply it by a second projection.
+        gated: multiply that activation by a second projection.
+        bias: whether the linear layers of the feed-forward have one.
     """
 
     model_type = "hf_archs_hyena"
     mixer_type: ClassVar[str] = "hyena"
-    # the projections are sharded; the convolutions between them are short of parameters and run on every rank
+    # the convolutions run on every rank: what is between the projections is short of parameters
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.mixer.in_proj": "colwise_gather_output",
         "layers.*.mixer.out_proj": "colwise_gather_output",
@@ -138,27 +139,28 @@ class ArchHyenaConfig(ArchConfig, HyenaFields):
 
     norm_type: Literal["rms_norm", "layer_norm"] = "layer_norm"
     filter_types: tuple[FilterType, ...] | list[FilterType] = ("implicit",)
-    intermediate_size: int | None = None
-    hidden_act: Literal["gelu_pytorch_tanh", "gelu", "silu"] = "gelu_pytorch_tanh"
-    gated_mlp: bool = False
+    intermediate_size: int | None = None  # type: ignore[assignment]  # a whole number as soon as there is a config
+    hidden_act: Literal["gelu_pytorch_tanh", "gelu", "silu"] = "gelu_pytorch_tanh"  # type: ignore[assignment]
+    gated: bool = False
+    bias: bool = True
 
-    def validate_layers(self) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.validate_mixer_sizes()
+        self._mixers: dict[str, HyenaMixerConfig] = {}
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
         if not self.filter_types:
             raise ValueError(f"{type(self).__name__}: filter_types is {self.filter_types}; allowed are one or more")
-        if self.intermediate_size is not None:
-            check_range(self, "intermediate_size", 1, 2**20)
+        super().__post_init__(**kwargs)
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
-        mixer = HyenaMixerConfig(
-            **{field.name: getattr(self, field.name) for field in fields(HyenaFields)},
-            filter_type=self.filter_types[layer_idx % len(self.filter_types)],
-        )
-        mlp = MLPConfig(
-            hidden_size=self.hidden_size,
-            norm_eps=self.norm_eps,
-            intermediate_size=self.intermediate_size or 4 * self.hidden_size,
-            hidden_act=self.hidden_act,
-            gated=self.gated_mlp,
-            bias=self.use_bias,
-        )
-        return LayerPlan(self.mixer_type, mixer, "mlp", mlp)
+        kind = self.filter_types[layer_idx % len(self.filter_types)]
+        if not torch.compiler.is_compiling():  # a compiled forward makes caches, but cannot make configs
+            shared = {field.name: getattr(self, field.name) for field in fields(HyenaFields)}
+            self._mixers[kind] = HyenaMixerConfig(**shared, filter_type=kind)
+        return LayerPlan(self.mixer_type, self._mixers[kind], "mlp", self)
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        del output["_mixers"]
+        return output

@@ -36,7 +36,8 @@ def modes(config: Any) -> list[dict[str, Any]]:
     """Settings of the other fields in which a field may matter: none, and every switch in another position."""
     found: list[dict[str, Any]] = [{}]
     for field, hint in own_fields(type(config)).items():
-        if hint is bool or typing.get_origin(hint) is typing.Literal:
+        switches = [option for listed in options_of(hint) for option in (listed, *typing.get_args(listed)[:1])]
+        if hint is bool or any(typing.get_origin(option) is typing.Literal for option in switches):
             found += [{field: value} for value in other_values(getattr(config, field), hint)]
     return found
 
@@ -68,7 +69,8 @@ def other_values(value: Any, hint: Any) -> list[Any]:
             found += [None]
         elif typing.get_origin(option) in (tuple, list) and isinstance(value, (tuple, list)):
             for i, item in enumerate(value):
-                found += [(*value[:i], other, *value[i + 1 :]) for other in other_values(item, type(item))]
+                inner = typing.get_args(option)[0]
+                found += [(*value[:i], other, *value[i + 1 :]) for other in other_values(item, inner)]
     return [other for other in found if other != value or type(other) is not type(value)]
 
 
