@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -39,22 +40,26 @@ class NativeFormat(ABC):
         renames: our names and theirs, of parameters outside the layers, without the prefix. Names that are in no
             table are the same in both.
         layer_renames: the same for parameters in a layer, without ``layers.<i>.``.
+        layer_aliases: other names of theirs for parameters in a layer, and ours.
         fields: our config fields and theirs.
         constants: our config fields and the only value that the format stands for.
         allowed: their config fields that must have one of these values, or the checkpoint is no such model.
         ignored: their config fields that do not change the result.
         unused: our config fields that the format does not have and that do not change the result.
+        assumed: the same, with the values that they get when reading.
     """
 
     name: str
     prefix: str = "backbone"
     renames: Mapping[str, str] = field(default_factory=dict)
     layer_renames: Mapping[str, str] = field(default_factory=dict)
+    layer_aliases: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     allowed: Mapping[str, Collection[Any]] = field(default_factory=dict)
     ignored: Collection[str] = ()
     unused: Collection[str] = ()
+    assumed: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
@@ -76,13 +81,14 @@ class NativeFormat(ABC):
     def ours(self, name: str) -> str:
         """Our name of their parameter, with or without prefix as it came."""
         backward = [{theirs: ours for ours, theirs in t.items()} for t in (self.renames, self.layer_renames)]
-        return _rename(name, (self.prefix, OURS), *backward)
+        return _rename(name, (self.prefix, OURS), backward[0], {**self.layer_aliases, **backward[1]})
 
     def key_mapping(self) -> dict[str, str]:
         """Their names to ours in the form of transformers' ``key_mapping``: applied one after another."""
         mapping = {rf"^{re.escape(self.prefix)}\.": f"{OURS}."}
-        for within, table in (("", self.renames), (r"layers\.\d+\.", self.layer_renames)):
-            for ours, theirs in table.items():
+        layer_names = [*self.layer_renames.items(), *((ours, theirs) for theirs, ours in self.layer_aliases.items())]
+        for within, names in (("", self.renames.items()), (r"layers\.\d+\.", layer_names)):
+            for ours, theirs in names:
                 mapping[rf"^((?:{OURS}\.)?{within}){re.escape(theirs)}$"] = rf"\1{ours}"
         return mapping
 
@@ -107,7 +113,26 @@ class NativeFormat(ABC):
                     f"{name} is {value!r} in this {self.name} checkpoint, which {config_class.__name__} cannot "
                     f"represent; allowed: {', '.join(map(repr, allowed))}"
                 )
-        return {**common, **fields, **self.constants, "model_type": config_class.model_type}
+        return {**common, **fields, **self.constants, **self.assumed, "model_type": config_class.model_type}
+
+    def write_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Our config in their fields, as far as they have other names only.
+
+        Raises:
+            ValueError: where ours says something that theirs cannot, naming field, value and what is allowed.
+        """
+        defaults = type(config)()
+        common = _common(config.to_dict())
+        for f in dataclasses.fields(config):  # type: ignore[arg-type]
+            if f.name in {*self.fields, *self.unused, *self.assumed, *common} or f.name.startswith("_"):
+                continue
+            value, allowed = getattr(config, f.name), self.constants.get(f.name, getattr(defaults, f.name))
+            if value != allowed and f.name not in ("architectures", "transformers_version"):
+                raise ValueError(
+                    f"{type(config).__name__}: {f.name} is {value!r}, which a {self.name} model cannot represent; "
+                    f"allowed: {allowed!r}"
+                )
+        return {theirs: getattr(config, ours) for ours, theirs in self.fields.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,25 +166,57 @@ class TransformersFormat(NativeFormat):
         return given, {name: defaults[name] for name in declared & set(defaults)}
 
     def write_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Our config as one of transformers'.
-
-        Raises:
-            ValueError: where ours says something that theirs cannot, naming field, value and what is allowed.
-        """
-        defaults = type(config)()
-        common = _common(config.to_dict())
-        for f in dataclasses.fields(config):  # type: ignore[arg-type]
-            if f.name in self.fields or f.name in self.unused or f.name in common or f.name.startswith("_"):
-                continue
-            value, allowed = getattr(config, f.name), self.constants.get(f.name, getattr(defaults, f.name))
-            if value != allowed and f.name not in ("architectures", "transformers_version"):
-                raise ValueError(
-                    f"{type(config).__name__}: {f.name} is {value!r}, which a {self.name} model cannot represent; "
-                    f"allowed: {allowed!r}"
-                )
-        fields = {theirs: getattr(config, ours) for ours, theirs in self.fields.items()}
+        """Our config as one of transformers'. Raises as `write_fields` does."""
+        fields = self.write_fields(config)
         fields.update({theirs: getattr(config, attribute) for theirs, attribute in self.derived.items()})
-        return getattr(transformers, self.config_name)(**{**common, **fields})
+        return getattr(transformers, self.config_name)(**{**_common(config.to_dict()), **fields})
+
+
+@dataclass
+class NativeCheckpoint:
+    """A model of a package that transformers does not know: its config and its parameters, under its names.
+
+    Attributes:
+        config: what stands in its ``config.json``.
+        state_dict: its parameters.
+    """
+
+    config: dict[str, Any]
+    state_dict: dict[str, torch.Tensor]
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``."""
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+            json.dump(self.config, file, indent=2)
+        state = {name: tensor.contiguous().clone() for name, tensor in self.state_dict.items()}  # shared ones twice
+        save_file(state, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateDictFormat(NativeFormat):
+    """The checkpoints of a package outside of transformers, which exist as a `NativeCheckpoint` here.
+
+    Attributes:
+        defaults: their config fields that mean something to a model, with the default of each.
+    """
+
+    defaults: Mapping[str, Any]
+
+    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {**self.defaults, **raw}, dict(self.defaults)
+
+    def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Our config as their ``config.json``. Raises as `write_fields` does."""
+        return {**self.defaults, **self.write_fields(config)}
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor of theirs is no parameter, and follows from the config."""
+        return False
+
+    def buffers(self, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+        """What their state dict holds beside parameters."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,53 +365,117 @@ def _formats() -> list[tuple[Architecture, TransformersFormat]]:
     ]
 
 
-def from_native(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of this library with the weights of one of transformers' own; they share no memory.
+def from_native(model: PreTrainedModel | NativeCheckpoint) -> PreTrainedModel:
+    """A model of this library with the weights of one of transformers' own, or of another package's; they share no
+    memory.
 
     Every value is the same and tied embeddings stay tied; parameters that this library keeps in float32 under lower
     precision are widened. Device, training mode and generation config are carried over.
 
     Args:
-        model: a base model or causal language model of a class that an architecture's native formats name.
+        model: a base model or causal language model of a class that an architecture's native formats name, or a
+            `NativeCheckpoint` of any format, or a model of the package whose checkpoints they are.
 
     Raises:
-        ValueError: for any other model, or a config that ours cannot represent.
+        ValueError: for any other model, a config that ours cannot represent, or parameters that do not fit it.
     """
+    if isinstance(model, NativeCheckpoint):
+        return _from_checkpoint(model)
     pairs = [(form, *pair) for architecture, form in _formats() for pair in form.classes(architecture)]
     match = next((pair for pair in pairs if isinstance(model, pair[2])), None)
+    if match is None and _detect(model.config.to_dict()) is not None:
+        converted = _from_checkpoint(NativeCheckpoint(model.config.to_dict(), model.state_dict()))
+        return converted.train(model.training)
     if match is None:
         names = ", ".join(theirs.__name__ for *_, theirs in pairs)
         raise ValueError(f"from_native: a {type(model).__name__} cannot be converted; allowed are {names}")
     form, ours, _ = match
     config_class: Any = ours.config_class
     config = config_class(**form.read_config(model.config.to_dict(), config_class))
-    wide = ours._keep_in_fp32_modules_strict or ()
-    state = {}
-    for name, tensor in model.state_dict().items():
-        name = form.ours(name)
-        kept = not set(wide).isdisjoint(name.split("."))
-        dtype = torch.promote_types(tensor.dtype, torch.float32) if kept else tensor.dtype
-        state[name] = tensor.to(dtype, copy=True)
-    return _build(ours, config, state, model)
+    state = {form.ours(name): tensor for name, tensor in model.state_dict().items()}
+    return _take_over(_build(ours, config, _widened(ours, state), model.device, model.dtype), model)
 
 
-def to_native(model: PreTrainedModel, format: str | None = None) -> PreTrainedModel:
-    """A model of transformers' own with the weights of one of this library; they share no memory.
+def _widened(model_class: type[PreTrainedModel], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies, with what this library keeps in float32 in at least that."""
+    wide = set(model_class._keep_in_fp32_modules_strict or ())
+    return {
+        name: tensor.to(
+            tensor.dtype if wide.isdisjoint(name.split(".")) else torch.promote_types(tensor.dtype, torch.float32),
+            copy=True,
+        )
+        for name, tensor in state.items()
+    }
+
+
+def _detect(raw: Mapping[str, Any]) -> tuple[Architecture, NativeFormat] | None:
+    for architecture in map(registry.get_architecture, registry.architectures()):
+        for form in architecture.native_formats:
+            if form.detect(raw):
+                return architecture, form
+    return None
+
+
+def _from_checkpoint(checkpoint: NativeCheckpoint) -> PreTrainedModel:
+    found = _detect(checkpoint.config)
+    if found is None:
+        known = [str(f) for name in registry.architectures() for f in registry.get_architecture(name).native_formats]
+        raise ValueError(
+            f"from_native: a checkpoint of {checkpoint.config.get('model_type', 'an unnamed type')!r} cannot be "
+            f"converted; allowed are {', '.join(dict.fromkeys(known))}"
+        )
+    architecture, form = found
+    config_class: Any = architecture.config_class
+    config = config_class(**form.read_config(checkpoint.config, config_class))
+    state = {
+        form.ours(name): tensor
+        for name, tensor in checkpoint.state_dict.items()
+        if not (isinstance(form, StateDictFormat) and form.is_buffer(name))
+    }
+    embedding = state.get(f"{OURS}.embed_tokens.weight")
+    if config.tie_word_embeddings and embedding is not None:  # files leave one of the two out
+        state.setdefault("lm_head.weight", embedding)
+    model_class = architecture.causal_lm_class
+    if "lm_head.weight" not in state:
+        model_class = architecture.model_class
+        state = {name.removeprefix(f"{OURS}."): tensor for name, tensor in state.items()}
+    first = next(iter(state.values()))
+    try:
+        return _build(model_class, config, _widened(model_class, state), first.device, first.dtype).eval()
+    except RuntimeError as error:
+        lines = " ".join(str(error).split())
+        raise ValueError(f"from_native: the state dict does not fit its config: {lines}") from error
+
+
+def to_native(model: PreTrainedModel, format: str | None = None) -> PreTrainedModel | NativeCheckpoint:
+    """A model of transformers' own, or another package's checkpoint, with the weights of one of this library.
+
+    They share no memory.
 
     Every value is the same and tied embeddings stay tied. Parameters that this library keeps in float32 under lower
     precision get the model's dtype where that changes no value of any of them; transformers' models run with either.
 
     Args:
         model: a base model or causal language model of an architecture with native formats.
-        format: the ``model_type`` wanted; None takes the first that can represent the config.
+        format: the name of the format wanted, for transformers' models their ``model_type``; None takes the first
+            that can represent the config.
 
     Raises:
         ValueError: where there is no such format, or none can represent the config, naming the field.
     """
-    pairs = [(form, *pair) for architecture, form in _formats() for pair in form.classes(architecture)]
-    candidates = {form.name: (form, theirs) for form, ours, theirs in pairs if isinstance(model, ours)}
+    candidates: dict[str, tuple[NativeFormat, Any]] = {}
+    allowed: list[str] = []
+    for architecture in map(registry.get_architecture, registry.architectures()):
+        pairs: list[tuple[Any, NativeFormat, Any]] = []
+        for form in architecture.native_formats:
+            if isinstance(form, TransformersFormat):
+                pairs += [(ours, form, theirs) for ours, theirs in form.classes(architecture)]
+            elif isinstance(form, StateDictFormat):
+                pairs += [(ours, form, None) for ours in (architecture.model_class, architecture.causal_lm_class)]
+        allowed += [ours.__name__ for ours, *_ in pairs]
+        candidates.update({form.name: (form, theirs) for ours, form, theirs in pairs if isinstance(model, ours)})
     if not candidates:
-        names = ", ".join(dict.fromkeys(ours.__name__ for _, ours, _ in pairs))
+        names = ", ".join(dict.fromkeys(allowed))
         raise ValueError(f"to_native: a {type(model).__name__} cannot be converted; allowed are {names}")
     if format is not None and format not in candidates:
         raise ValueError(
@@ -363,11 +484,14 @@ def to_native(model: PreTrainedModel, format: str | None = None) -> PreTrainedMo
     refusals = []
     for form, theirs in [candidates[format]] if format else candidates.values():
         try:
-            config = form.write_config(model.config)
+            config: Any = form.write_config(model.config)  # type: ignore[attr-defined]  # of those two kinds
         except ValueError as refusal:
             refusals.append(str(refusal))
             continue
-        return _build(theirs, config, _narrow(form, model), model)
+        state = _narrow(form, model)
+        if isinstance(form, StateDictFormat):
+            return NativeCheckpoint(config, {**state, **form.buffers(model.config)})
+        return _take_over(_build(theirs, config, state, model.device, model.dtype), model)
     raise ValueError("; ".join(refusals))
 
 
@@ -384,14 +508,20 @@ def _build(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     state: dict[str, torch.Tensor],
-    source: PreTrainedModel,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> PreTrainedModel:
     """A model of ``model_class`` that takes over ``state`` as it is, dtypes included."""
-    config.name_or_path = source.config.name_or_path
-    with no_init_weights(), torch.device(source.device):
-        model = model_class._from_config(config, dtype=source.dtype)
+    with no_init_weights(), torch.device(device):
+        model = model_class._from_config(config, dtype=dtype)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
+    return model
+
+
+def _take_over(model: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
+    """``model`` with the rest of what ``source`` is."""
+    model.config.name_or_path = source.config.name_or_path
     if source.can_generate():
         model.generation_config = copy.deepcopy(source.generation_config)
     return model.train(source.training)

@@ -2,6 +2,7 @@
 
 from hf_archs.registry import Architecture, register, register_mixer
 from hf_archs_retnet.configuration import ArchRetNetConfig, RetNetMixerConfig, retnet_state
+from hf_archs_retnet.conversion import FLA, TORCHSCALE
 from hf_archs_retnet.mixer import RetNetMixer
 from hf_archs_retnet.modeling import (
     ArchRetNetForCausalLM,
@@ -52,6 +53,7 @@ register(
         mixer_class=RetNetMixer,
         lora_targets=("q_proj", "k_proj", "v_proj", "g_proj", "out_proj"),
         tiny={"num_heads": 2},
+        native_formats=(FLA, TORCHSCALE),
         sizes={
             "4m": {
                 "hidden_size": 256,

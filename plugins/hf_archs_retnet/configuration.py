@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -41,7 +42,7 @@ class RetNetMixerConfig(MixerConfig):
         for field, unit in (("expand_k", 2 * self.num_heads), ("expand_v", self.num_heads)):
             check_range(self, field, 2.0**-17, 64.0)
             size = self.hidden_size * getattr(self, field)
-            if size < unit or size % unit:
+            if not math.isclose(size, round(size)) or round(size) < unit or round(size) % unit:
                 pairs = "pairs of channels in each head" if field == "expand_k" else "channels in each head"
                 raise ValueError(
                     f"{type(self).__name__}: {field} is {getattr(self, field)}; allowed is what gives a whole number "
@@ -96,7 +97,7 @@ class ArchRetNetConfig(ArchConfig, RetNetMixerConfig, MLPConfig):
 
     intermediate_size: int | None = None  # type: ignore[assignment]  # a whole number as soon as there is a config
     hidden_ratio: float = 2.0
-    hidden_act: Literal["swish", "silu", "gelu", "relu"] = "swish"  # type: ignore[assignment]
+    hidden_act: Literal["swish", "gelu", "relu"] = "swish"  # type: ignore[assignment]
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.validate_mixer_sizes()
