@@ -98,11 +98,13 @@ def modal_state(
     Arguments and result as in `modal_conv`; it can be differentiated.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    (b, l, c), documents, last = x.shape, _documents(seq_idx, lengths), None
+    b, l = x.shape[:2]
+    documents, last = _documents(seq_idx, lengths), None
     ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths.to(torch.int64)
     # x from the row's end backwards, so that x_j weighs p^j in every row, in blocks of _STRIDE
-    fine_exponents = torch.arange(_STRIDE, device=x.device)
-    coarse_exponents = _STRIDE * torch.arange(_blocks(l), device=x.device)
+    exporting = torch.compiler.is_exporting()  # exporters cannot cut a symbolic length into blocks
+    fine_exponents = torch.arange(l if exporting else _STRIDE, device=x.device)
+    coarse_exponents = _STRIDE * torch.arange(1 if exporting else _blocks(l), device=x.device)
     place = ends[:, None, None] - 1 - (coarse_exponents.unsqueeze(1) + fine_exponents)  # (b, blocks, _STRIDE)
     row = torch.arange(b, device=x.device)[:, None, None]
     seen, place = place >= 0, place.clamp(min=0)
