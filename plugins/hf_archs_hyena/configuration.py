@@ -157,7 +157,9 @@ class ArchHyenaConfig(ArchConfig, HyenaFields, MLPConfig):
         kind = self.filter_types[layer_idx % len(self.filter_types)]
         if not torch.compiler.is_compiling():  # a compiled forward makes caches, but cannot make configs
             shared = {field.name: getattr(self, field.name) for field in fields(HyenaFields)}
-            self._mixers[kind] = HyenaMixerConfig(**shared, filter_type=kind)
+            mixer = HyenaMixerConfig(**shared, filter_type=kind)
+            if self._mixers.get(kind) != mixer:  # graphs are guarded by its identity
+                self._mixers[kind] = mixer
         return LayerPlan(self.mixer_type, self._mixers[kind], "mlp", self)
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from hf_archs.backend import backend_for
 from hf_archs_hyena.configuration import HyenaMixerConfig
 from hf_archs_hyena.long_conv import long_conv, long_conv_step, no_autocast
+from hf_archs_hyena.modal import modal_conv, modal_state, modal_taps
 from hf_archs_hyena.toeplitz_conv import toeplitz_conv
 
 WINDOW_END = 1e-2  # what a window has fallen to after `fast_decay` and `slow_decay`
@@ -258,8 +259,62 @@ class ExplicitFilter(HyenaFilter):
         return y if gate_out is None else y * gate_out, after
 
 
+class ModalFilter(HyenaFilter):
+    """Taps that are a sum of decaying waves (Massaroli et al. 2023, "Laughing Hyena Distillery", section 3).
+
+    The state is one complex number for each mode and channel. It has no last lag: ``max_positions`` does not apply.
+    """
+
+    # range of the initial steps, in tokens, as of S4D (Gu et al. 2022, appendix B)
+    STEPS = (1e-3, 1e-1)
+
+    def __init__(self, config: HyenaMixerConfig):
+        super().__init__(config)
+        shape = (config.filter_channels, config.modes)
+        self.bias = nn.Parameter(torch.empty(config.filter_channels))
+        self.log_decay = nn.Parameter(torch.empty(shape))
+        self.phase = nn.Parameter(torch.empty(shape))
+        self.residues = nn.Parameter(torch.empty(*shape, 2))
+
+    def init_weights(self) -> None:
+        """The poles of S4D-Lin (Gu et al. 2022, section 4.3), ``exp(dt (-1/2 + i pi n))``, with random residues."""
+        channels, modes = self.log_decay.shape
+        low, high = map(math.log, self.STEPS)
+        log_step = torch.rand(channels, 1, device=self.phase.device) * (high - low) + low
+        init.normal_(self.bias)
+        init.copy_(self.log_decay, (log_step - math.log(2)).expand(channels, modes))
+        init.copy_(self.phase, math.pi * log_step.exp() * torch.arange(modes, device=self.phase.device))
+        init.copy_(self.residues, torch.randn_like(self.residues) * log_step.exp().unsqueeze(2))
+
+    def taps(self, length: int) -> torch.Tensor:
+        return modal_taps(self.log_decay, self.phase, self.residues, length)
+
+    def _filters(self, v: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor | None:
+        """The taps where a text begins; what continues one runs the recurrence."""
+        return self.taps(v.shape[1]) if state is None and v.shape[1] > 1 else None
+
+    def _convolve(
+        self,
+        filters: torch.Tensor | None,
+        part: slice,
+        v: torch.Tensor,
+        gate_in: torch.Tensor,
+        gate_out: torch.Tensor | None,
+        state: torch.Tensor | None,
+        boundaries: dict[str, torch.Tensor | None],
+        need_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        bias, poles = self.bias[part], (self.log_decay[part], self.phase[part])
+        if filters is None:
+            y, after = modal_conv(v * gate_in, *poles, self.residues[part], bias, initial_state=state, **boundaries)
+            return y if gate_out is None else y * gate_out, after
+        y, _ = long_conv(v, filters[part], bias, gate_in, gate_out, **boundaries, need_state=False)
+        return y, modal_state(v * gate_in, *poles, **boundaries) if need_state else None
+
+
 FILTERS: dict[str, type[HyenaFilter]] = {
     "implicit": ImplicitFilter,
+    "modal": ModalFilter,
     "medium": ExplicitFilter,
     "short": ExplicitFilter,
 }
