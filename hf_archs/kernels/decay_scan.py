@@ -211,15 +211,16 @@ def _decay_scan_backward(
     initial_state: Tensor | None,
     documents: Tensor | None,
     kept_states: Tensor,
+    factors: bool,
     backend: str,
 ) -> list[Tensor]:
-    """The gradients of q, k, v, log_decay, scale and initial_state."""
+    """The gradients of q, k, v, log_decay and scale (both empty unless ``factors``), and initial_state."""
     with _no_autocast(v), torch.accelerator.device_index(v.device.index):
         gradients = _implementation(backend).decay_scan_bwd(
-            grad_y, grad_final_state, q, k, v, log_decay, scale, documents, kept_states
+            grad_y, grad_final_state, q, k, v, log_decay, scale, documents, kept_states, factors
         )
     inputs = (q, k, v, log_decay, scale, initial_state)
-    return [v.new_empty(0) if t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
+    return [v.new_empty(0) if g is None or t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
 
 
 def _implementation(backend: str):
@@ -241,8 +242,8 @@ def _(q, k, v, log_decay, scale, initial_state, documents, keep_states, backend)
 
 
 @_decay_scan_backward.register_fake
-def _(grad_y, grad_final_state, q, k, v, log_decay, scale, initial_state, documents, kept_states, backend):
-    inputs = (q, k, v, log_decay, scale, initial_state)
+def _(grad_y, grad_final_state, q, k, v, log_decay, scale, initial_state, documents, kept_states, factors, backend):
+    inputs = (q, k, v, log_decay if factors else None, scale if factors else None, initial_state)
     return [v.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
 
 
@@ -256,8 +257,9 @@ def _backward(ctx, grad_y, grad_final_state, _):
     if grad_y is None and grad_final_state is None:
         return (None,) * 9
     saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
-    gradients = _decay_scan_backward(grad_y, grad_final_state, *saved, ctx.backend)
-    return *(g if t is not None else None for g, t in zip(gradients, saved[:6])), None, None, None
+    factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]  # where nothing learns them, they are spared
+    gradients = _decay_scan_backward(grad_y, grad_final_state, *saved, factors, ctx.backend)
+    return *(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad[:6])), None, None, None
 
 
 _decay_scan.register_autograd(_backward, setup_context=_setup_context)

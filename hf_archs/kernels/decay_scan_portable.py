@@ -11,6 +11,9 @@ a sequence is worked through in spans of a few chunks, whose temporary tensors s
 Decays are powers of two (``exp2`` is twice as fast as ``exp`` on a CPU) of differences of sums over the chunk, taken in
 float64: in float32 a strong decay early in a chunk would cost the digits of a weak one later. A difference is never
 positive where it counts, so nothing overflows.
+
+Where a decay is the same at every token, as RetNet's are, so are all of these factors in every chunk: `_Constant` has
+them once, the factors go into q and k, and no gradient of a decay has to be known by token.
 """
 
 from __future__ import annotations
@@ -21,13 +24,19 @@ import torch
 from torch import Tensor
 
 CHUNK = 64  # tokens between two kept states
-_SPAN = 2**19  # entries of the decay masks that are worked on together
+_SPAN = 2**17  # entries of the decay masks that are worked on together
+_CONSTANT_SPAN = 2**17  # entries of the largest tensor that is worked on together, where decays are constant
 
 
-def _spans(batch: int, length: int, heads: int) -> list[tuple[int, int, int]]:
-    """Cut the length into (start, chunks, tokens of a chunk); what no chunk divides is a last, shorter chunk."""
+def _spans(length: int, size: int, entries: int) -> list[tuple[int, int, int]]:
+    """Cut the length into (start, chunks, tokens of a chunk); what no chunk divides is a last, shorter chunk.
+
+    Args:
+        size: entries of a chunk's largest tensor.
+        entries: how many of them may be worked on together.
+    """
     full = length // CHUNK
-    together = max(1, _SPAN // (batch * heads * CHUNK * CHUNK))
+    together = max(1, entries // size)
     spans = [(c * CHUNK, min(together, full - c), CHUNK) for c in range(0, full, together)]
     return spans + [(full * CHUNK, 1, length % CHUNK)] * (length % CHUNK > 0)
 
@@ -108,13 +117,15 @@ def decay_scan_fwd(
     """y, the final state, and (if asked for) the chunks' start states, (c, b, g, n, r * p) in one row."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
+    if _is_constant(q, v, log_decay, scale, documents):
+        return _constant_fwd(q, k, v, log_decay, initial_state, keep_states)
     r = h // g
     y = v.new_empty(b, l, h, p)
     state = v.new_zeros(b, g, n, r, p, dtype=dtype)
     if initial_state is not None:
         state.copy_(initial_state.unflatten(1, (g, r)).permute(0, 1, 4, 2, 3))
     kept = v.new_empty(-(-l // CHUNK), b, g, n, r * p, dtype=dtype) if keep_states else None
-    for span in _spans(b, l, h):
+    for span in _spans(l, b * h * CHUNK * CHUNK, _SPAN):
         s = _Span(span, q, k, v, log_decay, scale, documents)
         first = span[0] // CHUNK
         if kept is None:
@@ -145,20 +156,23 @@ def decay_scan_bwd(
     scale: Tensor | None,
     documents: Tensor | None,
     kept: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """The gradients of q, k, v, log_decay, scale (None without one) and the initial state."""
+    factors: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The gradients of q, k, v, log_decay and scale (both None unless ``factors``), and the initial state."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
+    if not factors and _is_constant(q, v, log_decay, scale, documents):
+        return _constant_bwd(grad_y, grad_final_state, q, k, v, log_decay, kept)
     r = h // g
     kept = kept.view(-1, b, g, n, r * p)
     grad_y = torch.zeros_like(v) if grad_y is None else grad_y
     grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
-    grad_decay = v.new_empty(b, l, h, dtype=dtype)
-    grad_scale = None if scale is None else torch.empty_like(grad_decay)
+    grad_decay = v.new_empty(b, l, h, dtype=dtype) if factors else None
+    grad_scale = v.new_empty(b, l, h, dtype=dtype) if factors and scale is not None else None
     grad_state = v.new_zeros(b, g, n, r, p, dtype=dtype)  # of the state after the chunk at hand
     if grad_final_state is not None:
         grad_state.copy_(grad_final_state.unflatten(1, (g, r)).permute(0, 1, 4, 2, 3))
-    for span in reversed(_spans(b, l, h)):
+    for span in reversed(_spans(l, b * h * CHUNK * CHUNK, _SPAN)):
         s = _Span(span, q, k, v, log_decay, scale, documents)
         first = span[0] // CHUNK
         starts = kept[first : first + s.chunks]  # (c, b, g, n, r * p)
@@ -173,38 +187,158 @@ def decay_scan_bwd(
         for end, reads, over in zip(reversed(ends.unbind()), reversed(read.unbind()), reversed(s.over.unbind())):
             end.copy_(grad_state)
             torch.addcmul(reads, over[:, :, None, :, None], grad_state, out=grad_state)
-        across = (ends * starts.view_as(ends)).sum((3, 5)) * s.over  # (c, b, g, r)
         grad_of_q = torch.matmul(grad_before.flatten(4), starts.transpose(3, 4))
         grad_of_k = torch.matmul(s.write_to_end.flatten(4), ends.flatten(4).transpose(3, 4))
         to_end = torch.matmul(s.k, ends.flatten(4)).unflatten(4, (r, p))  # (c, b, g, m, r, p)
-        reads_before = (torch.matmul(s.q, starts).unflatten(4, (r, p)) * grad_before).sum(5)  # (c, b, g, m, r)
-        writes_after = (to_end * s.write_to_end).sum(5)
+        if grad_decay is not None:
+            across = (ends * starts.view_as(ends)).sum((3, 5)) * s.over  # (c, b, g, r)
+            reads_before = (torch.matmul(s.q, starts).unflatten(4, (r, p)) * grad_before).sum(5)  # (c, b, g, m, r)
+            writes_after = (to_end * s.write_to_end).sum(5)
 
         # inside chunks
         grad_weight = torch.matmul(grad_out, s.write.transpose(4, 5))  # (c, b, g, r, i, j)
         weight = s.decay * s.scores.unsqueeze(3)
         grad_write = torch.matmul(weight.transpose(4, 5), grad_out)  # (c, b, g, r, m, p)
         grad_write += s.rows_first(to_end.mul_(s.rows_first(s.to_end).unsqueeze(5)))
-        weight.mul_(grad_weight).diagonal(dim1=4, dim2=5).zero_()  # by token pairs: d loss / d log of their decay
         grad_scores = s.decay.mul_(grad_weight).sum(3).masked_fill_(s.unseen, 0)  # (c, b, g, i, j)
         grad_of_q += torch.matmul(grad_scores, s.k)
         grad_of_k += torch.matmul(grad_scores.transpose(3, 4), s.q)
 
-        # The log decay of token t stands in every path from a j < t to an i >= t. Only sums of such paths are formed
-        # here, and no path is added and taken away but in float64.
-        later = (weight.sum(5, dtype=s.wide) - weight.sum(4, dtype=s.wide)).add_(s.rows_first(reads_before))
-        earlier = s.rows_first(writes_after).to(s.wide)
-        grad_log = later.flip(4).cumsum(4).flip(4) + (earlier.cumsum(4) - earlier) + across.unsqueeze(4)
+        if grad_decay is not None:
+            # The log decay of token t stands in every path from a j < t to an i >= t. Only sums of such paths are
+            # formed here, and no path is added and taken away but in float64.
+            weight.mul_(grad_weight).diagonal(dim1=4, dim2=5).zero_()  # by pairs: d loss / d log of their decay
+            later = (weight.sum(5, dtype=s.wide) - weight.sum(4, dtype=s.wide)).add_(s.rows_first(reads_before))
+            earlier = s.rows_first(writes_after).to(s.wide)
+            grad_log = later.flip(4).cumsum(4).flip(4) + (earlier.cumsum(4) - earlier) + across.unsqueeze(4)
+            s.split_heads(grad_decay).copy_(grad_log)
 
         s.split(grad_q).copy_(grad_of_q)
         s.split(grad_k).copy_(grad_of_k)
-        s.split_heads(grad_decay).copy_(grad_log)
-        if s.scale is None or grad_scale is None:
+        if s.scale is None:
             s.split_heads(grad_v).copy_(grad_write)
         else:
-            s.split_heads(grad_scale).copy_((grad_write * s.v).sum(5))
+            if grad_scale is not None:
+                s.split_heads(grad_scale).copy_((grad_write * s.v).sum(5))
             torch.mul(grad_write, s.scale.unsqueeze(5).to(dtype), out=s.split_heads(grad_v))
     return grad_q, grad_k, grad_v, grad_decay, grad_scale, grad_state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n)
+
+
+def _is_constant(q: Tensor, v: Tensor, log_decay: Tensor, scale: Tensor | None, documents: Tensor | None) -> bool:
+    """Whether each head has one decay for all tokens, as an expanded view shows, and nothing else sets them apart."""
+    if scale is not None or documents is not None or q.shape[2] != v.shape[2]:
+        return False
+    return all(stride == 0 or size == 1 for stride, size in zip(log_decay.stride()[:2], log_decay.shape))
+
+
+class _Constant:
+    """The factors of every chunk of m tokens, and how tensors are cut into such chunks.
+
+    Attributes:
+        between: from token j to token i, 0 above the diagonal, (h, m, m).
+        from_start, to_end: of each token, (h, m, 1).
+        over: of the whole chunk, (h, 1, 1).
+    """
+
+    def __init__(self, log_decay: Tensor, dtype: torch.dtype, tokens: int):
+        wide = dtype if log_decay.device.type == "mps" else torch.float64
+        log = log_decay[0, 0].to(wide)[:, None, None] * math.log2(math.e)
+        at = torch.arange(tokens, device=log.device)[:, None]
+        self.dtype, self.tokens = dtype, tokens
+        self.between = torch.exp2(log * (at - at.T).clamp_(min=0)).tril_().to(dtype)
+        self.from_start = torch.exp2(log * (at + 1)).to(dtype)
+        self.to_end = torch.exp2(log * (tokens - 1 - at)).to(dtype)
+        self.over = torch.exp2(log * tokens).to(dtype)
+
+    def view(self, t: Tensor, start: int, chunks: int) -> Tensor:
+        """A view of a few chunks of a (b, l, h, ...) tensor: (c, b, h, m, ...)."""
+        at = slice(start, start + chunks * self.tokens)
+        return t[:, at].unflatten(1, (chunks, self.tokens)).transpose(0, 1).transpose(2, 3)
+
+    def copy(self, t: Tensor, start: int, chunks: int) -> Tensor:
+        view = self.view(t, start, chunks)
+        return torch.empty(view.shape, dtype=self.dtype, device=t.device).copy_(view)
+
+
+def _constants(log_decay: Tensor, dtype: torch.dtype, length: int) -> dict[int, _Constant]:
+    """By the number of a chunk's tokens: that of full ones, and that of a shorter one at the end."""
+    sizes = {CHUNK} if length >= CHUNK else set()
+    return {m: _Constant(log_decay, dtype, m) for m in sizes | ({length % CHUNK} - {0})}
+
+
+def _bmm(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    """``a @ b`` over (c, b, h), or that added to ``onto`` in place."""
+    if onto is None:
+        return torch.bmm(a.flatten(0, 2), b.flatten(0, 2)).unflatten(0, a.shape[:3])
+    onto.view(-1, *onto.shape[3:]).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+    return onto
+
+
+def _constant_fwd(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, keep_states: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`decay_scan_fwd` where `_is_constant`."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    (b, l, h, p), n = v.shape, q.shape[3]
+    y = v.new_empty(b, l, h, p)
+    state = v.new_zeros(b, h, n, p, dtype=dtype)
+    if initial_state is not None:
+        state.copy_(initial_state.transpose(2, 3))
+    kept = v.new_empty(-(-l // CHUNK) if keep_states else 0, b, h, n, p, dtype=dtype)
+    constants = _constants(log_decay, dtype, l)
+    for start, c, m in _spans(l, b * h * CHUNK * max(CHUNK, n, p), _CONSTANT_SPAN):
+        x = constants[m]
+        reads, keys, values = (x.copy(t, start, c) for t in (q, k, v))
+        out = _bmm(_bmm(reads, keys.transpose(3, 4)).mul_(x.between), values)
+        written = _bmm(keys.mul_(x.to_end).transpose(3, 4), values)  # (c, b, h, n, p)
+        starts = kept[start // CHUNK :][:c] if keep_states else torch.empty_like(written)
+        for before, new in zip(starts, written):
+            before.copy_(state)
+            torch.addcmul(new, x.over, state, out=state)
+        _bmm(reads.mul_(x.from_start), starts, onto=out)
+        x.view(y, start, c).copy_(out)
+    return y, state.transpose(2, 3).contiguous(), kept.flatten()
+
+
+def _constant_bwd(
+    grad_y: Tensor | None,
+    grad_final_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, None, None, Tensor]:
+    """`decay_scan_bwd` where `_is_constant`, without the gradient of the decays."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    (b, l, h, p), n = v.shape, q.shape[3]
+    kept = kept.view(-1, b, h, n, p)
+    grad_y = torch.zeros_like(v) if grad_y is None else grad_y
+    grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
+    grad_state = v.new_zeros(b, h, n, p, dtype=dtype)  # of the state after the chunk at hand
+    if grad_final_state is not None:
+        grad_state.copy_(grad_final_state.transpose(2, 3))
+    constants = _constants(log_decay, dtype, l)
+    for start, c, m in reversed(_spans(l, b * h * CHUNK * max(CHUNK, n, p), _CONSTANT_SPAN)):
+        x = constants[m]
+        reads, keys, values, grad_out = (x.copy(t, start, c) for t in (q, k, v, grad_y))
+        weight = _bmm(reads, keys.transpose(3, 4)).mul_(x.between)
+        of_values = _bmm(weight.transpose(3, 4), grad_out)
+        of_scores = _bmm(grad_out, values.transpose(3, 4)).mul_(x.between)
+        of_reads, of_keys = _bmm(of_scores, keys), _bmm(of_scores.transpose(3, 4), reads)
+
+        read = _bmm(reads.mul_(x.from_start).transpose(3, 4), grad_out)  # (c, b, h, n, p)
+        ends = torch.empty_like(read)  # the gradient of each chunk's end state
+        for end, new in zip(reversed(ends.unbind()), reversed(read.unbind())):
+            end.copy_(grad_state)
+            torch.addcmul(new, x.over, grad_state, out=grad_state)
+        starts = kept[start // CHUNK :][:c]
+        of_reads.addcmul_(_bmm(grad_out, starts.transpose(3, 4)), x.from_start)
+        of_keys.addcmul_(_bmm(values, ends.transpose(3, 4)), x.to_end)
+        _bmm(keys.mul_(x.to_end), ends, onto=of_values)
+        for gradient, part in ((grad_q, of_reads), (grad_k, of_keys), (grad_v, of_values)):
+            x.view(gradient, start, c).copy_(part)
+    return grad_q, grad_k, grad_v, None, None, grad_state.transpose(2, 3)
 
 
 def decay_scan_plain(

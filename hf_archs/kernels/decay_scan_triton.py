@@ -261,7 +261,7 @@ def _pass_states_kernel(
                 c = chunks - 1 - c
             place = (c * batch * heads + row) * STATE + element
             news += (tl.load(added + place, inside & there, 0),)  # type: ignore[assignment]
-            if REVERSED:
+            if across is not None:
                 olds += (tl.load(starts + place, inside & there, 0),)  # type: ignore[assignment]
             end = c * CHUNK + CHUNK - 1
             decay = tl.exp2(tl.load(high + end, there, 0) + tl.load(low + end, there, 0))
@@ -276,7 +276,7 @@ def _pass_states_kernel(
                 c = chunks - 1 - c
             place = (c * batch * heads + row) * STATE + element
             tl.store(passed + place, state, inside & there)
-            if REVERSED:
+            if across is not None:
                 part = tl.sum(state * olds[ahead]) * decays[ahead]
                 tl.store(across + (tile * batch * heads + row) * chunks + c, part, there)
             state = tl.where(there, decays[ahead] * state + news[ahead], state)
@@ -440,7 +440,7 @@ def _grad_scores_kernel(
     scales,
     documents,
     grad_scores,  # (c, splits, b, g, 3, ROWS, ROWS): of q . k, summed over the heads of a split
-    inside,  # (b, h, padded), float64: by pairs of tokens of one tile, what each reads less what it writes
+    inside,  # (b, h, padded), float64: by pairs of tokens of one tile, what each reads less what it writes; or None
     crossing,  # (b, h, padded): by pairs of tokens of two tiles, what those of the first write, of the second read
     columns,  # (b, h, padded): d loss / d scale by the pairs of tokens of one tile
     length,
@@ -502,18 +502,20 @@ def _grad_scores_kernel(
         scale = tl.full((ROWS,), 1, tl.float32)
         if scales is not None:
             scale = tl.load(scales + line + j)
-        paths = grad * scores
         total += grad * scale[None, :]
-        by_column = tl.sum(paths, 0)
-        if pair == 1:
-            tl.store(crossing + line + j, by_column)
-            tl.store(crossing + line + i, tl.sum(paths * scale[None, :], 1))
-        else:
-            tl.store(columns + line + j, by_column)
-            # A decay stands in the paths from before it to it or later: what is read from a token on, less what is
-            # written from there on. In float64, since most of it is added and taken away again.
-            wide = tl.where(i[:, None] > j[None, :], paths * scale[None, :], 0).to(tl.float64)
-            tl.store(inside + line + i, tl.sum(wide, 1) - tl.sum(wide, 0))
+        if inside is not None:
+            paths = grad * scores
+            by_column = tl.sum(paths, 0)
+            paths *= scale[None, :]
+            if pair == 1:
+                tl.store(crossing + line + j, by_column)
+                tl.store(crossing + line + i, tl.sum(paths, 1))
+            else:
+                tl.store(columns + line + j, by_column)
+                # A decay stands in the paths from before it to it or later: what is read from a token on, less what is
+                # written from there on. In float64, since most of it is added and taken away again.
+                wide = tl.where(i[:, None] > j[None, :], paths, 0).to(tl.float64)
+                tl.store(inside + line + i, tl.sum(wide, 1) - tl.sum(wide, 0))
     place = ((c.to(tl.int64) * splits * batch * groups + row) * 3 + pair) * (ROWS * ROWS)
     tl.store(grad_scores + place + tl.arange(0, ROWS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :], total)
 
@@ -530,7 +532,7 @@ def _grad_keys_kernel(
     states,  # (c, b, h, p, n): the gradients of the states after the chunks, or the states before them where READS
     grad_scores,
     grad_keys,  # (splits, b, l, g, n)
-    along,  # (tiles of n, b, h, padded): the gradient's product with each key, before the scale
+    along,  # (tiles of n, b, h, padded): the gradient's product with each key, before the scale; or None
     length,
     padded,
     batch,
@@ -570,7 +572,8 @@ def _grad_keys_kernel(
     if documents is not None:
         documents += b * length
     # Everything is transposed, (n, t): what is cut into terms stands on the left, where each warp holds its rows only.
-    key = _columns(keys + b * k_b + g.to(tl.int64) * k_g, t, n, length, k_l, N).to(tl.float32)
+    if along is not None:
+        key = _columns(keys + b * k_b + g.to(tl.int64) * k_g, t, n, length, k_l, N).to(tl.float32)
 
     total = tl.zeros((BLOCK_N, ROWS), tl.float32)
     each = tl.cdiv(shared, splits)
@@ -589,7 +592,8 @@ def _grad_keys_kernel(
             grad *= _from_start(high + line, low + line, documents, t, c, length, CHUNK)[None, :]
         else:
             grad *= _to_end(high + line, low + line, documents, t, c, length, CHUNK)[None, :]
-        tl.store(along + tile % TILES_N * batch * heads * padded.to(tl.int64) + line + t, tl.sum(grad * key, 0))
+        if along is not None:
+            tl.store(along + tile % TILES_N * batch * heads * padded.to(tl.int64) + line + t, tl.sum(grad * key, 0))
         if scales is not None:
             grad *= tl.load(scales + line + t)[None, :]
         total += grad
@@ -768,9 +772,10 @@ def decay_scan_bwd(
     scale: Tensor | None,
     documents: Tensor | None,
     kept: Tensor,
+    factors: bool = True,
     config: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """The gradients of q, k, v, log_decay, scale (None without one) and the initial state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The gradients of q, k, v, log_decay and scale (both None unless ``factors``), and the initial state."""
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     r = h // g
     x = _Launch(q, k, v, log_decay, scale, documents, config)
@@ -780,7 +785,7 @@ def decay_scan_bwd(
 
     added = x.chunk_states(x.q, grad_y, reads=True)
     grad_ends, grad_initial = torch.empty_like(added), torch.empty_like(added[0])
-    across = added.new_empty(triton.cdiv(p * n, PASSED), b, h, x.chunks)
+    across = added.new_empty(triton.cdiv(p * n, PASSED), b, h, x.chunks) if factors else None
     x.pass_states(added, grad_ends, grad_final_state, grad_initial, starts, across)
 
     grad_v = v.new_empty(b, l, h, p)
@@ -791,26 +796,31 @@ def decay_scan_bwd(
 
     # The heads of a group take turns in one program; where that leaves a large GPU idle, they are split among several.
     splits = min(r, triton.cdiv(PROGRAMS, b * g * x.chunks))
-    crossing, columns = x.high.new_empty(2, b, h, x.padded)
-    inside = torch.empty_like(columns, dtype=torch.float64)
+    inside = crossing = columns = along = None
+    if factors:
+        crossing, columns = x.high.new_empty(2, b, h, x.padded)
+        inside = torch.empty_like(columns, dtype=torch.float64)
+        along = x.high.new_empty(2, x.tiles_n, b, h, x.padded)
     grad_scores = x.high.new_empty(x.chunks, splits, b, g, 3, ROWS, ROWS)
     _grad_scores_kernel[(3 * splits * b * g, x.chunks)](
         x.q, x.k, x.v, grad_y, x.high, x.low, x.scales, x.documents, grad_scores, inside, crossing, columns,
         l, x.padded, b, h, r, splits, *of_q, *of_k, *of_v, *of_y, **x.over_pairs,
     )  # fmt: skip
 
-    grads, along = [], x.high.new_empty(2, x.tiles_n, b, h, x.padded)
+    grads = []
     for reads in (True, False):
         key, other, value = (x.q, x.k, grad_y) if reads else (x.k, x.q, x.v)
         dtype = (q if reads else k).dtype if splits == 1 else torch.float32
         grad = v.new_empty(splits, b, l, g, n, dtype=dtype)
         _grad_keys_kernel[(x.tiles_n * (CHUNK // ROWS) * splits * b * g, x.chunks)](
             key, other, value, x.high, x.low, None if reads else x.scales, x.documents, starts if reads else grad_ends,
-            grad_scores, grad, along[0 if reads else 1], l, x.padded, b, h, r, splits,
+            grad_scores, grad, None if along is None else along[0 if reads else 1], l, x.padded, b, h, r, splits,
             *key.stride()[:3], *other.stride()[:3], *value.stride()[:3], READS=reads, **x.over_keys,
         )  # fmt: skip
         grads.append(grad[0] if splits == 1 else grad.sum(0))
 
+    if along is None or across is None:
+        return grads[0], grads[1], grad_v, None, None, grad_initial
     grad_decay = x.high.new_empty(b, l, h)
     grad_scale = None if scale is None else torch.empty_like(grad_decay)
     _grad_decays_kernel[(b * triton.cdiv(h, HEADS), x.chunks)](

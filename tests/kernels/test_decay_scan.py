@@ -151,6 +151,55 @@ def test_portable_in_several_spans(monkeypatch):
     check_op(portable, decay_scan_reference, tensors, options)
 
 
+def constant(op, decay):
+    """``op`` with one decay per head for all tokens, which nothing learns: an expanded view."""
+
+    def run(q, v, **tensors):
+        return op(q=q, v=v, log_decay=decay.to(q.device).expand(v.shape[:3]), **tensors)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("l", "state"), [(2, True), (64, False), (64 * 5 + 9, True)])
+@pytest.mark.parametrize("strength", [1e-3, 1.0, 30.0])
+def test_constant_decays_are_the_reference(l, state, strength, dtype, monkeypatch, nan_filled_memory):
+    """They have a form of their own, here in several spans."""
+    monkeypatch.setattr(decay_scan_portable, "_CONSTANT_SPAN", 2 * 2 * 3 * 64 * 64)  # two chunks of 64 at a time
+    asked = []
+    for name in ("_constant_fwd", "_constant_bwd"):
+        real = getattr(decay_scan_portable, name)
+        monkeypatch.setattr(
+            decay_scan_portable, name, lambda *a, real=real, name=name: (asked.append(name), real(*a))[1]
+        )
+    tensors = make(l=l, g=3, h=3, dtype=dtype, scale=False, state=state)
+    del tensors["log_decay"]
+    decay = -strength * torch.rand(3, dtype=torch.float64)
+    check_op(constant(portable, decay), constant(decay_scan_reference, decay), tensors)
+    assert asked == ["_constant_fwd", "_constant_bwd"]
+
+
+@pytest.mark.parametrize("backend", ["portable", "triton"])
+@pytest.mark.parametrize("boundaries", ["none", "documents", "lengths"])
+def test_gradients_without_those_of_the_decays(backend, boundaries):
+    """What nothing learns is not computed, and everything else is the same."""
+    tensors = make(l=140, g=2, h=2)
+    fixed = {name: tensors.pop(name) for name in ("log_decay", "scale")}
+    if boundaries == "none":
+        fixed = {"log_decay": fixed["log_decay"]}
+    options = {"seq_idx": some_documents(2, 140)} if boundaries == "documents" else {}
+    options |= {"lengths": torch.tensor([0, 133])} if boundaries == "lengths" else {}
+
+    def op(**arguments):
+        return on(backend)(**arguments, **fixed)
+
+    def reference(**arguments):
+        wide = {name: t.to(arguments["v"].dtype) for name, t in fixed.items()}
+        return decay_scan_reference(**arguments, **wide)
+
+    check_op(op, reference, tensors, options)
+
+
 @pytest.mark.parametrize("backend", ["portable", "triton"])
 def test_uneven_decays_cost_no_digits(backend):
     """A strong decay at the start of a chunk, none later: differences of float32 sums would be off by 1e-4.

@@ -1,0 +1,53 @@
+"""What is measured of RetNet: retention against flash-linear-attention's or the parallel form, the model against
+Llama."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hf_archs import bench
+from hf_archs_retnet.retention import retention, retention_parallel
+
+
+def _inputs(
+    batch: int, length: int, heads: int, key_dim: int, value_dim: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sizes = {"q": key_dim, "k": key_dim, "v": value_dim}
+    return {name: torch.randn(batch, length, heads, size, device=device, dtype=dtype) for name, size in sizes.items()}
+
+
+def _fla(**tensors: torch.Tensor) -> torch.Tensor:
+    from fla.ops.retention import chunk_retention
+
+    return chunk_retention(**tensors)
+
+
+def ops(device: torch.device) -> Iterator[bench.Measure]:
+    """Retention, forward and with its backward."""
+    fused = device.type == "cuda" and importlib.util.find_spec("fla")
+    peer: Any = _fla if fused else retention_parallel
+    name = "fla" if fused else "the parallel form"
+    shapes = [(1, 1024, 4, 64, 128), (1, 2048, 4, 64, 128)]
+    if device.type == "cuda":
+        shapes = [(8, 2048, 8, 256, 512), (1, 8192, 8, 256, 512), (8, 2048, 16, 64, 128), (8, 2048, 8, 128, 256)]
+        if not fused:  # the parallel form has a score of every pair of tokens
+            shapes = [(1, *shape[1:]) for shape in shapes]
+    for shape in shapes:
+        tensors = _inputs(*shape, device)
+        label = f"retention {' x '.join(map(str, shape))}"
+        moved = sum(t.nbytes for t in tensors.values()) + tensors["v"].nbytes
+        alone = bench.forward(retention, tensors), bench.forward(peer, tensors)
+        yield bench.Measure(f"{label}, forward", name, *alone, bytes_moved=moved)
+        both = bench.forward_backward(retention, tensors), bench.forward_backward(peer, tensors)
+        yield bench.Measure(f"{label}, forward and backward", name, *both, bytes_moved=3 * moved)
+
+
+def models(device: torch.device) -> Iterator[bench.Measure]:
+    """The whole model."""
+    targets = bench.Targets(step=1.1, long_step=0.5, growth=4.9)
+    yield from bench.model_measures("retnet", device, {"num_heads": 4}, targets)
