@@ -84,7 +84,7 @@ class HyenaFilter(nn.Module, ABC):
         gate_in: torch.Tensor,
         gate_out: torch.Tensor | None,
         state: torch.Tensor | None,
-        boundaries: dict[str, torch.Tensor | None],
+        boundaries: dict[str, Any],  # lengths and seq_idx
         need_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One convolution, of the channels ``part``, between its gates."""
@@ -136,7 +136,7 @@ class ImplicitFilter(HyenaFilter):
         if self.z is not None:
             init.copy_(self.z, self._features(config.max_positions)[0].unsqueeze(0))
         for layer in self.layers:
-            init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+            init.kaiming_uniform_(layer.weight, a=math.sqrt(5))  # type: ignore[arg-type]  # they are all linear
 
     def _features(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What is known of a lag, (length, 2 bands + 1), and the lag as a part of all, (length, 1)."""
@@ -205,7 +205,7 @@ class ImplicitFilter(HyenaFilter):
         gate_in: torch.Tensor,
         gate_out: torch.Tensor | None,
         state: torch.Tensor | None,
-        boundaries: dict[str, torch.Tensor | None],
+        boundaries: dict[str, Any],  # lengths and seq_idx
         need_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         taps, reversed_ = filters
@@ -251,7 +251,7 @@ class ExplicitFilter(HyenaFilter):
         gate_in: torch.Tensor,
         gate_out: torch.Tensor | None,
         state: torch.Tensor | None,
-        boundaries: dict[str, torch.Tensor | None],
+        boundaries: dict[str, Any],  # lengths and seq_idx
         need_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         groups = slice(*(end // self.config.filter_group_size for end in (part.start, part.stop)))
@@ -301,7 +301,7 @@ class ModalFilter(HyenaFilter):
         gate_in: torch.Tensor,
         gate_out: torch.Tensor | None,
         state: torch.Tensor | None,
-        boundaries: dict[str, torch.Tensor | None],
+        boundaries: dict[str, Any],  # lengths and seq_idx
         need_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         bias, poles = self.bias[part], (self.log_decay[part], self.phase[part])

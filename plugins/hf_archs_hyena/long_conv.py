@@ -1,5 +1,5 @@
-"""The gated long convolution of Hyena (Poli et al. 2023, "Hyena Hierarchy: Towards Larger Convolutional Language Models",
-https://arxiv.org/abs/2302.10866, section 3).
+"""The gated long convolution of Hyena (Poli et al. 2023, "Hyena Hierarchy: Towards Larger Convolutional Language
+Models", https://arxiv.org/abs/2302.10866, section 3).
 
 Letters: b batch, l length, c channels, k taps of a filter, p inputs before the first, t = p + l.
 """
@@ -269,7 +269,7 @@ def _long_conv_backward(
     inputs = (x, taps, bias, gate_in, gate_out, initial_state)
     with no_autocast(x):
         gradients = long_conv_fft.long_conv_bwd(grad_y, *inputs, seq_idx)
-    return [x.new_empty(0) if t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
+    return [x.new_empty(0) if t is None or g is None else g.to(t.dtype) for g, t in zip(gradients, inputs)]
 
 
 @_long_conv.register_fake

@@ -183,8 +183,7 @@ def _gather(rows: Tensor, group: Documents) -> Tensor:
 
 def _scatter(rows: Tensor, group: Documents, documents: Tensor) -> None:
     """The way back, in place; ``rows`` is contiguous."""
-    b, c, t = rows.shape
-    columns = group.columns[group.real]
+    t, columns = rows.shape[2], group.columns[group.real]
     rows[columns // t, :, columns % t] = documents.transpose(1, 2)[group.real]
 
 
@@ -226,9 +225,7 @@ def _forward(seen: Tensor, taps: Tensor, past: int) -> Tensor:
     return torch.fft.irfft(spectrum, n)[:, :, past : seen.shape[2]]
 
 
-def _backward(
-    g: Tensor, seen: Tensor, taps: Tensor, past: int, again: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
+def _backward(g: Tensor, seen: Tensor, taps: Tensor, past: int, again: bool) -> tuple[Tensor | None, Tensor, Tensor]:
     whole, length = taps.shape[1], seen.shape[2]
     seen, taps, past = _trimmed(seen, taps, past)
     t, k = seen.shape[2], taps.shape[1]
