@@ -2,6 +2,7 @@
 
 from hf_archs.registry import Architecture, register, register_mixer
 from hf_archs_hyena.configuration import ArchHyenaConfig, HyenaMixerConfig, hyena_state
+from hf_archs_hyena.conversion import HYENADNA
 from hf_archs_hyena.long_conv import long_conv
 from hf_archs_hyena.mixer import HyenaMixer
 from hf_archs_hyena.modeling import (
@@ -12,6 +13,7 @@ from hf_archs_hyena.modeling import (
     ArchHyenaForTokenClassification,
     ArchHyenaModel,
 )
+from hf_archs_hyena.tokenization import dna_tokenizer
 
 __all__ = [
     "ArchHyenaConfig",
@@ -23,6 +25,7 @@ __all__ = [
     "ArchHyenaModel",
     "HyenaMixer",
     "HyenaMixerConfig",
+    "dna_tokenizer",
     "long_conv",
 ]
 
@@ -44,6 +47,7 @@ register(
         lora_targets=("in_proj", "out_proj", "up_proj", "down_proj"),
         # a low frequency: at high ones the slope of a filter changes too fast for finite differences
         tiny={"max_positions": 16384, "filter_size": 16, "filter_frequency": 1.0},
+        native_formats=(HYENADNA,),
         sizes={
             "4m": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096, "max_positions": 16384},
             # the published models' sizes (Nguyen et al. 2023, "HyenaDNA")

@@ -149,6 +149,8 @@ class ArchHyenaConfig(ArchConfig, HyenaFields, MLPConfig):
         self._mixers: dict[str, HyenaMixerConfig] = {}
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if isinstance(self.filter_types, tuple):
+            self.filter_types = list(self.filter_types)  # as it comes out of a file
         if not self.filter_types:
             raise ValueError(f"{type(self).__name__}: filter_types is {self.filter_types}; allowed are one or more")
         super().__post_init__(**kwargs)

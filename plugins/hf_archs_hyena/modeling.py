@@ -12,23 +12,30 @@ from transformers.modeling_layers import (
 from hf_archs.backbone import ArchForCausalLM, ArchForMaskedLM, ArchModel, ArchPreTrainedModel
 from hf_archs_hyena.configuration import ArchHyenaConfig
 
+# the lags in HyenaDNA's checkpoints, which follow from the config
+_IGNORED = [r"filter_fn\.pos_emb\.t$"]
+
 
 class ArchHyenaPreTrainedModel(ArchPreTrainedModel):
     config_class = ArchHyenaConfig
+    _keys_to_ignore_on_load_unexpected = _IGNORED
 
 
 class ArchHyenaModel(ArchModel):
     config_class = ArchHyenaConfig
+    _keys_to_ignore_on_load_unexpected = _IGNORED
 
 
 class ArchHyenaForCausalLM(ArchForCausalLM, GenerationMixin):
     config_class = ArchHyenaConfig
     _model_class = ArchHyenaModel
+    _keys_to_ignore_on_load_unexpected = _IGNORED
 
 
 class ArchHyenaForMaskedLM(ArchForMaskedLM):
     config_class = ArchHyenaConfig
     _model_class = ArchHyenaModel
+    _keys_to_ignore_on_load_unexpected = _IGNORED
 
 
 class ArchHyenaForSequenceClassification(GenericForSequenceClassification, ArchHyenaPreTrainedModel):
