@@ -139,8 +139,15 @@ HYENADNA = HyenaDNAFormat(
         "use_cache": True,
     },
     # their projections have biases whatever use_bias says, and two of the dropouts are applied to nothing
-    ignored=("model_type", "use_bias", "train_freq", "emb_dim", "embed_dropout", "hyena_filter_dropout")
-    + ("pad_vocab_size_multiple",),
+    ignored=(
+        "model_type",
+        "use_bias",
+        "train_freq",
+        "emb_dim",
+        "embed_dropout",
+        "hyena_filter_dropout",
+        "pad_vocab_size_multiple",
+    ),
     # what only initial weights, or other kinds of filters, depend on
     unused=("fast_decay", "slow_decay", "modes", "medium_taps", "short_taps", "filter_group_size"),
     assumed={"learned_positions": True, "rescale_prenorm_residual": True},

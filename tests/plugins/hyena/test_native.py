@@ -1,7 +1,7 @@
 """HyenaDNA checkpoints: read and written bit for bit, and computed as the published mathematics says.
 
-The peer is a HyenaDNA written here from the papers (Poli et al. 2023, Nguyen et al. 2023) in the layout of the published
-files: direct sums in place of Fourier transforms, one long formula in place of modules.
+The peer is a HyenaDNA written here from the papers (Poli et al. 2023, Nguyen et al. 2023) in the layout of the
+published files: direct sums in place of Fourier transforms, one long formula in place of modules.
 """
 
 import json
