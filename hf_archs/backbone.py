@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hf_archs import conversion
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
 from hf_archs.configuration import ArchConfig
+from hf_archs.kernels.dtypes import wide
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
 
@@ -83,9 +84,7 @@ class ArchBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, layout: Layout, past_key_values: RecurrentCache | None = None
     ) -> torch.Tensor:
-        residual = hidden_states
-        if self.residual_in_fp32:
-            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        residual = wide(hidden_states) if self.residual_in_fp32 else hidden_states
         state = None if past_key_values is None else past_key_values.slot(self.layer_idx)
         residual = residual + self._mix(self.norm(residual), layout, state)
         if self.feed_forward is not None:
@@ -94,6 +93,8 @@ class ArchBlock(GradientCheckpointingLayer):
 
     def _mix(self, hidden_states: torch.Tensor, layout: Layout, state: Slot | None) -> torch.Tensor:
         order, restore, lengths, seq_idx = layout
+        if order is None and not self.bidirectional:
+            return self.mixer(hidden_states, state=state, seq_idx=seq_idx)
         mixed = self.mixer(_permute(hidden_states, order), state=state, lengths=lengths, seq_idx=seq_idx)
         mixed = _permute(mixed, restore)
         if self.bidirectional:

@@ -62,6 +62,20 @@ class Slot:
         layer, kind, index = self.cache.place(self.layer_idx, name)
         return getattr(layer, f"{kind}_states")[index] if layer.has_previous_state[index] else None
 
+    def once(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What follows from the weights alone: computed at the first token of a generation, and kept with its states.
+
+        (Kept in the module it would be stale after a step of training.) With gradients it is computed every time.
+        """
+        if torch.is_grad_enabled():
+            return compute()
+        value = self.cache.derived.get((self.layer_idx, name))
+        if value is None:
+            value = compute()
+            if not is_torchdynamo_compiling():
+                self.cache.derived[self.layer_idx, name] = value
+        return value
+
     def update(self, states: States, inputs: States, replay: Replay) -> None:
         """Store the states after this forward.
 
@@ -88,14 +102,18 @@ class RecurrentCache(Cache):
     def _setup(self, config: Any) -> None:
         self.rollback_window = 2  # logits_to_keep + 1; the backbone's causal head keeps it up to date
         self.segments: list[Segment] = []
+        self.derived: dict[tuple[int, str], torch.Tensor] = {}  # see `Slot.once`
         self._records: dict[int, Record] = {}
         self._specs: list[dict[str, StateSpec]] = []
+        self._places: list[dict[str, tuple[str, int]]] = []  # of each state: its kind, and which of them it is
         for layer_idx in range(config.num_hidden_layers):
             plan = config.layer_plan(layer_idx)
             specs = get_mixer(plan.mixer).state(plan.mixer_config)
             self._specs.append(specs)
+            names = {kind: [n for n, spec in specs.items() if spec.kind == kind] for kind in ("conv", "recurrent")}
+            self._places.append({n: (spec.kind, names[spec.kind].index(n)) for n, spec in specs.items()})
             layer = self.layers[layer_idx]
-            count = max(sum(spec.kind == kind for spec in specs.values()) for kind in ("conv", "recurrent"))
+            count = max(map(len, names.values()))
             # transformers makes room for one state of each kind
             if isinstance(layer, LinearAttentionCacheLayerMixin) and count > layer.number_of_states:
                 LinearAttentionCacheLayerMixin.__init__(layer, number_of_states=count)
@@ -147,9 +165,7 @@ class RecurrentCache(Cache):
 
     def place(self, layer_idx: int, name: str) -> tuple[Any, str, int]:
         """Where a state lives: the layer object, ``conv`` or ``recurrent``, and the index among its kind."""
-        specs = self._specs[layer_idx]
-        kind = specs[name].kind
-        index = [n for n, spec in specs.items() if spec.kind == kind].index(name)
+        kind, index = self._places[layer_idx][name]
         return self.layers[layer_idx], kind, index
 
     def store(self, layer_idx: int, name: str, value: torch.Tensor) -> None:
@@ -157,6 +173,10 @@ class RecurrentCache(Cache):
         layer, kind, index = self.place(layer_idx, name)
         states = getattr(layer, f"{kind}_states")
         held = states.get(index)
+        if held is not None and not self.is_static:
+            states[index] = value
+            layer.has_previous_state[index] = True
+            return
         if self.max_cache_len is not None and self._specs[layer_idx][name].grows:
             value = _last_columns(value, self.max_cache_len)
         if self.is_static and held is not None and held.shape == value.shape:
@@ -244,6 +264,7 @@ class RecurrentCache(Cache):
     def reset(self) -> None:
         super().reset()
         self._forget()
+        self.derived.clear()
         self._length = self._length.zero_() if self.is_static else 0
 
     # -- rollback ----------------------------------------------------------------------------------------------

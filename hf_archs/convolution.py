@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -42,17 +43,24 @@ class CausalConv1d(nn.Module):
         state: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
+        once: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(batch, length, channels)`` to the same, and the state ``(batch, channels, kernel_size - 1)``."""
+        """``(batch, length, channels)`` to the same, and the state ``(batch, channels, kernel_size - 1)``.
+
+        ``once`` is `hf_archs.cache.Slot.once` of the cache that is continued.
+        """
         return causal_conv1d(
             hidden_states,
-            self.weight.squeeze(1),
+            self._filters() if once is None else once("filters", self._filters),
             self.bias,
             activation=self.activation,
             initial_state=state,
             lengths=lengths,
             seq_idx=seq_idx,
         )
+
+    def _filters(self) -> torch.Tensor:
+        return self.weight.squeeze(1).t().contiguous().t()  # taps outermost in memory, as a decode step reads them
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, kernel_size={self.weight.shape[-1]}, bias={self.bias is not None}"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.backend import backend_for
+from hf_archs.kernels.dtypes import cast, wide
 
 MAX_WIDTH = 8
 
@@ -89,11 +90,11 @@ def _check(
         )
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation must be None or 'silu', not {activation!r}")
-    b, l, c = x.shape
+    (b, l, c), width = x.shape, weight.shape[1]
     for name, t, shape in (
-        ("weight", weight, (c, weight.shape[1])),
+        ("weight", weight, (c, width)),
         ("bias", bias, (c,)),
-        ("initial_state", initial_state, (b, c, weight.shape[1] - 1)),
+        ("initial_state", initial_state, (b, c, width - 1)),
         ("seq_idx", seq_idx, (b, l)),
         ("lengths", lengths, (b,)),
     ):
@@ -139,20 +140,20 @@ def _step(
     initial_state: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: a handful of small calls."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    """One token: a handful of small calls, over windows whose channels are innermost in memory."""
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], x.shape[2], weight.shape[1] - 1)
-    seen = torch.cat([initial_state.to(x.dtype), x.transpose(1, 2)], dim=2)
-    y = (seen.to(dtype) * weight).sum(2)  # PyTorch widens what weight and bias lack
+    seen = torch.cat([cast(initial_state, x.dtype).transpose(1, 2), x], dim=1)
+    y = (wide(seen) * weight.t()).sum(1, keepdim=True)  # PyTorch widens what weight and bias lack
     if bias is not None:
         y = y + bias
     if silu:
         y = F.silu(y)
-    final_state = seen[:, :, 1:].contiguous()
+    final_state = seen[:, 1:]
     if lengths is not None:
-        final_state = torch.where((lengths > 0)[:, None, None], final_state, seen[:, :, :-1])
-    return y.to(x.dtype).unsqueeze(1), final_state
+        final_state = torch.where((lengths > 0)[:, None, None], final_state, seen[:, :-1])
+    # a copy, so that a cache keeps no larger tensor alive
+    return cast(y, x.dtype), final_state.clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _reach(seq_idx: Tensor, size: int) -> Tensor:
@@ -191,7 +192,7 @@ def _final_state(
     if last is not None:
         window = torch.where((last >= torch.arange(size - 1, -1, -1, device=x.device)).unsqueeze(2), window, 0)
     # a copy even of what is contiguous, so that a cache keeps no larger tensor alive
-    return window.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return window.clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _shifted_sum(

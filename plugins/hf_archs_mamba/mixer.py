@@ -6,6 +6,7 @@ Letters in shapes: b batch, l length, d hidden size, c channels (expand x d), n 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from transformers import initialization as init
 
 from hf_archs.cache import Slot, States
 from hf_archs.convolution import CausalConv1d
+from hf_archs.kernels.dtypes import cast, wide
 from hf_archs_mamba.configuration import MambaMixerConfig
 from hf_archs_mamba.selective_scan import selective_scan
 
@@ -53,11 +55,14 @@ class SelectiveSSM(nn.Module):
         state: torch.Tensor | None = None,  # (b, c, n)
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
+        once: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = torch.promote_types(self.A_log.dtype, torch.float32)
-        A = -torch.exp(self.A_log.to(wide))
-        dt = dt.to(wide) + self.dt_bias
+        A = self._rates() if once is None else once("A", self._rates)
+        dt = cast(dt, A.dtype) + self.dt_bias
         return selective_scan(x, dt, A, B, C, self.D, z, initial_state=state, seq_idx=seq_idx, lengths=lengths)
+
+    def _rates(self) -> torch.Tensor:
+        return -torch.exp(wide(self.A_log).t().contiguous()).t()  # channels innermost, as a decode step reads it
 
 
 class MambaMixer(nn.Module):
@@ -66,6 +71,8 @@ class MambaMixer(nn.Module):
     def __init__(self, config: MambaMixerConfig):
         super().__init__()
         self.config = config
+        self.normalised = config.bcdt_norm == "plain"
+        self.splits = [config.dt_rank, config.state_size, config.state_size]  # of x_proj: dt, B, C
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.inner_size, bias=config.use_bias)
         self.conv1d = CausalConv1d(config.inner_size, config.conv_kernel, config.use_conv_bias)
         self.x_proj = nn.Linear(config.inner_size, config.dt_rank + 2 * config.state_size, bias=False)
@@ -88,14 +95,14 @@ class MambaMixer(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        before = {name: None if state is None else state.get(name) for name in ("conv", "ssm")}
+        conv, ssm, once = (None, None, None) if state is None else (state.get("conv"), state.get("ssm"), state.once)
         u, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        x, conv = self.conv1d(u, before["conv"], lengths, seq_idx)
-        dt, B, C = self.x_proj(x).split([self.config.dt_rank, self.config.state_size, self.config.state_size], dim=-1)
-        if self.config.bcdt_norm == "plain":
+        x, conv = self.conv1d(u, conv, lengths, seq_idx, once)
+        dt, B, C = self.x_proj(x).split(self.splits, dim=-1)
+        if self.normalised:
             dt, B, C = (self._plain_norm(t) for t in (dt, B, C))
         dt = self.dt_proj(dt)
-        y, ssm = self.ssm(x, dt, B, C, z, before["ssm"], lengths, seq_idx)
+        y, ssm = self.ssm(x, dt, B, C, z, ssm, lengths, seq_idx, once)
         if state is not None:
             inputs = {"u": u, "x": x, "dt": dt, "B": B}
             if seq_idx is not None:
@@ -104,8 +111,7 @@ class MambaMixer(nn.Module):
         return self.out_proj(y)
 
     def _plain_norm(self, t: torch.Tensor) -> torch.Tensor:
-        wide = t.to(torch.promote_types(t.dtype, torch.float32))
-        return F.rms_norm(wide, wide.shape[-1:], eps=self.config.bcdt_norm_eps).to(t.dtype)
+        return F.rms_norm(wide(t), t.shape[-1:], eps=self.config.bcdt_norm_eps).to(t.dtype)
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
         """The states after the first ``lengths`` tokens of a recorded forward."""

@@ -6,12 +6,17 @@ Letters: b batch, l length, c channels, n state.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.backend import backend_for
+from hf_archs.kernels.dtypes import cast, wide
 from hf_archs_mamba import selective_scan_portable as portable
+
+LOG2_E = math.log2(math.e)
 
 
 def selective_scan(
@@ -150,21 +155,26 @@ def _step(
     initial_state: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: a handful of small calls. No matrix product is among them, since autocast would take it to bf16."""
-    y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    x = x[:, 0].to(dtype)
-    delta = F.softplus(dt[:, 0].to(dtype))
+    """One token: a handful of small calls, over states whose channels are innermost in memory.
+
+    No matrix product is among them, since autocast would take it, or its backward, to bfloat16.
+    """
+    y_dtype, x = x.dtype, wide(x)
+    dtype = x.dtype
+    delta = F.softplus(cast(dt, dtype))
     if lengths is not None:
-        delta = delta * (lengths > 0).unsqueeze(1)
-    before = x.new_zeros(*x.shape, A.shape[1]) if initial_state is None else initial_state.to(dtype)
-    decay = (delta.unsqueeze(2) * A.to(dtype)).exp()
-    state = torch.addcmul(decay * before, (delta * x).unsqueeze(2), B.to(dtype))
-    y = (state * C.to(dtype)).sum(2)
+        delta = delta * (lengths > 0)[:, None, None]
+    A, B = cast(A, dtype).t(), cast(B, dtype).transpose(1, 2)
+    before = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else cast(initial_state, dtype).transpose(1, 2)
+    # exp2, because exp calls MKL on a CPU, which wakes every thread for it
+    decay = torch.exp2(delta * LOG2_E * A)
+    state = torch.addcmul(decay * before, delta * x, B)
+    y = (state * cast(C, dtype).transpose(1, 2)).sum(1, keepdim=True)
     if D is not None:
-        y = torch.addcmul(y, D.to(dtype), x)
+        y = torch.addcmul(y, cast(D, dtype), x)
     if z is not None:
-        y = y * F.silu(z[:, 0].to(dtype))
-    return y.to(y_dtype).unsqueeze(1), state
+        y = y * F.silu(cast(z, dtype))
+    return cast(y, y_dtype), state.transpose(1, 2)
 
 
 def _scan_by_doubling(

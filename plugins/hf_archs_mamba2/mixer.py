@@ -93,10 +93,10 @@ class Mamba2Mixer(nn.Module):
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         config = self.config
-        before = {name: None if state is None else state.get(name) for name in ("conv", "ssm")}
+        conv, ssm, once = (None, None, None) if state is None else (state.get("conv"), state.get("ssm"), state.once)
         z, u, dt = self.in_proj(hidden_states).split([config.inner_size, config.conv_size, config.num_heads], dim=-1)
-        xBC, conv = self.conv1d(u, before["conv"], lengths, seq_idx)
-        y, ssm = self._scan(xBC, dt, before["ssm"], lengths, seq_idx)
+        xBC, conv = self.conv1d(u, conv, lengths, seq_idx, once)
+        y, ssm = self._scan(xBC, dt, ssm, lengths, seq_idx)
         if state is not None:
             inputs = {"u": u, "xBC": xBC, "dt": dt}
             if seq_idx is not None:

@@ -253,7 +253,7 @@ def test_the_state_does_not_keep_the_input_alive(length):
     for width in (2, 4):
         tensors = inputs(length, width, batch=1)
         _, state = causal_conv1d(**tensors)
-        assert state.is_contiguous()
+        assert state.untyped_storage().nbytes() == state.numel() * state.element_size()
         assert state.untyped_storage().nbytes() == 72 * (width - 1) * 4
         assert state.untyped_storage().data_ptr() != tensors["x"].untyped_storage().data_ptr()
 
@@ -268,11 +268,7 @@ def test_a_step_is_a_handful_of_operators():
 
     with torch.no_grad(), Count() as count:
         causal_conv1d(**inputs(1), activation="silu")
-    work = [
-        n
-        for n in count.names
-        if not any(v in n for v in ("randn", "promote_types", "transpose", "unsqueeze", "slice", "detach"))
-    ]
+    work = [n for n in count.names if not any(v in n for v in ("randn", "transpose", "aten.t.", "slice", "detach"))]
     assert len(work) <= 6, work
 
 
