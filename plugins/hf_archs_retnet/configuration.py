@@ -62,13 +62,16 @@ class RetNetMixerConfig(MixerConfig):
 
 
 def retnet_state(config: RetNetMixerConfig) -> dict[str, StateSpec]:
-    """The recurrence's state in float32, and the number of tokens so far, which the next rotation continues from."""
+    """The recurrence's state in float32, and the number of tokens so far, which the next rotation continues from.
+
+    (Of kind ``conv``, since transformers wants to find one of each kind.)
+    """
     heads = config.num_heads
     return {
         "retention": StateSpec(
             "recurrent", (heads, config.value_size // heads, config.key_size // heads), torch.float32
         ),
-        "position": StateSpec("recurrent", (1,), torch.int64),
+        "position": StateSpec("conv", (1,), torch.int64),
     }
 
 

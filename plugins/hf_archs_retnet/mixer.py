@@ -8,37 +8,35 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hf_archs.cache import Slot, States
 from hf_archs_retnet.configuration import RetNetMixerConfig
+from hf_archs_retnet.norm_gate import norm_gate
 from hf_archs_retnet.retention import retention
 
 
-class HeadRMSNorm(nn.Module):
-    """The paper's group norm: each head's output over its root mean square, in at least float32.
+class GatedHeadRMSNorm(nn.Module):
+    """The paper's group norm, each head's output over its root mean square, and the gate after it.
 
     Args:
         head_dim: channels of a head; all heads share one weight.
         eps: added to the mean square.
+        gate_fn: activation of the gate, ``swish`` or ``gelu``.
         affine: whether there is a weight.
     """
 
-    def __init__(self, head_dim: int, eps: float, affine: bool):
+    def __init__(self, head_dim: int, eps: float, gate_fn: str, affine: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(head_dim)) if affine else None
-        self.head_dim, self.eps = head_dim, eps
+        self.head_dim, self.eps, self.gate_fn = head_dim, eps, gate_fn
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        normed = F.rms_norm(wide, (self.head_dim,), eps=self.eps)
-        if self.weight is None:
-            return normed.to(hidden_states.dtype)
-        return self.weight * normed.to(self.weight.dtype)
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """``(b, l, h, p)`` and a gate ``(b, l, h * p)`` to the shape of the gate."""
+        return norm_gate(hidden_states, gate, self.weight, eps=self.eps, gate_fn=self.gate_fn)
 
     def extra_repr(self) -> str:
-        return f"{self.head_dim}, eps={self.eps}, affine={self.weight is not None}"
+        return f"{self.head_dim}, eps={self.eps}, gate_fn={self.gate_fn}, affine={self.weight is not None}"
 
 
 def positions(
@@ -115,7 +113,9 @@ class RetNetMixer(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.key_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.value_size, bias=False)
         self.g_proj = nn.Linear(config.hidden_size, config.value_size, bias=False)
-        self.norm = HeadRMSNorm(config.value_size // config.num_heads, config.norm_eps, config.elementwise_affine)
+        self.norm = GatedHeadRMSNorm(
+            config.value_size // config.num_heads, config.norm_eps, config.gate_fn, config.elementwise_affine
+        )
         self.out_proj = nn.Linear(config.value_size, config.hidden_size, bias=False)
 
     def forward(
@@ -139,9 +139,7 @@ class RetNetMixer(nn.Module):
             if seq_idx is not None:
                 inputs["seq_idx"] = seq_idx
             state.update(states, inputs, self._replay)
-        gate = self.g_proj(hidden_states)
-        gate = F.silu(gate) if self.config.gate_fn == "swish" else F.gelu(gate)
-        return self.out_proj(self.norm(y).flatten(2) * gate)
+        return self.out_proj(self.norm(y, self.g_proj(hidden_states)))
 
     def _rotate(self, q: torch.Tensor, k: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both rotated, and q scaled."""

@@ -12,30 +12,25 @@ from transformers.modeling_layers import (
 from hf_archs.backbone import ArchForCausalLM, ArchForMaskedLM, ArchModel, ArchPreTrainedModel
 from hf_archs_retnet.configuration import ArchRetNetConfig
 
-# angles and decays in the checkpoints of torchscale, which follow from the config
-_IGNORED = [r"retnet_rel_pos\."]
-
 
 class ArchRetNetPreTrainedModel(ArchPreTrainedModel):
     config_class = ArchRetNetConfig
-    _keys_to_ignore_on_load_unexpected = _IGNORED
+    # decays are fixed: no state has parameters
+    _keep_in_fp32_modules_strict = []
+    # angles and decays in the checkpoints of torchscale, which follow from the config
+    _keys_to_ignore_on_load_unexpected = [r"retnet_rel_pos\."]
 
 
-class ArchRetNetModel(ArchModel):
-    config_class = ArchRetNetConfig
-    _keys_to_ignore_on_load_unexpected = _IGNORED
+class ArchRetNetModel(ArchRetNetPreTrainedModel, ArchModel):
+    pass
 
 
-class ArchRetNetForCausalLM(ArchForCausalLM, GenerationMixin):
-    config_class = ArchRetNetConfig
+class ArchRetNetForCausalLM(ArchRetNetPreTrainedModel, ArchForCausalLM, GenerationMixin):
     _model_class = ArchRetNetModel
-    _keys_to_ignore_on_load_unexpected = _IGNORED
 
 
-class ArchRetNetForMaskedLM(ArchForMaskedLM):
-    config_class = ArchRetNetConfig
+class ArchRetNetForMaskedLM(ArchRetNetPreTrainedModel, ArchForMaskedLM):
     _model_class = ArchRetNetModel
-    _keys_to_ignore_on_load_unexpected = _IGNORED
 
 
 class ArchRetNetForSequenceClassification(GenericForSequenceClassification, ArchRetNetPreTrainedModel):
