@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 from typing import Any
+from unittest.mock import ANY
 
 import hf_archs
 
@@ -17,12 +18,14 @@ _CONFIG: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "head_dim": 8, "n_groups": 2},
     "retnet": {"num_heads": 2, "intermediate_size": 64},
+    "hyena": {"max_positions": 64, "filter_size": 8, "intermediate_size": 64},
 }
 # merging wants untied embeddings, and its adapters have rank 20, which no layer may be narrower than
 _PEFT: dict[str, dict[str, Any]] = {
     "mamba": {"tie_word_embeddings": False, "time_step_rank": 32},
     "mamba2": {"tie_word_embeddings": False},
     "retnet": {"tie_word_embeddings": False},
+    "hyena": {"tie_word_embeddings": False},
 }
 
 
@@ -32,7 +35,9 @@ class StateShapes:
     def _spec(self, config: Any, kind: str) -> tuple[int, ...]:
         plan = config.layer_plan(0)
         specs = hf_archs.get_mixer(plan.mixer).state(plan.mixer_config).values()
-        return next(spec.shape for spec in specs if spec.kind == kind)
+        shape = next(spec.shape for spec in specs if spec.kind == kind)
+        # a growing state has as many columns as the cache has seen, or has room for
+        return tuple(ANY if size is None else size for size in shape)
 
     def _get_conv_state_shape(self, batch_size: int, config: Any) -> tuple[int, ...]:
         return (batch_size, *self._spec(config, "conv"))
