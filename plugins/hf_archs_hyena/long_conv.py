@@ -128,7 +128,8 @@ def long_conv_reference(
     b, l, c = x.shape
     past = x.new_zeros(b, c, 0) if initial_state is None else initial_state.to(x.dtype)
     columns = past.shape[2] + l
-    taps, final_state, outputs = taps.to(dtype), F.pad(past, (l, 0)), []
+    taps, bias = taps.to(dtype), None if bias is None else bias.to(dtype)
+    final_state, outputs = F.pad(past, (l, 0)), []
     for t in range(l):
         v = x[:, t] if gate_in is None else x[:, t] * gate_in[:, t]
         if seq_idx is not None and t > 0:
@@ -137,7 +138,7 @@ def long_conv_reference(
         reach = min(past.shape[2], taps.shape[1])
         y = (past[:, :, -reach:].to(dtype) * taps[:, :reach].flip(1)).sum(2)
         if bias is not None:
-            y = y + bias.to(dtype) * v.to(dtype)
+            y = y + bias * v.to(dtype)
         outputs.append(y if gate_out is None else y * gate_out[:, t].to(dtype))
         padded = F.pad(past, (columns - past.shape[2], 0))
         final_state = padded if lengths is None else torch.where((t < lengths)[:, None, None], padded, final_state)
