@@ -9,12 +9,16 @@ Letters: b batch, l length, h heads, g groups of heads that share q and k, r = h
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor
 
 from hf_archs.backend import backend_for
 from hf_archs.kernels import decay_scan_portable as portable
+from hf_archs.kernels.dtypes import cast, wide
+
+LOG2_E = math.log2(math.e)
 
 
 def decay_scan(
@@ -168,15 +172,18 @@ def _step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One token: a handful of small calls."""
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    (b, _, h, p), (g, n) = v.shape, q.shape[2:]
-    write = v.to(dtype) if scale is None else v * scale.unsqueeze(3).to(dtype)
-    written = (write.reshape(b, g, -1, 1) * k.to(dtype).reshape(b, g, 1, n)).view(b, h, p, n)
-    before = torch.zeros_like(written) if initial_state is None else initial_state.to(dtype)
-    state = torch.addcmul(written, log_decay.to(dtype).exp().reshape(b, h, 1, 1), before)
-    with _no_autocast(v):
-        y = torch.matmul(state.reshape(b, g, -1, n), q.to(dtype).reshape(b, g, n, 1))
-    return y.view(b, 1, h, p).to(v.dtype), state
+    (b, _, h, p), (g, n), y_dtype = v.shape, q.shape[2:], v.dtype
+    v = wide(v)
+    dtype = v.dtype
+    write = v if scale is None else v * cast(scale, dtype).unsqueeze(3)
+    q, k = cast(q, dtype).transpose(1, 2), cast(k, dtype).transpose(1, 2)  # (b, g, 1, n)
+    if 1 < g < h:  # else broadcasting does it
+        q, k = q.repeat_interleave(h // g, 1), k.repeat_interleave(h // g, 1)
+    before = v.new_zeros(b, h, p, n) if initial_state is None else cast(initial_state, dtype)
+    # exp2, because exp calls MKL on a CPU, which wakes every thread for it
+    decay = torch.exp2(cast(log_decay, dtype) * LOG2_E).reshape(b, h, 1, 1)
+    state = torch.addcmul(decay * before, write.permute(0, 2, 3, 1), k)
+    return cast((state * q).sum(3), y_dtype).unsqueeze(1), state
 
 
 # The op as PyTorch's op library sees it. Missing tensors come back empty, since a schema has no optional results.

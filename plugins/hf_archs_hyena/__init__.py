@@ -1,5 +1,6 @@
 """Hyena (Poli et al. 2023) as an architecture of hf-archs, and its op `long_conv`."""
 
+from hf_archs.dna import dna_tokenizer
 from hf_archs.registry import Architecture, register, register_mixer
 from hf_archs_hyena.configuration import ArchHyenaConfig, HyenaMixerConfig, hyena_state
 from hf_archs_hyena.conversion import HYENADNA
@@ -13,7 +14,6 @@ from hf_archs_hyena.modeling import (
     ArchHyenaForTokenClassification,
     ArchHyenaModel,
 )
-from hf_archs_hyena.tokenization import dna_tokenizer
 
 __all__ = [
     "ArchHyenaConfig",

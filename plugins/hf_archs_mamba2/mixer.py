@@ -7,6 +7,7 @@ g groups, n state size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from transformers import initialization as init
 
 from hf_archs.cache import Slot, States
 from hf_archs.convolution import CausalConv1d
+from hf_archs.kernels.dtypes import wide
 from hf_archs.norm import ArchRMSNormGated
 from hf_archs_mamba2.configuration import Mamba2MixerConfig
 from hf_archs_mamba2.ssd_scan import ssd_scan
@@ -29,6 +31,8 @@ class ScalarSSM(nn.Module):
     def __init__(self, config: Mamba2MixerConfig):
         super().__init__()
         self.config = config
+        low, high = config.time_step_limit
+        self.dt_limit = (low, high)
         self.A_log = nn.Parameter(torch.empty(config.num_heads))
         self.D = nn.Parameter(torch.empty(config.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
@@ -53,9 +57,9 @@ class ScalarSSM(nn.Module):
         state: torch.Tensor | None = None,  # (b, h, p, n)
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
+        once: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        low, high = self.config.time_step_limit
+        A = self._rates() if once is None else once("A", self._rates)
         return ssd_scan(
             x,
             dt,
@@ -64,11 +68,14 @@ class ScalarSSM(nn.Module):
             C,
             self.D,
             self.dt_bias,
-            dt_limit=(low, high),
+            dt_limit=self.dt_limit,
             initial_state=state,
             seq_idx=seq_idx,
             lengths=lengths,
         )
+
+    def _rates(self) -> torch.Tensor:
+        return -torch.exp(wide(self.A_log))
 
 
 class Mamba2Mixer(nn.Module):
@@ -77,6 +84,11 @@ class Mamba2Mixer(nn.Module):
     def __init__(self, config: Mamba2MixerConfig):
         super().__init__()
         self.config = config
+        # read from a config once: transformers' configs are slow to read, and a decode step is short
+        shared = config.n_groups * config.state_size
+        self.splits = [config.inner_size, config.conv_size, config.num_heads]  # of in_proj: z, xBC, dt
+        self.conv_splits = [config.inner_size, shared, shared]  # of xBC
+        self.head_dim, self.state_size = config.head_dim, config.state_size
         self.in_proj = nn.Linear(
             config.hidden_size, config.inner_size + config.conv_size + config.num_heads, bias=config.use_bias
         )
@@ -92,11 +104,10 @@ class Mamba2Mixer(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        config = self.config
         conv, ssm, once = (None, None, None) if state is None else (state.get("conv"), state.get("ssm"), state.once)
-        z, u, dt = self.in_proj(hidden_states).split([config.inner_size, config.conv_size, config.num_heads], dim=-1)
+        z, u, dt = self.in_proj(hidden_states).split(self.splits, dim=-1)
         xBC, conv = self.conv1d(u, conv, lengths, seq_idx, once)
-        y, ssm = self._scan(xBC, dt, ssm, lengths, seq_idx)
+        y, ssm = self._scan(xBC, dt, ssm, lengths, seq_idx, once)
         if state is not None:
             inputs = {"u": u, "xBC": xBC, "dt": dt}
             if seq_idx is not None:
@@ -111,18 +122,19 @@ class Mamba2Mixer(nn.Module):
         state: torch.Tensor | None,
         lengths: torch.Tensor | None,
         seq_idx: torch.Tensor | None,
+        once: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self.config
-        shared = config.n_groups * config.state_size
-        x, B, C = xBC.split([config.inner_size, shared, shared], dim=-1)
+        x, B, C = xBC.split(self.conv_splits, dim=-1)
+        b, l, _ = x.shape
         return self.ssm(
-            x.unflatten(-1, (config.num_heads, config.head_dim)),
+            x.view(b, l, -1, self.head_dim),
             dt,
-            B.unflatten(-1, (config.n_groups, config.state_size)),
-            C.unflatten(-1, (config.n_groups, config.state_size)),
+            B.view(b, l, -1, self.state_size),
+            C.view(b, l, -1, self.state_size),
             state,
             lengths,
             seq_idx,
+            once,
         )
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:

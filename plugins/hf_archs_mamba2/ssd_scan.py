@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
+from hf_archs.kernels.dtypes import cast
 
 
 def ssd_scan(
@@ -96,11 +97,11 @@ def _ssd_scan(
     boundaries: dict[str, Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
+    delta = cast(dt, dtype) if dt_bias is None else cast(dt, dtype) + cast(dt_bias, dtype)
     delta = F.softplus(delta)
     if tuple(dt_limit) != (0.0, math.inf):  # which no softplus leaves
         delta = delta.clamp(*dt_limit)
-    y, final_state = scan(C, B, x, delta * A.to(dtype), scale=delta, **boundaries)
+    y, final_state = scan(C, B, x, delta * cast(A, dtype), scale=delta, **boundaries)
     if D is not None:
-        y = torch.addcmul(y.to(dtype), D.to(dtype).unsqueeze(1), x.to(dtype)).to(x.dtype)
+        y = cast(torch.addcmul(cast(y, dtype), cast(D, dtype).unsqueeze(1), cast(x, dtype)), x.dtype)
     return y, final_state

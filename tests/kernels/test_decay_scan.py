@@ -338,7 +338,7 @@ def test_a_step_is_a_handful_of_operators():
     tensors = make(b=1, l=1)
     with torch.no_grad(), _Operators() as seen:
         portable(**tensors)
-    assert len(seen.names) <= 6, seen.names
+    assert len(seen.names) <= 9, seen.names  # two of them give every head its group's q and k
 
 
 def test_states_are_kept_for_a_backward_only(monkeypatch):

@@ -56,7 +56,7 @@ def test_the_weights_of_these_tests_make_the_state_and_the_limits_matter():
     limited = make("limited steps")
     limitless = hf_archs.from_native(limited)
     for layer in limitless.model.layers:
-        layer.mixer.config.time_step_limit = (0.0, float("inf"))
+        layer.mixer.ssm.dt_limit = (0.0, float("inf"))
     with torch.no_grad():
         assert relative_distance(native(ids).logits[:, -1], native(other).logits[:, -1]) > 1e-3
         assert relative_distance(limitless(ids).logits, limited(ids).logits) > 1e-3

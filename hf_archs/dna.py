@@ -1,0 +1,195 @@
+"""DNA to train on and to measure with: FASTA files, a tokenizer, windows of a sequence, Markov models, bits per base.
+
+Letters in shapes: b batch, l length.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+BASES = "ACGTN"
+# the order is HyenaDNA's
+SPECIAL_TOKENS = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
+FIRST_BASE = len(SPECIAL_TOKENS)  # the id of A; C, G, T and N follow
+VOCABULARY = FIRST_BASE + len(BASES)
+
+# Escherichia coli 536, 4,938,920 bases, as Debian's package bowtie-examples brings it
+GENOME = Path("/usr/share/doc/bowtie/examples/genomes/NC_008253.fna.gz")
+HOW_TO_GET_IT = (
+    "get it on Debian or Ubuntu with 'apt-get download bowtie-examples && dpkg-deb -x bowtie-examples_*.deb genome', "
+    f"and pass --data genome{GENOME}; any FASTA file will do"
+)
+
+
+def dna_tokenizer(add_sep: bool = False, model_max_length: int | None = None) -> PreTrainedTokenizerFast:
+    """One token for each character: A, C, G, T and N, in either case, are 7 to 11; any other character is ``[UNK]``, 6.
+
+    White space is passed over, as line breaks in sequence files are. The ids are those of HyenaDNA's tokenizer
+    (Nguyen et al. 2023): ``[CLS]`` 0, ``[SEP]`` (end of text) 1, ``[BOS]`` 2, ``[MASK]`` 3, ``[PAD]`` 4. Pads stand on
+    the left, as there. `AutoTokenizer` loads what it saves without any code of ours.
+
+    Args:
+        add_sep: end every sequence with ``[SEP]``, as HyenaDNA's own does.
+        model_max_length: the longest text for ``truncation=True``; None for no limit.
+    """
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *BASES))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    upper = [normalizers.Replace(base.lower(), base) for base in BASES]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s"), ""), *upper])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if add_sep:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A [SEP]", pair="$A [SEP] $B [SEP]", special_tokens=[("[SEP]", 1)]
+        )
+    limit = {} if model_max_length is None else {"model_max_length": model_max_length}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        bos_token="[BOS]",
+        eos_token="[SEP]",
+        mask_token="[MASK]",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **limit,
+    )
+
+
+def read_fasta(path: str | Path) -> np.ndarray:
+    """The bases of a FASTA file, gzipped or not: 0 to 3 for A, C, G and T, 4 for anything else, (bases,) uint8.
+
+    Several records follow one another, with one unknown base between them.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is no FASTA file, or its compression is damaged.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"data is {str(path)!r}, which does not exist; {HOW_TO_GET_IT}")
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"data is {str(path)!r}, which is a damaged gzip file: {error}") from error
+    lines = content.split()
+    if not content.lstrip().startswith(b">"):
+        raise ValueError(f"data is {str(path)!r}, which is no FASTA file: it does not begin with '>'")
+    lines = [b"N" if line.startswith(b">") else line.strip() for line in content.lstrip().splitlines()]
+    letters = np.frombuffer(b"".join(lines[1:]).upper(), np.uint8)
+    codes = np.full(256, 4, np.uint8)
+    for code, base in enumerate(b"ACGT"):
+        codes[base] = code
+    return codes[letters]
+
+
+def split(bases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first nine tenths, to train on, and the rest, to measure with.
+
+    Raises:
+        ValueError: where there are fewer than a thousand bases.
+    """
+    if len(bases) < 1000:
+        raise ValueError(f"the data has {len(bases)} bases; a thousand are the least to train on and to measure with")
+    cut = len(bases) * 9 // 10
+    return bases[:cut], bases[cut:]
+
+
+class Windows(Dataset):
+    """Windows at random places of either strand: ``[BOS]`` and ``length - 1`` bases, with labels.
+
+    The other strand is the complement, read backwards; to a cell both are the genome.
+
+    Args:
+        bases: (bases,) uint8, as `read_fasta` gives them.
+        count: how many windows there are; window ``i`` is the same whenever it is read.
+    """
+
+    def __init__(self, bases: np.ndarray, length: int, count: int, seed: int):
+        if len(bases) < length:
+            raise ValueError(f"block is {length}; allowed are up to {len(bases)}, the bases to train on")
+        self.bases, self.length, self.count, self.seed = bases, length, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        dice = np.random.default_rng((self.seed, index))
+        start = int(dice.integers(len(self.bases) - self.length + 2))
+        window = self.bases[start : start + self.length - 1]
+        if dice.integers(2):
+            window = np.where(window < 4, 3 - window, 4)[::-1]
+        ids = torch.from_numpy(window.astype(np.int64)) + FIRST_BASE
+        labels = ids.masked_fill(ids == FIRST_BASE + 4, -100)
+        bos = torch.tensor([SPECIAL_TOKENS.index("[BOS]")])
+        return {"input_ids": torch.cat([bos, ids]), "labels": torch.cat([bos, labels])}
+
+
+@torch.no_grad()
+def bits_per_base(model: Any, bases: np.ndarray, length: int, batch_size: int = 4) -> float:
+    """The bits that a causal language model needs for each known base, in windows that begin without a context.
+
+    Args:
+        bases: (bases,) uint8.
+        length: tokens of a window: ``[BOS]`` and ``length - 1`` bases; the last window may be shorter.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.from_numpy(bases.astype(np.int64)) + FIRST_BASE
+    windows = list(ids.split(length - 1))
+    nats = 0.0
+    while windows:
+        rows = [row for row in windows[:batch_size] if len(row) == len(windows[0])]
+        windows = windows[len(rows) :]
+        targets = torch.stack(rows).to(model.device)  # (b, l)
+        inputs = F.pad(targets, (1, 0), value=SPECIAL_TOKENS.index("[BOS]"))[:, :-1]
+        logits = model(input_ids=inputs, use_cache=False).logits.float()
+        targets = targets.masked_fill(targets == FIRST_BASE + 4, -100)
+        nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    model.train(was_training)
+    return nats / math.log(2) / int((bases < 4).sum())
+
+
+def markov_bits(train: np.ndarray, held_out: np.ndarray, order: int) -> float:
+    """The bits per base of the Markov model whose next base depends on the ``order`` before, one count added to each.
+
+    Args:
+        train, held_out: (bases,) uint8. The model has read nothing before ``held_out``, whose first bases are left out.
+    """
+
+    def words(bases: np.ndarray) -> np.ndarray:
+        """Context and base as one number, wherever all of it is known."""
+        code = np.zeros(len(bases) - order, np.int64)
+        known = np.ones(len(code), bool)
+        for i in range(order + 1):
+            letters = bases[i : len(bases) - order + i]
+            code = code * 4 + letters
+            known &= letters < 4
+        return code[known]
+
+    seen, counts = np.unique(words(train), return_counts=True)
+    contexts, first = np.unique(seen >> 2, return_index=True)
+    totals = np.add.reduceat(counts, first)
+    asked = words(held_out)
+
+    def look_up(table: np.ndarray, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        place = np.searchsorted(table, keys).clip(max=len(table) - 1)
+        return np.where(table[place] == keys, values[place], 0)
+
+    probability = (look_up(seen, counts, asked) + 1) / (look_up(contexts, totals, asked >> 2) + 4)
+    return float(-np.log2(probability).mean())
