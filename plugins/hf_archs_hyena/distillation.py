@@ -64,7 +64,7 @@ def _fit(taps: Tensor, modes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     unit = taps / torch.where(size > 0, size, 1)
     poles = _refine(unit, _first_poles(unit, modes))
     log_decay, phase = (-poles.real).log().to(dtype), poles.imag.to(dtype)
-    residues, _ = _residues(unit, torch.complex(-log_decay.double().exp(), phase.double()))  # of the rounded poles
+    residues, *_ = _residues(unit, torch.complex(-log_decay.double().exp(), phase.double()))  # of the rounded poles
     weights = torch.view_as_real(residues * size).to(dtype)
     found = modal_taps(log_decay.double(), phase.double(), weights.double(), taps.shape[1])
     error = (found - taps).norm(dim=1) / torch.where(size > 0, size, 1).squeeze(1)
@@ -167,7 +167,7 @@ def _first_poles(taps: Tensor, modes: int) -> Tensor:
         w = _bounded(_shift_poles(averaged, modes).log() / scale, l)
         candidates.append(w)
         # those of one scale together, the weakest left out: exact for a sum of so many modes
-        weights, _ = _residues(taps, w)
+        weights, *_ = _residues(taps, w)
         strength = weights.abs().square() / -torch.expm1(2 * w.real)
         starts.append(w.gather(1, strength.topk(modes, dim=1).indices))
     starts.append(_select(taps, _bounded(torch.cat(candidates, dim=1), l), modes))
@@ -234,11 +234,14 @@ def _solve(matrix: Tensor, right: Tensor, damping: Tensor | float) -> Tensor:
     return torch.where((failed == 0).unsqueeze(1) & step.isfinite(), step, 0)
 
 
-def _residues(taps: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The best residues of given poles, (c, n), and what they make of the squared error, the ridge's part included."""
-    right = _split(_moments(taps, w)[0])
+def _residues(taps: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best residues of given poles, (c, n), what they make of the squared error, the ridge's part included, and the
+    taps' moments, (c, 2 n)."""
+    moments = torch.cat(_moments(taps, w), dim=1)
+    right = _split(moments[:, : w.shape[1]])
     found = _solve(_gram(w, taps.shape[1]), right, RIDGE)
-    return torch.view_as_complex(found.unflatten(1, (-1, 2))), taps.square().sum(1) - (found * right).sum(1)
+    error = taps.square().sum(1) - (found * right).sum(1)
+    return torch.view_as_complex(found.unflatten(1, (-1, 2))), error, moments
 
 
 def _refine(taps: Tensor, w: Tensor) -> Tensor:
@@ -247,7 +250,7 @@ def _refine(taps: Tensor, w: Tensor) -> Tensor:
     A step is tried with the best residues of its new poles, and taken where the error falls.
     """
     l, n = taps.shape[1], w.shape[1]
-    residues, error = _residues(taps, w)
+    residues, error, moments = _residues(taps, w)
     damping = torch.full_like(error, 1e-2)
     for _ in range(ITERATIONS):
         # complex columns: exp(w t) for the residues, R t exp(w t) for the poles
@@ -256,7 +259,7 @@ def _refine(taps: Tensor, w: Tensor) -> Tensor:
         straight, crossed = (torch.cat([torch.cat(t[:2], 2), torch.cat(t[1:], 2)], 1) for t in sums)
         straight = straight * weights.unsqueeze(2) * weights.conj().unsqueeze(1)
         matrix = _real(straight, crossed * weights.unsqueeze(2) * weights.unsqueeze(1))
-        right = _split(torch.cat(_moments(taps, w), dim=1) * weights)
+        right = _split(moments * weights)
         now = F.pad(torch.view_as_real(residues).flatten(1), (0, 2 * n))
         right = right - (matrix @ now.unsqueeze(2)).squeeze(2)
         # the parameters are log(rate), d Re w = -rate d log(rate), and the phase in units of -rate, a mode's own width
@@ -266,10 +269,11 @@ def _refine(taps: Tensor, w: Tensor) -> Tensor:
         step = _solve(matrix * chain.unsqueeze(1) * chain.unsqueeze(2), right * chain, damping.unsqueeze(1))
         change = step.unflatten(1, (-1, 2))[:, n:].clamp(-2, 2)  # it is good for small changes
         tried = _bounded(torch.complex(w.real * change[..., 0].exp(), w.imag + w.real * change[..., 1]), l)
-        tried_residues, tried_error = _residues(taps, tried)
+        tried_residues, tried_error, tried_moments = _residues(taps, tried)
         better = tried_error < error
         error = torch.where(better, tried_error, error)
         w = torch.where(better.unsqueeze(1), tried, w)
         residues = torch.where(better.unsqueeze(1), tried_residues, residues)
+        moments = torch.where(better.unsqueeze(1), tried_moments, moments)
         damping = torch.where(better, damping / 5, damping * 4).clamp(1e-10, 1e6)
     return w
