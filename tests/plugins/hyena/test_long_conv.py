@@ -239,13 +239,13 @@ class TestCompilers:
         counter = CompileCounterWithBackend("aot_eager")
 
         @torch.compile(backend=counter, fullgraph=True, dynamic=True)
-        def run(arguments, seq_idx, lengths):
-            return long_conv(**arguments, seq_idx=seq_idx, lengths=lengths)
+        def run(**arguments):
+            return long_conv(**arguments)
 
         counts = []
         for length in (20, 33, 47):
             arguments, options = tensors(length, 60, 10), boundaries(length)
-            found = outputs_and_gradients(lambda **a: run(a, **options), arguments, {})
+            found = outputs_and_gradients(run, arguments, options)
             for name, expected in outputs_and_gradients(long_conv, arguments, options).items():
                 assert relative_distance(found[name], expected) < 1e-6, name
             counts.append(counter.frame_count)
