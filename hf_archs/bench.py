@@ -112,7 +112,7 @@ def _ids(length: int, device: torch.device) -> torch.Tensor:
     return torch.randint(3, SIZE["vocab_size"], (1, length), device=device)
 
 
-def _step(model: Any, length: int, device: torch.device) -> Run:
+def training_step(model: Any, length: int, device: torch.device) -> Run:
     ids = _ids(length, device)
 
     def run() -> None:
@@ -178,16 +178,16 @@ def model_measures(
     llama.to(device)
 
     def step(length: int) -> Run:
-        return _step(ours, length, device)
+        return training_step(ours, length, device)
 
     at_1024, at_8192 = f"{name}: training step at 1,024", f"{name}: training step at 8,192"
-    yield Measure(at_1024, "Llama", step(1024), _step(llama, 1024, device), targets.step)
-    yield Measure(at_8192, "Llama", step(8192), _step(llama, 8192, device), targets.long_step)
+    yield Measure(at_1024, "Llama", step(1024), training_step(llama, 1024, device), targets.step)
+    yield Measure(at_8192, "Llama", step(8192), training_step(llama, 8192, device), targets.long_step)
     yield Measure(f"{name}: training step at 4,096", "at 1,024", step(4096), step(1024), targets.growth)
     if native is None:
         return
     native.to(device)
-    its_step = _step(native, 1024, device)
+    its_step = training_step(native, 1024, device)
     yield Measure(at_1024, "transformers", step(1024), its_step, targets.native_step, native_pairs)
     prefill, its_prefill = _prefill(ours, 2048, device), _prefill(native, 2048, device)
     yield Measure(f"{name}: prefill of 2,048", "transformers", prefill, its_prefill, targets.prefill)

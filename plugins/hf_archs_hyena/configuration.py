@@ -128,15 +128,6 @@ class ArchHyenaConfig(ArchConfig, HyenaFields, MLPConfig):
 
     model_type = "hf_archs_hyena"
     mixer_type: ClassVar[str] = "hyena"
-    # the convolutions run on every rank: what is between the projections is short of parameters
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        "layers.*.mixer.in_proj": "colwise_gather_output",
-        "layers.*.mixer.out_proj": "colwise_gather_output",
-        "layers.*.feed_forward.gate_proj": "colwise",
-        "layers.*.feed_forward.up_proj": "colwise",
-        "layers.*.feed_forward.down_proj": "rowwise",
-    }
-
     norm_type: Literal["rms_norm", "layer_norm"] = "layer_norm"
     filter_types: tuple[FilterType, ...] | list[FilterType] = ("implicit",)
     intermediate_size: int | None = None  # type: ignore[assignment]  # a whole number as soon as there is a config
@@ -154,6 +145,17 @@ class ArchHyenaConfig(ArchConfig, HyenaFields, MLPConfig):
         if not self.filter_types:
             raise ValueError(f"{type(self).__name__}: filter_types is {self.filter_types}; allowed are one or more")
         super().__post_init__(**kwargs)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How the layers are sharded. Convolutions run on every rank: what is between the projections is small."""
+        projections = ("gate_proj", "up_proj") if self.gated else ("up_proj",)
+        return {
+            "layers.*.mixer.in_proj": "colwise_gather_output",
+            "layers.*.mixer.out_proj": "colwise_gather_output",
+            **{f"layers.*.feed_forward.{name}": "colwise" for name in projections},
+            "layers.*.feed_forward.down_proj": "rowwise",
+        }
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
         kind = self.filter_types[layer_idx % len(self.filter_types)]
