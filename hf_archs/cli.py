@@ -261,16 +261,17 @@ def bench(
 @app.command()
 def quickstart(
     arch: Annotated[str, typer.Option(help="Name of the architecture.")] = "mamba",
+    task: Annotated[str, typer.Option(help="text, or genome: DNA, compared with Markov models.")] = "text",
     size: Annotated[str | None, typer.Option(help="One of its sizes, or tiny; else its first.")] = None,
     assign: Set = None,
-    steps: Annotated[int, typer.Option(help="Steps of the pretraining.")] = 130,
+    steps: Annotated[int | None, typer.Option(help="Steps of the pretraining.")] = None,
     lora_steps: Annotated[int, typer.Option(help="Steps of LoRA.")] = 70,
-    data: Annotated[str, typer.Option(help="Text file, folder or dataset to pretrain on.")] = "stdlib",
+    data: Annotated[str | None, typer.Option(help="Text file, folder or dataset; or a FASTA file.")] = None,
     output: Output = Path("quickstart"),
     hub: Annotated[bool, typer.Option("--hub", help="Push to huggingface.co, not to an embedded Hub.")] = False,
     public: Annotated[bool, typer.Option("--public", help="Everybody may see what is pushed.")] = False,
-    batch: Annotated[int, typer.Option(help="Rows of a step.")] = 8,
-    block: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
+    block: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train a tokenizer and a model, adapt it with LoRA, generate, push, pull and compare."""
@@ -279,16 +280,17 @@ def quickstart(
     job.quickstart(
         job.Options(
             arch=arch,
+            task=task,
             size=size,
             overrides=_overrides(assign),
-            steps=steps,
+            steps=steps,  # type: ignore[arg-type]
             lora_steps=lora_steps,
-            data=data,
+            data=data,  # type: ignore[arg-type]
             output=str(output),
             hub=hub,
             public=public,
-            batch=batch,
-            block=block,
+            batch=batch,  # type: ignore[arg-type]
+            block=block,  # type: ignore[arg-type]
             seed=seed,
         ),
         console,

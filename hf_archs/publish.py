@@ -40,16 +40,16 @@ def repositories(name: str) -> dict[str, str]:
 
 
 def push(folder: str, name: str, private: bool, cards: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Push ``folder/model`` with its tokenizer and ``folder/adapter``, and write and push the card of each.
+    """Push ``folder/model`` with its tokenizer and, where it has a card, ``folder/adapter``; write and push the cards.
 
     Args:
         name: of the model's repository, without the owner.
         cards: arguments of `model_card` for ``model`` and ``adapter``.
 
     Returns:
-        what `repositories` gives.
+        the repositories of what was pushed.
     """
-    names = repositories(name)
+    names = {part: repository for part, repository in repositories(name).items() if part in cards}
     parts = {part: Path(folder) / part for part in names}
     model: Any = AutoModelForCausalLM.from_pretrained(parts["model"])
     model.push_to_hub(names["model"], private=private)
@@ -57,12 +57,13 @@ def push(folder: str, name: str, private: bool, cards: Mapping[str, Mapping[str,
     card = model_card(model, names["model"], **cards["model"])
     card.save(parts["model"] / "README.md")
     card.push_to_hub(names["model"])
-    adapted = load_adapter(model, str(parts["adapter"].resolve()), is_trainable=True)
-    adapted.peft_config["default"].base_model_name_or_path = names["model"]
-    adapted.push_to_hub(names["adapter"], private=private)
-    card = model_card(adapted, names["adapter"], base_model=names["model"], **cards["adapter"])
-    card.save(parts["adapter"] / "README.md")
-    card.push_to_hub(names["adapter"])
+    if "adapter" in cards:
+        adapted = load_adapter(model, str(parts["adapter"].resolve()), is_trainable=True)
+        adapted.peft_config["default"].base_model_name_or_path = names["model"]
+        adapted.push_to_hub(names["adapter"], private=private)
+        card = model_card(adapted, names["adapter"], base_model=names["model"], **cards["adapter"])
+        card.save(parts["adapter"] / "README.md")
+        card.push_to_hub(names["adapter"])
     return names
 
 
@@ -73,7 +74,7 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def pull(names: Mapping[str, str], text: str, tokens: str, output: str) -> dict[str, bool]:
-    """Load model, tokenizer and adapter from the Hub, and write the logits of both models into ``output``.
+    """Load model, tokenizer and any adapter from the Hub, and write the logits of each model into ``output``.
 
     Args:
         names: the repositories.
@@ -85,8 +86,9 @@ def pull(names: Mapping[str, str], text: str, tokens: str, output: str) -> dict[
     encoded = AutoTokenizer.from_pretrained(names["model"])(text, add_special_tokens=False, return_tensors="pt")
     model: Any = AutoModelForCausalLM.from_pretrained(names["model"])
     found = {"model": logits(model, given)}
-    with quiet_peft():
-        found["adapter"] = logits(PeftModel.from_pretrained(model, names["adapter"]), given)
+    if "adapter" in names:
+        with quiet_peft():
+            found["adapter"] = logits(PeftModel.from_pretrained(model, names["adapter"]), given)
     save_file(found, output)
     return {"tokenizer": torch.equal(encoded["input_ids"], given)}
 

@@ -12,8 +12,8 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,16 @@ from transformers import (
     set_seed,
 )
 
-from hf_archs import checkpoints, publish, text
+from hf_archs import checkpoints, dna, publish, text
 from hf_archs.errors import CheckFailed
 from hf_archs.registry import get_architecture
 from hf_archs.training import ArchTrainer, add_lora
 
+# what an option is that nobody gave, by task
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "text": {"steps": 130, "block": 512, "batch": 8, "data": "stdlib"},
+    "genome": {"steps": 300, "block": 4096, "batch": 2, "data": str(dna.GENOME)},
+}
 MERGE_TOLERANCE = 1e-4  # of the largest logit: float32 rounds W x + B A x and (W + B A) x differently
 PROMPTS = {"code": "def read_file(path):\n", "english": "The function returns"}
 
@@ -45,33 +50,41 @@ class Options:
 
     Attributes:
         arch: name of the architecture.
-        size: one of its sizes; None takes the first.
+        task: ``text`` (pretrain on text, adapt with LoRA) or ``genome`` (pretrain on DNA, compare with Markov models).
+        size: one of its sizes; None takes the one with the task's name, or the first.
         overrides: config fields that differ from the size.
         steps, lora_steps: optimizer steps of the pretraining, and of LoRA.
-        data: what to pretrain on instead of the standard library's source; see `hf_archs.text.read_corpus`.
+        data: what to pretrain on instead of the standard library's source, see `hf_archs.text.read_corpus`; or a FASTA
+            file instead of `hf_archs.dna.GENOME`.
         output: folder for ``model/``, ``adapter/``, ``loss.png`` and ``summary.json``.
         hub: push to huggingface.co (``HF_ENDPOINT``) instead of to an embedded Hub.
         public: whether the repositories can be seen by everybody.
-        batch, block: rows of a step, and tokens of a row.
+        batch, block: rows of a step, and tokens of a row. None, here and above, is `DEFAULTS` of the task.
         seed: of the initial weights and the order of the data.
     """
 
     arch: str = "mamba"
+    task: str = "text"
     size: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    steps: int = 130
+    steps: int = None  # type: ignore[assignment]
     lora_steps: int = 70
-    data: str = "stdlib"
+    data: str = None  # type: ignore[assignment]
     output: str = "quickstart"
     hub: bool = False
     public: bool = False
-    batch: int = 8
-    block: int = 512
+    batch: int = None  # type: ignore[assignment]
+    block: int = None  # type: ignore[assignment]
     seed: int = 0
     learning_rate: float = 4e-3
     lora_learning_rate: float = 4e-3
 
     def __post_init__(self) -> None:
+        if self.task not in DEFAULTS:
+            raise ValueError(f"task is {self.task!r}; allowed are {' and '.join(DEFAULTS)}")
+        for name, value in DEFAULTS[self.task].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name in ("steps", "lora_steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed are 1 or more")
@@ -94,10 +107,9 @@ class _Progress(ProgressCallback):
 
 
 def _train(
-    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], options: Options, steps: int, rate: float
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, options: Options, steps: int, rate: float
 ) -> tuple[list[float], float]:
-    """Train and give the loss of every step and the seconds."""
-    rows = text.token_blocks(tokenizer, texts, options.block)
+    """Train on rows of ``input_ids`` and ``labels``, and give the loss of every step and the seconds."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -146,6 +158,39 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, seed:
 
 
 def quickstart(options: Options, console: Console | None = None) -> dict[str, Any]:
+    """Run the job of ``options.task``, `_text` or `_genome`, and give its summary, which is also in ``summary.json``.
+
+    Raises:
+        ValueError, OSError: for a wrong option, before anything is trained, and where the Hub refuses.
+        CheckFailed: where a model pulled from the Hub differs from what was pushed, or a merged model from its parts.
+    """
+    return {"text": _text, "genome": _genome}[options.task](options, console or Console())
+
+
+def _prepare(options: Options, overrides: Mapping[str, Any]) -> tuple[Any, int, str]:
+    """The config, its number of parameters and the repository's name; and what is missing is better known now."""
+    architecture = get_architecture(options.arch)
+    size = options.task if options.size is None and options.task in architecture.sizes else options.size
+    config = checkpoints.sized_config(architecture, size, {**overrides, **options.overrides})
+    parameters = checkpoints.check_memory(config, copies=4)
+    repository = f"hf-archs-quickstart-{options.arch}"
+    _needs("matplotlib", "the plot of the losses")
+    if options.hub:
+        publish.repositories(repository)
+    else:
+        _embedded_hub()
+    return config, parameters, repository
+
+
+def _new_model(config: Any, seed: int) -> Any:
+    set_seed(seed)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model
+
+
+def _text(options: Options, console: Console) -> dict[str, Any]:
     """Run the main job and give its summary, which is also in ``summary.json``.
 
     1. A tokenizer and a small model are trained on the corpus; held-out documents are never trained on.
@@ -154,22 +199,9 @@ def quickstart(options: Options, console: Console | None = None) -> dict[str, An
     4. Model, tokenizer, adapter and cards are pushed to a Hub.
     5. They are pulled into an empty cache, and their logits compared with those of what was pushed.
     6. A table is printed; ``loss.png``, ``model/`` (before LoRA), ``adapter/`` and ``summary.json`` are written.
-
-    Raises:
-        ValueError, OSError: for a wrong option, before anything is trained, and where the Hub refuses.
-        CheckFailed: where a model pulled from the Hub differs from what was pushed, or a merged model from its parts.
     """
-    console = console or Console()
     began = time.perf_counter()
-    architecture = get_architecture(options.arch)
-    config = checkpoints.sized_config(architecture, options.size, options.overrides)
-    parameters = checkpoints.check_memory(config, copies=4)
-    repository = f"hf-archs-quickstart-{options.arch}"
-    _needs("matplotlib", "the plot of the losses")  # this, and a missing login, is better known now
-    if options.hub:
-        publish.repositories(repository)
-    else:
-        _embedded_hub()
+    config, parameters, repository = _prepare(options, {})
     code, held_out_code = text.split(text.read_corpus(options.data))
     english, held_out_english = text.split(text.read_corpus("topics"))
     output = Path(options.output).expanduser()
@@ -177,13 +209,11 @@ def quickstart(options: Options, console: Console | None = None) -> dict[str, An
 
     console.print(f"[bold]1[/] tokenizer and {options.arch} of {parameters:,} parameters on {options.data}")
     tokenizer = text.train_tokenizer(code.values(), config.vocab_size)
-    set_seed(options.seed)
-    model: Any = AutoModelForCausalLM.from_config(config)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+    model: Any = _new_model(config, options.seed)
     bits: dict[str, dict[str, float]] = {"code": {}, "english": {}}
     bits["code"]["before"] = text.bits_per_byte(model, tokenizer, held_out_code.values())
-    losses, seconds = _train(model, tokenizer, code.values(), options, options.steps, options.learning_rate)
+    rows = text.token_blocks(tokenizer, code.values(), options.block)
+    losses, seconds = _train(model, tokenizer, rows, options, options.steps, options.learning_rate)
     tokens_per_second = options.steps * options.batch * options.block / seconds
     bits["code"]["after"] = text.bits_per_byte(model, tokenizer, held_out_code.values())
     bits["english"]["before_lora"] = text.bits_per_byte(model, tokenizer, held_out_english.values())
@@ -198,7 +228,8 @@ def quickstart(options: Options, console: Console | None = None) -> dict[str, An
     console.print("[bold]2[/] LoRA on English")
     model.name_or_path = str((output / "model").resolve())  # where the adapter's config says its base model is
     model = add_lora(model, rank=32, alpha=128)
-    lora_losses, _ = _train(model, tokenizer, english.values(), options, options.lora_steps, options.lora_learning_rate)
+    rows = text.token_blocks(tokenizer, english.values(), options.block)
+    lora_losses, _ = _train(model, tokenizer, rows, options, options.lora_steps, options.lora_learning_rate)
     bits["english"]["after_lora"] = text.bits_per_byte(model, tokenizer, held_out_english.values())
     bits["code"]["after_lora"] = text.bits_per_byte(model, tokenizer, held_out_code.values())
     pushed["adapter"] = publish.logits(model, tokens)
@@ -228,18 +259,96 @@ def quickstart(options: Options, console: Console | None = None) -> dict[str, An
         "steps": {"code": options.steps, "lora": options.lora_steps},
         "losses": {"code": losses, "lora": lora_losses},
         "samples": samples,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device.type}",
+        "machine": _machine(),
     }
-    _draw(losses, lora_losses, output / "loss.png")
+    _draw({"pretraining": losses, "LoRA on English": lora_losses}, output / "loss.png")
+    return _finish(summary, _table, began, output, console)
+
+
+def _genome(options: Options, console: Console) -> dict[str, Any]:
+    """Train on DNA, and compare with Markov models fitted on the same bases.
+
+    The first nine tenths of the bases are trained on, on both strands; all of the rest is scored, every window from an
+    empty context. The model is pushed to a Hub, pulled into an empty cache, and its logits compared.
+    """
+    began = time.perf_counter()
+    tokenizer = dna.dna_tokenizer()
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    config, parameters, repository = _prepare(options, {"vocab_size": len(tokenizer), **special})
+    bases, held_out = dna.split(dna.read_fasta(options.data))
+    rows = dna.Windows(bases, options.block, options.steps * options.batch, options.seed)
+    output = Path(options.output).expanduser()
+    output.mkdir(parents=True, exist_ok=True)
+
+    console.print(f"[bold]1[/] Markov models on {len(bases):,} bases")
+    markov = {order: dna.markov_bits(bases, held_out, order) for order in range(1, 13)}
+    console.print(f"[bold]2[/] {options.arch} of {parameters:,} parameters on both strands of them")
+    model = _new_model(config, options.seed)
+    losses, seconds = _train(model, tokenizer, rows, options, options.steps, options.learning_rate)
+    bits = {
+        "model": dna.bits_per_base(model, held_out, options.block),
+        "best_markov": min(markov.values()),
+        "markov": markov,
+    }
+    with checkpoints.replacing(output / "model") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    prompt = "".join(dna.BASES[base] for base in held_out[:500])
+    tokens = torch.tensor([text.encode(tokenizer, prompt)])
+    pushed = {"model": publish.logits(model, tokens)}
+
+    console.print("[bold]3[/] generated bases")
+    sample = _generate(model, tokenizer, prompt[:60], options.seed)
+    console.print(sample, style="dim", markup=False, highlight=False)
+    console.print(f"[bold]4[/] push to {'the Hub' if options.hub else 'an embedded Hub'}, [bold]5[/] and pull")
+    card = {
+        "training": f"{options.steps:,} steps of {options.batch} x {options.block} bases, from both strands of "
+        f"`{Path(options.data).name}`, by {_command(options)}. A demonstration: too small to be of use.",
+        "results": {
+            "held-out bases": f"{bits['model']:.3f} bits per base",
+            "the best Markov model of them": f"{bits['best_markov']:.3f} bits per base",
+        },
+    }
+    summary: dict[str, Any] = {
+        "arch": options.arch,
+        "task": options.task,
+        "parameters": parameters,
+        "seconds": 0.0,
+        "tokens_per_second": options.steps * options.batch * options.block / seconds,
+        "bits_per_base": bits,
+        "bases": {"trained_on": len(bases), "held_out": len(held_out)},
+        **_share(options, repository, output, prompt, tokens, pushed, {"model": card}),
+        "steps": options.steps,
+        "losses": losses,
+        "samples": {"model": sample},
+        "machine": _machine(),
+    }
+    _draw({"pretraining": losses}, output / "loss.png")
+    return _finish(summary, _genome_table, began, output, console)
+
+
+def _finish(
+    summary: dict[str, Any], table: Callable[[Mapping[str, Any]], Table], began: float, output: Path, console: Console
+) -> dict[str, Any]:
+    """Write and print the summary.
+
+    Raises:
+        CheckFailed: where one of its checks failed.
+    """
     summary["seconds"] = time.perf_counter() - began
     with checkpoints.replacing(output) as folder:
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    console.print(_table(summary))
+    console.print(table(summary))
     console.print(f"written to {output}", highlight=False)
     for check in ("merged_equals_unmerged", "pulled_equals_pushed"):
-        if not summary[check]:
+        if not summary.get(check, True):
             raise CheckFailed(f"{check} is false, see {output / 'summary.json'}")
     return summary
+
+
+def _machine() -> str:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
 
 
 def _needs(module: str, purpose: str) -> Any:
@@ -253,18 +362,26 @@ def _embedded_hub() -> Any:
     return _needs("hf_archs.testing.hub", "the embedded Hub").EmbeddedHub
 
 
+def _command(options: Options) -> str:
+    """The command that does this, and where it ran."""
+    standard = Options(task=options.task)
+    names = ("arch", "task", "size", "steps", "lora_steps", "data", "batch", "block", "seed")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) != getattr(standard, name)}
+    task = {} if options.task == Options.task else {"task": options.task}
+    flags = [f" --{name.replace('_', '-')} {value}" for name, value in {**given, **task}.items()]
+    fields = [f" --set {name}={value}" for name, value in options.overrides.items()]
+    return (
+        f"`hf-archs quickstart{''.join(flags + fields)}` on {platform.machine()} with {torch.get_num_threads()} threads"
+    )
+
+
 def _cards(options: Options, bits: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    given = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
-    names = ("arch", "size", "steps", "lora_steps", "data", "batch", "block", "seed")
-    flags = [f" --{name.replace('_', '-')} {given[name]}" for name in names if name in given]
-    command = f"`hf-archs quickstart{''.join(flags)}{''.join(f' --set {k}={v}' for k, v in options.overrides.items())}`"
     corpus = "the source of Python's standard library" if options.data == "stdlib" else f"`{options.data}`"
-    where = f"on {platform.machine()} with {torch.get_num_threads()} threads"
     code, english = bits["code"], bits["english"]
     return {
         "model": {
             "training": f"{options.steps:,} steps of {options.batch} x {options.block} tokens on {corpus}, by "
-            f"{command} {where}. A demonstration: too small to be of use.",
+            f"{_command(options)}. A demonstration: too small to be of use.",
             "results": {
                 "held-out code, before training": f"{code['before']:.3f} bits per byte",
                 "held-out code, after": f"{code['after']:.3f} bits per byte",
@@ -273,7 +390,7 @@ def _cards(options: Options, bits: Mapping[str, Mapping[str, float]]) -> dict[st
         },
         "adapter": {
             "training": f"{options.lora_steps:,} steps of {options.batch} x {options.block} tokens on the topics of "
-            f"Python's `help()`, by {command} {where}.",
+            f"Python's `help()`, by {_command(options)}.",
             "results": {
                 "held-out English, without the adapter": f"{english['before_lora']:.3f} bits per byte",
                 "held-out English, with it": f"{english['after_lora']:.3f} bits per byte",
@@ -321,21 +438,26 @@ def _share(
             return exchange(hub.environment(f"{scratch}/pusher"), hub.environment(f"{scratch}/puller"))
 
 
-def _draw(losses: list[float], lora_losses: list[float], path: Path) -> None:
+def _draw(curves: Mapping[str, list[float]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(range(1, len(losses) + 1), losses, label="pretraining")
-    axes.plot(range(len(losses) + 1, len(losses) + len(lora_losses) + 1), lora_losses, label="LoRA on English")
+    begin = 1
+    for label, losses in curves.items():
+        axes.plot(range(begin, begin + len(losses)), losses, label=label)
+        begin += len(losses)
     axes.set(xlabel="step", ylabel="training loss (nats per token)", title="hf-archs quickstart")
     axes.grid(alpha=0.3)
     axes.legend()
     with checkpoints.replacing(path.parent) as folder:
         figure.savefig(folder / path.name, dpi=120)
     pyplot.close(figure)
+
+
+_YES = {True: "[green]yes", False: "[red]no"}
 
 
 def _table(summary: Mapping[str, Any]) -> Table:
@@ -347,9 +469,24 @@ def _table(summary: Mapping[str, Any]) -> Table:
     change = english["after_lora"] / english["before_lora"] - 1
     table.add_row("English", "", f"{english['before_lora']:.3f}", f"{english['after_lora']:.3f} ({change:+.0%})")
     table.add_section()
-    yes = {True: "[green]yes", False: "[red]no"}
-    table.add_row("merged = unmerged", "", "", yes[summary["merged_equals_unmerged"]])
-    table.add_row("pulled = pushed", "", "", yes[summary["pulled_equals_pushed"]])
+    table.add_row("merged = unmerged", "", "", _YES[summary["merged_equals_unmerged"]])
+    table.add_row("pulled = pushed", "", "", _YES[summary["pulled_equals_pushed"]])
     table.add_row("tokens per second", "", "", f"{summary['tokens_per_second']:,.0f}")
     table.add_row("seconds in all", "", "", f"{summary['seconds']:,.0f}")
+    return table
+
+
+def _genome_table(summary: Mapping[str, Any]) -> Table:
+    bits = summary["bits_per_base"]
+    table = Table(title=f"{summary['arch']}, {summary['parameters']:,} parameters: bits per base of held-out DNA")
+    table.add_column("model")
+    table.add_column("bits per base", justify="right")
+    for order, value in bits["markov"].items():
+        best = " (the best of them)" if value == bits["best_markov"] else ""
+        table.add_row(f"Markov, order {order}{best}", f"{value:.3f}")
+    table.add_row(f"[bold]{summary['arch']}", f"[bold]{bits['model']:.3f}")
+    table.add_section()
+    table.add_row("pulled = pushed", _YES[summary["pulled_equals_pushed"]])
+    table.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
+    table.add_row("seconds in all", f"{summary['seconds']:,.0f}")
     return table
