@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from hf_archs_hyena.configuration import HyenaMixerConfig
 from hf_archs_hyena.long_conv import long_conv, long_conv_step, no_autocast
 from hf_archs_hyena.modal import modal_conv, modal_state, modal_taps
 from hf_archs_hyena.toeplitz_conv import toeplitz_conv
+
+Once = Callable[[str, Callable[[], torch.Tensor]], torch.Tensor]
 
 WINDOW_END = 1e-2  # what a window has fallen to after `fast_decay` and `slow_decay`
 
@@ -48,10 +50,11 @@ class HyenaFilter(nn.Module, ABC):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         need_state: bool = False,
+        once: Once | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         last, *others = gates
         with no_autocast(v):
-            filters = self._filters(v, state)
+            filters = self._filters(v, state, once)
         size = self.config.hidden_size
         states = []
         for i, gate in enumerate(reversed(others)):
@@ -72,8 +75,11 @@ class HyenaFilter(nn.Module, ABC):
         return v, states[0] if len(states) == 1 else torch.cat(states, dim=1)  # type: ignore[arg-type]
 
     @abstractmethod
-    def _filters(self, v: torch.Tensor, state: torch.Tensor | None) -> Any:
-        """What the convolutions of this forward need of the parameters, computed once for all of them."""
+    def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> Any:
+        """What the convolutions of this forward need of the parameters, computed once for all of them.
+
+        ``once`` (see `hf_archs.cache.Slot.once`) keeps what a whole generation needs.
+        """
 
     @abstractmethod
     def _convolve(
@@ -125,7 +131,6 @@ class ImplicitFilter(HyenaFilter):
         inputs = [features] + [width] * config.filter_layers
         self.layers = nn.ModuleList(nn.Linear(size, width) for size in inputs)
         self.layers.append(nn.Linear(width, config.filter_channels, bias=False))
-        self._memo: tuple[list[Any], torch.Tensor] | None = None
 
     def init_weights(self) -> None:
         """As safari does, but for the network, whose first layers have PyTorch's own initial values."""
@@ -157,45 +162,17 @@ class ImplicitFilter(HyenaFilter):
         window = torch.exp(-t * self.deltas[0].abs()) + self.config.filter_shift
         return (last(z) * window).t()
 
-    def _filters(self, v: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, bool]:
+    def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> tuple[torch.Tensor, bool]:
         """The taps, and whether the present's is the last of them."""
         past = 0 if state is None else state.shape[2]
         length = min(past + v.shape[1], self.config.max_positions)
-        step = v.shape[1] == 1 and state is not None and backend_for(v) != "reference"
-        if step and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            return self._remembered(length), True
-        return self.taps(length), False
-
-    def _remembered(self, length: int) -> torch.Tensor:
-        """Reversed taps for decoding, computed anew only when they become too few or a parameter has changed.
-
-        The first token of a text never comes here, so what changes parameters without a trace (an assignment through
-        ``.data``) can be missed only in the middle of one.
-        """
-        parameters = list(self.parameters())
-        # adapters, quantised and sharded weights can change in ways of their own
-        plain = all(type(p) is nn.Parameter and not p.is_inference() for p in parameters) and all(
-            type(module) in (nn.Linear, nn.ModuleList, Sine, ImplicitFilter) for module in self.modules()
-        )
-        if not plain:
-            self._memo = None
-            return self.taps(length).flip(1)
-        key = [(p, p._version, p.data_ptr()) for p in parameters]
-        if self._memo is not None:
-            before, taps = self._memo
-            same = len(before) == len(key) and all(
-                a[0] is b[0] and a[1:] == b[1:] for a, b in zip(before, key, strict=True)
-            )
-            if same and taps.shape[1] >= length:
-                return taps[:, taps.shape[1] - length :]
-        # twice as many every time: all that is ever computed is a few times what is needed
+        if state is None or once is None or torch.compiler.is_compiling():
+            return self.taps(length), False
+        # twice as many every time there are too few: all that is ever computed is a few times what is needed
         enough = min(max(256, 2 ** (length - 1).bit_length()), self.config.max_positions)
-        taps = self.taps(enough).flip(1)
-        self._memo = key, taps
-        return taps[:, enough - length :]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_memo": None}
+        if v.shape[1] > 1 or backend_for(v) == "reference":
+            return once(f"{enough} taps", lambda: self.taps(enough))[:, :length], False
+        return once(f"{enough} taps reversed", lambda: self.taps(enough).flip(1))[:, enough - length :], True
 
     def _convolve(
         self,
@@ -230,10 +207,13 @@ class ExplicitFilter(HyenaFilter):
         init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def taps(self, length: int) -> torch.Tensor:
-        taps = self._filters(self.weight, None).repeat_interleave(self.config.filter_group_size, 0)
+        taps = self._windowed().repeat_interleave(self.config.filter_group_size, 0)
         return F.pad(taps, (0, max(length - taps.shape[1], 0)))[:, :length]
 
-    def _filters(self, v: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
+    def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> torch.Tensor:
+        return self._windowed()
+
+    def _windowed(self) -> torch.Tensor:
         config = self.config
         taps = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         if config.filter_type == "short":
@@ -289,7 +269,7 @@ class ModalFilter(HyenaFilter):
     def taps(self, length: int) -> torch.Tensor:
         return modal_taps(self.log_decay, self.phase, self.residues, length)
 
-    def _filters(self, v: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor | None:
+    def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> torch.Tensor | None:
         """The taps where a text begins; what continues one runs the recurrence."""
         return self.taps(v.shape[1]) if state is None and v.shape[1] > 1 else None
 

@@ -11,7 +11,7 @@ from torch import nn
 from hf_archs.cache import Slot, States
 from hf_archs.convolution import CausalConv1d
 from hf_archs_hyena.configuration import HyenaMixerConfig
-from hf_archs_hyena.filters import FILTERS
+from hf_archs_hyena.filters import FILTERS, Once
 
 
 class HyenaMixer(nn.Module):
@@ -37,7 +37,7 @@ class HyenaMixer(nn.Module):
         if state is None:
             return self.out_proj(self._mix(u, {}, lengths, seq_idx, need_state=False)[0])
         before = {name: state.get(name) for name in ("conv", "past")}
-        y, after = self._mix(u, before, lengths, seq_idx, need_state=True)
+        y, after = self._mix(u, before, lengths, seq_idx, need_state=True, once=state.once)
         inputs = {"u": u}
         if seq_idx is not None:
             inputs["seq_idx"] = seq_idx
@@ -51,10 +51,11 @@ class HyenaMixer(nn.Module):
         lengths: torch.Tensor | None,
         seq_idx: torch.Tensor | None,
         need_state: bool,
+        once: Once | None = None,
     ) -> tuple[torch.Tensor, States]:
         u, conv = self.conv1d(u, before.get("conv"), lengths, seq_idx)
         *gates, v = u.split(self.config.hidden_size, dim=-1)
-        y, past = self.ssm(v, gates, before.get("past"), lengths, seq_idx, need_state)
+        y, past = self.ssm(v, gates, before.get("past"), lengths, seq_idx, need_state, once)
         return y, {"conv": conv, "past": past} if need_state else {}
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:

@@ -1,0 +1,74 @@
+"""From a trained model whose state grows to one whose state is constant (Massaroli et al. 2023, "Laughing Hyena
+Distillery: Extracting Compact Recurrences From Convolutions", https://arxiv.org/abs/2310.18780, section 3).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers.initialization import no_init_weights
+
+from hf_archs.backbone import ArchPreTrainedModel
+from hf_archs_hyena.configuration import ArchHyenaConfig
+from hf_archs_hyena.distillation import fit_modal_filters
+from hf_archs_hyena.filters import ImplicitFilter
+
+
+def distill_filters(
+    model: ArchPreTrainedModel, modes: int = 32, length: int | None = None
+) -> tuple[ArchPreTrainedModel, dict[str, torch.Tensor]]:
+    """A model whose implicit filters are replaced by sums of modes that were fitted to them.
+
+    It decodes with a state of constant size. Everything but the filters is a copy; they share no memory.
+
+    Args:
+        model: a Hyena model with implicit filters, of any class.
+        modes: modes for each filter: the more, the closer.
+        length: taps that the fit looks at, None for all ``max_positions`` of them.
+
+    Returns:
+        The model, and for each filter module by name the relative error of every channel, ``|fit - taps| / |taps|``
+        over all of these taps: (channels,), float64.
+
+    Raises:
+        ValueError: for a model without implicit filters, one that has modal filters with another number of modes, or a
+            length out of range.
+    """
+    config: Any = model.config
+    filters = {name: module for name, module in model.named_modules() if isinstance(module, ImplicitFilter)}
+    if not isinstance(config, ArchHyenaConfig) or not filters:
+        raise ValueError(
+            f"distill_filters: a {type(model).__name__} without implicit filters; allowed are Hyena models"
+        )
+    if "modal" in config.filter_types and config.modes != modes:
+        raise ValueError(
+            f"distill_filters: modes is {modes}; this model has modal filters, so allowed is {config.modes}"
+        )
+    length = config.max_positions if length is None else length
+    if not 2 <= length <= config.max_positions:
+        raise ValueError(
+            f"distill_filters: length is {length}; allowed are 2 to max_positions = {config.max_positions}"
+        )
+    state = {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if not any(name.startswith(f"{module}.") for module in filters)
+    }
+    errors = {}
+    for name, module in filters.items():
+        with torch.no_grad():
+            log_decay, phase, residues, errors[name] = fit_modal_filters(module.taps(length), modes)
+        fitted = {"log_decay": log_decay, "phase": phase, "residues": residues, "bias": module.bias.detach().clone()}
+        state.update({f"{name}.{key}": tensor for key, tensor in fitted.items()})
+    config = copy.deepcopy(config)
+    config.filter_types = ["modal" if kind == "implicit" else kind for kind in config.filter_types]
+    config.modes = modes
+    with no_init_weights(), torch.device(model.device):
+        distilled = type(model)._from_config(config, dtype=model.dtype)
+    distilled.load_state_dict(state, assign=True)
+    distilled.tie_weights()
+    if model.can_generate():
+        distilled.generation_config = copy.deepcopy(model.generation_config)
+    return distilled.train(model.training), errors
