@@ -11,58 +11,63 @@ Letters: b batch, l length, c channels, n modes, m tokens of a chunk (i reads, j
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 32
 
+PassStates = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]
+PassGradients = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
 
 class _Chunks:
     """Where tokens lie in chunks, and the inputs there: ``x`` (c, q, b, m), zero where there is no token."""
 
-    def __init__(self, x: Tensor, documents: Tensor | None, lengths: Tensor | None):
+    def __init__(self, x: Tensor, chunk: int, documents: Tensor | None, lengths: Tensor | None):
+        self.chunk = chunk
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         b, self.length = x.shape[:2]
         device = x.device
         self.rows = torch.arange(b, device=device)
         position = torch.arange(self.length, device=device).expand(b, -1)
         self.place = None
-        self.count = -(-self.length // CHUNK)
-        self.keep = None  # 0 where a chunk begins with an empty state, (q, 1, b, 1); None: nowhere
+        self.count = -(-self.length // self.chunk)
+        self.keep = None  # 0 where a chunk begins with an empty state, (q, b); None: nowhere
         last = position[:, -1] if lengths is None else (lengths.long() - 1).clamp(min=0)
         place = last.unsqueeze(1)
         if documents is not None:
             begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
             in_document = position - torch.where(begins, position, 0).cummax(1).values
-            opens = in_document % CHUNK == 0
-            self.place = (opens.cumsum(1) - 1) * CHUNK + in_document % CHUNK  # (b, l)
-            self.count = int(self.place[:, -1].max()) // CHUNK + 1
-            keep = torch.ones(self.count, b, dtype=self.dtype, device=device)
+            opens = in_document % self.chunk == 0
+            self.place = (opens.cumsum(1) - 1) * self.chunk + in_document % self.chunk  # (b, l)
+            self.count = int(self.place[:, -1].max()) // self.chunk + 1
+            self.keep = torch.ones(self.count, b, dtype=self.dtype, device=device)
             row, at = begins.nonzero(as_tuple=True)
-            keep[self.place[row, at] // CHUNK, row] = 0
-            self.keep = keep[:, None, :, None]
+            self.keep[self.place[row, at] // self.chunk, row] = 0
             place = self.place.gather(1, place)
         # the last token's chunk in each row, and how many of its tokens count
-        self.last = place.squeeze(1) // CHUNK  # (b,)
-        self.partial = place.squeeze(1) % CHUNK + 1  # (b,)
+        self.last = place.squeeze(1) // self.chunk  # (b,)
+        self.partial = place.squeeze(1) % self.chunk + 1  # (b,)
         if lengths is not None:
             self.partial = torch.where(lengths > 0, self.partial, 0)
         # that chunk's tokens moved to its end: (b, m), negative where there is none
-        self.moved = torch.arange(CHUNK, device=device) - (CHUNK - self.partial).unsqueeze(1)
+        self.moved = torch.arange(self.chunk, device=device) - (self.chunk - self.partial).unsqueeze(1)
         self.x = self.split(x)
 
     def split(self, t: Tensor) -> Tensor:
         """(b, l, c) to (c, q, b, m)."""
         b, l, c = t.shape
         if self.place is not None:
-            laid = torch.zeros(b, self.count * CHUNK, c, dtype=self.dtype, device=t.device)
+            laid = torch.zeros(b, self.count * self.chunk, c, dtype=self.dtype, device=t.device)
             laid[self.rows.unsqueeze(1), self.place] = t.to(self.dtype)
             t = laid
-        elif l % CHUNK:
-            t = F.pad(t, (0, 0, 0, -l % CHUNK))
-        split = torch.empty(c, self.count, b, CHUNK, dtype=self.dtype, device=t.device)
-        return split.copy_(t.unflatten(1, (self.count, CHUNK)).permute(3, 1, 0, 2))
+        elif l % self.chunk:
+            t = F.pad(t, (0, 0, 0, -l % self.chunk))
+        split = torch.empty(c, self.count, b, self.chunk, dtype=self.dtype, device=t.device)
+        return split.copy_(t.unflatten(1, (self.count, self.chunk)).permute(3, 1, 0, 2))
 
     def join(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """(c, q, b, m) to (b, l, c)."""
@@ -99,20 +104,59 @@ def _diagonals(products: Tensor) -> Tensor:
     return skewed.sum(1)[:, m - 1 :]
 
 
-def _start_states(chunks: _Chunks, write: Tensor, over: Tensor, initial_state: Tensor | None) -> Tensor:
-    """The state before each chunk, (c, q, b, n, 2), from ``write`` (c, m, 2 n) and ``over`` (c, 1, n), complex."""
-    c, q, b, m = chunks.x.shape
-    states = torch.bmm(chunks.x.view(c, q * b, m), write).view(c, q, b, -1, 2)  # what each chunk adds
-    views = torch.view_as_complex(states).unbind(1)
-    state = torch.zeros_like(views[0])
-    if initial_state is not None:
-        state.copy_(torch.view_as_complex(initial_state.to(chunks.dtype).contiguous()).transpose(0, 1))
-    for at, added in enumerate(views):
-        if chunks.keep is not None:
-            state = state * chunks.keep[at]
-        before, state = state, torch.addcmul(added, over, state)
-        added.copy_(before)
-    return states
+def pass_states(states: Tensor, over: Tensor, initial_state: Tensor | None, keep: Tensor | None) -> None:
+    """Turn what each chunk adds to the state into the state before it, in place.
+
+    Args:
+        states: (c, q, b, n, 2), contiguous.
+        over: what a state is multiplied with in a chunk, (c, n, 2).
+        initial_state: (c, b, n, 2), or None for zeros.
+        keep: 0 where a chunk begins with an empty state, else 1, (q, b), or None.
+    """
+    before, factor = torch.view_as_complex(states).unbind(1), torch.view_as_complex(over).unsqueeze(1)
+    state = torch.zeros_like(before[0]) if initial_state is None else torch.view_as_complex(initial_state)
+    for at, added in enumerate(before):
+        if keep is not None:
+            state = state * keep[at].unsqueeze(1)
+        start, state = state, torch.addcmul(added, factor, state)
+        added.copy_(start)
+
+
+def pass_gradients(grads: Tensor, over: Tensor, keep: Tensor | None) -> Tensor:
+    """Turn the gradients of what reads the states before the chunks into those of the states after them, in place.
+
+    Shapes as for `pass_states`; returns the gradient of the initial state, (c, b, n, 2).
+    """
+    reads, factor = torch.view_as_complex(grads).unbind(1), torch.view_as_complex(over).unsqueeze(1).conj()
+    state = torch.zeros_like(reads[0])
+    for at, read in reversed(list(enumerate(reads))):
+        after, state = state, torch.addcmul(read, factor, state)
+        if keep is not None:
+            state = state * keep[at].unsqueeze(1)
+        read.copy_(after)
+    return torch.view_as_real(state)
+
+
+class _Tables:
+    """The chunks, the tables as the products take them, and the states before the chunks."""
+
+    def __init__(self, x, taps, powers, initial_state, documents, lengths, passing: PassStates):
+        chunks = self.chunks = _Chunks(x, taps.shape[1], documents, lengths)
+        c, q, b, m = chunks.x.shape
+        self.inputs = chunks.x.view(c, q * b, m)
+        self.matrix = _toeplitz(taps)  # (c, i, j)
+        self.write = powers[:, :, :m].flip(2).transpose(1, 2).reshape(c, m, -1)  # (c, m, 2 n)
+        self.over = powers[:, :, m].contiguous()  # (c, n, 2)
+        # over the tokens of each row's last chunk, (c, b, n)
+        self.partial = torch.view_as_complex(powers[:, :, chunks.partial].transpose(1, 2).contiguous())
+        self.states = torch.bmm(self.inputs, self.write).view(c, q, b, -1, 2)  # what each chunk adds
+        if initial_state is not None:
+            initial_state = initial_state.to(chunks.dtype).transpose(0, 1).contiguous()
+        passing(self.states, self.over, initial_state, chunks.keep)
+
+    def before_last(self) -> Tensor:
+        """The states before the rows' last chunks, (c, b, n), complex."""
+        return torch.view_as_complex(self.states[:, self.chunks.last, self.chunks.rows].contiguous())
 
 
 def modal_conv_fwd(
@@ -123,20 +167,17 @@ def modal_conv_fwd(
     initial_state: Tensor | None,
     documents: Tensor | None,
     lengths: Tensor | None,
+    passing: PassStates = pass_states,
 ) -> tuple[Tensor, Tensor]:
-    """y and the final state; the tables are described at `hf_archs_hyena.modal._modal_conv`."""
-    chunks = _Chunks(x, documents, lengths)
-    (c, q, b, m), n = chunks.x.shape, powers.shape[1]
-    write = powers[:, :, :m].flip(2).transpose(1, 2).reshape(c, m, 2 * n)
-    over = torch.view_as_complex(powers[:, :, m].contiguous()).unsqueeze(1)
-    states = _start_states(chunks, write, over, initial_state)
-    y = torch.bmm(chunks.x.view(c, q * b, m), _toeplitz(taps).transpose(1, 2))
-    y.baddbmm_(states.view(c, q * b, 2 * n), read)
-
-    decayed = torch.view_as_complex(states[:, chunks.last, chunks.rows].contiguous())  # (c, b, n)
-    decayed = decayed * torch.view_as_complex(powers[:, :, chunks.partial].transpose(1, 2).contiguous())
-    final_state = torch.bmm(chunks.at_end(), write).view(c, b, n, 2) + torch.view_as_real(decayed)
-    return chunks.join(y.view(c, q, b, m), x.dtype), final_state.transpose(0, 1).contiguous()
+    """y and the final state; the arguments are described at `hf_archs_hyena.modal._modal_conv`."""
+    tables = _Tables(x, taps, powers, initial_state, documents, lengths, passing)
+    chunks, states = tables.chunks, tables.states
+    c, _, b, n, _ = states.shape
+    y = torch.bmm(tables.inputs, tables.matrix.transpose(1, 2))
+    y.baddbmm_(states.view(c, -1, 2 * n), read)
+    decayed = torch.view_as_real(tables.before_last() * tables.partial)
+    final_state = torch.bmm(chunks.at_end(), tables.write).view(c, b, n, 2) + decayed
+    return chunks.join(y.view_as(chunks.x), x.dtype), final_state.transpose(0, 1).contiguous()
 
 
 def modal_conv_bwd(
@@ -149,52 +190,37 @@ def modal_conv_bwd(
     initial_state: Tensor | None,
     documents: Tensor | None,
     lengths: Tensor | None,
+    passing: PassStates = pass_states,
+    passing_gradients: PassGradients = pass_gradients,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, taps, powers, read and initial_state."""
-    chunks = _Chunks(x, documents, lengths)
-    (c, q, b, m), n = chunks.x.shape, powers.shape[1]
-    write = powers[:, :, :m].flip(2).transpose(1, 2).reshape(c, m, 2 * n)
-    over = torch.view_as_complex(powers[:, :, m].contiguous()).unsqueeze(1)
-    states = _start_states(chunks, write, over, initial_state)
-    inputs, states = chunks.x.view(c, q * b, m), states.view(c, q * b, 2 * n)
-    grad_out = chunks.split(torch.zeros_like(x) if grad_y is None else grad_y).view(c, q * b, m)
-
-    grad_states = torch.bmm(grad_out, read.transpose(1, 2)).view(c, q, b, n, 2)  # of the start states
+    tables = _Tables(x, taps, powers, initial_state, documents, lengths, passing)
+    chunks, inputs, states = tables.chunks, tables.inputs, tables.states
+    (c, _, b, m), n = chunks.x.shape, powers.shape[1]
+    grad_out = chunks.split(torch.zeros_like(x) if grad_y is None else grad_y).view_as(inputs)
     grad_powers = torch.zeros_like(powers)
+    grad_end = None
+    ends = torch.bmm(grad_out, read.transpose(1, 2)).view_as(states)  # so far of what reads the states
     if grad_final_state is not None:
         grad_end = grad_final_state.to(chunks.dtype).transpose(0, 1).contiguous()  # (c, b, n, 2)
         wide = torch.view_as_complex(grad_end)
-        partial = torch.view_as_complex(powers[:, :, chunks.partial].transpose(1, 2).contiguous())
-        before = torch.view_as_complex(states.view(c, q, b, n, 2)[:, chunks.last, chunks.rows].contiguous())
-        grad_states[:, chunks.last, chunks.rows] += torch.view_as_real(partial.conj() * wide)
-        grad_partial = torch.view_as_real(before.conj() * wide).transpose(1, 2)  # (c, n, b, 2)
+        ends[:, chunks.last, chunks.rows] += torch.view_as_real(tables.partial.conj() * wide)
+        grad_partial = torch.view_as_real(tables.before_last().conj() * wide).transpose(1, 2)  # (c, n, b, 2)
         grad_powers.index_add_(2, chunks.partial, grad_partial)
-    state = torch.zeros_like(over).expand(-1, b, -1)
-    for at, grad in reversed(list(enumerate(torch.view_as_complex(grad_states).unbind(1)))):
-        after, state = state, torch.addcmul(grad, over.conj(), state)
-        if chunks.keep is not None:
-            state = state * chunks.keep[at]
-        grad.copy_(after)  # from here on that of the end states
-    ends = grad_states.view(c, q * b, 2 * n)
-
-    wide = torch.view_as_complex(ends.view(c, q * b, n, 2))
-    passed = (torch.view_as_complex(states.view(c, q * b, n, 2)).conj() * wide).sum(1)
+    grad_state = passing_gradients(ends, tables.over, chunks.keep)
+    passed = (torch.view_as_complex(states).conj() * torch.view_as_complex(ends)).sum((1, 2))
     grad_powers[:, :, m] += torch.view_as_real(passed)
+
+    states, ends = states.view(c, -1, 2 * n), ends.view(c, -1, 2 * n)
     grad_read = torch.bmm(states.transpose(1, 2), grad_out)
     grad_taps = _diagonals(torch.bmm(grad_out.transpose(1, 2), inputs))
     grad_write = torch.bmm(inputs.transpose(1, 2), ends)
-    grad_x = torch.bmm(grad_out, _toeplitz(taps))
-    grad_x.baddbmm_(ends, write.transpose(1, 2))
-    grad_x = grad_x.view(c, q, b, m)
-    if grad_final_state is not None:
+    grad_x = torch.bmm(grad_out, tables.matrix)
+    grad_x.baddbmm_(ends, tables.write.transpose(1, 2))
+    grad_x = grad_x.view_as(chunks.x)
+    if grad_end is not None:
         grad_end = grad_end.view(c, b, 2 * n)
         grad_write.baddbmm_(chunks.at_end().transpose(1, 2), grad_end)
-        chunks.add_at_end(grad_x, torch.bmm(grad_end, write.transpose(1, 2)))
+        chunks.add_at_end(grad_x, torch.bmm(grad_end, tables.write.transpose(1, 2)))
     grad_powers[:, :, :m] += grad_write.view(c, m, n, 2).flip(1).transpose(1, 2)
-    return (
-        chunks.join(grad_x, x.dtype),
-        grad_taps,
-        grad_powers,
-        grad_read,
-        torch.view_as_real(state.transpose(0, 1).resolve_conj().contiguous()),
-    )
+    return chunks.join(grad_x, x.dtype), grad_taps, grad_powers, grad_read, grad_state.transpose(0, 1)

@@ -429,8 +429,9 @@ def aot_specs() -> list[KernelSpec]:
             (_matrix_kernel, MATRIX_CONFIGS[place], True),
             (_matrix_sums_kernel, MATRIX_CONFIGS[place], None),
         ):
-            given = {"TAPS": taps, "REVERSED": backwards, "GROUP": 16, "WIDE": 16, "SPAN": SPAN, "TILES": TILES}
-            given |= {"PRECISION": precisions[dtype]} | config
+            wide = 16 if everything or taps < 128 else config.get("COLUMNS")
+            given: dict[str, object] = {"TAPS": taps, "REVERSED": backwards, "GROUP": wide, "WIDE": wide}
+            given |= {"SPAN": SPAN, "TILES": TILES, "PRECISION": precisions[dtype], **config}
             if everything:
                 given["COLUMNS"] = 16
             else:

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_archs.backend import use_backend
 from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_distance
+from hf_archs_hyena import modal_triton
 from hf_archs_hyena.modal import modal_conv, modal_conv_reference, modal_powers, modal_state, modal_taps
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -109,6 +110,27 @@ def arguments(case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"l{c[0]}-n{c[1]}")
 def test_portable_is_the_reference(case, dtype):
     check_op(portable, modal_conv_reference, *arguments(case, dtype))
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [(0, "float32"), (2, "float16"), (4, "float32"), (5, "float16"), (6, "float32"), (7, "float32")]
+)
+def test_triton_is_the_reference(case, dtype):
+    check_op(on("triton"), modal_conv_reference, *arguments(CASES[case], getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("config", modal_triton.CONFIGS)
+def test_every_triton_config(config, monkeypatch):
+    """More states than a program holds, more chunks than are fetched at once."""
+    monkeypatch.setattr(modal_triton, "CONFIGS", [config])
+    tensors = make(b=3, l=64 * 9 + 5, c=2, n=20)
+    chosen = {"seq_idx": (torch.rand(3, 64 * 9 + 5) < 0.01).cumsum(1)}
+    check_op(on("triton"), modal_conv_reference, tensors, chosen)
+
+
+def test_triton_hands_float64_on():
+    tensors = make(l=9, dtype=torch.float64)
+    assert torch.equal(on("triton")(**tensors)[0], portable(**tensors)[0])
 
 
 @pytest.mark.parametrize("l", [1, 5, 70])

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_archs.backend import use_backend
 from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_distance
-from hf_archs_hyena import toeplitz_conv_portable
+from hf_archs_hyena import toeplitz_conv_portable, toeplitz_conv_triton
 from hf_archs_hyena.toeplitz_conv import toeplitz_conv, toeplitz_conv_reference
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -110,6 +110,53 @@ def test_portable(case, dtype, monkeypatch):
     monkeypatch.setattr(toeplitz_conv_portable, "SPECTRA_ELEMENTS", 8000)
     with use_backend("portable"):
         check(*arguments(case, dtype))
+
+
+# length, taps, channels, groups, bias, state, packed, padded; from 16 channels a group as products of tiles
+TRITON_CASES = [
+    (2, 128, 6, 6, False, True, True, True),
+    (65, 16, 6, 1, True, True, True, False),
+    (130, 7, 6, 3, True, False, False, False),
+    (300, 3, 4, 4, True, True, True, True),
+    (2, 5, 16, 1, True, True, True, True),
+    (65, 40, 40, 2, False, True, True, False),
+    (130, 128, 32, 2, True, False, False, True),
+    (300, 1, 90, 1, True, False, False, False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", TRITON_CASES, ids=str)
+def test_triton(case, dtype):
+    with use_backend("triton"):
+        check(*arguments(case, dtype))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_triton_config(packed):
+    """Over several tiles in every direction, which nothing divides."""
+    for channels, configs, sum_configs in (
+        (70, toeplitz_conv_triton.SHIFT_CONFIGS, toeplitz_conv_triton.SUM_CONFIGS),
+        (140, toeplitz_conv_triton.MATRIX_CONFIGS, toeplitz_conv_triton.MATRIX_CONFIGS),
+    ):
+        tensors = inputs(70, 40, channels=channels, groups=2 if channels == 140 else 14)
+        number = documents(70).cumsum(1, dtype=torch.int32) if packed else None
+        grad_y = torch.randn_like(tensors["x"])
+        expected = toeplitz_conv_portable.toeplitz_conv_fwd(*tensors.values(), number)
+        gradients = toeplitz_conv_portable.toeplitz_conv_bwd(grad_y, *tensors.values(), number)
+        for config, sum_config in zip(configs, sum_configs, strict=True):
+            found = toeplitz_conv_triton.toeplitz_conv_fwd(*tensors.values(), number, config)
+            assert relative_distance(found, expected) < 1e-6
+            found = toeplitz_conv_triton.toeplitz_conv_bwd(grad_y, *tensors.values(), number, config, sum_config)
+            for a, b in zip(found, gradients, strict=True):
+                assert relative_distance(a, b) < 2e-6
+
+
+def test_triton_hands_float64_on():
+    tensors = {k: v.double() for k, v in inputs(9).items()}
+    with use_backend("triton"):
+        found = toeplitz_conv(**tensors)
+    assert torch.equal(found[0], toeplitz_conv(**tensors)[0])
 
 
 @pytest.mark.parametrize("backend", ["reference", "portable"])
