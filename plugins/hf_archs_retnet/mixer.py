@@ -86,10 +86,12 @@ def angles(position: torch.Tensor, key_dim: int, rotary: str, dtype: torch.dtype
     """
     # whole turns are taken off in float64: in float32 an angle at token 10,000 has lost four digits
     wide = dtype if position.device.type == "mps" else torch.float64
-    pairs = torch.arange(key_dim // 2, device=position.device, dtype=wide)
-    last = key_dim // 2 if rotary == "half" else max(key_dim // 2 - 1, 1)  # whose exponent would be 1, or is
-    turns = torch.exp2(pairs * (-math.log2(10000.0) / last) - math.log2(2 * math.pi)) * position[:, :, None, None]
-    return ((turns - turns.floor()) * (2 * math.pi)).to(dtype)
+    pairs = key_dim // 2
+    last = pairs if rotary == "half" else max(pairs - 1, 1)  # whose exponent would be 1, or is
+    # few calls, since each of them counts in a decode step
+    slowest = math.log10(2 * math.pi) + 4 * (pairs - 1) / last
+    turns = torch.logspace(-math.log10(2 * math.pi), -slowest, pairs, dtype=wide, device=position.device)
+    return (turns * position[:, :, None, None]).frac_().mul_(2 * math.pi).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary: str) -> torch.Tensor:
@@ -127,7 +129,7 @@ class RetNetMixer(nn.Module):
     ) -> torch.Tensor:
         before = {name: None if state is None else state.get(name) for name in ("position", "retention")}
         q, k, v = (
-            projection(hidden_states).unflatten(-1, (self.config.num_heads, -1))
+            projection(hidden_states).view(*hidden_states.shape[:2], self.config.num_heads, -1)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         position = positions(k.shape[1], before["position"], seq_idx, k.device)

@@ -75,8 +75,7 @@ def _norm_gate(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, gate_
         product = _ACTIVATIONS[gate_fn](z.to(dtype)).mul_(wide)
         if weight is not None:
             product.mul_(weight)
-        torch.mul(product, _scale(wide, eps), out=product)
-        out.copy_(product)
+        torch.mul(product, _scale(wide, eps), out=out)
     return y
 
 
@@ -103,7 +102,7 @@ def _norm_gate_backward(
         out_z.copy_(activation_backward(of_act, z))
         # of x, with n = scale x and its gradient h: scale (h - n mean(h n))
         along = torch.linalg.vecdot(gated, normed).div_(x.shape[-1]).unsqueeze(-1)
-        out_x.copy_(gated.addcmul_(normed, along, value=-1).mul_(scale))
+        torch.mul(gated.addcmul_(normed, along, value=-1), scale, out=out_x)
     return grad_x, grad_gate, x.new_empty(0) if weight is None else grad_weight.to(weight.dtype)
 
 

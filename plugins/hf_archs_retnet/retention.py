@@ -19,7 +19,7 @@ def multi_scale_log_decay(heads: int, device: torch.device | None = None, dtype:
 
     Far heads decay by less than what float32 can tell from 1, so the decay itself is never formed.
     """
-    return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, device=device, dtype=dtype)))
+    return torch.log1p(-torch.logspace(-5, -4 - heads, heads, base=2, device=device, dtype=dtype))
 
 
 def retention(
