@@ -147,7 +147,7 @@ class ArchHyenaConfig(ArchConfig, HyenaFields, MLPConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which depends on the fields here
         """How the layers are sharded. Convolutions run on every rank: what is between the projections is small."""
         projections = ("gate_proj", "up_proj") if self.gated else ("up_proj",)
         return {

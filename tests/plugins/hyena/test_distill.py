@@ -12,18 +12,18 @@ from hf_archs_hyena import distill_filters
 
 def implicit(**fields):
     architecture = hf_archs.get_architecture("hyena")
-    fields = {"hidden_size": 16, "max_positions": 200, "filter_size": 8, **fields}
+    fields = {"hidden_size": 8, "max_positions": 200, "filter_size": 8, **fields}
     return lively(architecture.causal_lm_class, architecture.tiny_config(**fields))
 
 
 def test_the_more_modes_the_closer():
     """The report is the error of the taps, and what the model says follows it."""
-    model, ids = implicit(), tokens(2, 150)
+    model, ids = implicit(num_hidden_layers=1), tokens(2, 150)
     expected = logits(model, ids)
     far = []
     for modes in (2, 12):
         distilled, errors = distill_filters(model, modes)
-        assert set(errors) == {f"model.layers.{i}.mixer.ssm" for i in range(2)}
+        assert set(errors) == {"model.layers.0.mixer.ssm"}
         for name, error in errors.items():
             truth, fit = (m.get_submodule(name).taps(200).double() for m in (model, distilled))
             assert torch.allclose(error, (fit - truth).norm(dim=1) / truth.norm(dim=1), rtol=1e-2, atol=1e-6)
