@@ -10,6 +10,9 @@ memory traffic: of 128 by 64, they are 256 bytes a token and head each time they
 tokens would take twice as much, and within a chunk of 128 the pairs of tokens are still less work than the states.
 Gradients of q and k are summed over the heads of a group in registers, not in memory.
 
+Where nothing learns the decays, as in RetNet, the backward leaves out all that only their gradient needs: sums of
+float64 that take as many registers as the rest.
+
 Why it is exact: inputs of 16 bits are multiplied as they are and summed in float32; whatever is computed (decayed
 weights, states) is float32, and is cut into three bfloat16 terms that hold all of its bits where the result is kept in
 float32, and into one where it is rounded to 16 bits anyway. Products of float32 inputs are made of six bfloat16
@@ -37,12 +40,13 @@ CHUNK = 128  # tokens between two kept states
 ROWS = 64  # tokens of a tile; `_grad_scores_kernel` and `_grad_decays_kernel` rely on two tiles a chunk
 HEADS = 4  # heads whose decays are summed by one program
 PASSED = 1024  # elements of the state that one program passes on
-# TILE is what a product's result measures, STEP what it sums over at once; both are what fits into the registers. The
+# TILE is what a product's result measures, STEP what it sums over at once; both are what fits into the registers. VALUES
+# is that of results as wide as v, and larger, since for each tile of them the scores of q and k are formed anew. The
 # first config is for inputs of 16 bits, the second for float32 with its products of six terms. Which one runs follows
 # from the dtype alone, so nothing is tuned at run time.
 CONFIGS = [
-    {"TILE": 64, "STEP": 32, "num_warps": 8, "num_stages": 3},
-    {"TILE": 32, "STEP": 16, "num_warps": 8, "num_stages": 2},
+    {"TILE": 64, "VALUES": 128, "STEP": 32, "num_warps": 8, "num_stages": 3},
+    {"TILE": 32, "VALUES": 64, "STEP": 16, "num_warps": 8, "num_stages": 2},
 ]
 STATE_TILE = 64  # of `_chunk_states_kernel`, whose only tile in float32 is the result
 PROGRAMS = 512  # enough of them to fill a large GPU
@@ -697,11 +701,11 @@ class _Launch:
         self.dtype = dtype
         self.q, self.k, self.v = (_dense(t, dtype) for t in (q, k, v))
         config = dict(config or CONFIGS[0 if dtype.itemsize == 2 else 1])
-        tile, self.step = config.pop("TILE"), config.pop("STEP")
+        tile, values, self.step = config.pop("TILE"), config.pop("VALUES"), config.pop("STEP")
         self.common = {"N": n, "P": p, "CHUNK": CHUNK, "PRECISION": _precision()} | config
         sums = {"ROWS": ROWS, "BLOCK_N": _tile(n, self.step), "BLOCK_P": _tile(p, self.step)}
         self.over_pairs = self.common | sums
-        self.over_values = self.common | sums | {"BLOCK_P": _tile(p, tile), "COLUMNS": 2 * self.step}
+        self.over_values = self.common | sums | {"BLOCK_P": _tile(p, values), "COLUMNS": 2 * self.step}
         self.over_keys = self.common | sums | {"BLOCK_N": _tile(n, tile)}
         self.tiles_n = triton.cdiv(n, self.over_keys["BLOCK_N"])
         self.tiles_p = triton.cdiv(p, self.over_values["BLOCK_P"])
@@ -832,11 +836,19 @@ def decay_scan_bwd(
 
 def aot_specs() -> list[KernelSpec]:
     """Every kernel and config, for `hf_archs.kernels.aot`: bfloat16 with large heads, documents and a scale, as in
-    packed training, and float32 with the heads of Mamba-2, without documents."""
+    packed training, and float32 with the heads of Mamba-2, without documents; and both with the largest heads of
+    RetNet, whose decays are constants without a gradient, as far as the kernels differ for them."""
     of_q: dict[str, object] = {"READS": True, "scales": None}
     of_k: dict[str, object] = {"READS": False}
+    Variants = tuple[tuple[Any, str, tuple[int, ...], dict[str, object]], ...]
+    learnt = ("inside", "crossing", "columns", "along", "across")
     specs = []
-    for dtype, config, n, p in (("bf16", CONFIGS[0], 256, 512), ("fp32", CONFIGS[1], 128, 64)):
+    for dtype, config, n, p, constant in (
+        ("bf16", CONFIGS[0], 256, 512, False),
+        ("fp32", CONFIGS[1], 128, 64, False),
+        ("bf16", CONFIGS[0], 256, 512, True),
+        ("fp32", CONFIGS[1], 256, 512, True),
+    ):
         tile, step, warps, stages = config["TILE"], config["STEP"], config["num_warps"], config["num_stages"]
         common: dict[str, object] = {
             "CHUNK": CHUNK,
@@ -846,29 +858,35 @@ def aot_specs() -> list[KernelSpec]:
             "COLUMNS": 2 * step,
         }
         common |= {"N": n, "P": p, "TILES_N": triton.cdiv(n, _tile(n, tile)), "PRECISION": "bf16x6"}
-        if dtype == "fp32":
+        if dtype == "fp32" or constant:
             common["documents"] = None
+        if constant:
+            common |= dict.fromkeys((*learnt, "scales"))
         elementwise, whole = (ROWS, 0, 0, 4, 3), (step, STATE_TILE, STATE_TILE, warps, stages)
-        over_values, over_pairs = (ROWS, step, tile, warps, stages), (ROWS, step, step, warps, stages)
+        over_values, over_pairs = (ROWS, step, config["VALUES"], warps, stages), (ROWS, step, step, warps, stages)
         over_keys = (ROWS, tile, step, warps, stages)
-        variants: tuple[tuple[Any, str, tuple[int, ...], dict[str, object]], ...] = (
+        backward: Variants = (
+            (_pass_states_kernel, ", reversed", elementwise, {"REVERSED": True}),
+            (_grad_scores_kernel, "", over_pairs, {}),
+            (_grad_keys_kernel, "", over_keys, of_k),
+            (_grad_keys_kernel, ", of q", over_keys, of_q),
+        )
+        others: Variants = (
             (_decay_sums_kernel, "", elementwise, {}),
             (_chunk_states_kernel, "", whole, of_k),
             (_chunk_states_kernel, ", of q", whole, of_q),
             (_pass_states_kernel, "", elementwise, {"REVERSED": False, "starts": None, "across": None}),
-            (_pass_states_kernel, ", reversed", elementwise, {"REVERSED": True}),
             (_outputs_kernel, "", over_values, {}),
             (_grad_values_kernel, "", over_values, {}),
-            (_grad_scores_kernel, "", over_pairs, {}),
-            (_grad_keys_kernel, "", over_keys, of_k),
-            (_grad_keys_kernel, ", of q", over_keys, of_q),
             (_grad_decays_kernel, "", elementwise, {}),
         )
-        for kernel, name, (rows, block_n, block_p, kernel_warps, kernel_stages), more in variants:
+        for kernel, name, (rows, block_n, block_p, kernel_warps, kernel_stages), more in (
+            backward if constant else (*others, *backward)
+        ):
             known = common | {"ROWS": rows, "BLOCK_N": _tile(n, block_n), "BLOCK_P": _tile(p, block_p)} | more
             signature = {argument: _kind(argument, known, dtype) for argument in kernel.arg_names}
             constexprs = {argument: known[argument] for argument in signature if argument in known}
-            label = f"{dtype}, keys {n}, values {p}{name}"
+            label = f"{dtype}, keys {n}, values {p}{', constant decays' if constant else ''}{name}"
             specs.append(KernelSpec(kernel, signature, constexprs, kernel_warps, kernel_stages, label))
     return specs
 
