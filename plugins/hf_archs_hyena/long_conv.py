@@ -164,7 +164,7 @@ def long_conv_step(
     window = seen[:, :, seen.shape[2] - reach :]
     taps = reversed_taps[:, reversed_taps.shape[1] - reach :].to(dtype)
     with no_autocast(x):
-        y = torch.einsum("bck,ck->bc", window.to(dtype), taps).unsqueeze(1)
+        y = torch.linalg.vecdot(window.to(dtype), taps).unsqueeze(1)
     if bias is not None:
         y = torch.addcmul(y, v.transpose(1, 2).to(dtype), bias.to(dtype))
     if gate_out is not None:
