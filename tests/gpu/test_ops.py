@@ -11,6 +11,7 @@ from hf_archs.kernels.conv import causal_conv1d_reference
 from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
 from hf_archs.kernels.rms_norm_gated import rms_norm_gated, rms_norm_gated_reference
 from hf_archs.testing.ops import check_op
+from hf_archs_hyena.long_conv import long_conv, long_conv_reference
 from hf_archs_mamba.selective_scan import selective_scan, selective_scan_reference
 from hf_archs_mamba2.ssd_scan import ssd_scan, ssd_scan_reference
 
@@ -91,7 +92,21 @@ def _rms_norm_gated(length, dtype, packed):
     return rms_norm_gated, rms_norm_gated_reference, tensors, {"eps": 1e-5, "group_size": 256}
 
 
-CASES = {f.__name__.lstrip("_"): f for f in (_selective_scan, _ssd_scan, _decay_scan, _causal_conv1d, _rms_norm_gated)}
+def _long_conv(length, dtype, packed):
+    b, c = 2, 100
+    tensors = {name: _randn(b, length, c, dtype=dtype) for name in ("x", "gate_in", "gate_out")}
+    tensors |= {
+        "taps": _randn(c, 200),
+        "bias": _randn(c),
+        "initial_state": _randn(b, c, 40, dtype=dtype),
+    }
+    return long_conv, long_conv_reference, tensors, _boundaries(b, length, packed)
+
+
+CASES = {
+    f.__name__.lstrip("_"): f
+    for f in (_selective_scan, _ssd_scan, _decay_scan, _causal_conv1d, _rms_norm_gated, _long_conv)
+}
 
 
 @pytest.mark.parametrize("packed", [False, True])
