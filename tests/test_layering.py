@@ -23,6 +23,8 @@ BELOW = {
     "hf_archs.configuration": ("hf_archs.registry", "hf_archs.hub", "hf_archs.conversion"),
     "hf_archs.conversion": ("hf_archs.registry",),
 }
+# what of a plugin is about models: the rest are ops (filters are layers between the two, distill makes models)
+MODEL_FILES = ("__init__", "configuration", "mixer", "modeling", "conversion", "bench", "filters", "distill")
 # programs over the library: which architecture they take where none is named, and which peers they measure
 PROGRAMS = {"cli.py", "quickstart.py"}
 # a value that a foreign checkpoint format leaves out
@@ -87,7 +89,7 @@ def test_nothing_imports_what_stands_above_it(below):
 def test_ops_import_no_models(plugin):
     """The ops of a plugin can be used, and tested, without transformers."""
     for file in sorted((REPOSITORY / "plugins" / plugin).rglob("*.py")):
-        if file.stem not in ("__init__", "configuration", "mixer", "modeling", "conversion", "bench"):
+        if file.stem not in MODEL_FILES:
             for name in imports(file):
                 assert not within(name, "transformers", "hf_archs.backbone", "hf_archs.cache"), f"{file}: {name}"
                 assert not within(name, *(f"{plugin}.{x}" for x in ("configuration", "mixer", "modeling"))), file
