@@ -281,7 +281,7 @@ def _genome(options: Options, console: Console) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
 
     console.print(f"[bold]1[/] Markov models on {len(bases):,} bases")
-    markov = {order: dna.markov_bits(bases, held_out, order) for order in range(1, 13)}
+    markov = {str(order): dna.markov_bits(bases, held_out, order) for order in range(1, 13)}
     console.print(f"[bold]2[/] {options.arch} of {parameters:,} parameters on both strands of them")
     model = _new_model(config, options.seed)
     losses, seconds = _train(model, tokenizer, rows, options, options.steps, options.learning_rate)

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 from peft import PeftModel
 from rich.console import Console
@@ -154,3 +155,58 @@ def test_every_architecture_has_a_first_size_for_the_quickstart(name):
     config = checkpoints.sized_config(hf_archs.get_architecture(name), None, {})
     assert 2e6 < checkpoints.check_memory(config, copies=4) < 6e6
     assert config.vocab_size >= text.SMALLEST_VOCABULARY
+
+
+def test_the_genome_job(tmp_path):
+    """DNA in which every base follows from the two before: a model learns that, and so does a Markov model."""
+    dice = np.random.default_rng(0)
+    letters = [0, 1]
+    for noise in dice.random(20000):
+        letters.append((letters[-1] + letters[-2] + 1) % 4 if noise < 0.9 else int(dice.integers(4)))
+    (tmp_path / "x.fa").write_text(">made\n" + "".join("ACGT"[i] for i in letters))
+    options = Options(
+        task="genome",
+        size="tiny",
+        overrides={"hidden_size": 32},
+        steps=60,
+        batch=4,
+        block=128,
+        data=str(tmp_path / "x.fa"),
+        output=str(tmp_path / "out"),
+    )
+    console = Console(record=True, width=120, file=io.StringIO())
+    summary = quickstart(options, console)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert summary.keys() >= {"arch", "parameters", "seconds", "tokens_per_second", "repositories"}
+    bits = summary["bits_per_base"]
+    assert bits["markov"].keys() == {str(order) for order in range(1, 13)}
+    assert bits["best_markov"] == min(bits["markov"].values()) == bits["markov"]["2"] < 0.8
+    assert bits["model"] < bits["markov"]["1"] - 0.5
+    assert summary["pulled_equals_pushed"] is True
+    assert summary["repositories"] == {"model": "alice/hf-archs-quickstart-mamba"}
+    printed = console.export_text()
+    assert "Markov, order 2 (the best of them)" in printed
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "`hf-archs quickstart --size tiny --steps 60" in card
+    assert "--task genome" in card
+    assert "bits per base" in card
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("ACGT")["input_ids"]) == 4
+    assert (tmp_path / "out" / "loss.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"task": "proteins"}, "task is 'proteins'; allowed are text and genome"),
+        ({"task": "genome", "steps": 0}, "steps is 0; allowed are 1 or more"),
+    ],
+)
+def test_wrong_options(options, said):
+    with pytest.raises(ValueError, match=said):
+        Options(**options)
+
+
+def test_a_missing_genome_is_named_before_anything_is_trained(tmp_path):
+    with pytest.raises(FileNotFoundError, match="apt-get download bowtie-examples"):
+        quickstart(Options(task="genome", size="tiny", data=str(tmp_path / "x.fa"), output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
