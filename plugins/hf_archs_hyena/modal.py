@@ -99,7 +99,7 @@ def modal_state(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     b, l = x.shape[:2]
-    documents, last = _documents(seq_idx, lengths), None
+    documents, last = _documents(seq_idx), None
     ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths.to(torch.int64)
     # x from the row's end backwards, so that x_j weighs p^j in every row, in blocks of _STRIDE
     exporting = torch.compiler.is_exporting()  # exporters cannot cut a symbolic length into blocks
@@ -185,7 +185,7 @@ def modal_conv(
             )
     else:
         y, final_state = _by_chunks(
-            x, log_decay, phase, residues, bias, initial_state, _documents(seq_idx, lengths), lengths, backend
+            x, log_decay, phase, residues, bias, initial_state, _documents(seq_idx), lengths, backend
         )
     return (y if real is None else torch.where(real, y, 0)), final_state
 
@@ -218,7 +218,7 @@ def _check(
             raise ValueError(f"modal_conv: {name} must have shape {shape}, not {tuple(t.shape)}")
 
 
-def _documents(seq_idx: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+def _documents(seq_idx: Tensor | None) -> Tensor | None:
     """The number of documents that began before or at each position, after position 0: (batch, length), int32.
 
     Two positions are in one document where the counts are equal, and the initial state belongs to document 0.
@@ -226,10 +226,8 @@ def _documents(seq_idx: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     if seq_idx is None:
         return None
     position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-    begins = (seq_idx != seq_idx.roll(1, 1)) & (position > 0)
-    if lengths is not None:  # a pad leaves the state as it is, whatever its number
-        begins = begins & (position < lengths.unsqueeze(1))
-    return begins.cumsum(1, dtype=torch.int32)
+    # those that begin at pads come after all that is read
+    return ((seq_idx != seq_idx.roll(1, 1)) & (position > 0)).cumsum(1, dtype=torch.int32)
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
@@ -316,7 +314,7 @@ def _plain(
     """The outputs in ordinary operators, for exporters, which know no others: the filter at full length."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     l, c = x.shape[1:]
-    wide, documents = x.to(dtype), _documents(seq_idx, None)
+    wide, documents = x.to(dtype), _documents(seq_idx)
     taps = modal_taps(log_decay, phase, residues, l).to(dtype)
     if documents is None:
         padded = F.pad(wide.transpose(1, 2), (l - 1, 0))

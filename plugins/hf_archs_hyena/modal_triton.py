@@ -25,7 +25,9 @@ from hf_archs.kernels.aot import KernelSpec
 from hf_archs_hyena import modal_portable as portable
 
 CHUNK = 64  # half the states of 32, and still less work within chunks than between them
-CONFIGS = [{"BLOCK": 32, "num_warps": 1}]  # states of a program: small programs, since each is sequential
+CONFIGS = [
+    {"BLOCK": 32, "num_warps": 1, "num_stages": 2}
+]  # states of a program: small programs, since each is sequential
 
 
 @triton.jit(do_not_specialize=["chunks", "batch"])
@@ -122,10 +124,10 @@ modal_conv_bwd = functools.partial(portable.modal_conv_bwd, passing=pass_states,
 
 def aot_specs() -> list[KernelSpec]:
     """The kernel both ways, without and with documents and an initial state."""
-    specs = []
+    config, specs = CONFIGS[0], []
     for backwards in (False, True):
         for everything in (False, True):
-            constexprs: dict[str, object] = {"MODES": 16, "REVERSED": backwards, "BLOCK": CONFIGS[0]["BLOCK"]}
+            constexprs: dict[str, object] = {"MODES": 16, "REVERSED": backwards, "BLOCK": config["BLOCK"]}
             if not everything:
                 constexprs |= {"keep": None} if backwards else {"keep": None, "first": None}
             signature = {
@@ -133,5 +135,7 @@ def aot_specs() -> list[KernelSpec]:
                 for name in _pass_kernel.arg_names
             }
             label = f"{'backward' if backwards else 'forward'}{' state documents' if everything else ''}"
-            specs.append(KernelSpec(_pass_kernel, signature, constexprs, CONFIGS[0]["num_warps"], 2, label))
+            specs.append(
+                KernelSpec(_pass_kernel, signature, constexprs, config["num_warps"], config["num_stages"], label)
+            )
     return specs

@@ -33,11 +33,17 @@ from hf_archs.kernels.aot import KernelSpec
 SHARED = 16  # channels of a filter from which on tensor cores pay
 # Which config runs follows from the shape and dtype alone: nothing is tuned at run time. The first of each is for 16
 # bits, the second for float32, whose products of six terms need more registers.
-SHIFT_CONFIGS = [{"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4}, {"BLOCK_T": 32, "BLOCK_C": 32, "num_warps": 4}]
-SUM_CONFIGS = [{"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 4}, {"BLOCK_M": 8, "BLOCK_C": 64, "num_warps": 4}]
+SHIFT_CONFIGS = [
+    {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_T": 32, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2},
+]
+SUM_CONFIGS = [  # for many taps and for few
+    {"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_M": 8, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2},
+]
 MATRIX_CONFIGS = [
-    {"BLOCK_I": 64, "BLOCK_J": 32, "COLUMNS": 64, "num_warps": 4},
-    {"BLOCK_I": 32, "BLOCK_J": 32, "COLUMNS": 32, "num_warps": 4},
+    {"BLOCK_I": 64, "BLOCK_J": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_I": 32, "BLOCK_J": 32, "COLUMNS": 32, "num_warps": 4, "num_stages": 1},
 ]
 SPAN = 256  # positions of a program that sums shifted products
 TILES = 16  # tiles of positions of a program that sums products of tiles
@@ -445,5 +451,5 @@ def aot_specs() -> list[KernelSpec]:
             }
             way = "" if backwards is None else " backward" if backwards else " forward"
             label = f"{dtype} {taps} taps{way}{' bias documents' if everything else ''}"
-            specs.append(KernelSpec(kernel, signature, constexprs, config["num_warps"], num_stages=2, label=label))
+            specs.append(KernelSpec(kernel, signature, constexprs, config["num_warps"], config["num_stages"], label))
     return specs

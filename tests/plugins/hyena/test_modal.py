@@ -225,9 +225,9 @@ def test_taps_are_the_modal_sum(l):
 
 def test_taps_far_out_keep_their_digits():
     """float32 would have three digits of the angle left at tap 100,000."""
-    poles = {"log_decay": torch.full((1, 1), -13.0), "phase": torch.full((1, 1), 3.0)}
+    poles = {"log_decay": torch.full((1, 1), -13.0), "phase": torch.full((1, 1), 2.9)}
     taps = modal_taps(**poles, residues=torch.tensor([[[1.0, 0.0]]]), length=100_001)[0]
-    exact = torch.exp(-torch.exp(torch.tensor(-13.0).double()) * 1e5) * torch.cos(torch.tensor(3.0).double() * 1e5)
+    exact = torch.exp(-torch.exp(torch.tensor(-13.0).double()) * 1e5) * torch.cos(torch.tensor(2.9).double() * 1e5)
     assert abs(taps[100_000].double() - exact) < 1e-6
 
 

@@ -114,33 +114,34 @@ def test_portable(case, dtype, monkeypatch):
 
 # length, taps, channels, groups, bias, state, packed, padded; from 16 channels a group as products of tiles
 TRITON_CASES = [
-    (2, 128, 6, 6, False, True, True, True),
-    (65, 16, 6, 1, True, True, True, False),
-    (130, 7, 6, 3, True, False, False, False),
-    (300, 3, 4, 4, True, True, True, True),
-    (2, 5, 16, 1, True, True, True, True),
-    (65, 40, 40, 2, False, True, True, False),
-    (130, 128, 32, 2, True, False, False, True),
-    (300, 1, 90, 1, True, False, False, False),
+    ("float32", (2, 20, 6, 6, False, True, True, True)),
+    ("float16", (35, 9, 6, 1, True, True, True, False)),
+    ("float32", (40, 7, 6, 3, True, False, False, False)),
+    ("float32", (50, 2, 4, 4, True, True, True, True)),
+    ("float16", (2, 5, 16, 1, True, True, True, True)),
+    ("float32", (65, 40, 40, 2, False, True, True, False)),
+    ("float16", (130, 128, 16, 1, True, False, False, True)),
+    ("float32", (150, 1, 90, 1, True, False, False, False)),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", TRITON_CASES, ids=str)
-def test_triton(case, dtype):
+@pytest.mark.parametrize(("dtype", "case"), TRITON_CASES, ids=str)
+def test_triton(dtype, case, monkeypatch):
+    monkeypatch.setattr(toeplitz_conv_triton, "SPAN", 16)  # several in a row
+    monkeypatch.setattr(toeplitz_conv_triton, "TILES", 2)
     with use_backend("triton"):
-        check(*arguments(case, dtype))
+        check(*arguments(case, getattr(torch, dtype)))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_triton_config(packed):
     """Over several tiles in every direction, which nothing divides."""
-    for channels, configs, sum_configs in (
-        (70, toeplitz_conv_triton.SHIFT_CONFIGS, toeplitz_conv_triton.SUM_CONFIGS),
-        (140, toeplitz_conv_triton.MATRIX_CONFIGS, toeplitz_conv_triton.MATRIX_CONFIGS),
+    for channels, taps, configs, sum_configs in (
+        (70, 10, toeplitz_conv_triton.SHIFT_CONFIGS, toeplitz_conv_triton.SUM_CONFIGS),
+        (140, 40, toeplitz_conv_triton.MATRIX_CONFIGS, toeplitz_conv_triton.MATRIX_CONFIGS),
     ):
-        tensors = inputs(70, 40, channels=channels, groups=2 if channels == 140 else 14)
-        number = documents(70).cumsum(1, dtype=torch.int32) if packed else None
+        tensors = inputs(70, taps, 1, channels, groups=2 if channels == 140 else 14)
+        number = documents(70, 1).cumsum(1, dtype=torch.int32) if packed else None
         grad_y = torch.randn_like(tensors["x"])
         expected = toeplitz_conv_portable.toeplitz_conv_fwd(*tensors.values(), number)
         gradients = toeplitz_conv_portable.toeplitz_conv_bwd(grad_y, *tensors.values(), number)
