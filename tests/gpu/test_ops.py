@@ -14,6 +14,7 @@ from hf_archs.testing.ops import check_op
 from hf_archs_hyena.long_conv import long_conv, long_conv_reference
 from hf_archs_mamba.selective_scan import selective_scan, selective_scan_reference
 from hf_archs_mamba2.ssd_scan import ssd_scan, ssd_scan_reference
+from hf_archs_retnet import retention, retention_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -72,6 +73,17 @@ def _decay_scan(length, dtype, packed):
     return decay_scan, decay_scan_reference, tensors, _boundaries(b, length, packed)
 
 
+def _retention(length, dtype, packed):
+    b, h, p, n = 1, 2, 512, 256  # decays that nothing learns: the backward has less to do
+    tensors = {
+        "q": _randn(b, length, h, n, dtype=dtype),
+        "k": _randn(b, length, h, n, dtype=dtype),
+        "v": _randn(b, length, h, p, dtype=dtype),
+        "initial_state": _randn(b, h, p, n),
+    }
+    return retention, retention_reference, tensors, _boundaries(b, length, packed)
+
+
 def _causal_conv1d(length, dtype, packed):
     b, c, w = 2, 200, 4
     tensors = {
@@ -105,7 +117,7 @@ def _long_conv(length, dtype, packed):
 
 CASES = {
     f.__name__.lstrip("_"): f
-    for f in (_selective_scan, _ssd_scan, _decay_scan, _causal_conv1d, _rms_norm_gated, _long_conv)
+    for f in (_selective_scan, _ssd_scan, _decay_scan, _retention, _causal_conv1d, _rms_norm_gated, _long_conv)
 }
 
 
