@@ -159,7 +159,7 @@ class ImplicitFilter(HyenaFilter):
         *hidden, last = self.layers
         for layer in hidden:
             z = self.sine(layer(z.to(self.deltas.dtype)))
-        window = torch.exp(-t * self.deltas[0].abs()) + self.config.filter_shift
+        window = torch.exp(t * -self.deltas[0].abs()) + self.config.filter_shift
         return (last(z) * window).t()
 
     def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> tuple[torch.Tensor, bool]:
