@@ -40,8 +40,8 @@ CHUNK = 128  # tokens between two kept states
 ROWS = 64  # tokens of a tile; `_grad_scores_kernel` and `_grad_decays_kernel` rely on two tiles a chunk
 HEADS = 4  # heads whose decays are summed by one program
 PASSED = 1024  # elements of the state that one program passes on
-# TILE is what a product's result measures, STEP what it sums over at once; both are what fits into the registers. VALUES
-# is that of results as wide as v, and larger, since for each tile of them the scores of q and k are formed anew. The
+# TILE is what a product's result measures, STEP what it sums over at once; both are what fits into the registers.
+# VALUES is that of results as wide as v: larger, since for each tile of them the scores of q and k are formed anew. The
 # first config is for inputs of 16 bits, the second for float32 with its products of six terms. Which one runs follows
 # from the dtype alone, so nothing is tuned at run time.
 CONFIGS = [
