@@ -3,7 +3,7 @@
 Where a filter has few channels to itself, a tile of positions and channels takes one multiply-add for each tap: x comes
 from device memory once and its shifted copies from the L1 cache, the channels along the threads so that each row of a
 tile is one coalesced read. For the gradient of the taps a program walks through a span of positions with the sums of
-up to 32 taps in registers, and writes them once.
+up to 16 taps in registers, and writes them once.
 
 Where 16 channels or more share a filter, a tile of outputs is a product of Toeplitz tiles, made from the filter as they
 are needed, with tiles of x, on tensor cores (Ku et al. 2025, section 3). A product with few channels would waste them,
@@ -38,15 +38,15 @@ SHIFT_CONFIGS = [
     {"BLOCK_T": 32, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2},
 ]
 SUM_CONFIGS = [  # for many taps and for few
-    {"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 8, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2},
 ]
 MATRIX_CONFIGS = [
     {"BLOCK_I": 64, "BLOCK_J": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
     {"BLOCK_I": 32, "BLOCK_J": 32, "COLUMNS": 32, "num_warps": 4, "num_stages": 1},
 ]
-SPAN = 256  # positions of a program that sums shifted products
-TILES = 16  # tiles of positions of a program that sums products of tiles
+PROGRAMS = 2048  # that fill a large GPU. More would only write more sums of the gradient of the taps
+SPAN = 256  # the fewest positions that a program sums over
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _shift_kernel(
     tl.store(out + written[:, None] * channels + c[None, :], total, (written < outputs)[:, None] & fits)
 
 
-@triton.jit(do_not_specialize=["length", "inputs", "before"])
+@triton.jit(do_not_specialize=["length", "inputs", "before", "span"])
 def _shift_sums_kernel(
     rows,  # (b, inputs, c)
     grad_y,  # (b, l, c)
@@ -123,15 +123,15 @@ def _shift_sums_kernel(
     inputs,
     before,
     channels,
+    span,  # positions of a program
     TAPS: tl.constexpr,
-    SPAN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """``sum_t g_t x_{t - m}`` over the positions of a span."""
-    spans = tl.cdiv(length, SPAN)
+    spans = tl.cdiv(length, span)
     b = (tl.program_id(0) // spans).to(tl.int64)
-    start = tl.program_id(0) % spans * SPAN
+    start = tl.program_id(0) % spans * span
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     fits = c < channels
@@ -140,7 +140,7 @@ def _shift_sums_kernel(
     if documents is not None:
         documents += b * length
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for t in range(start, tl.minimum(start + SPAN, length)):
+    for t in range(start, tl.minimum(start + span, length)):
         place = before + t - m
         seen = (place >= 0) & (m < TAPS)
         if documents is not None:
@@ -230,7 +230,7 @@ def _matrix_kernel(
     tl.store(out + written.to(tl.int64) * channels + c[None, :], total, (written < outputs) & fits[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "inputs", "before"])
+@triton.jit(do_not_specialize=["length", "inputs", "before", "span"])
 def _matrix_sums_kernel(
     rows,
     grad_y,
@@ -240,17 +240,17 @@ def _matrix_sums_kernel(
     inputs,
     before,
     channels,
+    span,
     TAPS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDE: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``sum g_i x_j`` over the channels of a group and the tiles of a span, by the tile's outputs i and inputs j."""
     BLOCKS: tl.constexpr = (BLOCK_I + TAPS - 1 + BLOCK_J - 1) // BLOCK_J
-    spans = tl.cdiv(length, BLOCK_I * TILES)
+    spans = tl.cdiv(length, span)
     b = (tl.program_id(0) // spans).to(tl.int64)
     group, block = tl.program_id(1), tl.program_id(2)
     i = tl.arange(0, BLOCK_I)
@@ -260,8 +260,8 @@ def _matrix_sums_kernel(
     if documents is not None:
         documents += b * length
     total = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
-    for step in range(TILES):
-        start = (tl.program_id(0) % spans * TILES + step) * BLOCK_I
+    begin = tl.program_id(0) % spans * span
+    for start in range(begin, begin + span, BLOCK_I):
         product = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
         for part in range(0, GROUP, WIDE):
             c = part + tl.arange(0, WIDE)
@@ -296,6 +296,12 @@ def _rows(x: Tensor, initial_state: Tensor | None) -> tuple[Tensor, int]:
     if initial_state is None:
         return x.contiguous(), 0
     return torch.cat([initial_state.transpose(1, 2).to(x.dtype), x], dim=1), initial_state.shape[2]
+
+
+def _span(length: int, programs: int) -> int:
+    """Positions of a program that sums, where each span of all rows has ``programs``; a multiple of `SPAN`."""
+    spans = triton.cdiv(PROGRAMS, programs)
+    return SPAN * triton.cdiv(length, SPAN * min(spans, triton.cdiv(length, SPAN)))
 
 
 def _convolve(
@@ -379,10 +385,11 @@ def toeplitz_conv_bwd(
     grad_bias = None
     if c // groups < SHARED:
         sum_config = sum_config or SUM_CONFIGS[0 if k > 8 else 1]
-        spans = b * triton.cdiv(l, SPAN)
+        parts = triton.cdiv(c, sum_config["BLOCK_C"]), triton.cdiv(k, sum_config["BLOCK_M"])
+        span = _span(l, b * parts[0] * parts[1])
+        spans = b * triton.cdiv(l, span)
         sums = torch.empty(spans, k, c, dtype=torch.float32, device=x.device)
-        grid = (spans, triton.cdiv(c, sum_config["BLOCK_C"]), triton.cdiv(k, sum_config["BLOCK_M"]))
-        _shift_sums_kernel[grid](rows, grad_y, documents, sums, l, inputs, before, c, k, SPAN, **sum_config)
+        _shift_sums_kernel[spans, *parts](rows, grad_y, documents, sums, l, inputs, before, c, span, k, **sum_config)
         by_channel = sums.sum(0)  # (k, c)
         grad_taps = by_channel.unflatten(1, (groups, -1)).sum(2).t()
         grad_bias = by_channel[0]
@@ -390,7 +397,9 @@ def toeplitz_conv_bwd(
         sum_config = _config(MATRIX_CONFIGS, x.dtype, sum_config)
         wide = min(sum_config.pop("COLUMNS"), triton.next_power_of_2(c // groups))
         block_i, block_j = sum_config["BLOCK_I"], sum_config["BLOCK_J"]
-        spans, blocks = b * triton.cdiv(l, block_i * TILES), triton.cdiv(block_i + k - 1, block_j)
+        blocks = triton.cdiv(block_i + k - 1, block_j)
+        span = _span(l, b * groups * blocks)
+        spans = b * triton.cdiv(l, span)
         sums = torch.empty(spans, groups, blocks, block_i, block_j, dtype=torch.float32, device=x.device)
         _matrix_sums_kernel[spans, groups, blocks](
             rows,
@@ -401,10 +410,10 @@ def toeplitz_conv_bwd(
             inputs,
             before,
             c,
+            span,
             k,
             c // groups,
             wide,
-            TILES,
             PRECISION=_precision(x.dtype),
             **sum_config,
         )
@@ -437,7 +446,7 @@ def aot_specs() -> list[KernelSpec]:
         ):
             wide = 16 if everything or taps < 128 else config.get("COLUMNS")
             given: dict[str, object] = {"TAPS": taps, "REVERSED": backwards, "GROUP": wide, "WIDE": wide}
-            given |= {"SPAN": SPAN, "TILES": TILES, "PRECISION": precisions[dtype], **config}
+            given |= {"PRECISION": precisions[dtype], **config}
             if everything:
                 given["COLUMNS"] = 16
             else:

@@ -1,5 +1,7 @@
 """`toeplitz_conv`: every implementation against the reference, and the reference against a Toeplitz matrix."""
 
+import itertools
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -127,8 +129,7 @@ TRITON_CASES = [
 
 @pytest.mark.parametrize(("dtype", "case"), TRITON_CASES, ids=str)
 def test_triton(dtype, case, monkeypatch):
-    monkeypatch.setattr(toeplitz_conv_triton, "SPAN", 16)  # several in a row
-    monkeypatch.setattr(toeplitz_conv_triton, "TILES", 2)
+    monkeypatch.setattr(toeplitz_conv_triton, "SPAN", 64)  # several in a row
     with use_backend("triton"):
         check(*arguments(case, getattr(torch, dtype)))
 
@@ -151,6 +152,14 @@ def test_every_triton_config(packed):
             found = toeplitz_conv_triton.toeplitz_conv_bwd(grad_y, *tensors.values(), number, config, sum_config)
             for a, b in zip(found, gradients, strict=True):
                 assert relative_distance(a, b) < 2e-6
+
+
+def test_spans_cover_the_length_and_stay_few():
+    for length, programs in itertools.product((1, 255, 257, 4000, 131072), (1, 100, 5000)):
+        span = toeplitz_conv_triton._span(length, programs)
+        spans = -(-length // span)
+        assert span % toeplitz_conv_triton.SPAN == 0
+        assert spans == 1 or (spans - 1) * programs < toeplitz_conv_triton.PROGRAMS
 
 
 def test_triton_hands_float64_on():
