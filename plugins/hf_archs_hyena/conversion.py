@@ -67,7 +67,7 @@ HYENADNA = HyenaDNAFormat(
         "mixer.ssm.bias": "mixer.filter_fn.bias",
         "mixer.ssm.z": "mixer.filter_fn.pos_emb.z",
         "mixer.ssm.deltas": "mixer.filter_fn.modulation.deltas",
-        "mixer.ssm.sine.freq": "mixer.filter_fn.implicit_filter.1.freq",
+        "mixer.ssm.freq": "mixer.filter_fn.implicit_filter.1.freq",
         **{
             f"mixer.ssm.layers.{i}.{x}": f"mixer.filter_fn.implicit_filter.{2 * i}.{x}"
             for i in _FILTER_LAYERS
@@ -75,9 +75,7 @@ HYENADNA = HyenaDNAFormat(
         },
     },
     # one and the same parameter: files have it once or as often as it is used
-    layer_aliases={
-        f"mixer.filter_fn.implicit_filter.{2 * i + 1}.freq": "mixer.ssm.sine.freq" for i in _FILTER_LAYERS[1:]
-    },
+    layer_aliases={f"mixer.filter_fn.implicit_filter.{2 * i + 1}.freq": "mixer.ssm.freq" for i in _FILTER_LAYERS[1:]},
     defaults={
         "model_type": "hyenadna",
         "architectures": ["HyenaDNAForCausalLM"],

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from hf_archs.backend import backend_for
@@ -24,6 +25,7 @@ from hf_archs_hyena.toeplitz_conv import toeplitz_conv
 
 Once = Callable[[str, Callable[[], torch.Tensor]], torch.Tensor]
 
+LONG = 2**15  # taps
 WINDOW_END = 1e-2  # what a window has fallen to after `fast_decay` and `slow_decay`
 
 
@@ -96,21 +98,6 @@ class HyenaFilter(nn.Module, ABC):
         """One convolution, of the channels ``part``, between its gates."""
 
 
-class Sine(nn.Module):
-    """``sin(freq x)`` with a learned frequency for each channel."""
-
-    def __init__(self, config: HyenaMixerConfig):
-        super().__init__()
-        self.initial = config.filter_frequency
-        self.freq = nn.Parameter(torch.empty(1, config.filter_size))
-
-    def init_weights(self) -> None:
-        init.constant_(self.freq, self.initial)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.sin(self.freq * x)
-
-
 class ImplicitFilter(HyenaFilter):
     """Taps from a network of the lag (Poli et al. 2023, section 3.3): ``FFN(features(t)) (exp(-t |delta|) + shift)``.
 
@@ -126,7 +113,7 @@ class ImplicitFilter(HyenaFilter):
         self.z = None
         if config.learned_positions:
             self.z = nn.Parameter(torch.empty(1, config.max_positions, features))
-        self.sine = Sine(config)
+        self.freq = nn.Parameter(torch.empty(1, config.filter_size))  # of every sine, as in HyenaDNA
         width = config.filter_size
         inputs = [features] + [width] * config.filter_layers
         self.layers = nn.ModuleList(nn.Linear(size, width) for size in inputs)
@@ -134,8 +121,9 @@ class ImplicitFilter(HyenaFilter):
 
     def init_weights(self) -> None:
         """As safari does, but for the network, whose first layers have PyTorch's own initial values."""
-        init.normal_(self.bias)
         config, device = self.config, self.deltas.device
+        init.normal_(self.bias)
+        init.constant_(self.freq, config.filter_frequency)
         slow, fast = (math.log(WINDOW_END) / part for part in (config.slow_decay, config.fast_decay))
         init.copy_(self.deltas, torch.linspace(slow, fast, config.filter_channels, device=device).expand(1, 1, -1))
         if self.z is not None:
@@ -153,12 +141,20 @@ class ImplicitFilter(HyenaFilter):
         return torch.cat([t, torch.cos(angle), -torch.sin(angle)], dim=1), t
 
     def taps(self, length: int) -> torch.Tensor:
+        if length < LONG or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._taps(length)
+        # the network's activations would take more memory than the rest of the mixer's: compute them again
+        taps = checkpoint(self._taps, length, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(taps, torch.Tensor)
+        return taps
+
+    def _taps(self, length: int) -> torch.Tensor:
         z, t = self._features(length)
         if self.z is not None:
             z = self.z[0, :length]
         *hidden, last = self.layers
         for layer in hidden:
-            z = self.sine(layer(z.to(self.deltas.dtype)))
+            z = torch.sin(self.freq * layer(z.to(self.deltas.dtype)))
         window = torch.exp(t * -self.deltas[0].abs()) + self.config.filter_shift
         return (last(z) * window).t()
 
@@ -201,10 +197,10 @@ class ExplicitFilter(HyenaFilter):
     def __init__(self, config: HyenaMixerConfig):
         super().__init__(config)
         count = config.short_taps if config.filter_type == "short" else config.medium_taps
-        self.weight = nn.Parameter(torch.empty(config.filter_channels // config.filter_group_size, count))
+        self.coefficients = nn.Parameter(torch.empty(config.filter_channels // config.filter_group_size, count))
 
     def init_weights(self) -> None:
-        init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        init.kaiming_uniform_(self.coefficients, a=math.sqrt(5))
 
     def taps(self, length: int) -> torch.Tensor:
         taps = self._windowed().repeat_interleave(self.config.filter_group_size, 0)
@@ -215,7 +211,7 @@ class ExplicitFilter(HyenaFilter):
 
     def _windowed(self) -> torch.Tensor:
         config = self.config
-        taps = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        taps = self.coefficients.to(torch.promote_types(self.coefficients.dtype, torch.float32))
         if config.filter_type == "short":
             return taps
         groups, count = taps.shape

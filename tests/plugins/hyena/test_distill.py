@@ -57,7 +57,7 @@ def test_other_filters_stay():
     model = implicit(filter_types=["implicit", "short"])
     distilled, errors = distill_filters(model, 4)
     assert list(errors) == ["model.layers.0.mixer.ssm"]
-    short = "model.layers.1.mixer.ssm.weight"
+    short = "model.layers.1.mixer.ssm.coefficients"
     assert torch.equal(distilled.state_dict()[short], model.state_dict()[short])
 
 

@@ -11,7 +11,8 @@ import hf_archs
 from hf_archs.testing.contract.caching import continued
 from hf_archs.testing.contract.configs import REFUSED
 from hf_archs.testing.contract.generation import generate, greedy
-from hf_archs.testing.contract.models import assert_close, lively, logits, tokens
+from hf_archs.testing.contract.models import assert_all_close, assert_close, gradients, lively, logits, tokens, weighed
+from hf_archs_hyena import filters
 
 KINDS = ("implicit", "modal", "medium", "short")
 
@@ -59,6 +60,17 @@ class TestFilters:
             expected[:, 0] += ssm.bias
         assert_close(y[0].t(), expected, "impulse response")
 
+    def test_long_filters_forget_their_activations(self, monkeypatch):
+        """Taps are computed a second time in the backward, with the same gradients."""
+        model, ids = model_of("implicit"), tokens(1, 40)
+        expected = gradients(model, weighed(model(ids).logits))
+        calls = []
+        model.model.layers[0].mixer.ssm.layers[0].register_forward_hook(lambda *_: calls.append(0))
+        monkeypatch.setattr(filters, "LONG", 40)
+        found = gradients(model, weighed(model(ids).logits))
+        assert len(calls) == 2
+        assert_all_close(found, expected, "gradient", 1e-6)
+
     def test_nothing_beyond_max_positions(self):
         """Texts may be longer than the filters; the lag at which they end is the same however the text comes."""
         model = model_of("implicit", max_positions=20)
@@ -87,7 +99,7 @@ class TestFilters:
     def test_medium_filters_decay(self):
         ssm = model_of("medium", num_hidden_layers=1).model.layers[0].mixer.ssm
         with torch.no_grad():
-            ssm.weight.fill_(1.0)
+            ssm.coefficients.fill_(1.0)
             taps = ssm.taps(128)
         assert (taps.diff(dim=1) < 0).all()
         assert taps[-1, -1] < taps[0, -1] < 0.1
@@ -128,13 +140,13 @@ class TestGeneration:
         """An implicit step runs the filters' network only when there are too few taps; no step transforms."""
         model = model_of("implicit")
         calls = []
-        model.model.layers[0].mixer.ssm.sine.register_forward_hook(lambda *_: calls.append(0))
+        model.model.layers[0].mixer.ssm.layers[0].register_forward_hook(lambda *_: calls.append(0))
         with torch.no_grad():
             cache = model(tokens(1, 200), use_cache=True).past_key_values
             calls.clear()
             for _ in range(40):
                 model(tokens(1, 1), past_key_values=cache)
-        assert len(calls) == 3, "one network of three activations"
+        assert len(calls) == 1
         names = operators(lambda: model(tokens(1, 1), past_key_values=cache))
         assert not [name for name in names if "fft" in name or "sin" in name]
 

@@ -190,7 +190,7 @@ class TestMathematics:
         z = torch.cat([t, torch.cos(-f * w), torch.sin(-f * w)], 1)
         weights = [layer.weight.double() for layer in ssm.layers]
         for layer, weight in zip(ssm.layers[:-1], weights):
-            z = torch.sin(ssm.sine.freq.double() * (z @ weight.t() + layer.bias.double()))
+            z = torch.sin(ssm.freq.double() * (z @ weight.t() + layer.bias.double()))
         deltas = torch.linspace(math.log(1e-2) / 1.5, math.log(1e-2) / 0.3, 64, dtype=torch.float64)
         expected = (z @ weights[-1].t()) * (torch.exp(-t * deltas.abs()) + 0.05)
         assert_close(ssm.taps(n).t(), expected, "taps")
