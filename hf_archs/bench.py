@@ -151,6 +151,7 @@ class Targets:
     step: float | None = None  # training step at 1,024 over Llama's
     long_step: float | None = None  # at 8,192 over Llama's
     growth: float | None = None  # a step at 4,096 over one at 1,024
+    long_growth: float | None = None  # a step at 16,384 over one at 4,096
     native_step: float | None = None  # at 1,024 over the native class's
     prefill: float | None = None  # of 2,048 tokens over the native class's
     decode: float | None = None  # through `generate`, over the native class's
@@ -184,6 +185,7 @@ def model_measures(
     yield Measure(at_1024, "Llama", step(1024), training_step(llama, 1024, device), targets.step)
     yield Measure(at_8192, "Llama", step(8192), training_step(llama, 8192, device), targets.long_step)
     yield Measure(f"{name}: training step at 4,096", "at 1,024", step(4096), step(1024), targets.growth)
+    yield Measure(f"{name}: training step at 16,384", "at 4,096", step(16384), step(4096), targets.long_growth, 3)
     if native is None:
         return
     native.to(device)

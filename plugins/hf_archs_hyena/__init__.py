@@ -52,6 +52,15 @@ register(
         native_formats=(HYENADNA,),
         sizes={
             "4m": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096, "max_positions": 16384},
+            # `hf-archs quickstart --task genome` trains it: explicit taps for near bases, implicit ones for far ones
+            "genome": {
+                "hidden_size": 128,
+                "num_hidden_layers": 4,
+                "intermediate_size": 256,
+                "max_positions": 4096,
+                "filter_types": ["medium", "implicit"],
+                **_DNA,
+            },
             # the published models' sizes (Nguyen et al. 2023, "HyenaDNA")
             "tiny-1k": {"hidden_size": 256, "num_hidden_layers": 2, "max_positions": 1026, **_DNA},
             "small-32k": {"hidden_size": 256, "num_hidden_layers": 4, "max_positions": 32770, **_DNA},

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 
 from hf_archs import bench
-from hf_archs_retnet.configuration import ArchRetNetConfig
-from hf_archs_retnet.modeling import ArchRetNetForCausalLM
 from hf_archs_retnet.retention import retention, retention_parallel
 
 
@@ -52,9 +50,5 @@ def ops(device: torch.device) -> Iterator[bench.Measure]:
 def models(device: torch.device) -> Iterator[bench.Measure]:
     """The whole model."""
     fields: dict[str, Any] = {"num_heads": 4}
-    targets = bench.Targets(step=1.1, long_step=0.5, growth=4.9)
+    targets = bench.Targets(step=1.1, long_step=0.5, long_growth=4.9)
     yield from bench.model_measures("retnet", device, fields, targets)
-    model: Any = ArchRetNetForCausalLM(ArchRetNetConfig(**bench.SIZE, **fields))
-    model.to(device)
-    longer, shorter = (bench.training_step(model, length, device) for length in (16384, 4096))
-    yield bench.Measure("retnet: training step at 16,384", "at 4,096", longer, shorter, target=4.9, pairs=3)
