@@ -22,6 +22,7 @@ BASES = "ACGTN"
 # the order is HyenaDNA's
 SPECIAL_TOKENS = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
 FIRST_BASE = len(SPECIAL_TOKENS)  # the id of A; C, G, T and N follow
+UNKNOWN = b"NRYSWKMBDHV-"  # IUPAC's codes for one of several bases, and gaps
 VOCABULARY = FIRST_BASE + len(BASES)
 
 # Escherichia coli 536, 4,938,920 bases, as Debian's package bowtie-examples brings it
@@ -70,13 +71,14 @@ def dna_tokenizer(add_sep: bool = False, model_max_length: int | None = None) ->
 
 
 def read_fasta(path: str | Path) -> np.ndarray:
-    """The bases of a FASTA file, gzipped or not: 0 to 3 for A, C, G and T, 4 for anything else, (bases,) uint8.
+    """The bases of a FASTA file, gzipped or not: 0 to 3 for A, C, G and T, 4 for an unknown one, (bases,) uint8.
 
-    Several records follow one another, with one unknown base between them.
+    Unknown are N, gaps and IUPAC's codes for one of several bases. Several records follow one another, with one unknown
+    base between them.
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: where it is no FASTA file, or its compression is damaged.
+        ValueError: where it is no FASTA file of DNA, or its compression is damaged.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -87,15 +89,19 @@ def read_fasta(path: str | Path) -> np.ndarray:
             content = gzip.decompress(content)
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"data is {str(path)!r}, which is a damaged gzip file: {error}") from error
-    lines = content.split()
     if not content.lstrip().startswith(b">"):
         raise ValueError(f"data is {str(path)!r}, which is no FASTA file: it does not begin with '>'")
     lines = [b"N" if line.startswith(b">") else line.strip() for line in content.lstrip().splitlines()]
     letters = np.frombuffer(b"".join(lines[1:]).upper(), np.uint8)
-    codes = np.full(256, 4, np.uint8)
+    codes = np.full(256, 255, np.uint8)
+    codes[list(UNKNOWN)] = 4
     for code, base in enumerate(b"ACGT"):
         codes[base] = code
-    return codes[letters]
+    bases = codes[letters]
+    if (bases == 255).any():
+        wrong = chr(letters[int((bases == 255).argmax())])
+        raise ValueError(f"data is {str(path)!r}, which holds {wrong!r}; allowed are A, C, G, T and {UNKNOWN.decode()}")
+    return bases
 
 
 def split(bases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
