@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hf_archs import bench
 from hf_archs_hyena.long_conv import long_conv
+from hf_archs_hyena.modal import modal_conv, modal_taps
+from hf_archs_hyena.toeplitz_conv import toeplitz_conv
 
 
 def _published(x: Any, taps: Any, bias: Any, gate_in: Any, gate_out: Any) -> Any:
@@ -24,8 +27,28 @@ def _ours(**tensors: torch.Tensor) -> torch.Tensor:
     return long_conv(**tensors, need_state=False)[0]
 
 
+def _conv1d(x: Any, taps: Any) -> Any:
+    k, c = taps.shape[1], x.shape[2]
+    y = F.conv1d(F.pad(x.transpose(1, 2), (k - 1, 0)), taps.flip(1).unsqueeze(1).to(x.dtype), groups=c)
+    return y.transpose(1, 2)
+
+
+def _by_taps(x: Any, log_decay: Any, phase: Any, residues: Any) -> Any:
+    taps = modal_taps(log_decay, phase, residues, x.shape[1])
+    return long_conv(x, taps, need_state=False)[0]
+
+
+def _measures(
+    label: str, peer: str, ours: Any, theirs: Any, tensors: dict[str, torch.Tensor], moved: int
+) -> Iterator[bench.Measure]:
+    alone = bench.forward(ours, tensors), bench.forward(theirs, tensors)
+    yield bench.Measure(f"{label}, forward", peer, *alone, bytes_moved=moved)
+    both = bench.forward_backward(ours, tensors), bench.forward_backward(theirs, tensors)
+    yield bench.Measure(f"{label}, forward and backward", peer, *both, bytes_moved=3 * moved)
+
+
 def ops(device: torch.device) -> Iterator[bench.Measure]:
-    """The convolution, forward and with its backward."""
+    """The convolutions, forward and with their backward."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     for b, l, c in [(8, 2048, 1024), (1, 65536, 1024)] if gpu else [(1, 1024, 256), (1, 16384, 256)]:
@@ -33,10 +56,16 @@ def ops(device: torch.device) -> Iterator[bench.Measure]:
         tensors |= {"taps": torch.randn(c, l, device=device), "bias": torch.randn(c, device=device)}
         label = f"long_conv {b} x {l} x {c}"
         moved = sum(t.nbytes for t in tensors.values()) + tensors["x"].nbytes
-        alone = bench.forward(_ours, tensors), bench.forward(_published, tensors)
-        yield bench.Measure(f"{label}, forward", "plain PyTorch", *alone, bytes_moved=moved)
-        both = bench.forward_backward(_ours, tensors), bench.forward_backward(_published, tensors)
-        yield bench.Measure(f"{label}, forward and backward", "plain PyTorch", *both, bytes_moved=3 * moved)
+        yield from _measures(label, "plain PyTorch", _ours, _published, tensors, moved)
+        x = tensors["x"]
+        for k in (7, 128):
+            explicit = {"x": x, "taps": torch.randn(c, k, device=device)}
+            label = f"toeplitz_conv of {k} taps, {b} x {l} x {c}"
+            yield from _measures(label, "conv1d", toeplitz_conv, _conv1d, explicit, 2 * x.nbytes)
+        modal = {"x": x, "log_decay": torch.randn(c, 16, device=device) - 3}
+        modal |= {"phase": torch.rand(c, 16, device=device), "residues": torch.randn(c, 16, 2, device=device)}
+        label = f"modal_conv of 16 modes, {b} x {l} x {c}"
+        yield from _measures(label, "taps and long_conv", modal_conv, _by_taps, modal, 2 * x.nbytes)
 
 
 def models(device: torch.device) -> Iterator[bench.Measure]:

@@ -20,7 +20,7 @@ from transformers import initialization as init
 from hf_archs.backend import backend_for
 from hf_archs_hyena.configuration import HyenaMixerConfig
 from hf_archs_hyena.long_conv import long_conv, long_conv_step, no_autocast
-from hf_archs_hyena.modal import modal_conv, modal_state, modal_taps
+from hf_archs_hyena.modal import modal_conv, modal_taps
 from hf_archs_hyena.toeplitz_conv import toeplitz_conv
 
 Once = Callable[[str, Callable[[], torch.Tensor]], torch.Tensor]
@@ -265,13 +265,12 @@ class ModalFilter(HyenaFilter):
     def taps(self, length: int) -> torch.Tensor:
         return modal_taps(self.log_decay, self.phase, self.residues, length)
 
-    def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> torch.Tensor | None:
-        """The taps where a text begins; what continues one runs the recurrence."""
-        return self.taps(v.shape[1]) if state is None and v.shape[1] > 1 else None
+    def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> None:
+        """Nothing: the recurrence runs on the modes themselves."""
 
     def _convolve(
         self,
-        filters: torch.Tensor | None,
+        filters: None,
         part: slice,
         v: torch.Tensor,
         gate_in: torch.Tensor,
@@ -280,12 +279,9 @@ class ModalFilter(HyenaFilter):
         boundaries: dict[str, Any],  # lengths and seq_idx
         need_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        bias, poles = self.bias[part], (self.log_decay[part], self.phase[part])
-        if filters is None:
-            y, after = modal_conv(v * gate_in, *poles, self.residues[part], bias, initial_state=state, **boundaries)
-            return y if gate_out is None else y * gate_out, after
-        y, _ = long_conv(v, filters[part], bias, gate_in, gate_out, **boundaries, need_state=False)
-        return y, modal_state(v * gate_in, *poles, **boundaries) if need_state else None
+        modes = self.log_decay[part], self.phase[part], self.residues[part]
+        y, after = modal_conv(v * gate_in, *modes, self.bias[part], initial_state=state, **boundaries)
+        return y if gate_out is None else y * gate_out, after
 
 
 FILTERS: dict[str, type[HyenaFilter]] = {

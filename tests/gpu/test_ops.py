@@ -12,6 +12,8 @@ from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
 from hf_archs.kernels.rms_norm_gated import rms_norm_gated, rms_norm_gated_reference
 from hf_archs.testing.ops import check_op
 from hf_archs_hyena.long_conv import long_conv, long_conv_reference
+from hf_archs_hyena.modal import modal_conv, modal_conv_reference
+from hf_archs_hyena.toeplitz_conv import toeplitz_conv, toeplitz_conv_reference
 from hf_archs_mamba.selective_scan import selective_scan, selective_scan_reference
 from hf_archs_mamba2.ssd_scan import ssd_scan, ssd_scan_reference
 from hf_archs_retnet import retention, retention_reference
@@ -115,10 +117,37 @@ def _long_conv(length, dtype, packed):
     return long_conv, long_conv_reference, tensors, _boundaries(b, length, packed)
 
 
-CASES = {
-    f.__name__.lstrip("_"): f
-    for f in (_selective_scan, _ssd_scan, _decay_scan, _retention, _causal_conv1d, _rms_norm_gated, _long_conv)
-}
+def _toeplitz_conv(length, dtype, packed, groups=200, channels=1, taps=7):
+    b, c = 2, groups * channels
+    tensors = {
+        "x": _randn(b, length, c, dtype=dtype),
+        "taps": _randn(groups, taps),
+        "bias": _randn(c),
+        "initial_state": _randn(b, c, taps - 1, dtype=dtype),
+    }
+    return toeplitz_conv, toeplitz_conv_reference, tensors, _boundaries(b, length, packed)
+
+
+def _toeplitz_conv_of_groups(length, dtype, packed):
+    return _toeplitz_conv(length, dtype, packed, groups=4, channels=32, taps=128)  # as matrix products
+
+
+def _modal_conv(length, dtype, packed):
+    b, c, m = 2, 100, 16
+    tensors = {
+        "x": _randn(b, length, c, dtype=dtype),
+        "log_decay": _randn(c, m) - 3,
+        "phase": _randn(c, m),
+        "residues": _randn(c, m, 2),
+        "bias": _randn(c),
+        "initial_state": _randn(b, c, m, 2),
+    }
+    return modal_conv, modal_conv_reference, tensors, _boundaries(b, length, packed)
+
+
+OPS = (_selective_scan, _ssd_scan, _decay_scan, _retention, _causal_conv1d, _rms_norm_gated)
+OPS += (_long_conv, _toeplitz_conv, _toeplitz_conv_of_groups, _modal_conv)
+CASES = {f.__name__.lstrip("_"): f for f in OPS}
 
 
 @pytest.mark.parametrize("packed", [False, True])
