@@ -38,7 +38,7 @@ from hf_archs.training import ArchTrainer, add_lora
 # what an option is that nobody gave, by task
 DEFAULTS: dict[str, dict[str, Any]] = {
     "text": {"steps": 130, "block": 512, "batch": 8, "data": "stdlib"},
-    "genome": {"steps": 500, "block": 4096, "batch": 2, "data": str(dna.GENOME)},
+    "genome": {"steps": 600, "block": 4096, "batch": 2, "data": str(dna.GENOME)},
 }
 MERGE_TOLERANCE = 1e-4  # of the largest logit: float32 rounds W x + B A x and (W + B A) x differently
 PROMPTS = {"code": "def read_file(path):\n", "english": "The function returns"}
