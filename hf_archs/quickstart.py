@@ -308,6 +308,7 @@ def _genome(options: Options, console: Console) -> dict[str, Any]:
             "held-out bases": f"{bits['model']:.3f} bits per base",
             "the best Markov model of them": f"{bits['best_markov']:.3f} bits per base",
         },
+        "prompt": prompt[:20],
     }
     summary: dict[str, Any] = {
         "arch": options.arch,

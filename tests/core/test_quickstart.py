@@ -190,6 +190,7 @@ def test_the_genome_job(tmp_path):
     assert "`hf-archs quickstart --size tiny --steps 60" in card
     assert "--task genome" in card
     assert "bits per base" in card
+    assert "import " not in card.split("tokenizer.bos_token")[1]
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("ACGT")["input_ids"]) == 4
     assert (tmp_path / "out" / "loss.png").stat().st_size > 10_000
 
