@@ -399,9 +399,8 @@ def test_classes_that_are_no_config():
 
 
 def test_near_names():
-    with pytest.raises(
-        ValueError, match=r"no architecture 'mamba3'; did you mean mamba.*registered are .*mamba, mamba2"
-    ):
+    said = r"no architecture 'mamba3'; did you mean mamba.*registered are .*mamba, mamba2"
+    with pytest.raises(ValueError, match=said):
         hf_archs.get_architecture("mamba3")
     with pytest.raises(ValueError, match="no mixer 'mamab'; did you mean mamba"):
         hf_archs.get_mixer("mamab")
