@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hf_archs import conversion
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
 from hf_archs.configuration import ArchConfig
-from hf_archs.kernels.dtypes import wide
+from hf_archs.kernels.numerics import wide
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
 

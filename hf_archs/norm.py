@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_archs.kernels.dtypes import cast, wide
-from hf_archs.kernels.rms_norm_gated import inverse_rms, rms_norm_gated
+from hf_archs.kernels.numerics import cast, inverse_rms, wide
+from hf_archs.kernels.rms_norm_gated import rms_norm_gated
 
 
 class ArchRMSNorm(nn.Module):
@@ -28,7 +28,7 @@ class ArchRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight, hidden_states = self.weight, wide(hidden_states)
-        if hidden_states.shape[-2] == 1:
+        if hidden_states.shape[-2] == 1 and hidden_states.is_cpu:  # a GPU has it in one kernel
             normed = hidden_states * inverse_rms(hidden_states, self.eps)
         else:
             normed = F.rms_norm(hidden_states, self.shape, eps=self.eps)

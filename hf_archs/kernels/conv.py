@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.backend import backend_for
-from hf_archs.kernels.dtypes import cast, wide
+from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
+from hf_archs.kernels.numerics import cast, wide
 
 MAX_WIDTH = 8
 
@@ -69,7 +70,7 @@ def causal_conv1d(
         y = _shifted_sum(x, weight, bias, silu, initial_state, reach)
     else:
         y = _causal_conv1d(x, weight, bias, initial_state, reach, silu)
-    return y, _final_state(x, size, initial_state, reach, lengths)
+    return y, last_inputs(x, size, initial_state, number_documents(seq_idx), lengths)
 
 
 def _check(
@@ -91,15 +92,14 @@ def _check(
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation must be None or 'silu', not {activation!r}")
     (b, l, c), width = x.shape, weight.shape[1]
-    for name, t, shape in (
-        ("weight", weight, (c, width)),
-        ("bias", bias, (c,)),
-        ("initial_state", initial_state, (b, c, width - 1)),
-        ("seq_idx", seq_idx, (b, l)),
-        ("lengths", lengths, (b,)),
-    ):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"causal_conv1d: {name} must have shape {shape}, not {tuple(t.shape)}")
+    check_shapes(
+        "causal_conv1d",
+        weight=(weight, (c, width)),
+        bias=(bias, (c,)),
+        initial_state=(initial_state, (b, c, width - 1)),
+        seq_idx=(seq_idx, (b, l)),
+        lengths=(lengths, (b,)),
+    )
 
 
 def causal_conv1d_reference(
@@ -169,30 +169,6 @@ def _reach(seq_idx: Tensor, size: int) -> Tensor:
         unbroken = unbroken * continues[:, size - 1 - back : size - 1 - back + length]
         reach = reach + unbroken
     return reach
-
-
-def _final_state(
-    x: Tensor, size: int, initial_state: Tensor | None, reach: Tensor | None, lengths: Tensor | None
-) -> Tensor:
-    """The last ``size`` inputs, (batch, channels, size). Plain PyTorch for every backend: it touches few elements."""
-    b, _, c = x.shape
-    before = x.new_zeros(b, size, c) if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
-    if lengths is None:
-        window = torch.cat([before, x[:, -size:]], dim=1)[:, -size:]
-        last = None if reach is None else reach[:, -1:]
-    else:
-        lengths = lengths.to(torch.int64).unsqueeze(1)
-        place = lengths + torch.arange(-size, 0, device=x.device)  # in x; negative: in the initial state
-        window = torch.where(
-            (place < 0).unsqueeze(2),
-            before.gather(1, (place + size).clamp(max=size - 1).unsqueeze(2).expand(b, size, c)),
-            x.gather(1, place.clamp(min=0).unsqueeze(2).expand(b, size, c)),
-        )
-        last = None if reach is None else reach.gather(1, (lengths - 1).clamp(min=0))
-    if last is not None:
-        window = torch.where((last >= torch.arange(size - 1, -1, -1, device=x.device)).unsqueeze(2), window, 0)
-    # a copy even of what is contiguous, so that a cache keeps no larger tensor alive
-    return window.clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _shifted_sum(

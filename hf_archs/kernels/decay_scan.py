@@ -8,17 +8,13 @@ Letters: b batch, l length, h heads, g groups of heads that share q and k, r = h
 
 from __future__ import annotations
 
-import contextlib
-import math
-
 import torch
 from torch import Tensor
 
 from hf_archs.backend import backend_for
 from hf_archs.kernels import decay_scan_portable as portable
-from hf_archs.kernels.dtypes import cast, wide
-
-LOG2_E = math.log2(math.e)
+from hf_archs.kernels.arguments import check_shapes, number_documents
+from hf_archs.kernels.numerics import LOG2_E, cast, no_autocast, wide
 
 
 def decay_scan(
@@ -66,7 +62,7 @@ def decay_scan(
         return decay_scan_reference(
             q, k, v, log_decay, scale=scale, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths
         )
-    documents = _documents(seq_idx, lengths)
+    documents = number_documents(seq_idx, lengths)
     if lengths is not None:
         real = (torch.arange(v.shape[1], device=v.device) < lengths.unsqueeze(1)).unsqueeze(2)
         log_decay = torch.where(real, log_decay, 0)
@@ -76,7 +72,7 @@ def decay_scan(
     if backend == "portable" and v.shape[1] == 1:
         return _step(q, k, v, log_decay, scale, initial_state)
     if torch.compiler.is_exporting():
-        with _no_autocast(v):
+        with no_autocast(v):
             return portable.decay_scan_plain(*inputs)
     keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if torch.float64 in (q.dtype, k.dtype, v.dtype):  # which Triton's matrix products do not have
@@ -103,38 +99,16 @@ def _check(
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     if h % g:
         raise ValueError(f"decay_scan: heads must be a multiple of groups, not {h} and {g}")
-    for name, t, shape in (
-        ("q", q, (b, l, g, n)),
-        ("k", k, (b, l, g, n)),
-        ("log_decay", log_decay, (b, l, h)),
-        ("scale", scale, (b, l, h)),
-        ("initial_state", initial_state, (b, h, p, n)),
-        ("seq_idx", seq_idx, (b, l)),
-        ("lengths", lengths, (b,)),
-    ):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"decay_scan: {name} must have shape {shape}, not {tuple(t.shape)}")
-
-
-def _documents(seq_idx: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """The number of documents that began before or at each position, after position 0: (batch, length), int32.
-
-    Two positions are in one document where the counts are equal, and the initial state belongs to document 0.
-    """
-    if seq_idx is None or seq_idx.shape[1] == 1:
-        return None
-    position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-    begins = (seq_idx != seq_idx.roll(1, 1)) & (position > 0)
-    if lengths is not None:  # a pad leaves the state as it is, whatever its number
-        begins = begins & (position < lengths.unsqueeze(1))
-    return begins.cumsum(1, dtype=torch.int32)
-
-
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast would take the matrix products to bfloat16."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    check_shapes(
+        "decay_scan",
+        q=(q, (b, l, g, n)),
+        k=(k, (b, l, g, n)),
+        log_decay=(log_decay, (b, l, h)),
+        scale=(scale, (b, l, h)),
+        initial_state=(initial_state, (b, h, p, n)),
+        seq_idx=(seq_idx, (b, l)),
+        lengths=(lengths, (b,)),
+    )
 
 
 def decay_scan_reference(
@@ -202,7 +176,7 @@ def _decay_scan(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the start of every chunk of tokens (empty unless ``keep_states``)."""
-    with _no_autocast(v), torch.accelerator.device_index(v.device.index):
+    with no_autocast(v), torch.accelerator.device_index(v.device.index):
         return _implementation(backend).decay_scan_fwd(q, k, v, log_decay, scale, initial_state, documents, keep_states)
 
 
@@ -222,7 +196,7 @@ def _decay_scan_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of q, k, v, log_decay and scale (both empty unless ``factors``), and initial_state."""
-    with _no_autocast(v), torch.accelerator.device_index(v.device.index):
+    with no_autocast(v), torch.accelerator.device_index(v.device.index):
         gradients = _implementation(backend).decay_scan_bwd(
             grad_y, grad_final_state, q, k, v, log_decay, scale, documents, kept_states, factors
         )

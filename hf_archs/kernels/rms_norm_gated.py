@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.backend import backend_for
-from hf_archs.kernels.dtypes import cast, wide
+from hf_archs.kernels.numerics import cast, inverse_rms, wide
 
 
 def rms_norm_gated(x: Tensor, weight: Tensor, z: Tensor, *, eps: float, group_size: int | None = None) -> Tensor:
@@ -55,20 +55,6 @@ def rms_norm_gated_reference(
         groups = groups.unflatten(-1, (-1, group_size))
     normed = groups * inverse_rms(groups, eps)
     return cast(weight * cast(normed.view(x.shape), x.dtype), x.dtype)
-
-
-_constants: dict[tuple[float, torch.dtype], Tensor] = {}
-
-
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """``1 / sqrt(mean(x^2) + eps)`` over the last dimension, (..., 1)."""
-    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    # half as many operators, which is what one token costs on a CPU
-    if (eps, x.dtype) not in _constants:
-        _constants[eps, x.dtype] = torch.tensor(eps, dtype=x.dtype)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(_constants[eps, x.dtype], norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 @torch.library.custom_op("hf_archs::rms_norm_gated", mutates_args=())

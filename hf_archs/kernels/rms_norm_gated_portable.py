@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hf_archs.kernels.numerics import inverse_rms
+
 BLOCK_ELEMENTS = 2**18  # of x in a block: 1 MB of float32, and long enough to hide the cost of a call
 
 
@@ -20,19 +22,13 @@ def _blocks(channels: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
         yield [t[start : start + step] for t in rows]
 
 
-def _scale(gated: Tensor, eps: float) -> Tensor:
-    """One over the root mean square of the last dimension."""
-    norm = torch.linalg.vector_norm(gated, dim=-1, keepdim=True)
-    return norm.square_().div_(gated.shape[-1]).add_(eps).rsqrt_()
-
-
 def rms_norm_gated_fwd(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int) -> Tensor:
     dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for x_rows, z_rows, out in _blocks(channels, x, z, y):
         gated = torch.ops.aten.silu(z_rows.to(dtype)).mul_(x_rows)
         groups = gated.view(-1, channels // group_size, group_size)
-        groups.mul_(_scale(groups, eps))
+        groups.mul_(inverse_rms(groups, eps))
         torch.mul(gated.to(x.dtype), weight, out=out)
     return y
 
@@ -51,7 +47,7 @@ def rms_norm_gated_bwd(
         gate = torch.ops.aten.silu(z_rows)
         normed = gate * x_rows
         groups = normed.view(-1, channels // group_size, group_size)
-        scale = _scale(groups, eps)
+        scale = inverse_rms(groups, eps)
         groups.mul_(scale)
         # the forward rounded what the weight multiplies
         product = g * normed.to(x.dtype)

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from hf_archs.backend import backend_for
+from hf_archs.kernels.numerics import no_autocast
 from hf_archs_hyena.configuration import HyenaMixerConfig
-from hf_archs_hyena.long_conv import long_conv, long_conv_step, no_autocast
+from hf_archs_hyena.long_conv import long_conv, long_conv_step
 from hf_archs_hyena.modal import modal_conv, modal_taps
 from hf_archs_hyena.toeplitz_conv import toeplitz_conv
 

@@ -6,13 +6,13 @@ Letters: b batch, l length, c channels, k taps of a filter, p inputs before the 
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.backend import backend_for
+from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
+from hf_archs.kernels.numerics import no_autocast
 from hf_archs_hyena import long_conv_fft
 
 
@@ -80,7 +80,7 @@ def long_conv(
         y = _long_conv(x, taps, bias, gate_in, gate_out, initial_state, seq_idx)
     if not need_state:
         return y, None
-    return y, past_inputs(x if gate_in is None else x * gate_in, taps.shape[1], initial_state, seq_idx, lengths)
+    return y, _past_inputs(x if gate_in is None else x * gate_in, taps.shape[1], initial_state, seq_idx, lengths)
 
 
 def _check(
@@ -99,16 +99,15 @@ def _check(
     if taps.dim() != 2 or taps.shape[0] != c or taps.shape[1] == 0:
         raise ValueError(f"long_conv: taps must be ({c}, taps), at least one, not {tuple(taps.shape)}")
     past = initial_state.shape[-1] if initial_state is not None else 0
-    for name, t, shape in (
-        ("bias", bias, (c,)),
-        ("gate_in", gate_in, (b, l, c)),
-        ("gate_out", gate_out, (b, l, c)),
-        ("initial_state", initial_state, (b, c, past)),
-        ("seq_idx", seq_idx, (b, l)),
-        ("lengths", lengths, (b,)),
-    ):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"long_conv: {name} must have shape {shape}, not {tuple(t.shape)}")
+    check_shapes(
+        "long_conv",
+        bias=(bias, (c,)),
+        gate_in=(gate_in, (b, l, c)),
+        gate_out=(gate_out, (b, l, c)),
+        initial_state=(initial_state, (b, c, past)),
+        seq_idx=(seq_idx, (b, l)),
+        lengths=(lengths, (b,)),
+    )
 
 
 def long_conv_reference(
@@ -177,36 +176,18 @@ def long_conv_step(
     return y.to(x.dtype), window.contiguous()
 
 
-def past_inputs(
+def _past_inputs(
     v: Tensor, taps: int, initial_state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None
 ) -> Tensor:
     """The state after gated inputs ``v``, (batch, length, channels): (batch, channels, min(past + length, taps))."""
-    b, l, c = v.shape
-    seen = v.transpose(1, 2)
-    if initial_state is not None:
-        seen = torch.cat([initial_state.to(v.dtype), seen], dim=2)
-    columns = seen.shape[2]
-    kept = min(columns, taps)
+    past = 0 if initial_state is None else initial_state.shape[2]
+    kept = min(past + v.shape[1], taps)
     if seq_idx is None and lengths is None:
-        return seen[:, :, columns - kept :].contiguous()
-    position = torch.arange(l, device=v.device)
-    ends = torch.full((b, 1), l, device=v.device) if lengths is None else lengths.to(torch.int64).unsqueeze(1)
-    # the column that the row's latest token moves away from, and the first that still belongs to its document
-    source = torch.arange(columns - kept, columns, device=v.device) + ends - l
-    first = torch.zeros_like(ends)
-    if seq_idx is not None:
-        begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)) & (position < ends)
-        last = torch.where(begins, position, -columns).amax(1, keepdim=True)
-        first = (last + columns - l).clamp(min=0)
-    index = source.clamp(min=0).unsqueeze(1).expand(b, c, kept)
-    return torch.where((source >= first).unsqueeze(1), seen.gather(2, index), 0)
-
-
-def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Keep autocast from narrowing products; a no-op outside of it."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+        seen = v.transpose(1, 2)
+        if initial_state is not None:
+            seen = torch.cat([initial_state.to(v.dtype), seen], dim=2)
+        return seen[:, :, seen.shape[2] - kept :].contiguous()
+    return last_inputs(v, kept, initial_state, number_documents(seq_idx), lengths).contiguous()
 
 
 def _exportable(

@@ -13,18 +13,17 @@ Letters: b batch, l length, c channels, n modes, m tokens of a chunk, q chunks.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.backend import backend_for
+from hf_archs.kernels.arguments import check_shapes, number_documents
+from hf_archs.kernels.numerics import no_autocast
 from hf_archs_hyena import modal_portable as portable
 
-_STRIDE = (
-    256  # tokens between two entries of the coarse table of powers; fixed, so that a longer filter has the same taps
-)
+# tokens between two entries of the coarse table of powers; fixed, so that a longer filter has the same taps
+_STRIDE = 256
 
 
 def _blocks(length: int) -> int:
@@ -77,7 +76,7 @@ def modal_taps(log_decay: Tensor, phase: Tensor, residues: Tensor, length: int) 
     fine = modal_powers(log_decay, phase, torch.arange(_STRIDE, device=device))
     coarse = modal_powers(log_decay, phase, _STRIDE * torch.arange(_blocks(length), device=device))
     coarse = _times(coarse, residues.to(coarse.dtype).unsqueeze(2))
-    with _no_autocast(log_decay):
+    with no_autocast(log_decay):
         taps = torch.einsum("cnqz,cnrz->cqr", coarse * coarse.new_tensor([1.0, -1.0]), fine)
     # not a slice: exporters cannot show that the tables are long enough for any length
     return taps.flatten(1).index_select(1, torch.arange(length, device=device))
@@ -99,7 +98,7 @@ def modal_state(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     b, l = x.shape[:2]
-    documents, last = _documents(seq_idx), None
+    documents, last = number_documents(seq_idx), None
     ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths.to(torch.int64)
     # x from the row's end backwards, so that x_j weighs p^j in every row, in blocks of _STRIDE
     exporting = torch.compiler.is_exporting()  # exporters cannot cut a symbolic length into blocks
@@ -113,7 +112,7 @@ def modal_state(
         seen = seen & (documents[row, place] == last.unsqueeze(2))
     backwards = torch.where(seen.unsqueeze(3), x[row, place], 0).to(dtype)  # (b, blocks, _STRIDE, c)
     fine, coarse = (modal_powers(log_decay, phase, e).to(dtype) for e in (fine_exponents, coarse_exponents))
-    with _no_autocast(x):
+    with no_autocast(x):
         sums = torch.einsum("bqrc,cnrz->qbcnz", backwards, fine)
     state = _times(coarse.permute(2, 0, 1, 3).unsqueeze(1), sums).sum(0)
     if initial_state is not None:
@@ -178,14 +177,14 @@ def modal_conv(
         real = (torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)).unsqueeze(2)
         x = torch.where(real, x, 0)
     if torch.compiler.is_exporting():
-        with _no_autocast(x):
+        with no_autocast(x):
             y = _plain(x, log_decay, phase, residues, bias, initial_state, seq_idx)
             final_state = modal_state(
                 x, log_decay, phase, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths
             )
     else:
         y, final_state = _by_chunks(
-            x, log_decay, phase, residues, bias, initial_state, _documents(seq_idx), lengths, backend
+            x, log_decay, phase, residues, bias, initial_state, number_documents(seq_idx), lengths, backend
         )
     return (y if real is None else torch.where(real, y, 0)), final_state
 
@@ -205,36 +204,16 @@ def _check(
     if log_decay.dim() != 2:
         raise ValueError(f"modal_conv: log_decay must be (channels, modes), not {tuple(log_decay.shape)}")
     (b, l, c), n = x.shape, log_decay.shape[1]
-    for name, t, shape in (
-        ("log_decay", log_decay, (c, n)),
-        ("phase", phase, (c, n)),
-        ("residues", residues, (c, n, 2)),
-        ("bias", bias, (c,)),
-        ("initial_state", initial_state, (b, c, n, 2)),
-        ("seq_idx", seq_idx, (b, l)),
-        ("lengths", lengths, (b,)),
-    ):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"modal_conv: {name} must have shape {shape}, not {tuple(t.shape)}")
-
-
-def _documents(seq_idx: Tensor | None) -> Tensor | None:
-    """The number of documents that began before or at each position, after position 0: (batch, length), int32.
-
-    Two positions are in one document where the counts are equal, and the initial state belongs to document 0.
-    """
-    if seq_idx is None:
-        return None
-    position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-    # those that begin at pads come after all that is read
-    return ((seq_idx != seq_idx.roll(1, 1)) & (position > 0)).cumsum(1, dtype=torch.int32)
-
-
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast would take the matrix products to bfloat16."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    check_shapes(
+        "modal_conv",
+        log_decay=(log_decay, (c, n)),
+        phase=(phase, (c, n)),
+        residues=(residues, (c, n, 2)),
+        bias=(bias, (c,)),
+        initial_state=(initial_state, (b, c, n, 2)),
+        seq_idx=(seq_idx, (b, l)),
+        lengths=(lengths, (b,)),
+    )
 
 
 def modal_conv_reference(
@@ -314,7 +293,7 @@ def _plain(
     """The outputs in ordinary operators, for exporters, which know no others: the filter at full length."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     l, c = x.shape[1:]
-    wide, documents = x.to(dtype), _documents(seq_idx)
+    wide, documents = x.to(dtype), number_documents(seq_idx)
     taps = modal_taps(log_decay, phase, residues, l).to(dtype)
     if documents is None:
         padded = F.pad(wide.transpose(1, 2), (l - 1, 0))
@@ -385,7 +364,7 @@ def _modal_conv(
 ) -> tuple[Tensor, Tensor]:
     """y and the final state, from the first taps (c, m), the poles' powers 0 to m (c, n, m + 1, 2), and ``read``, what
     a chunk's tokens take of the state before it (c, 2 n, m)."""
-    with _no_autocast(x), torch.accelerator.device_index(x.device.index):
+    with no_autocast(x), torch.accelerator.device_index(x.device.index):
         return _implementation(backend).modal_conv_fwd(x, taps, powers, read, initial_state, documents, lengths)
 
 
@@ -403,7 +382,7 @@ def _modal_conv_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of x, taps, powers, read and initial_state."""
-    with _no_autocast(x), torch.accelerator.device_index(x.device.index):
+    with no_autocast(x), torch.accelerator.device_index(x.device.index):
         gradients = _implementation(backend).modal_conv_bwd(
             grad_y, grad_final_state, x, taps, powers, read, initial_state, documents, lengths
         )

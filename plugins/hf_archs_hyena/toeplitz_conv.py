@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.backend import backend_for
+from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
 from hf_archs_hyena import toeplitz_conv_portable as portable
 
 MAX_TAPS = 128
@@ -56,12 +57,12 @@ def toeplitz_conv(
         return toeplitz_conv_reference(x, taps, bias, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths)
     if x.shape[1] == 1:
         return _step(x, taps, bias, initial_state, lengths)
-    documents = None if seq_idx is None else _documents(seq_idx)
+    documents = number_documents(seq_idx)
     if torch.compiler.is_exporting():
         y = _plain(x, taps, bias, initial_state, documents)
     else:
         y = _toeplitz_conv(x, taps, bias, initial_state, documents)
-    return y, _final_state(x, taps.shape[1] - 1, initial_state, documents, lengths)
+    return y, last_inputs(x, taps.shape[1] - 1, initial_state, documents, lengths).contiguous()
 
 
 def _check(
@@ -81,14 +82,13 @@ def _check(
     b, l, c = x.shape
     if taps.shape[0] == 0 or c % taps.shape[0]:
         raise ValueError(f"toeplitz_conv: channels must be a multiple of the groups of taps, not {c} of {len(taps)}")
-    for name, t, shape in (
-        ("bias", bias, (c,)),
-        ("initial_state", initial_state, (b, c, taps.shape[1] - 1)),
-        ("seq_idx", seq_idx, (b, l)),
-        ("lengths", lengths, (b,)),
-    ):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"toeplitz_conv: {name} must have shape {shape}, not {tuple(t.shape)}")
+    check_shapes(
+        "toeplitz_conv",
+        bias=(bias, (c,)),
+        initial_state=(initial_state, (b, c, taps.shape[1] - 1)),
+        seq_idx=(seq_idx, (b, l)),
+        lengths=(lengths, (b,)),
+    )
 
 
 def toeplitz_conv_reference(
@@ -137,42 +137,6 @@ def _step(
     if lengths is not None:
         final_state = torch.where((lengths > 0)[:, None, None], final_state, seen[:, :, :-1])
     return y.to(x.dtype), final_state
-
-
-def _documents(seq_idx: Tensor) -> Tensor:
-    """The number of documents that began before or at each position, after position 0: (batch, length), int32.
-
-    Two positions are in one document where the counts are equal, and the initial state belongs to document 0.
-    """
-    position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-    return ((seq_idx != seq_idx.roll(1, 1)) & (position > 0)).cumsum(1, dtype=torch.int32)
-
-
-def _final_state(
-    x: Tensor, size: int, initial_state: Tensor | None, documents: Tensor | None, lengths: Tensor | None
-) -> Tensor:
-    """The last ``size`` inputs, (batch, channels, size). Plain PyTorch for every backend: it touches few elements.
-
-    All of it is gathered by index: a slice of the last ``size`` would be compiled anew for shorter inputs.
-    """
-    b, l, c = x.shape
-    if size == 0:
-        return x.new_zeros(b, c, 0)
-    ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths.to(torch.int64)
-    place = ends.unsqueeze(1) + torch.arange(-size, 0, device=x.device)  # in x; negative: in the initial state
-    inside, place_in_x = place >= 0, place.clamp(min=0)
-    window = x.gather(1, place_in_x.unsqueeze(2).expand(b, size, c))
-    if initial_state is None:
-        window = torch.where(inside.unsqueeze(2), window, 0)
-    else:
-        place_in_state = (place + size).clamp(max=size - 1).unsqueeze(2).expand(b, size, c)
-        before = initial_state.transpose(1, 2).to(x.dtype).gather(1, place_in_state)
-        window = torch.where(inside.unsqueeze(2), window, before)
-    if documents is not None:
-        last = documents.gather(1, (ends - 1).clamp(min=0).unsqueeze(1))
-        visible = last == torch.where(inside, documents.gather(1, place_in_x), 0)
-        window = torch.where(visible.unsqueeze(2), window, 0)
-    return window.transpose(1, 2).contiguous()
 
 
 def _plain(

@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from hf_archs.cache import Slot, States
 from hf_archs.convolution import CausalConv1d
-from hf_archs.kernels.dtypes import cast, wide
+from hf_archs.kernels.numerics import cast, wide
 from hf_archs_mamba.configuration import MambaMixerConfig
 from hf_archs_mamba.selective_scan import selective_scan
 

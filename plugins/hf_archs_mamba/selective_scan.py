@@ -6,17 +6,14 @@ Letters: b batch, l length, c channels, n state.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.backend import backend_for
-from hf_archs.kernels.dtypes import cast, wide
+from hf_archs.kernels.arguments import check_shapes
+from hf_archs.kernels.numerics import LOG2_E, cast, no_autocast, wide
 from hf_archs_mamba import selective_scan_portable as portable
-
-LOG2_E = math.log2(math.e)
 
 
 def selective_scan(
@@ -94,19 +91,18 @@ def _check(
             f"not {tuple(x.shape)} and {tuple(A.shape)}"
         )
     (b, l, c), n = x.shape, A.shape[1]
-    for name, t, shape in (
-        ("dt", dt, (b, l, c)),
-        ("A", A, (c, n)),
-        ("B", B, (b, l, n)),
-        ("C", C, (b, l, n)),
-        ("D", D, (c,)),
-        ("z", z, (b, l, c)),
-        ("initial_state", initial_state, (b, c, n)),
-        ("seq_idx", seq_idx, (b, l)),
-        ("lengths", lengths, (b,)),
-    ):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"selective_scan: {name} must have shape {shape}, not {tuple(t.shape)}")
+    check_shapes(
+        "selective_scan",
+        dt=(dt, (b, l, c)),
+        A=(A, (c, n)),
+        B=(B, (b, l, n)),
+        C=(C, (b, l, n)),
+        D=(D, (c,)),
+        z=(z, (b, l, c)),
+        initial_state=(initial_state, (b, c, n)),
+        seq_idx=(seq_idx, (b, l)),
+        lengths=(lengths, (b,)),
+    )
 
 
 def selective_scan_reference(
@@ -237,7 +233,7 @@ def _selective_scan(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the start of every block of tokens (empty unless ``keep_states``)."""
-    with torch.autocast(x.device.type, enabled=False), torch.accelerator.device_index(x.device.index):
+    with no_autocast(x), torch.accelerator.device_index(x.device.index):
         y, final_state, kept = _implementation(x).selective_scan_fwd(
             x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep_states
         )
@@ -263,7 +259,7 @@ def _selective_scan_backward(
 ) -> list[Tensor]:
     """The gradients of x, dt, A, B, C, D, z and initial_state."""
     kept_states = kept_states.view(-1, x.shape[0], A.shape[1], x.shape[2])
-    with torch.autocast(x.device.type, enabled=False), torch.accelerator.device_index(x.device.index):
+    with no_autocast(x), torch.accelerator.device_index(x.device.index):
         gradients = _implementation(x).selective_scan_bwd(
             grad_y, grad_final_state, x, dt, A, B, C, D, z, seq_idx, lengths, kept_states
         )

@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from hf_archs.cache import Slot, States
 from hf_archs.convolution import CausalConv1d
-from hf_archs.kernels.dtypes import wide
+from hf_archs.kernels.numerics import wide
 from hf_archs.norm import ArchRMSNormGated
 from hf_archs_mamba2.configuration import Mamba2MixerConfig
 from hf_archs_mamba2.ssd_scan import ssd_scan

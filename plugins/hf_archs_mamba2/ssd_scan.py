@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
-from hf_archs.kernels.dtypes import cast
+from hf_archs.kernels.numerics import cast
 
 
 def ssd_scan(

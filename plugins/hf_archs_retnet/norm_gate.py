@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.backend import backend_for
+from hf_archs.kernels.numerics import inverse_rms
 
 _BLOCK = 2**17  # entries that are worked on together
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "gelu": F.gelu}
@@ -60,12 +61,6 @@ def _blocks(x: Tensor, *tensors: Tensor) -> Iterator[list[Tensor]]:
         yield [t[start : start + step] for t in rows]
 
 
-def _scale(x: Tensor, eps: float) -> Tensor:
-    """One over the root mean square of each head."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
 @torch.library.custom_op("hf_archs::norm_gate", mutates_args=())
 def _norm_gate(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, gate_fn: str) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -75,7 +70,7 @@ def _norm_gate(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, gate_
         product = _ACTIVATIONS[gate_fn](z.to(dtype)).mul_(wide)
         if weight is not None:
             product.mul_(weight)
-        torch.mul(product, _scale(wide, eps), out=out)
+        torch.mul(product, inverse_rms(wide, eps), out=out)
     return y
 
 
@@ -91,7 +86,7 @@ def _norm_gate_backward(
     activation_backward: Any = {"swish": torch.ops.aten.silu_backward, "gelu": torch.ops.aten.gelu_backward}[gate_fn]
     for x_rows, z, g, out_x, out_z in _blocks(x, gate, grad_y, grad_x, grad_gate):
         x_rows, z, g = x_rows.to(dtype), z.to(dtype), g.to(dtype)
-        scale = _scale(x_rows, eps)
+        scale = inverse_rms(x_rows, eps)
         normed = x_rows * scale
         gated = g * _ACTIVATIONS[gate_fn](z)  # the gradient of the normed and weighted
         of_act = g * normed

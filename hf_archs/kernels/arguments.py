@@ -1,0 +1,75 @@
+"""The arguments that every op over a sequence takes: the check of their shapes, documents, and windows of inputs.
+
+Letters: b batch, l length, c channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_shapes(op: str, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Compare each argument, by name, with the shape that it must have where it is there.
+
+    Raises:
+        ValueError: naming op, argument and both shapes.
+    """
+    for name, (t, shape) in expected.items():
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{op}: {name} must have shape {shape}, not {tuple(t.shape)}")
+
+
+def number_documents(seq_idx: Tensor | None, lengths: Tensor | None = None) -> Tensor | None:
+    """The number of documents that began before or at each position, after position 0: (b, l), int32.
+
+    Two positions are in one document where the counts are equal, and the initial state belongs to document 0. None
+    where there is no other.
+
+    Args:
+        lengths: where it is given, a pad belongs to its row's last document, whatever its number.
+    """
+    if seq_idx is None or seq_idx.shape[1] == 1:
+        return None
+    position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    begins = (seq_idx != seq_idx.roll(1, 1)) & (position > 0)
+    if lengths is not None:
+        begins = begins & (position < lengths.unsqueeze(1))
+    return begins.cumsum(1, dtype=torch.int32)
+
+
+def last_inputs(
+    x: Tensor, size: int, initial_state: Tensor | None, documents: Tensor | None, lengths: Tensor | None
+) -> Tensor:
+    """The last ``size`` inputs of each row's last document, zeros before them: what a convolution must see again.
+
+    All of it is gathered by index: a slice would be compiled anew for inputs shorter than ``size``. Plain PyTorch for
+    every backend, since it touches few elements.
+
+    Args:
+        x: (b, l, c).
+        initial_state: the inputs before the first, the latest last, (b, c, any), or None; they belong to document 0.
+        documents: see `number_documents`.
+        lengths: integer, (b,), 0 to l: where each row ends.
+
+    Returns:
+        (b, c, size) in the dtype of ``x``, channels innermost in memory, and a copy: a cache that holds it keeps no
+        larger tensor alive.
+    """
+    b, l, c = x.shape
+    ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths.to(torch.int64)
+    place = ends.unsqueeze(1) + torch.arange(-size, 0, device=x.device)  # in x; negative: in the initial state
+    inside, in_x = (place >= 0).unsqueeze(2), place.clamp(min=0)
+    window = x.gather(1, in_x.unsqueeze(2).expand(b, size, c))
+    past = 0 if initial_state is None else initial_state.shape[2]
+    if initial_state is None or past == 0:
+        window = torch.where(inside, window, 0)
+    else:
+        in_state = (place + past).clamp(0, past - 1).unsqueeze(2).expand(b, size, c)
+        before = initial_state.transpose(1, 2).to(x.dtype).gather(1, in_state)
+        window = torch.where(inside, window, torch.where((place + past >= 0).unsqueeze(2), before, 0))
+    if documents is not None:
+        last = documents.gather(1, (ends - 1).clamp(min=0).unsqueeze(1))
+        visible = last == torch.where(inside.squeeze(2), documents.gather(1, in_x), 0)
+        window = torch.where(visible.unsqueeze(2), window, 0)
+    return window.transpose(1, 2)
