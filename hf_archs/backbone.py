@@ -93,8 +93,6 @@ class ArchBlock(GradientCheckpointingLayer):
 
     def _mix(self, hidden_states: torch.Tensor, layout: Layout, state: Slot | None) -> torch.Tensor:
         order, restore, lengths, seq_idx = layout
-        if order is None and not self.bidirectional:
-            return self.mixer(hidden_states, state=state, lengths=None, seq_idx=seq_idx)
         mixed = self.mixer(_permute(hidden_states, order), state=state, lengths=lengths, seq_idx=seq_idx)
         mixed = _permute(mixed, restore)
         if self.bidirectional:

@@ -112,7 +112,7 @@ def _ids(length: int, device: torch.device) -> torch.Tensor:
     return torch.randint(3, SIZE["vocab_size"], (1, length), device=device)
 
 
-def training_step(model: Any, length: int, device: torch.device) -> Run:
+def _step(model: Any, length: int, device: torch.device) -> Run:
     ids = _ids(length, device)
 
     def run() -> None:
@@ -179,17 +179,17 @@ def model_measures(
     llama.to(device)
 
     def step(length: int) -> Run:
-        return training_step(ours, length, device)
+        return _step(ours, length, device)
 
     at_1024, at_8192 = f"{name}: training step at 1,024", f"{name}: training step at 8,192"
-    yield Measure(at_1024, "Llama", step(1024), training_step(llama, 1024, device), targets.step)
-    yield Measure(at_8192, "Llama", step(8192), training_step(llama, 8192, device), targets.long_step)
+    yield Measure(at_1024, "Llama", step(1024), _step(llama, 1024, device), targets.step)
+    yield Measure(at_8192, "Llama", step(8192), _step(llama, 8192, device), targets.long_step)
     yield Measure(f"{name}: training step at 4,096", "at 1,024", step(4096), step(1024), targets.growth)
     yield Measure(f"{name}: training step at 16,384", "at 4,096", step(16384), step(4096), targets.long_growth, 3)
     if native is None:
         return
     native.to(device)
-    its_step = training_step(native, 1024, device)
+    its_step = _step(native, 1024, device)
     yield Measure(at_1024, "transformers", step(1024), its_step, targets.native_step, native_pairs)
     prefill, its_prefill = _prefill(ours, 2048, device), _prefill(native, 2048, device)
     yield Measure(f"{name}: prefill of 2,048", "transformers", prefill, its_prefill, targets.prefill)
@@ -214,28 +214,49 @@ def measures(kind: str, device: torch.device, names: list[str] | None = None) ->
             yield from getattr(importlib.import_module(f"{package}.bench"), kind)(device)
 
 
-def forward(op: Callable[..., Any], tensors: dict[str, torch.Tensor], **options: Any) -> Run:
+def _forward(op: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> Run:
     """Run an op without gradients."""
 
     @torch.no_grad()
     def run() -> None:
-        op(**tensors, **options)
+        op(**tensors)
 
     return run
 
 
-def forward_backward(op: Callable[..., Any], tensors: dict[str, torch.Tensor], **options: Any) -> Run:
+def _forward_backward(op: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> Run:
     """Run an op and differentiate the sum of its first output by every floating-point tensor."""
     leaves = {n: t.detach().clone().requires_grad_(t.is_floating_point()) for n, t in tensors.items()}
 
     def run() -> None:
-        output = op(**leaves, **options)
+        output = op(**leaves)
         output = output[0] if isinstance(output, tuple) else output
         output.sum().backward()
         for leaf in leaves.values():
             leaf.grad = None
 
     return run
+
+
+def op_measures(
+    name: str,
+    peer: str,
+    ours: Callable[..., Any],
+    theirs: Callable[..., Any],
+    tensors: dict[str, torch.Tensor],
+    output: str = "x",
+) -> Iterator[Measure]:
+    """An op against its peer on the same tensors, forward and with its backward.
+
+    Args:
+        output: the tensor that the op's output is as large as. Forward reads all tensors and writes that; backward
+            moves about twice as much again.
+    """
+    moved = sum(t.nbytes for t in tensors.values()) + tensors[output].nbytes
+    alone = _forward(ours, tensors), _forward(theirs, tensors)
+    yield Measure(f"{name}, forward", peer, *alone, bytes_moved=moved)
+    both = _forward_backward(ours, tensors), _forward_backward(theirs, tensors)
+    yield Measure(f"{name}, forward and backward", peer, *both, bytes_moved=3 * moved)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from transformers.utils import is_torchdynamo_compiling
 from hf_archs.registry import StateSpec, get_mixer
 
 States = dict[str, torch.Tensor]
+# (name, how to compute it) -> it; see `Slot.once`
+Once = Callable[[str, Callable[[], torch.Tensor]], torch.Tensor]
 # (inputs of the recurrence, states before, number of tokens per row) -> states after
 Replay = Callable[[States, dict[str, torch.Tensor | None], torch.Tensor], States]
 
@@ -173,13 +175,11 @@ class RecurrentCache(Cache):
         layer, kind, index = self.place(layer_idx, name)
         states = getattr(layer, f"{kind}_states")
         held = states.get(index)
-        if held is not None and not self.is_static:
-            states[index] = value
-            layer.has_previous_state[index] = True
-            return
         if self.max_cache_len is not None and self._specs[layer_idx][name].grows:
             value = _last_columns(value, self.max_cache_len)
-        if self.is_static and held is not None and held.shape == value.shape:
+        if held is not None and not self.is_static:
+            states[index] = value
+        elif held is not None and held.shape == value.shape:
             held.copy_(value)
         else:
             states[index] = value.clone() if self.is_static else value

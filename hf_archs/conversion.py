@@ -463,10 +463,10 @@ def to_native(model: PreTrainedModel, format: str | None = None) -> PreTrainedMo
     Raises:
         ValueError: where there is no such format, or none can represent the config, naming the field.
     """
-    candidates: dict[str, tuple[NativeFormat, Any]] = {}
+    candidates: dict[str, tuple[TransformersFormat | StateDictFormat, Any]] = {}
     allowed: list[str] = []
     for architecture in map(registry.get_architecture, registry.architectures()):
-        pairs: list[tuple[Any, NativeFormat, Any]] = []
+        pairs: list[tuple[Any, TransformersFormat | StateDictFormat, Any]] = []
         for form in architecture.native_formats:
             if isinstance(form, TransformersFormat):
                 pairs += [(ours, form, theirs) for ours, theirs in form.classes(architecture)]
@@ -484,7 +484,7 @@ def to_native(model: PreTrainedModel, format: str | None = None) -> PreTrainedMo
     refusals = []
     for form, theirs in [candidates[format]] if format else candidates.values():
         try:
-            config: Any = form.write_config(model.config)  # type: ignore[attr-defined]  # of those two kinds
+            config: Any = form.write_config(model.config)
         except ValueError as refusal:
             refusals.append(str(refusal))
             continue

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from hf_archs.cache import Once
 from hf_archs.kernels import causal_conv1d
 
 
@@ -43,11 +43,11 @@ class CausalConv1d(nn.Module):
         state: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
-        once: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None = None,
+        once: Once | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(batch, length, channels)`` to the same, and the state ``(batch, channels, kernel_size - 1)``.
 
-        ``once`` is `hf_archs.cache.Slot.once` of the cache that is continued.
+        ``once`` is that of the slot that is continued, see `hf_archs.cache.Slot`.
         """
         return causal_conv1d(
             hidden_states,

@@ -4,7 +4,7 @@ from hf_archs.dna import dna_tokenizer
 from hf_archs.registry import Architecture, register, register_mixer
 from hf_archs_hyena.configuration import ArchHyenaConfig, HyenaMixerConfig, hyena_state
 from hf_archs_hyena.conversion import HYENADNA
-from hf_archs_hyena.distill import distill_filters
+from hf_archs_hyena.distillation import distill_filters
 from hf_archs_hyena.long_conv import long_conv
 from hf_archs_hyena.mixer import HyenaMixer
 from hf_archs_hyena.modeling import (

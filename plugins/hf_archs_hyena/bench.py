@@ -38,15 +38,6 @@ def _by_taps(x: Any, log_decay: Any, phase: Any, residues: Any) -> Any:
     return long_conv(x, taps, need_state=False)[0]
 
 
-def _measures(
-    label: str, peer: str, ours: Any, theirs: Any, tensors: dict[str, torch.Tensor], moved: int
-) -> Iterator[bench.Measure]:
-    alone = bench.forward(ours, tensors), bench.forward(theirs, tensors)
-    yield bench.Measure(f"{label}, forward", peer, *alone, bytes_moved=moved)
-    both = bench.forward_backward(ours, tensors), bench.forward_backward(theirs, tensors)
-    yield bench.Measure(f"{label}, forward and backward", peer, *both, bytes_moved=3 * moved)
-
-
 def ops(device: torch.device) -> Iterator[bench.Measure]:
     """The convolutions, forward and with their backward."""
     gpu = device.type == "cuda"
@@ -55,17 +46,16 @@ def ops(device: torch.device) -> Iterator[bench.Measure]:
         tensors = {name: torch.randn(b, l, c, device=device, dtype=dtype) for name in ("x", "gate_in", "gate_out")}
         tensors |= {"taps": torch.randn(c, l, device=device), "bias": torch.randn(c, device=device)}
         label = f"long_conv {b} x {l} x {c}"
-        moved = sum(t.nbytes for t in tensors.values()) + tensors["x"].nbytes
-        yield from _measures(label, "plain PyTorch", _ours, _published, tensors, moved)
+        yield from bench.op_measures(label, "plain PyTorch", _ours, _published, tensors)
         x = tensors["x"]
         for k in (7, 128):
             explicit = {"x": x, "taps": torch.randn(c, k, device=device)}
             label = f"toeplitz_conv of {k} taps, {b} x {l} x {c}"
-            yield from _measures(label, "conv1d", toeplitz_conv, _conv1d, explicit, 2 * x.nbytes)
+            yield from bench.op_measures(label, "conv1d", toeplitz_conv, _conv1d, explicit)
         modal = {"x": x, "log_decay": torch.randn(c, 16, device=device) - 3}
         modal |= {"phase": torch.rand(c, 16, device=device), "residues": torch.randn(c, 16, 2, device=device)}
         label = f"modal_conv of 16 modes, {b} x {l} x {c}"
-        yield from _measures(label, "taps and long_conv", modal_conv, _by_taps, modal, 2 * x.nbytes)
+        yield from bench.op_measures(label, "taps and long_conv", modal_conv, _by_taps, modal)
 
 
 def models(device: torch.device) -> Iterator[bench.Measure]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from hf_archs.backend import backend_for
+from hf_archs.cache import Once
 from hf_archs.kernels.numerics import no_autocast
 from hf_archs_hyena.configuration import HyenaMixerConfig
 from hf_archs_hyena.long_conv import long_conv, long_conv_step
 from hf_archs_hyena.modal import modal_conv, modal_taps
 from hf_archs_hyena.toeplitz_conv import toeplitz_conv
-
-Once = Callable[[str, Callable[[], torch.Tensor]], torch.Tensor]
 
 LONG = 2**15  # taps
 WINDOW_END = 1e-2  # what a window has fallen to after `fast_decay` and `slow_decay`
@@ -97,6 +96,30 @@ class HyenaFilter(nn.Module, ABC):
         need_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One convolution, of the channels ``part``, between its gates."""
+
+
+class UngatedFilter(HyenaFilter):
+    """A filter whose convolution is an op of its own, beside the gates."""
+
+    def _convolve(
+        self,
+        filters: Any,
+        part: slice,
+        v: torch.Tensor,
+        gate_in: torch.Tensor,
+        gate_out: torch.Tensor | None,
+        state: torch.Tensor | None,
+        boundaries: dict[str, Any],
+        need_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        y, after = self._filter(filters, part, v * gate_in, state, boundaries)
+        return y if gate_out is None else y * gate_out, after
+
+    @abstractmethod
+    def _filter(
+        self, filters: Any, part: slice, v: torch.Tensor, state: torch.Tensor | None, boundaries: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The convolution of the channels ``part``, and the state after it."""
 
 
 class ImplicitFilter(HyenaFilter):
@@ -189,7 +212,7 @@ class ImplicitFilter(HyenaFilter):
         return long_conv(*inputs, initial_state=state, **boundaries, need_state=need_state)
 
 
-class ExplicitFilter(HyenaFilter):
+class ExplicitFilter(UngatedFilter):
     """A few taps that are parameters (Ku et al. 2025, section 2); medium ones under a decaying window.
 
     The state is a window of the past.
@@ -220,23 +243,19 @@ class ExplicitFilter(HyenaFilter):
         decay = torch.linspace(slow, fast, groups, device=taps.device, dtype=taps.dtype).unsqueeze(1)
         return taps * torch.exp(-decay * torch.arange(count, device=taps.device, dtype=taps.dtype) / count)
 
-    def _convolve(
+    def _filter(
         self,
         filters: torch.Tensor,
         part: slice,
         v: torch.Tensor,
-        gate_in: torch.Tensor,
-        gate_out: torch.Tensor | None,
         state: torch.Tensor | None,
-        boundaries: dict[str, Any],  # lengths and seq_idx
-        need_state: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        boundaries: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         groups = slice(*(end // self.config.filter_group_size for end in (part.start, part.stop)))
-        y, after = toeplitz_conv(v * gate_in, filters[groups], initial_state=state, **boundaries)
-        return y if gate_out is None else y * gate_out, after
+        return toeplitz_conv(v, filters[groups], initial_state=state, **boundaries)
 
 
-class ModalFilter(HyenaFilter):
+class ModalFilter(UngatedFilter):
     """Taps that are a sum of decaying waves (Massaroli et al. 2023, "Laughing Hyena Distillery", section 3).
 
     The state is one complex number for each mode and channel. It has no last lag: ``max_positions`` does not apply.
@@ -269,20 +288,11 @@ class ModalFilter(HyenaFilter):
     def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> None:
         """Nothing: the recurrence runs on the modes themselves."""
 
-    def _convolve(
-        self,
-        filters: None,
-        part: slice,
-        v: torch.Tensor,
-        gate_in: torch.Tensor,
-        gate_out: torch.Tensor | None,
-        state: torch.Tensor | None,
-        boundaries: dict[str, Any],  # lengths and seq_idx
-        need_state: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _filter(
+        self, filters: None, part: slice, v: torch.Tensor, state: torch.Tensor | None, boundaries: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         modes = self.log_decay[part], self.phase[part], self.residues[part]
-        y, after = modal_conv(v * gate_in, *modes, self.bias[part], initial_state=state, **boundaries)
-        return y if gate_out is None else y * gate_out, after
+        return modal_conv(v, *modes, self.bias[part], initial_state=state, **boundaries)
 
 
 FILTERS: dict[str, type[HyenaFilter]] = {

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_archs.cache import Slot, States
+from hf_archs.cache import Once, Slot, States
 from hf_archs.convolution import CausalConv1d
 from hf_archs_hyena.configuration import HyenaMixerConfig
-from hf_archs_hyena.filters import FILTERS, Once
+from hf_archs_hyena.filters import FILTERS
 
 
 class HyenaMixer(nn.Module):

@@ -6,14 +6,13 @@ Letters in shapes: b batch, l length, d hidden size, c channels (expand x d), n 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from hf_archs.cache import Slot, States
+from hf_archs.cache import Once, Slot, States
 from hf_archs.convolution import CausalConv1d
 from hf_archs.kernels.numerics import cast, wide
 from hf_archs_mamba.configuration import MambaMixerConfig
@@ -55,7 +54,7 @@ class SelectiveSSM(nn.Module):
         state: torch.Tensor | None = None,  # (b, c, n)
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
-        once: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None = None,
+        once: Once | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         A = self._rates() if once is None else once("A", self._rates)
         dt = cast(dt, A.dtype) + self.dt_bias

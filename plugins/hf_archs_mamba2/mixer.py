@@ -7,13 +7,12 @@ g groups, n state size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from hf_archs.cache import Slot, States
+from hf_archs.cache import Once, Slot, States
 from hf_archs.convolution import CausalConv1d
 from hf_archs.kernels.numerics import wide
 from hf_archs.norm import ArchRMSNormGated
@@ -57,7 +56,7 @@ class ScalarSSM(nn.Module):
         state: torch.Tensor | None = None,  # (b, h, p, n)
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
-        once: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None = None,
+        once: Once | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         A = self._rates() if once is None else once("A", self._rates)
         return ssd_scan(
@@ -122,7 +121,7 @@ class Mamba2Mixer(nn.Module):
         state: torch.Tensor | None,
         lengths: torch.Tensor | None,
         seq_idx: torch.Tensor | None,
-        once: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None = None,
+        once: Once | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x, B, C = xBC.split(self.conv_splits, dim=-1)
         b, l, _ = x.shape

@@ -40,11 +40,7 @@ def ops(device: torch.device) -> Iterator[bench.Measure]:
     for shape in shapes:
         tensors = _inputs(*shape, device)
         label = f"retention {' x '.join(map(str, shape))}"
-        moved = sum(t.nbytes for t in tensors.values()) + tensors["v"].nbytes
-        alone = bench.forward(retention, tensors), bench.forward(peer, tensors)
-        yield bench.Measure(f"{label}, forward", name, *alone, bytes_moved=moved)
-        both = bench.forward_backward(retention, tensors), bench.forward_backward(peer, tensors)
-        yield bench.Measure(f"{label}, forward and backward", name, *both, bytes_moved=3 * moved)
+        yield from bench.op_measures(label, name, retention, peer, tensors, "v")
 
 
 def models(device: torch.device) -> Iterator[bench.Measure]:

@@ -104,7 +104,7 @@ class ArchRetNetConfig(ArchConfig, RetNetMixerConfig, MLPConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.validate_mixer_sizes()
-        check_range(self, "hidden_ratio", 1e-3, 1024.0)
+        self.validate_feed_forward()
         if self.intermediate_size is None:
             self.intermediate_size = -(-int(self.hidden_size * self.hidden_ratio * 2 / 3) // 256) * 256
         super().__post_init__(**kwargs)

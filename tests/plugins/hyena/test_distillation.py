@@ -1,139 +1,77 @@
-"""Fitting modes to filters: exact where there are so many, honest about the error, and better with more modes."""
-
-import itertools
-import math
+"""`distill_filters`: a model with a constant state that says nearly what the trained one says."""
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from hf_archs_hyena import distillation
-from hf_archs_hyena.distillation import fit_modal_filters
-from hf_archs_hyena.modal import modal_taps
-
-
-def modal(channels, modes, length, dtype=torch.float64):
-    """Taps of random modes, one of each channel's with a real pole."""
-    log_decay = torch.rand(channels, modes, dtype=torch.float64) * 5 - 5
-    phase = torch.rand(channels, modes, dtype=torch.float64) * 3
-    phase[:, 0] = 0
-    residues = torch.randn(channels, modes, 2, dtype=torch.float64)
-    return modal_taps(log_decay, phase, residues, length).to(dtype)
+import hf_archs
+from hf_archs.testing.contract.generation import generate
+from hf_archs.testing.contract.models import distance, lively, logits, tokens
+from hf_archs_hyena import distill_filters
 
 
-def implicit(channels, length, frequency=6.0):
-    """Filters like Hyena's at the start of training: a network of sines under windows that decay."""
-    t = torch.linspace(0, 1, length).unsqueeze(1)
-    z = torch.cat([t, torch.cos(2 * math.pi * t), -torch.sin(2 * math.pi * t)], 1)
-    for size in (3, 32, 32):
-        z = torch.sin(frequency * z @ torch.empty(size, 32).uniform_(-1, 1) / size**0.5)
-    rates = torch.linspace(3, 15, channels)
-    return (z @ torch.randn(32, channels) * (torch.exp(-t * rates) + 0.05)).t()
+def implicit(**fields):
+    architecture = hf_archs.get_architecture("hyena")
+    fields = {"hidden_size": 8, "max_positions": 200, "filter_size": 8, **fields}
+    return lively(architecture.causal_lm_class, architecture.tiny_config(**fields))
 
 
-def true_error(taps, log_decay, phase, residues):
-    """From the definition, with complex powers: independent of `modal_taps`."""
-    poles = torch.exp(torch.complex(-log_decay.double().exp(), phase.double()))
-    weights = torch.view_as_complex(residues.double())
-    found = (weights[..., None] * poles[..., None] ** torch.arange(taps.shape[1])).real.sum(1)
-    return (found - taps).norm(dim=1) / taps.double().norm(dim=1)
+def test_the_more_modes_the_closer():
+    """The report is the error of the taps, and what the model says follows it."""
+    model, ids = implicit(num_hidden_layers=1), tokens(2, 150)
+    expected = logits(model, ids)
+    far = []
+    for modes in (2, 20):
+        distilled, errors = distill_filters(model, modes)
+        assert set(errors) == {"model.layers.0.mixer.ssm"}
+        for name, error in errors.items():
+            truth, fit = (m.get_submodule(name).taps(200).double() for m in (model, distilled))
+            assert torch.allclose(error, (fit - truth).norm(dim=1) / truth.norm(dim=1), rtol=1e-2, atol=1e-6)
+        far.append((max(e.max().item() for e in errors.values()), distance(logits(distilled, ids), expected)))
+    assert far[1][0] < min(far[0][0], 3e-2), far
+    assert far[1][1] < min(far[0][1], 3e-2), far
 
 
-@pytest.mark.parametrize(("length", "modes", "given"), [(200, 4, 4), (900, 8, 8), (5000, 4, 4), (600, 3, 6)])
-def test_a_sum_of_modes_is_recovered(length, modes, given):
-    taps = modal(6, modes, length)
-    *parameters, error = fit_modal_filters(taps, given)
-    assert error.max() < 1e-5
-    assert true_error(taps, *parameters).max() < 1e-5
+def test_it_is_another_model_with_a_constant_state(tmp_path):
+    model = implicit()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    distilled, _ = distill_filters(model, 8)
+    assert distilled.config.filter_types == ["modal"]
+    assert model.config.filter_types == ["implicit"]
+    sizes = []
+    for length in (5, 50):
+        with torch.no_grad():
+            sizes.append(distilled(tokens(1, length), use_cache=True).past_key_values.num_bytes())
+    assert sizes[0] == sizes[1]
+    with torch.no_grad():
+        for parameter in distilled.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    distilled, _ = distill_filters(model, 8)
+    distilled.save_pretrained(tmp_path)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(generate(found, tokens(1, 9)), generate(distilled, tokens(1, 9)))
 
 
-def test_poles_themselves_are_recovered():
-    log_decay, phase = torch.tensor([[-3.0, -4.0]]), torch.tensor([[0.3, 1.2]])
-    residues = torch.tensor([[[1.0, 0.5], [-2.0, 0.1]]])
-    found = fit_modal_filters(modal_taps(log_decay, phase, residues, 500).double(), 2)
-    order = found[1][0].argsort()
-    for name, a, b in zip(("log_decay", "phase", "residues"), found, (log_decay, phase, residues)):
-        torch.testing.assert_close(a[:, order].float(), b, rtol=1e-4, atol=1e-5, msg=name)
+def test_other_filters_stay():
+    model = implicit(filter_types=["implicit", "short"])
+    distilled, errors = distill_filters(model, 4)
+    assert list(errors) == ["model.layers.0.mixer.ssm"]
+    short = "model.layers.1.mixer.ssm.coefficients"
+    assert torch.equal(distilled.state_dict()[short], model.state_dict()[short])
 
 
-@pytest.mark.parametrize("length", [200, 3000])
-def test_the_error_is_true_and_falls_with_more_modes(length):
-    taps = implicit(4, length)
-    errors = []
-    for modes in (2, 6, 14):
-        *parameters, error = fit_modal_filters(taps, modes)
-        assert [t.dtype for t in parameters] == [torch.float32] * 3
-        assert error.dtype == torch.float64
-        torch.testing.assert_close(error, true_error(taps, *parameters), rtol=1e-4, atol=1e-6)
-        errors.append(error.mean())
-    assert all(later < 0.9 * before for before, later in itertools.pairwise(errors)), errors
-    assert errors[0] < 1
-    assert errors[-1] < 0.3, errors
+def test_precision_is_kept():
+    model = implicit(num_hidden_layers=1).to(torch.bfloat16)
+    distilled, _ = distill_filters(model, 4)
+    assert distilled.dtype == torch.bfloat16
+    assert distilled.model.layers[0].mixer.ssm.log_decay.dtype == torch.float32
 
 
-def test_a_fit_is_no_worse_than_the_best_state_says():
-    """The part of the Hankel matrix that 2 n singular values leave, a bound on what any state of that size can do with
-    the future after any past, is about what a fit leaves of the filter."""
-    taps = implicit(4, 256).double()
-    hankel = torch.nn.functional.pad(taps, (0, 256)).unfold(1, 256, 1)[:, :256]
-    values = torch.linalg.svdvals(hankel).square()
-    for modes in (4, 10):
-        bound = (values[:, 2 * modes :].sum(1) / values.sum(1)).sqrt()
-        assert (fit_modal_filters(taps, modes)[3] < 1.2 * bound).all()
-
-
-def test_refinement_helps(monkeypatch):
-    taps = implicit(4, 300)
-    fitted = fit_modal_filters(taps, 4)[3]
-    monkeypatch.setattr(distillation, "ITERATIONS", 0)
-    assert (fitted <= fit_modal_filters(taps, 4)[3] + 1e-6).all()
-    assert fitted.mean() < 0.97 * fit_modal_filters(taps, 4)[3].mean()
-
-
-def test_poles_lie_inside_the_unit_circle_and_residues_stay_small():
-    """Residues that cancel each other cost float32 its digits."""
-    taps = implicit(4, 300)
-    log_decay, _, residues, _ = fit_modal_filters(taps, 12)
-    assert (torch.exp(-log_decay.exp()) < 1).all()
-    size = (residues.norm(dim=2) / (2 * log_decay.exp()).sqrt()).amax(1)  # of each mode's taps
-    assert (size < 1e5 * taps.norm(dim=1)).all()
-
-
-def test_odd_filters():
-    """Zero, one tap, a constant, an alternating sign, a step far out, tiny and huge: finite, and true to the error."""
-    t = torch.arange(100.0)
-    taps = torch.stack(
-        [0 * t, (t == 0).float(), 0 * t + 1, (-1.0) ** t, (t > 50).float(), 1e-20 * 0.9**t, 1e20 * 0.8**t]
-    )
-    *parameters, error = fit_modal_filters(taps, 3)
-    assert all(p.isfinite().all() for p in parameters)
-    assert error[0] == 0
-    assert (error[[1, 2, 3, 5, 6]] < 1e-2).all(), error
-    torch.testing.assert_close(error[1:], true_error(taps[1:], *(p[1:] for p in parameters)), rtol=1e-3, atol=1e-6)
-
-
-def test_channels_do_not_see_each_other(monkeypatch):
-    taps = implicit(3, 100)
-    whole = fit_modal_filters(taps, 4)
-    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", 1)
-    for a, b in zip(whole, fit_modal_filters(taps, 4)):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("length", [2, 3, 10])
-def test_short_filters(length):
-    taps = torch.randn(3, length)
-    assert (fit_modal_filters(taps, 8)[3] < 0.05).all()
-
-
-@pytest.mark.parametrize(
-    ("taps", "modes", "named"),
-    [
-        (torch.zeros(5), 4, "channels, length"),
-        (torch.zeros(5, 1), 4, "channels, length"),
-        (torch.zeros(5, 9), 0, "modes"),
-        (torch.full((5, 9), torch.nan), 4, "finite"),
-    ],
-)
-def test_errors_name_the_argument(taps, modes, named):
-    with pytest.raises(ValueError, match=named):
-        fit_modal_filters(taps, modes)
+def test_what_cannot_be_distilled():
+    with pytest.raises(ValueError, match="without implicit filters"):
+        distill_filters(implicit(filter_types=["modal"]))
+    with pytest.raises(ValueError, match=r"modes is 4; .* allowed is 16"):
+        distill_filters(implicit(filter_types=["implicit", "modal"]), 4)
+    with pytest.raises(ValueError, match="length is 201; allowed are 2 to"):
+        distill_filters(implicit(), 4, length=201)
