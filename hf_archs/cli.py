@@ -265,7 +265,7 @@ def quickstart(
     size: Annotated[str | None, typer.Option(help="One of its sizes, or tiny; else its first.")] = None,
     assign: Set = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the pretraining.")] = None,
-    lora_steps: Annotated[int, typer.Option(help="Steps of LoRA.")] = 70,
+    lora_steps: Annotated[int | None, typer.Option(help="Steps of LoRA.")] = None,
     data: Annotated[str | None, typer.Option(help="Text file, folder or dataset; or a FASTA file.")] = None,
     output: Output = Path("quickstart"),
     hub: Annotated[bool, typer.Option("--hub", help="Push to huggingface.co, not to an embedded Hub.")] = False,
@@ -277,24 +277,22 @@ def quickstart(
     """Train a tokenizer and a model, adapt it with LoRA, generate, push, pull and compare."""
     from hf_archs import quickstart as job
 
-    job.quickstart(
-        job.Options(
-            arch=arch,
-            task=task,
-            size=size,
-            overrides=_overrides(assign),
-            steps=steps,  # type: ignore[arg-type]
-            lora_steps=lora_steps,
-            data=data,  # type: ignore[arg-type]
-            output=str(output),
-            hub=hub,
-            public=public,
-            batch=batch,  # type: ignore[arg-type]
-            block=block,  # type: ignore[arg-type]
-            seed=seed,
-        ),
-        console,
+    options = job.make_options(
+        task,
+        arch=arch,
+        size=size,
+        overrides=_overrides(assign),
+        steps=steps,
+        lora_steps=lora_steps,
+        data=data,
+        output=str(output),
+        hub=hub,
+        public=public,
+        batch=batch,
+        block=block,
+        seed=seed,
     )
+    job.quickstart(options, console)
 
 
 def _only_ours() -> None:

@@ -13,9 +13,9 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -35,61 +35,104 @@ from hf_archs.errors import CheckFailed
 from hf_archs.registry import get_architecture
 from hf_archs.training import ArchTrainer, add_lora
 
-# what an option is that nobody gave, by task
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "text": {"steps": 130, "block": 512, "batch": 8, "data": "stdlib"},
-    "genome": {"steps": 600, "block": 4096, "batch": 2, "data": str(dna.GENOME)},
-}
 MERGE_TOLERANCE = 1e-4  # of the largest logit: float32 rounds W x + B A x and (W + B A) x differently
 PROMPTS = {"code": "def read_file(path):\n", "english": "The function returns"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `quickstart` is asked for.
+    """What `quickstart` is asked for, whatever the task.
 
     Attributes:
         arch: name of the architecture.
-        task: ``text`` (pretrain on text, adapt with LoRA) or ``genome`` (pretrain on DNA, compare with Markov models).
         size: one of its sizes; None takes the one with the task's name, or the first.
         overrides: config fields that differ from the size.
-        steps, lora_steps: optimizer steps of the pretraining, and of LoRA.
-        data: what to pretrain on instead of the standard library's source, see `hf_archs.text.read_corpus`; or a FASTA
-            file instead of `hf_archs.dna.GENOME`.
-        output: folder for ``model/``, ``adapter/``, ``loss.png`` and ``summary.json``.
+        output: folder for ``model/``, ``loss.png`` and ``summary.json``.
         hub: push to huggingface.co (``HF_ENDPOINT``) instead of to an embedded Hub.
         public: whether the repositories can be seen by everybody.
-        batch, block: rows of a step, and tokens of a row. None, here and above, is `DEFAULTS` of the task.
+        data: what to pretrain on.
+        steps: optimizer steps of the pretraining.
+        batch, block: rows of a step, and tokens of a row.
         seed: of the initial weights and the order of the data.
+        learning_rate: of the pretraining.
     """
 
+    task: ClassVar[str]
     arch: str = "mamba"
-    task: str = "text"
     size: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    steps: int = None  # type: ignore[assignment]
-    lora_steps: int = 70
-    data: str = None  # type: ignore[assignment]
     output: str = "quickstart"
     hub: bool = False
     public: bool = False
-    batch: int = None  # type: ignore[assignment]
-    block: int = None  # type: ignore[assignment]
+    data: str
+    steps: int
+    batch: int
+    block: int
     seed: int = 0
     learning_rate: float = 4e-3
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            self._check(name, 1)
+        self._check("block", 2)
+
+    def _check(self, name: str, least: int) -> None:
+        if getattr(self, name) < least:
+            raise ValueError(f"{name} is {getattr(self, name)}; allowed are {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(Options):
+    """Pretrain on text, adapt with LoRA to English.
+
+    Attributes:
+        data: see `hf_archs.text.read_corpus`; the standard library's source, unless something else is named.
+        lora_steps, lora_learning_rate: optimizer steps of LoRA, and their rate; the adapter goes to ``adapter/``.
+    """
+
+    task = "text"
+    data: str = "stdlib"
+    steps: int = 130
+    batch: int = 8
+    block: int = 512
+    lora_steps: int = 70
     lora_learning_rate: float = 4e-3
 
     def __post_init__(self) -> None:
-        if self.task not in DEFAULTS:
-            raise ValueError(f"task is {self.task!r}; allowed are {' and '.join(DEFAULTS)}")
-        for name, value in DEFAULTS[self.task].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        for name in ("steps", "lora_steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed are 1 or more")
-        if self.block < 2:
-            raise ValueError(f"block is {self.block}; allowed are 2 or more")
+        super().__post_init__()
+        self._check("lora_steps", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenomeOptions(Options):
+    """Pretrain on DNA, compare with Markov models.
+
+    Attributes:
+        data: a FASTA file.
+    """
+
+    task = "genome"
+    data: str = str(dna.GENOME)
+    steps: int = 600
+    batch: int = 2
+    block: int = 4096
+
+
+TASKS: dict[str, type[Options]] = {options.task: options for options in (TextOptions, GenomeOptions)}
+
+
+def make_options(task: str, **given: Any) -> Options:
+    """The options of a task; None stands for what nobody gave.
+
+    Raises:
+        ValueError: for an unknown task, an option that it does not have, or a value out of range.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}; allowed are {' and '.join(TASKS)}")
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given.keys() - {f.name for f in fields(TASKS[task])}:
+        raise ValueError(f"{name} is {given[name]!r}, but the task {task!r} has no {name}")
+    return TASKS[task](**given)
 
 
 class _Progress(ProgressCallback):
@@ -158,13 +201,14 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, seed:
 
 
 def quickstart(options: Options, console: Console | None = None) -> dict[str, Any]:
-    """Run the job of ``options.task``, `_text` or `_genome`, and give its summary, which is also in ``summary.json``.
+    """Run the job of these options, `_text` or `_genome`, and give its summary, which is also in ``summary.json``.
 
     Raises:
         ValueError, OSError: for a wrong option, before anything is trained, and where the Hub refuses.
         CheckFailed: where a model pulled from the Hub differs from what was pushed, or a merged model from its parts.
     """
-    return {"text": _text, "genome": _genome}[options.task](options, console or Console())
+    jobs: dict[type[Options], Callable[[Any, Console], dict[str, Any]]] = {TextOptions: _text, GenomeOptions: _genome}
+    return jobs[type(options)](options, console or Console())
 
 
 def _prepare(options: Options, overrides: Mapping[str, Any]) -> tuple[Any, int, str]:
@@ -190,7 +234,7 @@ def _new_model(config: Any, seed: int) -> Any:
     return model
 
 
-def _text(options: Options, console: Console) -> dict[str, Any]:
+def _text(options: TextOptions, console: Console) -> dict[str, Any]:
     """Run the main job and give its summary, which is also in ``summary.json``.
 
     1. A tokenizer and a small model are trained on the corpus; held-out documents are never trained on.
@@ -265,7 +309,7 @@ def _text(options: Options, console: Console) -> dict[str, Any]:
     return _finish(summary, _table, began, output, console)
 
 
-def _genome(options: Options, console: Console) -> dict[str, Any]:
+def _genome(options: GenomeOptions, console: Console) -> dict[str, Any]:
     """Train on DNA, and compare with Markov models fitted on the same bases.
 
     The first nine tenths of the bases are trained on, on both strands; all of the rest is scored, every window from an
@@ -365,18 +409,16 @@ def _embedded_hub() -> Any:
 
 def _command(options: Options) -> str:
     """The command that does this, and where it ran."""
-    standard = Options(task=options.task)
-    names = ("arch", "task", "size", "steps", "lora_steps", "data", "batch", "block", "seed")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) != getattr(standard, name)}
-    task = {} if options.task == Options.task else {"task": options.task}
-    flags = [f" --{name.replace('_', '-')} {value}" for name, value in {**given, **task}.items()]
-    fields = [f" --set {name}={value}" for name, value in options.overrides.items()]
-    return (
-        f"`hf-archs quickstart{''.join(flags + fields)}` on {platform.machine()} with {torch.get_num_threads()} threads"
-    )
+    told = ("output", "hub", "public", "overrides", "learning_rate", "lora_learning_rate")  # elsewhere, or no flags
+    names = [f.name for f in fields(options) if f.name not in told and getattr(options, f.name) != f.default]
+    words = [] if isinstance(options, TextOptions) else [f"--task {options.task}"]
+    words += [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names]
+    words += [f"--set {name}={value}" for name, value in options.overrides.items()]
+    command = " ".join(["hf-archs quickstart", *words])
+    return f"`{command}` on {platform.machine()} with {torch.get_num_threads()} threads"
 
 
-def _cards(options: Options, bits: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+def _cards(options: TextOptions, bits: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
     corpus = "the source of Python's standard library" if options.data == "stdlib" else f"`{options.data}`"
     code, english = bits["code"], bits["english"]
     return {

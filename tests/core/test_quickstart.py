@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_archs
 from hf_archs import checkpoints, publish, text
 from hf_archs.errors import CheckFailed
-from hf_archs.quickstart import Options, quickstart
+from hf_archs.quickstart import GenomeOptions, TextOptions, make_options, quickstart
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 FIELDS = {"arch", "parameters", "seconds", "tokens_per_second", "bits_per_byte", "merged_equals_unmerged"}
@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 def done(data):
     """A finished miniature: its folder, its summary, what it printed."""
     folder = data.parent
-    options = Options(
+    options = TextOptions(
         size="tiny",
         overrides={"vocab_size": 400, "hidden_size": 32},
         steps=12,
@@ -114,7 +114,7 @@ def test_a_difference_after_the_pull_is_an_error(data, tmp_path, monkeypatch):
         return {"tokenizer": True}
 
     monkeypatch.setattr(publish, "run", exchange)
-    options = Options(
+    options = TextOptions(
         size="tiny", steps=2, lora_steps=2, batch=2, block=32, data=str(data), output=str(tmp_path / "out")
     )
     with pytest.raises(CheckFailed, match="pulled_equals_pushed is false"):
@@ -137,7 +137,7 @@ def test_a_difference_after_the_pull_is_an_error(data, tmp_path, monkeypatch):
 )
 def test_wrong_options_cost_nothing(tmp_path, options, said):
     with pytest.raises(Exception, match=said):  # the host library's for a config, ValueError or OSError otherwise
-        quickstart(Options(**{"output": str(tmp_path / "out"), **options}))
+        quickstart(TextOptions(**{"output": str(tmp_path / "out"), **options}))
     assert not (tmp_path / "out").exists()
 
 
@@ -146,7 +146,7 @@ def test_a_missing_package_is_named_before_anything_is_trained(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "hf_archs.testing.hub", raising=False)
     with pytest.raises(ImportError, match=f"needs the package {module}: pip install"):
-        quickstart(Options(size="tiny", output=str(tmp_path / "out")))
+        quickstart(TextOptions(size="tiny", output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
@@ -164,8 +164,7 @@ def test_the_genome_job(tmp_path):
     for noise in dice.random(20000):
         letters.append((letters[-1] + letters[-2] + 1) % 4 if noise < 0.9 else int(dice.integers(4)))
     (tmp_path / "x.fa").write_text(">made\n" + "".join("ACGT"[i] for i in letters))
-    options = Options(
-        task="genome",
+    options = GenomeOptions(
         size="tiny",
         overrides={"hidden_size": 32},
         steps=60,
@@ -187,8 +186,8 @@ def test_the_genome_job(tmp_path):
     printed = console.export_text()
     assert "Markov, order 2 (the best of them)" in printed
     card = (tmp_path / "out" / "model" / "README.md").read_text()
-    assert "`hf-archs quickstart --size tiny --steps 60" in card
-    assert "--task genome" in card
+    assert "`hf-archs quickstart --task genome --size tiny" in card
+    assert "--steps 60" in card
     assert "bits per base" in card
     assert "import " not in card.split("tokenizer.bos_token")[1]
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("ACGT")["input_ids"]) == 4
@@ -200,14 +199,15 @@ def test_the_genome_job(tmp_path):
     [
         ({"task": "proteins"}, "task is 'proteins'; allowed are text and genome"),
         ({"task": "genome", "steps": 0}, "steps is 0; allowed are 1 or more"),
+        ({"task": "genome", "lora_steps": 5}, "lora_steps is 5, but the task 'genome' has no lora_steps"),
     ],
 )
 def test_wrong_options(options, said):
     with pytest.raises(ValueError, match=said):
-        Options(**options)
+        make_options(**options)
 
 
 def test_a_missing_genome_is_named_before_anything_is_trained(tmp_path):
     with pytest.raises(FileNotFoundError, match="apt-get download bowtie-examples"):
-        quickstart(Options(task="genome", size="tiny", data=str(tmp_path / "x.fa"), output=str(tmp_path / "out")))
+        quickstart(GenomeOptions(size="tiny", data=str(tmp_path / "x.fa"), output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
