@@ -10,8 +10,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Tensors = Mapping[str, torch.Tensor | None]
+
+
+def operators(run: Callable[[], Any]) -> list[str]:
+    """The names of the operators that compute something in ``run``, without gradients; views compute nothing."""
+    found: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not func.is_view and func is not torch.ops.aten.promote_types.default:
+                found.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Record():
+        run()
+    return found
 
 
 def relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:

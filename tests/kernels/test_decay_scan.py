@@ -4,12 +4,11 @@ import functools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_archs.backend import use_backend
 from hf_archs.kernels import decay_scan_portable, decay_scan_triton
 from hf_archs.kernels.decay_scan import _decay_scan, decay_scan, decay_scan_reference
-from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_distance
+from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
 
 
 def on(backend):
@@ -323,24 +322,10 @@ def test_autocast_changes_nothing():
             assert torch.equal(a, b)
 
 
-class _Operators(TorchDispatchMode):
-    """Counts the operators that compute something, views left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view and func is not torch.ops.aten.promote_types.default:
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_step_is_a_handful_of_operators():
     tensors = make(b=1, l=1)
-    with torch.no_grad(), _Operators() as seen:
-        portable(**tensors)
-    assert len(seen.names) <= 9, seen.names  # two of them give every head its group's q and k
+    found = operators(lambda: portable(**tensors))
+    assert len(found) <= 9, found  # two of them give every head its group's q and k
 
 
 def test_states_are_kept_for_a_backward_only(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_archs.backend import use_backend
-from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_distance
+from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
 from hf_archs_hyena import long_conv_fft
 from hf_archs_hyena.long_conv import _exportable, _long_conv, long_conv, long_conv_reference, long_conv_step
 
@@ -179,25 +179,16 @@ def test_half_precision_is_not_transformed_in_it():
     assert relative_distance(found, exact) < 2 * torch.finfo(torch.bfloat16).eps
 
 
-def test_a_step_transforms_nothing(monkeypatch):
+def test_a_step_transforms_nothing():
     """One token is a dot product with the past: no Fourier transform, no custom op, and few calls in all."""
     arguments = tensors(1, 200, 150)
-    calls = []
-
-    class Count(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            calls.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    expected, state = long_conv(**arguments)
+    expected = long_conv_reference(**arguments)
     reversed_taps = arguments.pop("taps").flip(1)
-    x = arguments.pop("x")
-    with Count():
-        found, after = long_conv_step(x, reversed_taps, **arguments)
+    found = []
+    calls = operators(lambda: found.append(long_conv_step(reversed_taps=reversed_taps, **arguments)))
     assert not [name for name in calls if "fft" in name or "hf_archs" in name]
-    assert len([name for name in calls if "view" not in name]) < 30, calls
-    assert torch.equal(found, expected)
-    assert torch.equal(after, state)
+    assert len(calls) < 20, calls
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
 
 
 def test_non_contiguous_inputs():

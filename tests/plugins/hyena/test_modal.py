@@ -3,10 +3,9 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_archs.backend import use_backend
-from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_distance
+from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
 from hf_archs_hyena import modal_triton
 from hf_archs_hyena.modal import modal_conv, modal_conv_reference, modal_powers, modal_state, modal_taps
 
@@ -308,18 +307,9 @@ def test_only_the_inputs_and_small_tables_are_saved():
 
 
 def test_a_step_is_a_few_operators():
-    class Count(TorchDispatchMode):
-        names: list[str] = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if not func.is_view and "promote_types" not in str(func):
-                self.names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     tensors = make(l=1)
-    with torch.no_grad(), Count() as count:
-        portable(**tensors)
-    assert len(count.names) <= 20, count.names
+    found = operators(lambda: portable(**tensors))
+    assert len(found) <= 20, found
 
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", True)])

@@ -12,6 +12,7 @@ from hf_archs.testing.contract.caching import continued
 from hf_archs.testing.contract.configs import REFUSED
 from hf_archs.testing.contract.generation import generate, greedy
 from hf_archs.testing.contract.models import assert_all_close, assert_close, gradients, lively, logits, tokens, weighed
+from hf_archs.testing.ops import operators
 from hf_archs_hyena import filters
 
 KINDS = ("implicit", "modal", "medium", "short")
@@ -20,20 +21,6 @@ KINDS = ("implicit", "modal", "medium", "short")
 def model_of(*kinds, **fields):
     architecture = hf_archs.get_architecture("hyena")
     return lively(architecture.causal_lm_class, architecture.tiny_config(filter_types=kinds, **fields))
-
-
-def operators(run):
-    """The names of the operators that ``run`` calls."""
-    found = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            found.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    with Record(), torch.no_grad():
-        run()
-    return found
 
 
 class TestFilters:

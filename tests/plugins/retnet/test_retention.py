@@ -6,10 +6,9 @@ import math
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_archs.backend import use_backend
-from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_distance
+from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
 from hf_archs_retnet import multi_scale_log_decay, retention, retention_parallel, retention_reference
 
 
@@ -179,24 +178,10 @@ def test_far_heads_forget_nothing_in_bf16():
     torch.testing.assert_close(state.flatten().double(), (1 - gamma**l) / (1 - gamma), rtol=1e-5, atol=0)
 
 
-class _Operators(TorchDispatchMode):
-    """Counts the operators that compute something, views left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view and func is not torch.ops.aten.promote_types.default:
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_step_is_a_handful_of_operators():
     tensors = make(b=1, l=1, decay=True)
-    with torch.no_grad(), _Operators() as seen:
-        portable(**tensors, scale=1.0)
-    assert len(seen.names) <= 6, seen.names
+    found = operators(lambda: portable(**tensors, scale=1.0))
+    assert len(found) <= 6, found
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
