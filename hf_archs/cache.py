@@ -78,19 +78,21 @@ class Slot:
                 self.cache.derived[self.layer_idx, name] = value
         return value
 
-    def update(self, states: States, inputs: States, replay: Replay) -> None:
+    def update(self, states: States, inputs: dict[str, torch.Tensor | None], replay: Replay) -> None:
         """Store the states after this forward.
 
         Args:
             states: every state of the mixer.
-            inputs: what ``replay`` needs of this forward: tensors ``(batch, length, ...)``, real tokens first.
+            inputs: what ``replay`` needs of this forward: tensors ``(batch, length, ...)``, real tokens first. It is
+                not handed those that are None.
             replay: computes the states after the first ``lengths`` tokens of ``inputs``, from states before.
         """
         if self.cache.segments and self.cache.is_recording_past(self.layer_idx):
             before = {name: self.get(name) for name in states}
             if self.cache.is_static:  # its buffers are written over below
                 before = {name: None if t is None else t.clone() for name, t in before.items()}
-            self.cache.record(self.layer_idx, before, inputs, replay)
+            given = {name: t for name, t in inputs.items() if t is not None}
+            self.cache.record(self.layer_idx, before, given, replay)
         for name, value in states.items():
             self.cache.store(self.layer_idx, name, value)
 

@@ -1,277 +1,33 @@
-"""Foreign checkpoints of the same mathematics: a rename table for the parameters and one for the config, both ways.
+"""Models out of foreign checkpoints of the same mathematics, and back.
 
-A plugin declares a `NativeFormat` for every format it can read; `from_native` and `to_native` convert models of
-transformers in memory, and `from_pretrained` of every model class reads the formats from disk.
+`from_native` and `to_native` convert models in memory, and `from_pretrained` of every model class reads the formats
+from disk; `hf_archs.formats` says what a format is.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import json
 import os
-import re
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_archs import registry
+from hf_archs.formats import (
+    OURS,
+    NativeCheckpoint,
+    NativeFormat,
+    StateDictFormat,
+    TransformersFormat,
+    state_spaces_layer,
+)
 from hf_archs.registry import Architecture
-
-OURS = "model"  # `base_model_prefix` of every class of this library
-
-
-@dataclass(frozen=True, kw_only=True)
-class NativeFormat(ABC):
-    """A checkpoint format other than ours whose parameters are ours under other names.
-
-    Attributes:
-        name: the ``model_type`` in its ``config.json``.
-        prefix: what stands before the base model's parameters where it has a head; ours is ``model``.
-        renames: our names and theirs, of parameters outside the layers, without the prefix. Names that are in no
-            table are the same in both.
-        layer_renames: the same for parameters in a layer, without ``layers.<i>.``.
-        layer_aliases: other names of theirs for parameters in a layer, and ours.
-        fields: our config fields and theirs.
-        constants: our config fields and the only value that the format stands for.
-        allowed: their config fields that must have one of these values, or the checkpoint is no such model.
-        ignored: their config fields that do not change the result.
-        unused: our config fields that the format does not have and that do not change the result.
-        assumed: the same, with the values that they get when reading.
-    """
-
-    name: str
-    prefix: str = "backbone"
-    renames: Mapping[str, str] = field(default_factory=dict)
-    layer_renames: Mapping[str, str] = field(default_factory=dict)
-    layer_aliases: Mapping[str, str] = field(default_factory=dict)
-    fields: Mapping[str, str] = field(default_factory=dict)
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    allowed: Mapping[str, Collection[Any]] = field(default_factory=dict)
-    ignored: Collection[str] = ()
-    unused: Collection[str] = ()
-    assumed: Mapping[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.name
-
-    def detect(self, raw: Mapping[str, Any]) -> bool:
-        """Whether a ``config.json`` is of this format."""
-        return raw.get("model_type") == self.name
-
-    @abstractmethod
-    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """All their config fields as one flat dict, and the default of each that the format knows."""
-
-    # -- names -------------------------------------------------------------------------------------------------
-
-    def theirs(self, name: str) -> str:
-        """Their name of our parameter, with or without prefix as it came."""
-        return _rename(name, (OURS, self.prefix), self.renames, self.layer_renames)
-
-    def ours(self, name: str) -> str:
-        """Our name of their parameter, with or without prefix as it came."""
-        backward = [{theirs: ours for ours, theirs in t.items()} for t in (self.renames, self.layer_renames)]
-        return _rename(name, (self.prefix, OURS), backward[0], {**self.layer_aliases, **backward[1]})
-
-    def key_mapping(self) -> dict[str, str]:
-        """Their names to ours in the form of transformers' ``key_mapping``: applied one after another."""
-        mapping = {rf"^{re.escape(self.prefix)}\.": f"{OURS}."}
-        layer_names = [*self.layer_renames.items(), *((ours, theirs) for theirs, ours in self.layer_aliases.items())]
-        for within, names in (("", self.renames.items()), (r"layers\.\d+\.", layer_names)):
-            for ours, theirs in names:
-                mapping[rf"^((?:{OURS}\.)?{within}){re.escape(theirs)}$"] = rf"\1{ours}"
-        return mapping
-
-    # -- config ------------------------------------------------------------------------------------------------
-
-    def read_config(self, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-        """A ``config.json`` of this format as the fields of ``config_class``.
-
-        Raises:
-            ValueError: for an option that ours cannot represent, naming field, value and what is allowed.
-        """
-        given, defaults = self.expand(raw)
-        common = _common(given)
-        fields = {ours: given[theirs] for ours, theirs in self.fields.items() if theirs in given}
-        known = {*common, *self.fields.values(), *self.ignored, "architectures", "transformers_version"}
-        for name, value in given.items():
-            if name in known or (name not in self.allowed and name not in defaults):
-                continue
-            allowed = self.allowed.get(name, (defaults.get(name),))
-            if value not in allowed:
-                raise ValueError(
-                    f"{name} is {value!r} in this {self.name} checkpoint, which {config_class.__name__} cannot "
-                    f"represent; allowed: {', '.join(map(repr, allowed))}"
-                )
-        return {**common, **fields, **self.constants, **self.assumed, "model_type": config_class.model_type}
-
-    def write_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """Our config in their fields, as far as they have other names only.
-
-        Raises:
-            ValueError: where ours says something that theirs cannot, naming field, value and what is allowed.
-        """
-        defaults = type(config)()
-        common = _common(config.to_dict())
-        for f in dataclasses.fields(config):  # type: ignore[arg-type]
-            if f.name in {*self.fields, *self.unused, *self.assumed, *common} or f.name.startswith("_"):
-                continue
-            value, allowed = getattr(config, f.name), self.constants.get(f.name, getattr(defaults, f.name))
-            if value != allowed and f.name not in ("architectures", "transformers_version"):
-                raise ValueError(
-                    f"{type(config).__name__}: {f.name} is {value!r}, which a {self.name} model cannot represent; "
-                    f"allowed: {allowed!r}"
-                )
-        return {theirs: getattr(config, ours) for ours, theirs in self.fields.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformersFormat(NativeFormat):
-    """The checkpoints of an architecture in transformers itself, which exist as models in memory too.
-
-    Attributes:
-        config_name, model_name, causal_lm_name: transformers' classes.
-        derived: their config fields and the attribute of our config that gives the value when writing.
-    """
-
-    config_name: str
-    model_name: str
-    causal_lm_name: str
-    derived: Mapping[str, str] = field(default_factory=dict)
-
-    def classes(self, architecture: Architecture) -> list[tuple[type[PreTrainedModel], type[PreTrainedModel]]]:
-        """Pairs of our class and theirs."""
-        return [
-            (architecture.model_class, getattr(transformers, self.model_name)),
-            (architecture.causal_lm_class, getattr(transformers, self.causal_lm_name)),
-        ]
-
-    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        config_class = getattr(transformers, self.config_name)
-        # a file may leave out what has its class's default, and the class knows older names of its fields
-        given = config_class.from_dict({k: v for k, v in raw.items() if k != "auto_map"}).to_dict()
-        common = _common(given)
-        defaults = config_class().to_dict()
-        declared = {f.name for f in dataclasses.fields(config_class)} - set(common) - {"architectures", "model_type"}
-        return given, {name: defaults[name] for name in declared & set(defaults)}
-
-    def write_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Our config as one of transformers'. Raises as `write_fields` does."""
-        fields = self.write_fields(config)
-        fields.update({theirs: getattr(config, attribute) for theirs, attribute in self.derived.items()})
-        return getattr(transformers, self.config_name)(**{**_common(config.to_dict()), **fields})
-
-
-@dataclass
-class NativeCheckpoint:
-    """A model of a package that transformers does not know: its config and its parameters, under its names.
-
-    Attributes:
-        config: what stands in its ``config.json``.
-        state_dict: its parameters.
-    """
-
-    config: dict[str, Any]
-    state_dict: dict[str, torch.Tensor]
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into ``folder``."""
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-            json.dump(self.config, file, indent=2)
-        state = {name: tensor.contiguous().clone() for name, tensor in self.state_dict.items()}  # shared ones twice
-        save_file(state, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateDictFormat(NativeFormat):
-    """The checkpoints of a package outside of transformers, which exist as a `NativeCheckpoint` here.
-
-    Attributes:
-        defaults: their config fields that mean something to a model, with the default of each.
-    """
-
-    defaults: Mapping[str, Any]
-
-    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {**self.defaults, **raw}, dict(self.defaults)
-
-    def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """Our config as their ``config.json``. Raises as `write_fields` does."""
-        return {**self.defaults, **self.write_fields(config)}
-
-    def is_buffer(self, name: str) -> bool:
-        """Whether a tensor of theirs is no parameter, and follows from the config."""
-        return False
-
-    def buffers(self, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-        """What their state dict holds beside parameters."""
-        return {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateSpacesFormat(NativeFormat):
-    """The checkpoints of the package mamba_ssm (github.com/state-spaces/mamba), as published under ``state-spaces/``.
-
-    Attributes:
-        layer: the kind of layer, as ``ssm_cfg["layer"]`` has it.
-        layer_defaults: every option of such a layer, with the default it has where ``ssm_cfg`` leaves it out. In the
-            tables its name is ``ssm_cfg.<option>``.
-    """
-
-    name: str = "state-spaces"
-    layer: str
-    layer_defaults: Mapping[str, Any]
-
-    def __str__(self) -> str:
-        return "the state-spaces layout"
-
-    def detect(self, raw: Mapping[str, Any]) -> bool:
-        return is_state_spaces(raw) and raw["ssm_cfg"].get("layer", "Mamba1") == self.layer
-
-    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        # options of mamba_ssm.models.config_mamba.MambaConfig beside the sizes, and the value that a stack of
-        # nothing but such layers has
-        defaults = {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True}
-        options = {"vocab_size": 50277, "residual_in_fp32": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True}
-        given = {**defaults, **options, **{k: v for k, v in raw.items() if k != "ssm_cfg"}}
-        multiple = given.pop("pad_vocab_size_multiple")
-        given["vocab_size"] = -(-given["vocab_size"] // multiple) * multiple
-        given.pop("fused_add_norm", None)  # the same result in another kernel
-        layer = {**self.layer_defaults, **{k: v for k, v in raw["ssm_cfg"].items() if k != "layer"}}
-        # "auto" is what ours calls None: it follows from the width
-        given.update({f"ssm_cfg.{name}": None if value == "auto" else value for name, value in layer.items()})
-        # an option that nobody knows has no default: whatever it says cannot be represented
-        return given, {name: defaults.get(name, self.layer_defaults.get(name.partition(".")[2])) for name in given}
-
-
-def is_state_spaces(raw: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is of the package mamba_ssm, whatever its layers are."""
-    return "model_type" not in raw and {"d_model", "n_layer", "ssm_cfg"} <= set(raw)
-
-
-def _rename(name: str, prefixes: tuple[str, str], table: Mapping[str, str], layer_table: Mapping[str, str]) -> str:
-    match = re.fullmatch(rf"({re.escape(prefixes[0])}\.)?(layers\.\d+\.)?(.*)", name)
-    assert match is not None  # every group may be empty
-    prefix, layer, rest = match.groups(default="")
-    return (prefix and f"{prefixes[1]}.") + layer + (layer_table if layer else table).get(rest, rest)
-
-
-def _common(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that every config of transformers has: labels, dtype, quantisation and the like."""
-    names = {*PreTrainedConfig().to_dict(), "quantization_config"}
-    names -= {"architectures", "model_type", "transformers_version", "auto_map"}
-    return {name: value for name, value in config.items() if name in names}
 
 
 def find_format(
@@ -294,9 +50,9 @@ def find_format(
     for candidate in architecture.native_formats:
         if candidate.detect(raw):
             return candidate
-    kind = raw.get("model_type")
-    if kind is None and is_state_spaces(raw):
-        kind = f"state-spaces {raw['ssm_cfg'].get('layer', 'Mamba1')}"
+    kind, layer = raw.get("model_type"), state_spaces_layer(raw)
+    if layer is not None:
+        kind = f"state-spaces {layer}"
     if kind is None:
         return None
     *others, last = [config_class.model_type, *map(str, architecture.native_formats)]

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 if TYPE_CHECKING:
-    from hf_archs.conversion import NativeFormat
+    from hf_archs.formats import NativeFormat
 
 ENTRY_POINT_GROUP = "hf_archs.plugins"
 

@@ -15,20 +15,21 @@ CORE = sorted(ROOT.rglob("*.py"))
 BELOW = {
     "hf_archs.backend": (),
     "hf_archs.kernels": ("hf_archs.backend", "hf_archs.kernels"),
-    "hf_archs.registry": ("hf_archs.configuration", "hf_archs.conversion"),  # for types, and inside functions
+    "hf_archs.registry": ("hf_archs.configuration", "hf_archs.formats"),  # for types, and inside functions
     "hf_archs.norm": ("hf_archs.kernels", "hf_archs.backend"),
     "hf_archs.convolution": ("hf_archs.kernels", "hf_archs.backend", "hf_archs.cache"),  # what a mixer hands it
     "hf_archs.cache": ("hf_archs.registry",),
     "hf_archs.hub": ("hf_archs.registry",),
     "hf_archs.configuration": ("hf_archs.registry", "hf_archs.hub", "hf_archs.conversion"),
-    "hf_archs.conversion": ("hf_archs.registry",),
+    "hf_archs.formats": ("hf_archs.registry",),
+    "hf_archs.conversion": ("hf_archs.registry", "hf_archs.formats"),
 }
 # what of a plugin is about models: the rest are ops (filters are layers between the two, distillation makes models)
 MODEL_FILES = ("__init__", "configuration", "mixer", "modeling", "conversion", "bench", "filters", "distillation")
 # programs over the library: which architecture they take where none is named, and which peers they measure
 PROGRAMS = {"cli.py", "quickstart.py"}
 # a value that a foreign checkpoint format leaves out
-FOREIGN = {("conversion.py", "Mamba1")}
+FOREIGN = {("formats.py", "Mamba1")}
 
 
 def module_of(file: Path, root: Path) -> str:

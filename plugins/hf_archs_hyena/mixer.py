@@ -38,10 +38,7 @@ class HyenaMixer(nn.Module):
             return self.out_proj(self._mix(u, {}, lengths, seq_idx, need_state=False)[0])
         before = {name: state.get(name) for name in ("conv", "past")}
         y, after = self._mix(u, before, lengths, seq_idx, need_state=True, once=state.once)
-        inputs = {"u": u}
-        if seq_idx is not None:
-            inputs["seq_idx"] = seq_idx
-        state.update(after, inputs, self._replay)
+        state.update(after, {"u": u, "seq_idx": seq_idx}, self._replay)
         return self.out_proj(y)
 
     def _mix(

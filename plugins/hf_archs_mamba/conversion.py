@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_archs.conversion import StateSpacesFormat, TransformersFormat
+from hf_archs.formats import StateSpacesFormat, TransformersFormat
 
 LAYER_RENAMES = {
     "mixer.ssm.A_log": "mixer.A_log",

@@ -103,9 +103,7 @@ class MambaMixer(nn.Module):
         dt = self.dt_proj(dt)
         y, ssm = self.ssm(x, dt, B, C, z, ssm, lengths, seq_idx, once)
         if state is not None:
-            inputs = {"u": u, "x": x, "dt": dt, "B": B}
-            if seq_idx is not None:
-                inputs["seq_idx"] = seq_idx
+            inputs = {"u": u, "x": x, "dt": dt, "B": B, "seq_idx": seq_idx}
             state.update({"conv": conv, "ssm": ssm}, inputs, self._replay)
         return self.out_proj(y)
 

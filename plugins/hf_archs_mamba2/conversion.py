@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_archs.conversion import StateSpacesFormat, TransformersFormat
+from hf_archs.formats import StateSpacesFormat, TransformersFormat
 
 LAYER_RENAMES = {
     "mixer.ssm.A_log": "mixer.A_log",

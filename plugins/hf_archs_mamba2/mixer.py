@@ -108,9 +108,7 @@ class Mamba2Mixer(nn.Module):
         xBC, conv = self.conv1d(u, conv, lengths, seq_idx, once)
         y, ssm = self._scan(xBC, dt, ssm, lengths, seq_idx, once)
         if state is not None:
-            inputs = {"u": u, "xBC": xBC, "dt": dt}
-            if seq_idx is not None:
-                inputs["seq_idx"] = seq_idx
+            inputs = {"u": u, "xBC": xBC, "dt": dt, "seq_idx": seq_idx}
             state.update({"conv": conv, "ssm": ssm}, inputs, self._replay)
         return self.out_proj(self.norm(y.flatten(2), z))
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from hf_archs.conversion import StateDictFormat
+from hf_archs.formats import StateDictFormat
 
 # neither has these, and they change nothing but the rounding and the initial weights
 _ASSUMED = {"residual_in_fp32": False, "rescale_prenorm_residual": False}

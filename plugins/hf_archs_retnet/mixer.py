@@ -137,10 +137,7 @@ class RetNetMixer(nn.Module):
         y, after = retention(q, k, v, scale=1.0, initial_state=before["retention"], lengths=lengths, seq_idx=seq_idx)
         if state is not None:
             states = {"position": _after(position, before["position"], lengths, k.shape[0]), "retention": after}
-            inputs = {"k": k, "v": v}
-            if seq_idx is not None:
-                inputs["seq_idx"] = seq_idx
-            state.update(states, inputs, self._replay)
+            state.update(states, {"k": k, "v": v, "seq_idx": seq_idx}, self._replay)
         return self.out_proj(self.norm(y, self.g_proj(hidden_states)))
 
     def _rotate(self, q: torch.Tensor, k: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 import hf_archs
-from hf_archs.conversion import NativeCheckpoint, from_native, to_native
+from hf_archs.conversion import from_native, to_native
+from hf_archs.formats import NativeCheckpoint
 from hf_archs.testing.contract.models import assert_close, gradients, logits, weighed
 from hf_archs_hyena import ArchHyenaForCausalLM, ArchHyenaForSequenceClassification, ArchHyenaModel, dna_tokenizer
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import hf_archs
 from hf_archs.cli import app
-from hf_archs.conversion import NativeCheckpoint
+from hf_archs.formats import NativeCheckpoint
 from hf_archs.testing.ops import relative_distance
 from hf_archs_retnet import ArchRetNetConfig, ArchRetNetForCausalLM, ArchRetNetModel
 from hf_archs_retnet.conversion import FLA, TORCHSCALE
