@@ -262,7 +262,7 @@ def bench(
 def quickstart(
     arch: Annotated[str, typer.Option(help="Name of the architecture.")] = "mamba",
     task: Annotated[str, typer.Option(help="text, or genome: DNA, compared with Markov models.")] = "text",
-    size: Annotated[str | None, typer.Option(help="One of its sizes, or tiny; else its first.")] = None,
+    size: Annotated[str | None, typer.Option(help="One of its sizes, or tiny; else the task's, or its first.")] = None,
     assign: Set = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the pretraining.")] = None,
     lora_steps: Annotated[int | None, typer.Option(help="Steps of LoRA.")] = None,
@@ -274,7 +274,7 @@ def quickstart(
     block: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Train a tokenizer and a model, adapt it with LoRA, generate, push, pull and compare."""
+    """Train a tokenizer and a model, adapt it with LoRA (or train on DNA), generate, push, pull and compare."""
     from hf_archs import quickstart as job
 
     options = job.make_options(

@@ -15,5 +15,5 @@ class TestContract(ArchitectureContract):
 
 def test_there_are_architectures():
     """With no plugin loaded, every test above would be skipped without a word."""
-    assert {"mamba", "mamba2"} <= set(hf_archs.architectures())
+    assert {"mamba", "mamba2", "retnet", "hyena"} <= set(hf_archs.architectures())
     assert not hf_archs.failed_plugins()

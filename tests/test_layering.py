@@ -54,7 +54,7 @@ def within(name: str, *packages: str) -> bool:
 
 
 def test_there_are_plugins():
-    assert {"hf_archs_mamba", "hf_archs_mamba2"} <= set(PLUGINS)
+    assert {"hf_archs_mamba", "hf_archs_mamba2", "hf_archs_retnet", "hf_archs_hyena"} <= set(PLUGINS)
     assert len(CORE) > 10
 
 

@@ -18,10 +18,10 @@ them once, the factors go into q and k, and no gradient of a decay has to be kno
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from hf_archs.kernels.numerics import LOG2_E
 
 CHUNK = 64  # tokens between two kept states
 _SPAN = 2**17  # entries of the decay masks that are worked on together
@@ -61,7 +61,7 @@ class _Span:
             torch.mul(self.v, self.scale.unsqueeze(5).to(self.dtype), out=self.write)
 
         self.wide = self.dtype if v.device.type == "mps" else torch.float64
-        summed = (self.split_heads(log_decay).to(self.wide) * math.log2(math.e)).cumsum(4)
+        summed = (self.split_heads(log_decay).to(self.wide) * LOG2_E).cumsum(4)
         last = summed[..., -1:]
         self.to_end = torch.exp2((last - summed).to(self.dtype))  # (c, b, g, r, m)
         self.from_start = torch.exp2(summed.to(self.dtype))  # (c, b, g, r, m)
@@ -242,7 +242,7 @@ class _Constant:
 
     def __init__(self, log_decay: Tensor, dtype: torch.dtype, tokens: int):
         wide = dtype if log_decay.device.type == "mps" else torch.float64
-        log = log_decay[0, 0].to(wide)[:, None, None] * math.log2(math.e)
+        log = log_decay[0, 0].to(wide)[:, None, None] * LOG2_E
         at = torch.arange(tokens, device=log.device)[:, None]
         self.dtype, self.tokens = dtype, tokens
         self.between = torch.exp2(log * (at - at.T).clamp_(min=0)).tril_().to(dtype)

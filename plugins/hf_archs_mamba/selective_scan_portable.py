@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_archs.kernels.numerics import LOG2_E
+
 BLOCK = 128  # tokens between two kept states
 # Elements of the state that are scanned together: enough to hide the cost of a call, few enough for the cache.
 _SMALL, _LARGE = 8192, 32768
@@ -81,7 +83,7 @@ class _Part:
         self.B, self.C = self.time_first(B[rows]).contiguous(), self.time_first(C[rows]).contiguous()
         self.z = None if z is None else self.time_first(z[rows, :, cols])
         self.A = A[cols].t().to(self.dtype).contiguous()
-        self.A_log2e = self.A * math.log2(math.e)  # exp2 is several times faster than exp
+        self.A_log2e = self.A * LOG2_E  # exp2 is several times faster than exp
         self.D = None if D is None else D[cols].to(self.dtype)
         self.reset = None if reset is None else reset[rows].t()
         self.pad = None if pad is None else pad[rows].t().unsqueeze(-1)
