@@ -5,6 +5,7 @@ Letters in shapes: b batch, l length, d hidden size, v vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
@@ -22,13 +23,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import auto_docstring, can_return_tuple, is_tracing
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_archs import conversion
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
 from hf_archs.configuration import ArchConfig
-from hf_archs.kernels.numerics import wide
+from hf_archs.kernels.numerics import below_autograd, wide
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
 
@@ -192,7 +192,6 @@ class ArchModel(ArchPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
     def forward(
@@ -217,6 +216,8 @@ class ArchModel(ArchPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache is None:  # transformers' merge_with_config_defaults takes 20 microseconds a token for it
+            use_cache = self.config.use_cache
         if self.config.embedding_multiplier != 1.0:
             inputs_embeds = inputs_embeds * self.config.embedding_multiplier
         if self.config.bidirectional:
@@ -240,8 +241,9 @@ class ArchModel(ArchPreTrainedModel):
         layout = Layout.build(mask, seq_idx)
 
         hidden_states = inputs_embeds
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, layout, past_key_values=past_key_values)
+        with below_autograd() if length == 1 else contextlib.nullcontext():
+            for layer in self.layers:
+                hidden_states = layer(hidden_states, layout, past_key_values=past_key_values)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )

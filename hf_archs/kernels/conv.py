@@ -152,7 +152,7 @@ def _step(
     final_state = seen[:, 1:]
     if lengths is not None:
         final_state = torch.where((lengths > 0)[:, None, None], final_state, seen[:, :-1])
-    # a copy, so that a cache keeps no larger tensor alive
+    # no copy: a cache that holds it keeps one input more alive
     return cast(y, x.dtype), final_state.clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 

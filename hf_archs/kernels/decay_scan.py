@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_archs.backend import backend_for
 from hf_archs.kernels import decay_scan_portable as portable
 from hf_archs.kernels.arguments import check_shapes, number_documents
-from hf_archs.kernels.numerics import LOG2_E, cast, no_autocast, wide
+from hf_archs.kernels.numerics import LOG2_E, cast, constant, no_autocast, wide
 
 
 def decay_scan(
@@ -155,7 +155,7 @@ def _step(
         q, k = q.repeat_interleave(h // g, 1), k.repeat_interleave(h // g, 1)
     before = v.new_zeros(b, h, p, n) if initial_state is None else cast(initial_state, dtype)
     # exp2, because exp calls MKL on a CPU, which wakes every thread for it
-    decay = torch.exp2(cast(log_decay, dtype) * LOG2_E).reshape(b, h, 1, 1)
+    decay = torch.exp2(cast(log_decay, dtype) * constant(LOG2_E, v)).reshape(b, h, 1, 1)
     state = torch.addcmul(decay * before, write.permute(0, 2, 3, 1), k)
     return cast((state * q).sum(3), y_dtype).unsqueeze(1), state
 

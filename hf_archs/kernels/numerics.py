@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LOG2_E = math.log2(math.e)
 
@@ -31,7 +33,23 @@ def no_autocast(t: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def below_autograd() -> contextlib.AbstractContextManager:
+    """Inside, operators skip autograd where nothing is differentiated: a tenth of the time of a token on a CPU."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return contextlib.nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 _constants: dict[tuple[float, torch.dtype], Tensor] = {}
+
+
+def constant(value: float, like: Tensor) -> Any:
+    """A number to compute with ``like``: on a CPU a tensor made once, which spares every operator two microseconds."""
+    if not like.is_cpu or torch.compiler.is_compiling():
+        return value
+    if (value, like.dtype) not in _constants:
+        _constants[value, like.dtype] = torch.tensor(value, dtype=like.dtype)
+    return _constants[value, like.dtype]
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -39,7 +57,5 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
     if not x.is_cpu or torch.compiler.is_compiling():
         return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     # half as many operators, and none of the size of x: what counts for one token, and for blocks of many
-    if (eps, x.dtype) not in _constants:
-        _constants[eps, x.dtype] = torch.tensor(eps, dtype=x.dtype)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(_constants[eps, x.dtype], norm, norm, value=1 / x.shape[-1]).rsqrt()
+    return torch.addcmul(constant(eps, x), norm, norm, value=1 / x.shape[-1]).rsqrt()

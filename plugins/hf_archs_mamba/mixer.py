@@ -97,7 +97,7 @@ class MambaMixer(nn.Module):
         conv, ssm, once = (None, None, None) if state is None else (state.get("conv"), state.get("ssm"), state.once)
         u, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         x, conv = self.conv1d(u, conv, lengths, seq_idx, once)
-        dt, B, C = self.x_proj(x).split(self.splits, dim=-1)
+        dt, B, C = torch.split_with_sizes(self.x_proj(x), self.splits, -1)
         if self.normalised:
             dt, B, C = (self._plain_norm(t) for t in (dt, B, C))
         dt = self.dt_proj(dt)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_archs.backend import backend_for
 from hf_archs.kernels.arguments import check_shapes
-from hf_archs.kernels.numerics import LOG2_E, cast, no_autocast, wide
+from hf_archs.kernels.numerics import LOG2_E, cast, constant, no_autocast, wide
 from hf_archs_mamba import selective_scan_portable as portable
 
 
@@ -151,21 +151,21 @@ def _step(
     initial_state: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: a handful of small calls, over states whose channels are innermost in memory.
-
-    No matrix product is among them, since autocast would take it, or its backward, to bfloat16.
-    """
+    """One token: a handful of small calls, over states whose channels are innermost in memory."""
     y_dtype, x = x.dtype, wide(x)
     dtype = x.dtype
     delta = F.softplus(cast(dt, dtype))
     if lengths is not None:
         delta = delta * (lengths > 0)[:, None, None]
-    A, B = cast(A, dtype).t(), cast(B, dtype).transpose(1, 2)
+    A, B, C = cast(A, dtype).t(), cast(B, dtype).transpose(1, 2), cast(C, dtype)
     before = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else cast(initial_state, dtype).transpose(1, 2)
     # exp2, because exp calls MKL on a CPU, which wakes every thread for it
-    decay = torch.exp2(delta * LOG2_E * A)
+    decay = torch.exp2(delta * constant(LOG2_E, delta) * A)
     state = torch.addcmul(decay * before, delta * x, B)
-    y = (state * cast(C, dtype).transpose(1, 2)).sum(1, keepdim=True)
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):  # autocast takes products to bfloat16
+        y = (state * C.transpose(1, 2)).sum(1, keepdim=True)
+    else:
+        y = torch.bmm(C, state)
     if D is not None:
         y = torch.addcmul(y, cast(D, dtype), x)
     if z is not None:

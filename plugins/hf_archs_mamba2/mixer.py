@@ -104,7 +104,7 @@ class Mamba2Mixer(nn.Module):
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         conv, ssm, once = (None, None, None) if state is None else (state.get("conv"), state.get("ssm"), state.once)
-        z, u, dt = self.in_proj(hidden_states).split(self.splits, dim=-1)
+        z, u, dt = torch.split_with_sizes(self.in_proj(hidden_states), self.splits, -1)
         xBC, conv = self.conv1d(u, conv, lengths, seq_idx, once)
         y, ssm = self._scan(xBC, dt, ssm, lengths, seq_idx, once)
         if state is not None:
@@ -121,7 +121,7 @@ class Mamba2Mixer(nn.Module):
         seq_idx: torch.Tensor | None,
         once: Once | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, B, C = xBC.split(self.conv_splits, dim=-1)
+        x, B, C = torch.split_with_sizes(xBC, self.conv_splits, -1)
         b, l, _ = x.shape
         return self.ssm(
             x.view(b, l, -1, self.head_dim),
