@@ -9,6 +9,8 @@ import contextlib
 import copy
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +21,14 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    MoeCausalLMOutputWithPast,
+)
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import auto_docstring, can_return_tuple, is_tracing
 from transformers.utils.output_capturing import capture_outputs
@@ -54,6 +62,12 @@ class Layout(NamedTuple):
         restore = torch.argsort(order, dim=1)
         return cls(order, restore, mask.sum(1), None if seq_idx is None else seq_idx.gather(1, order))
 
+    def mask(self) -> torch.Tensor | None:
+        """The real tokens in the user's order, ``(b, l)`` bool; None where nothing is padded."""
+        if self.restore is None or self.lengths is None:
+            return None
+        return self.restore < self.lengths[:, None]
+
 
 def _permute(hidden_states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     if index is None:
@@ -62,10 +76,13 @@ def _permute(hidden_states: torch.Tensor, index: torch.Tensor | None) -> torch.T
 
 
 class ArchBlock(GradientCheckpointingLayer):
-    """One layer: ``x + mixer(norm(x))``, and ``x + feed_forward(norm(x))`` where the plan has a feed-forward.
+    """One layer: ``x + mixer(norm(x))`` and ``x + feed_forward(norm(x))``, as far as the plan has them.
 
     A mixer is called as ``mixer(hidden_states, state=slot, lengths=lengths, seq_idx=seq_idx)`` with real tokens
     first in every row; ``slot`` (a `hf_archs.cache.Slot`, or None without a cache) holds the states it continues.
+
+    A feed-forward is called as ``feed_forward(hidden_states)``. One with a router has an attribute ``routes``; it is
+    called with ``mask=``, the real tokens ``(b, l)`` or None, and gives a vector of statistics beside its output.
     """
 
     def __init__(self, config: ArchConfig, layer_idx: int):
@@ -74,24 +91,35 @@ class ArchBlock(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.bidirectional = config.bidirectional
         self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
-        self.mixer = get_mixer(plan.mixer).module_class(plan.mixer_config)
-        self.feed_forward = None
+        self.mixer = self.feed_forward = None
+        if plan.mixer is not None:
+            self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
+            self.mixer = get_mixer(plan.mixer).module_class(plan.mixer_config)
         if plan.feed_forward is not None:
             self.feed_forward_norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
             self.feed_forward = get_feed_forward(plan.feed_forward).module_class(plan.feed_forward_config)
 
     def forward(
         self, hidden_states: torch.Tensor, layout: Layout, past_key_values: RecurrentCache | None = None
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """``(b, l, d)`` to the same; beside it the statistics of the feed-forward's router where it has one.
+
+        (A flat pair of tensors: activation checkpointing in its older form follows no others.)
+        """
         residual = wide(hidden_states) if self.residual_in_fp32 else hidden_states
-        state = None if past_key_values is None else past_key_values.slot(self.layer_idx)
-        residual = residual + self._mix(self.norm(residual), layout, state)
-        if self.feed_forward is not None:
-            residual = residual + self.feed_forward(self.feed_forward_norm(residual))
-        return residual
+        if self.mixer is not None:
+            state = None if past_key_values is None else past_key_values.slot(self.layer_idx)
+            residual = residual + self._mix(self.norm(residual), layout, state)
+        if self.feed_forward is None:
+            return residual
+        normed = self.feed_forward_norm(residual)
+        if not hasattr(self.feed_forward, "routes"):
+            return residual + self.feed_forward(normed)
+        output, statistics = self.feed_forward(normed, mask=layout.mask())
+        return residual + output, statistics
 
     def _mix(self, hidden_states: torch.Tensor, layout: Layout, state: Slot | None) -> torch.Tensor:
+        assert self.mixer is not None
         order, restore, lengths, seq_idx = layout
         mixed = self.mixer(_permute(hidden_states, order), state=state, lengths=lengths, seq_idx=seq_idx)
         mixed = _permute(mixed, restore)
@@ -109,9 +137,8 @@ class ArchBlock(GradientCheckpointingLayer):
                 seq_idx = _reverse_real(seq_idx, lengths) if lengths is not None else seq_idx.flip(1)
             backward = self.mixer(_permute(hidden_states, back), state=None, lengths=lengths, seq_idx=seq_idx)
             mixed = mixed + _permute(backward, torch.argsort(back, dim=1))
-        if lengths is not None and restore is not None:
-            mixed = mixed.masked_fill((restore >= lengths[:, None]).unsqueeze(-1), 0.0)
-        return mixed
+        mask = layout.mask()
+        return mixed if mask is None else mixed.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
 def _reverse_real(rows: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -148,9 +175,25 @@ class ArchPreTrainedModel(PreTrainedModel):
             own()
         if isinstance(module, ArchBlock) and self.config.rescale_prenorm_residual:
             # modules are initialised children first, so the projections have their plain values here
-            additions = self.config.num_hidden_layers * (1 if module.feed_forward is None else 2)
-            for projection in (m for name, m in module.named_modules() if name.endswith(("out_proj", "down_proj"))):
-                init.normal_(projection.weight, std=self.config.initializer_range / math.sqrt(additions))
+            plans = map(self.config.layer_plan, range(self.config.num_hidden_layers))
+            additions = sum((plan.mixer is not None) + (plan.feed_forward is not None) for plan in plans)
+            for name, parameter in module.named_parameters():
+                if name.endswith(("out_proj.weight", "down_proj.weight", "experts.down_proj")):
+                    init.normal_(parameter, std=self.config.initializer_range / math.sqrt(additions))
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers looks for the call in the module of the class, and ours stand in mixers
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in transformers, with our own experts where nobody asks for others."""
+        if requested_experts is None and "hf_archs" in ALL_EXPERTS_FUNCTIONS:
+            return "hf_archs"
+        return super().get_correct_experts_implementation(requested_experts)
 
     @classmethod
     def from_pretrained(
@@ -181,6 +224,17 @@ class ArchPreTrainedModel(PreTrainedModel):
         """Nothing to do: the stub that is always saved serves every Auto class."""
 
 
+@dataclass
+class ArchModelOutput(BaseModelOutputWithPast):
+    """What the backbone gives.
+
+    Attributes:
+        router_statistics: for each layer with a router the statistics of this forward, where they were asked for.
+    """
+
+    router_statistics: tuple[torch.Tensor, ...] | None = None
+
+
 class ArchModel(ArchPreTrainedModel):
     """Embedding, blocks and final norm."""
 
@@ -191,6 +245,22 @@ class ArchModel(ArchPreTrainedModel):
         self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Parameters of layers that share their weights, and those of the first such layer, which files hold alone.
+
+        (In transformers untied embeddings untie everything.)
+        """
+        tied: dict[str, str] = {}
+        first: dict[tuple[str, str], int] = {}
+        for i, layer in enumerate(self.layers):
+            plan = self.config.layer_plan(i)
+            for part, name in (("mixer", plan.shared_mixer), ("feed_forward", plan.shared_feed_forward)):
+                source = i if name is None else first.setdefault((part, name), i)
+                if source != i:
+                    names = [n for n, _ in layer.named_parameters() if n.startswith(f"{part}.")]
+                    tied.update({f"layers.{i}.{n}": f"layers.{source}.{n}" for n in names})
+        return tied
 
     @capture_outputs
     @auto_docstring
@@ -204,13 +274,16 @@ class ArchModel(ArchPreTrainedModel):
         use_cache: bool | None = None,
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        output_router_statistics: bool = False,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> ArchModelOutput:
         r"""
         seq_idx (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             The number of the document that each token belongs to: several documents packed into one row stay apart.
         cu_seq_lens_q (`torch.Tensor` of shape `(documents + 1,)`, *optional*):
             Where the documents of a single packed row begin and end.
+        output_router_statistics (`bool`, *optional*):
+            Whether to return what the routers of the layers counted, for the losses that balance their load.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -240,13 +313,27 @@ class ArchModel(ArchPreTrainedModel):
             past_key_values.begin(length, mask, inputs_embeds.device)
         layout = Layout.build(mask, seq_idx)
 
-        hidden_states = inputs_embeds
+        hidden_states: Any = inputs_embeds
+        statistics: list[torch.Tensor] = []
         with below_autograd() if length == 1 else contextlib.nullcontext():
             for layer in self.layers:
                 hidden_states = layer(hidden_states, layout, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+                if isinstance(hidden_states, tuple):
+                    hidden_states, counted = hidden_states
+                    statistics.append(counted)
+        return ArchModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+            router_statistics=tuple(statistics) if output_router_statistics else None,
         )
+
+    def auxiliary_loss(self, statistics: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sum of the routers' own losses, from the statistics of one forward, those of one config together."""
+        routers: list[Any] = [layer.feed_forward for layer in self.layers if hasattr(layer.feed_forward, "routes")]
+        groups: dict[int, tuple[Any, list[torch.Tensor]]] = {}
+        for router, counted in zip(routers, statistics, strict=True):
+            groups.setdefault(id(router.config), (router, []))[1].append(counted)
+        return torch.stack([router.auxiliary_loss(counted) for router, counted in groups.values()]).sum()
 
 
 def _real_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
@@ -294,6 +381,18 @@ def _documents(
     return None
 
 
+def _share_of_batch(labels: Any, kwargs: dict[str, Any]) -> torch.Tensor | float:
+    """What part of the step's predicted tokens are here; 1 unless the Trainer says how many the step has.
+
+    The Trainer adds up the losses of a step's batches as they are, so their means must be weighed.
+    """
+    items = kwargs.get("num_items_in_batch")
+    if items is None:
+        return 1.0
+    targets = kwargs.get("shift_labels")
+    return ((labels[:, 1:] if targets is None else targets) != -100).sum() / items
+
+
 class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
     """The backbone with a language-model head.
 
@@ -329,7 +428,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         if isinstance(past_key_values, RecurrentCache) and isinstance(logits_to_keep, int):
             # assisted decoding keeps the logits of all candidates, and takes back no more than those and one
             past_key_values.rollback_window = max(logits_to_keep, 1) + 1
@@ -340,19 +439,25 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_router_statistics=self.training and labels is not None,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        output = {
+            "loss": loss,
+            "logits": logits,
+            "past_key_values": outputs.past_key_values,
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+        }
+        if not outputs.router_statistics:
+            return CausalLMOutputWithPast(**output)
+        auxiliary = self.model.auxiliary_loss(outputs.router_statistics)
+        output["loss"] = loss + auxiliary * _share_of_batch(labels, kwargs)
+        return MoeCausalLMOutputWithPast(**output, aux_loss=auxiliary)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -366,7 +471,14 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        """The cache for `generate`: handed in, static, dynamic or offloaded."""
+        """The cache for `generate`: handed in, static, dynamic or offloaded.
+
+        Raises:
+            ValueError: where a layer cannot generate, or the cache asked for cannot be made.
+        """
+        for layer in self.model.layers:
+            if hasattr(layer.feed_forward, "check_generation"):
+                layer.feed_forward.check_generation()
         implementation = generation_config.cache_implementation
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
@@ -430,12 +542,15 @@ class ArchForMaskedLM(ArchPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            output_router_statistics=self.training and labels is not None,
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if outputs.router_statistics:
+            loss = loss + self.model.auxiliary_loss(outputs.router_statistics)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

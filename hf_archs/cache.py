@@ -20,7 +20,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
-from hf_archs.registry import StateSpec, get_mixer
+from hf_archs.registry import StateSpec
 
 States = dict[str, torch.Tensor]
 # (name, how to compute it) -> it; see `Slot.once`
@@ -56,12 +56,16 @@ class Record:
 class Slot:
     """One mixer's state in the cache; the mixer reads and writes it by name and knows nothing of layers."""
 
-    def __init__(self, cache: RecurrentCache, layer_idx: int):
-        self.cache, self.layer_idx = cache, layer_idx
+    def __init__(self, cache: RecurrentCache, layer_idx: int, prefix: str = ""):
+        self.cache, self.layer_idx, self.prefix = cache, layer_idx, prefix
+
+    def part(self, name: str) -> Slot:
+        """The slot of one of several mixers in the layer, whose states' names begin with ``name.``."""
+        return Slot(self.cache, self.layer_idx, f"{self.prefix}{name}.")
 
     def get(self, name: str) -> torch.Tensor | None:
         """The state ``name``, or None before the first token."""
-        layer, kind, index = self.cache.place(self.layer_idx, name)
+        layer, kind, index = self.cache.place(self.layer_idx, self.prefix + name)
         return getattr(layer, f"{kind}_states")[index] if layer.has_previous_state[index] else None
 
     def once(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -71,11 +75,12 @@ class Slot:
         """
         if torch.is_grad_enabled():
             return compute()
-        value = self.cache.derived.get((self.layer_idx, name))
+        key = (self.layer_idx, self.prefix + name)
+        value = self.cache.derived.get(key)
         if value is None:
             value = compute()
             if not is_torchdynamo_compiling():
-                self.cache.derived[self.layer_idx, name] = value
+                self.cache.derived[key] = value
         return value
 
     def update(self, states: States, inputs: dict[str, torch.Tensor | None], replay: Replay) -> None:
@@ -92,9 +97,9 @@ class Slot:
             if self.cache.is_static:  # its buffers are written over below
                 before = {name: None if t is None else t.clone() for name, t in before.items()}
             given = {name: t for name, t in inputs.items() if t is not None}
-            self.cache.record(self.layer_idx, before, given, replay)
+            self.cache.record((self.layer_idx, self.prefix), before, given, replay)
         for name, value in states.items():
-            self.cache.store(self.layer_idx, name, value)
+            self.cache.store(self.layer_idx, self.prefix + name, value)
 
 
 class RecurrentCache(Cache):
@@ -107,12 +112,11 @@ class RecurrentCache(Cache):
         self.rollback_window = 2  # logits_to_keep + 1; the backbone's causal head keeps it up to date
         self.segments: list[Segment] = []
         self.derived: dict[tuple[int, str], torch.Tensor] = {}  # see `Slot.once`
-        self._records: dict[int, Record] = {}
+        self._records: dict[tuple[int, str], Record] = {}  # by layer and prefix of a slot
         self._specs: list[dict[str, StateSpec]] = []
         self._places: list[dict[str, tuple[str, int]]] = []  # of each state: its kind, and which of them it is
         for layer_idx in range(config.num_hidden_layers):
-            plan = config.layer_plan(layer_idx)
-            specs = get_mixer(plan.mixer).state(plan.mixer_config)
+            specs = config.layer_plan(layer_idx).states()
             self._specs.append(specs)
             names = {kind: [n for n, spec in specs.items() if spec.kind == kind] for kind in ("conv", "recurrent")}
             self._places.append({n: (spec.kind, names[spec.kind].index(n)) for n, spec in specs.items()})
@@ -285,9 +289,11 @@ class RecurrentCache(Cache):
     def _forget(self) -> None:
         self.segments, self._records = [], {}
 
-    def record(self, layer_idx: int, before: dict[str, torch.Tensor | None], inputs: States, replay: Replay) -> None:
+    def record(
+        self, slot: tuple[int, str], before: dict[str, torch.Tensor | None], inputs: States, replay: Replay
+    ) -> None:
         """Keep this forward's inputs; of a long one only the window, with the states brought up to its start."""
-        record = self._records.setdefault(layer_idx, Record(replay, before))
+        record = self._records.setdefault(slot, Record(replay, before))
         segment = self.segments[-1]
         cut = segment.length - self.rollback_window
         batch, device = next((t.shape[0], t.device) for t in inputs.values())
@@ -321,7 +327,7 @@ class RecurrentCache(Cache):
                 f"crop: {-tokens_to_remove} tokens cannot be taken back, only the last "
                 f"{sum(s.length for s in self.segments) - cut} are recorded"
             )
-        for layer_idx, record in self._records.items():
+        for (layer_idx, prefix), record in self._records.items():
             states, left = record.before, keep
             for number, (segment, inputs) in enumerate(zip(self.segments, record.inputs)):
                 batch, device = next((t.shape[0], t.device) for t in inputs.values())
@@ -333,7 +339,7 @@ class RecurrentCache(Cache):
                 if columns:
                     states = dict(record.replay(inputs, states, lengths))
             for name, value in states.items():
-                self._restore(layer_idx, name, value)
+                self._restore(layer_idx, prefix + name, value)
         self._length = self._length.add_(tokens_to_remove) if self.is_static else self._length + tokens_to_remove
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):

@@ -3,7 +3,7 @@
 import inspect
 import os
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -36,6 +36,19 @@ class MixerConfig:
         cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)
 
     @property
+    def model_config(self) -> Any:
+        """The config of the model that this one belongs to: itself, unless it is one of several named instances.
+
+        transformers keeps there which implementation of attention and of experts runs.
+        """
+        return self.__dict__.get("_model_config", self)
+
+    def belongs_to(self, model_config: Any) -> Self:
+        """This config, as an instance in the model of ``model_config``."""
+        self.__dict__["_model_config"] = model_config
+        return self
+
+    @property
     def num_heads(self) -> int:
         """One, unless the mixer has heads. (Prompt tuning asks every config for them.)"""
         return 1
@@ -47,12 +60,21 @@ class MixerConfig:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What stands in one layer: a registered mixer with its config, and a feed-forward or none."""
+    """What stands in one layer: a registered mixer with its config or none, and a feed-forward or none.
 
-    mixer: str
-    mixer_config: MixerConfig
+    Layers with the same ``shared_mixer`` have one mixer's weights between them; so with ``shared_feed_forward``.
+    """
+
+    mixer: str | None
+    mixer_config: MixerConfig | None
     feed_forward: str | None = None
     feed_forward_config: MixerConfig | None = None
+    shared_mixer: str | None = None
+    shared_feed_forward: str | None = None
+
+    def states(self) -> dict[str, registry.StateSpec]:
+        """What the layer keeps between tokens."""
+        return {} if self.mixer is None else registry.get_mixer(self.mixer).state(self.mixer_config)
 
 
 @strict
@@ -116,7 +138,8 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
     @property
     def layer_types(self) -> list[str]:
         """The kind of cache that each layer needs, in transformers' words."""
-        return [registry.get_mixer(self.layer_plan(i).mixer).cache_layer_type for i in range(self.num_hidden_layers)]
+        mixers = [self.layer_plan(i).mixer for i in range(self.num_hidden_layers)]
+        return ["linear_attention" if m is None else registry.get_mixer(m).cache_layer_type for m in mixers]
 
     def __post_init__(self, **kwargs: Any) -> None:
         # first of all: others compute with these, and transformers goes through all layers here

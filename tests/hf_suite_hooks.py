@@ -33,8 +33,7 @@ class StateShapes:
     """The shapes of the states, which the common tests cannot know."""
 
     def _spec(self, config: Any, kind: str) -> tuple[int, ...]:
-        plan = config.layer_plan(0)
-        specs = hf_archs.get_mixer(plan.mixer).state(plan.mixer_config).values()
+        specs = config.layer_plan(0).states().values()
         shape = next(spec.shape for spec in specs if spec.kind == kind)
         # a growing state has as many columns as the cache has seen, or has room for
         return tuple(ANY if size is None else size for size in shape)

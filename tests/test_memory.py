@@ -40,7 +40,6 @@ def test_linear_and_no_state_per_token(name):
     short, middle, long = (kept_bytes(model, length) for length in (256, 512, 1024))
     assert long - middle <= 2.02 * (middle - short)
     if name in WIDE_STATES:
-        plan = config.layer_plan(0)
-        recurrent = next(s for s in hf_archs.get_mixer(plan.mixer).state(config).values() if s.kind == "recurrent")
+        recurrent = next(s for s in config.layer_plan(0).states().values() if s.kind == "recurrent")
         state = config.num_hidden_layers * 4 * math.prod(recurrent.shape)
         assert (long - middle) / 512 < state / 4

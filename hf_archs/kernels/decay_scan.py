@@ -153,7 +153,8 @@ def _step(
     q, k = cast(q, dtype).transpose(1, 2), cast(k, dtype).transpose(1, 2)  # (b, g, 1, n)
     if 1 < g < h:  # else broadcasting does it
         q, k = q.repeat_interleave(h // g, 1), k.repeat_interleave(h // g, 1)
-    before = v.new_zeros(b, h, p, n) if initial_state is None else cast(initial_state, dtype)
+    # contiguous: the same bits however the state before lay in memory
+    before = v.new_zeros(b, h, p, n) if initial_state is None else cast(initial_state, dtype).contiguous()
     # exp2, because exp calls MKL on a CPU, which wakes every thread for it
     decay = torch.exp2(cast(log_decay, dtype) * constant(LOG2_E, v)).reshape(b, h, 1, 1)
     state = torch.addcmul(decay * before, write.permute(0, 2, 3, 1), k)

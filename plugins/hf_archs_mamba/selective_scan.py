@@ -165,7 +165,7 @@ def _step(
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):  # autocast takes products to bfloat16
         y = (state * C.transpose(1, 2)).sum(1, keepdim=True)
     else:
-        y = torch.bmm(C, state)
+        y = torch.bmm(C, state.contiguous())  # the same bits however the state before lay in memory
     if D is not None:
         y = torch.addcmul(y, cast(D, dtype), x)
     if z is not None:

@@ -1,7 +1,5 @@
 """The recurrent cache: rollback by replay, batch operations, saved states, and caches that others made."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import DynamicCache, MambaConfig, StaticCache
@@ -323,7 +321,7 @@ class TestGrowingStates:
             "past": StateSpec("recurrent", (3, None)),
             "position": StateSpec("recurrent", (1,), torch.int64),
         }
-        monkeypatch.setattr("hf_archs.cache.get_mixer", lambda name: SimpleNamespace(state=lambda config: specs))
+        monkeypatch.setattr("hf_archs.configuration.LayerPlan.states", lambda plan: specs)
         config = hf_archs.get_architecture("mamba").tiny_config()
         return config
 

@@ -13,14 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache
-from hf_archs.registry import Architecture, get_mixer
+from hf_archs.registry import Architecture
 from hf_archs.testing.contract.models import Contract, assert_close, logits, tokens
 
 
 def growing(config: Any) -> bool:
     """Whether the cache of such a model grows with the sequence."""
-    plans = [config.layer_plan(i) for i in range(config.num_hidden_layers)]
-    states = [spec for plan in plans for spec in get_mixer(plan.mixer).state(plan.mixer_config).values()]
+    states = [spec for i in range(config.num_hidden_layers) for spec in config.layer_plan(i).states().values()]
     return not set(config.layer_types) <= {"linear_attention", "conv"} or any(spec.grows for spec in states)
 
 

@@ -67,6 +67,14 @@ def other_values(value: Any, hint: Any) -> list[Any]:
             found += [start * 2, start / 2, start * 100, start / 100, 0.0, 1.0]
         elif option is type(None):
             found += [None]
+        elif option is str and isinstance(value, str):
+            words = value.split()  # of a pattern of layers
+            found += [" ".join(reversed(words)), words[0]]
+        elif typing.get_origin(option) is dict and isinstance(value, dict):
+            # of named instances: another value somewhere inside
+            for key, item in value.items():
+                inner = dict[str, Any] if isinstance(item, dict) else type(item)
+                found += [{**value, key: other} for other in other_values(item, inner)]
         elif typing.get_origin(option) in (tuple, list) and isinstance(value, (tuple, list)):
             for i, item in enumerate(value):
                 inner = typing.get_args(option)[0]

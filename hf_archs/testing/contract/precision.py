@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from hf_archs.registry import get_mixer
 from hf_archs.testing.contract.models import Contract, logits, tokens
 
 HALF = (torch.bfloat16, torch.float16)
@@ -17,8 +16,7 @@ def specified(config: Any, activations: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype of every state by its name in the cache, from what each mixer declares."""
     found = {}
     for i in range(config.num_hidden_layers):
-        plan = config.layer_plan(i)
-        for name, spec in get_mixer(plan.mixer).state(plan.mixer_config).items():
+        for name, spec in config.layer_plan(i).states().items():
             found[f"layers.{i}.{name}"] = spec.dtype or activations
     return found
 

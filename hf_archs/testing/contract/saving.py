@@ -91,7 +91,8 @@ class SavingContract(Contract):
         assert loss.isfinite()
         for name, gradient in gradients(model, loss).items():
             assert gradient.isfinite().all(), name
-            assert gradient.abs().max() > 0, name
+            # a softmax over positions does not notice what is added to all of them
+            assert name == "qa_outputs.bias" or gradient.abs().max() > 0, name
 
     @pytest.mark.parametrize("tied", [True, False])
     def test_tied_and_untied_heads(self, architecture: Architecture, tied: bool, tmp_path: Path) -> None:
