@@ -30,7 +30,8 @@ class MambaMixerConfig(MixerConfig):
         time_step_min: smallest initial step.
         time_step_max: largest initial step.
         time_step_floor: initial steps are raised to it.
-        bcdt_norm: ``plain`` divides B, C and the step's input by their root mean square, as FalconMamba does.
+        bcdt_norm: ``plain`` divides B, C and the step's input by their root mean square, as FalconMamba does;
+            ``affine`` multiplies by learned weights after it, as Jamba does.
         bcdt_norm_eps: added to that mean square.
     """
 
@@ -45,7 +46,7 @@ class MambaMixerConfig(MixerConfig):
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
-    bcdt_norm: Literal["none", "plain"] = "none"
+    bcdt_norm: Literal["none", "plain", "affine"] = "none"
     bcdt_norm_eps: float = 1e-6
 
     def validate_mamba(self) -> None:

@@ -15,6 +15,7 @@ from transformers import initialization as init
 from hf_archs.cache import Once, Slot, States
 from hf_archs.convolution import CausalConv1d
 from hf_archs.kernels.numerics import cast, wide
+from hf_archs.norm import ArchRMSNorm
 from hf_archs_mamba.configuration import MambaMixerConfig
 from hf_archs_mamba.selective_scan import selective_scan
 
@@ -64,17 +65,33 @@ class SelectiveSSM(nn.Module):
         return -torch.exp(wide(self.A_log).t().contiguous()).t()  # channels innermost, as a decode step reads it
 
 
+class PlainRMSNorm(nn.Module):
+    """RMSNorm without a weight (FalconMamba, Zuo et al. 2024, section 3.2)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.shape, self.eps = (size,), eps
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(wide(t), self.shape, eps=self.eps).to(t.dtype)
+
+
 class MambaMixer(nn.Module):
     """Projection, causal convolution, selective recurrence, gate, projection (figure 3)."""
 
     def __init__(self, config: MambaMixerConfig):
         super().__init__()
         self.config = config
-        self.normalised = config.bcdt_norm == "plain"
         self.splits = [config.dt_rank, config.state_size, config.state_size]  # of x_proj: dt, B, C
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.inner_size, bias=config.use_bias)
         self.conv1d = CausalConv1d(config.inner_size, config.conv_kernel, config.use_conv_bias)
         self.x_proj = nn.Linear(config.inner_size, config.dt_rank + 2 * config.state_size, bias=False)
+        self.norms = None
+        if config.bcdt_norm != "none":
+            norm = ArchRMSNorm if config.bcdt_norm == "affine" else PlainRMSNorm
+            self.norms = nn.ModuleDict(
+                {name: norm(size, config.bcdt_norm_eps) for name, size in zip(("dt", "B", "C"), self.splits)}
+            )
         self.dt_proj = nn.Linear(config.dt_rank, config.inner_size, bias=False)  # its bias is ssm.dt_bias
         self.ssm = SelectiveSSM(config)
         self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.use_bias)
@@ -98,17 +115,14 @@ class MambaMixer(nn.Module):
         u, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         x, conv = self.conv1d(u, conv, lengths, seq_idx, once)
         dt, B, C = torch.split_with_sizes(self.x_proj(x), self.splits, -1)
-        if self.normalised:
-            dt, B, C = (self._plain_norm(t) for t in (dt, B, C))
+        if self.norms is not None:
+            dt, B, C = (norm(t) for norm, t in zip(self.norms.values(), (dt, B, C)))
         dt = self.dt_proj(dt)
         y, ssm = self.ssm(x, dt, B, C, z, ssm, lengths, seq_idx, once)
         if state is not None:
             inputs = {"u": u, "x": x, "dt": dt, "B": B, "seq_idx": seq_idx}
             state.update({"conv": conv, "ssm": ssm}, inputs, self._replay)
         return self.out_proj(y)
-
-    def _plain_norm(self, t: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(wide(t), t.shape[-1:], eps=self.config.bcdt_norm_eps).to(t.dtype)
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
         """The states after the first ``lengths`` tokens of a recorded forward."""
