@@ -40,6 +40,10 @@ class ComposedConfig(ArchConfig):
         del output["_instances"]
         return output
 
+    def instances(self) -> dict[str, Instance]:
+        """Every named instance by its path in this config: ``mixers.local``, say."""
+        raise NotImplementedError
+
     def _kept(self, key: tuple[str, str], source: Any, make: Callable[[], Instance]) -> Instance:
         """What ``make`` gives, made again where ``source`` or a shared size has changed.
 

@@ -253,7 +253,8 @@ def to_native(model: PreTrainedModel, format: str | None = None) -> PreTrainedMo
 
 def _narrow(form: NativeFormat, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The parameters under their names, in the model's dtype where no value of any of them changes by that."""
-    state = {form.theirs(name): tensor.clone() for name, tensor in model.state_dict().items()}
+    theirs = form.names_for(model.config)
+    state = {theirs(name): tensor.clone() for name, tensor in model.state_dict().items()}
     wide = {name: tensor.to(model.dtype) for name, tensor in state.items() if tensor.dtype != model.dtype}
     if all(torch.equal(narrow.to(state[name].dtype), state[name]) for name, narrow in wide.items()):
         state.update(wide)

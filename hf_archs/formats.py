@@ -10,7 +10,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,9 @@ class NativeFormat(ABC):
             table are the same in both.
         layer_renames: the same for parameters in a layer, without ``layers.<i>.``.
         layer_aliases: other names of theirs for parameters in a layer, and ours.
-        fields: our config fields and theirs.
+        layer_patterns: the same for names in files only, as regular expressions and what replaces them.
+        fields: our config fields and theirs. A field of a named instance has its path before it, as in
+            ``mixer.num_heads``; see `ComposedConfig.instances`.
         constants: our config fields and the only value that the format stands for.
         allowed: their config fields that must have one of these values, or the checkpoint is no such model.
         ignored: their config fields that do not change the result.
@@ -48,6 +50,7 @@ class NativeFormat(ABC):
     renames: Mapping[str, str] = field(default_factory=dict)
     layer_renames: Mapping[str, str] = field(default_factory=dict)
     layer_aliases: Mapping[str, str] = field(default_factory=dict)
+    layer_patterns: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     allowed: Mapping[str, Collection[Any]] = field(default_factory=dict)
@@ -72,6 +75,10 @@ class NativeFormat(ABC):
         """Their name of our parameter, with or without prefix as it came."""
         return _rename(name, (OURS, self.prefix), self.renames, self.layer_renames)
 
+    def names_for(self, config: Any) -> Callable[[str], str]:
+        """`theirs` for a model of ours with this config, whose layers may differ."""
+        return self.theirs
+
     def ours(self, name: str) -> str:
         """Our name of their parameter, with or without prefix as it came."""
         backward = [{theirs: ours for ours, theirs in t.items()} for t in (self.renames, self.layer_renames)]
@@ -84,6 +91,8 @@ class NativeFormat(ABC):
         for within, names in (("", self.renames.items()), (r"layers\.\d+\.", layer_names)):
             for ours, theirs in names:
                 mapping[rf"^((?:{OURS}\.)?{within}){re.escape(theirs)}$"] = rf"\1{ours}"
+        for theirs, ours in self.layer_patterns.items():
+            mapping[rf"^((?:{OURS}\.)?layers\.\d+\.){theirs}$"] = rf"\1{ours}"
         return mapping
 
     # -- config ------------------------------------------------------------------------------------------------
@@ -107,7 +116,14 @@ class NativeFormat(ABC):
                     f"{name} is {value!r} in this {self.name} checkpoint, which {config_class.__name__} cannot "
                     f"represent; allowed: {', '.join(map(repr, allowed))}"
                 )
-        return {**common, **fields, **self.constants, **self.assumed, "model_type": config_class.model_type}
+        found = {**common, "model_type": config_class.model_type}
+        for path, value in {**fields, **self.constants, **self.assumed}.items():
+            *parents, name = path.split(".")
+            place = found
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[name] = value
+        return found
 
     def write_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Our config in their fields, as far as they have other names only.
@@ -115,18 +131,16 @@ class NativeFormat(ABC):
         Raises:
             ValueError: where ours says something that theirs cannot, naming field, value and what is allowed.
         """
-        defaults = type(config)()
-        common = _common(config.to_dict())
-        for f in dataclasses.fields(config):  # type: ignore[arg-type]
-            if f.name in {*self.fields, *self.unused, *self.assumed, *common} or f.name.startswith("_"):
-                continue
-            value, allowed = getattr(config, f.name), self.constants.get(f.name, getattr(defaults, f.name))
-            if value != allowed and f.name not in ("architectures", "transformers_version"):
+        values, defaults = _flat(config)
+        skipped = {*self.fields, *self.unused, *self.assumed, *_common(config.to_dict())}
+        for path in sorted({*values, *self.constants} - skipped):
+            value, allowed = values.get(path), self.constants.get(path, defaults.get(path))
+            if value != allowed:
                 raise ValueError(
-                    f"{type(config).__name__}: {f.name} is {value!r}, which a {self.name} model cannot represent; "
+                    f"{type(config).__name__}: {path} is {value!r}, which a {self.name} model cannot represent; "
                     f"allowed: {allowed!r}"
                 )
-        return {theirs: getattr(config, ours) for ours, theirs in self.fields.items()}
+        return {theirs: values[ours] for ours, theirs in self.fields.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +268,26 @@ def state_spaces_layer(raw: Mapping[str, Any]) -> str | None:
     if "model_type" in raw or not {"d_model", "n_layer", "ssm_cfg"} <= set(raw):
         return None
     return raw["ssm_cfg"].get("layer", "Mamba1")
+
+
+def _flat(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values and the defaults of a config's fields; those of named instances behind their paths."""
+
+    def fields_of(part: Any) -> list[str]:
+        hidden = {"architectures", "transformers_version"}
+        return [f.name for f in dataclasses.fields(part) if f.name not in hidden and not f.name.startswith("_")]
+
+    fresh = type(config)()
+    instances = config.instances() if hasattr(config, "instances") else {}
+    nested = {path.partition(".")[0] for path in instances}
+    values = {name: getattr(config, name) for name in fields_of(config) if name not in nested}
+    defaults = {name: getattr(fresh, name) for name in values}
+    for path, (kind, part) in instances.items():
+        values[f"{path}.type"] = kind
+        own = {f.name: f for f in dataclasses.fields(part) if f.name not in ("hidden_size", "norm_eps")}
+        values.update({f"{path}.{name}": getattr(part, name) for name in own})
+        defaults.update({f"{path}.{name}": f.default for name, f in own.items()})
+    return values, defaults
 
 
 def _rename(name: str, prefixes: tuple[str, str], table: Mapping[str, str], layer_table: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from hf_archs.composition import NONE, ComposedConfig, expand_pattern
+from hf_archs.composition import NONE, ComposedConfig, Instance, expand_pattern
 from hf_archs.configuration import LayerPlan
 
 
@@ -37,6 +37,11 @@ class ArchHybridConfig(ComposedConfig):
                     raise ValueError(f"{type(self).__name__}: {kind} has the name {name!r}; allowed are identifiers")
         for i in range(self.num_hidden_layers):
             self.layer_plan(i)
+
+    def instances(self) -> dict[str, Instance]:
+        mixers = {f"mixers.{n}": self.mixer_instance(n, _own(fields)) for n, fields in (self.mixers or {}).items()}
+        named = (self.feed_forward or {}).items()
+        return mixers | {f"feed_forward.{n}": self.feed_forward_instance(n, _own(fields)) for n, fields in named}
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
         named, named_feed_forwards = self.mixers or {}, self.feed_forward or {}
