@@ -19,6 +19,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.generation import GenerationMode
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -216,7 +217,7 @@ class ArchPreTrainedModel(PreTrainedModel):
         if native is not None:
             # transformers would save under the names it has read
             model = loaded[0] if isinstance(loaded, tuple) else loaded
-            model._weight_conversions = None
+            model._weight_conversions = get_model_conversion_mapping(model)
         return loaded
 
     @classmethod

@@ -150,12 +150,14 @@ class TransformersFormat(NativeFormat):
     Attributes:
         config_name, model_name, causal_lm_name: transformers' classes.
         derived: their config fields and the attribute of our config that gives the value when writing.
+        nested: their config fields that are dicts; in the tables their entries are ``rope_parameters.rope_theta``.
     """
 
     config_name: str
     model_name: str
     causal_lm_name: str
     derived: Mapping[str, str] = field(default_factory=dict)
+    nested: Collection[str] = ()
 
     def classes(self, architecture: Architecture) -> list[tuple[type[PreTrainedModel], type[PreTrainedModel]]]:
         """Pairs of our class and theirs."""
@@ -171,12 +173,19 @@ class TransformersFormat(NativeFormat):
         common = _common(given)
         defaults = config_class().to_dict()
         declared = {f.name for f in dataclasses.fields(config_class)} - set(common) - {"architectures", "model_type"}
-        return given, {name: defaults[name] for name in declared & set(defaults)}
+        defaults = {name: defaults[name] for name in declared & set(defaults)}
+        for name in self.nested:
+            for config in (given, defaults):
+                config.update({f"{name}.{key}": value for key, value in (config.pop(name, None) or {}).items()})
+        return given, defaults
 
     def write_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Our config as one of transformers'. Raises as `write_fields` does."""
         fields = self.write_fields(config)
         fields.update({theirs: getattr(config, attribute) for theirs, attribute in self.derived.items()})
+        for name in self.nested:
+            inner = {path: path.removeprefix(f"{name}.") for path in fields if path.startswith(f"{name}.")}
+            fields[name] = {key: fields.pop(path) for path, key in inner.items()}
         return getattr(transformers, self.config_name)(**{**_common(config.to_dict()), **fields})
 
 

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 if TYPE_CHECKING:
@@ -213,6 +214,8 @@ def register(architecture: Architecture) -> Architecture:
         ValueError: where its name, its model type or the name of its config class is taken; nothing is registered
             then.
     """
+    from hf_archs import conversion  # which imports this module
+
     config_class = architecture.config_class
     if not (isinstance(config_class, type) and issubclass(config_class, PreTrainedConfig)):
         raise TypeError(
@@ -240,6 +243,7 @@ def register(architecture: Architecture) -> Architecture:
     for auto_class, model_class in architecture.auto_classes().values():
         auto_class.register(config_class, model_class)  # type: ignore[attr-defined]
     _register_lora_targets(architecture)
+    register_checkpoint_conversion_mapping(config_class.model_type, conversion.expert_conversions())
     return architecture
 
 

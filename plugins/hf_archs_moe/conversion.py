@@ -1,0 +1,139 @@
+"""Mixtral, OLMoE and Qwen3-MoE checkpoints of transformers, by rename tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_archs.formats import TransformersFormat
+
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "hidden_act",
+    "num_experts_per_tok",
+    "initializer_range",
+    "router_aux_loss_coef",
+    "use_cache",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+# attention's fields under their names in transformers, and what none of these models varies
+ATTENTION_FIELDS = {
+    "mixer.num_heads": "num_attention_heads",
+    "mixer.num_key_value_heads": "num_key_value_heads",
+    "mixer.rope_theta": "rope_parameters.rope_theta",
+}
+
+_COMMON: dict[str, Any] = {
+    "prefix": "model",
+    "nested": ("rope_parameters",),
+    "layer_renames": {
+        "norm.weight": "input_layernorm.weight",
+        "feed_forward_norm.weight": "post_attention_layernorm.weight",
+        **{
+            f"mixer.{ours}.{kind}": f"self_attn.{theirs}.{kind}"
+            for ours, theirs in {
+                "q_proj": "q_proj",
+                "k_proj": "k_proj",
+                "v_proj": "v_proj",
+                "out_proj": "o_proj",
+            }.items()
+            for kind in ("weight", "bias")
+        },
+        "feed_forward.gate.weight": "mlp.gate.weight",
+        "feed_forward.experts.gate_up_proj": "mlp.experts.gate_up_proj",
+        "feed_forward.experts.down_proj": "mlp.experts.down_proj",
+    },
+    "ignored": ("max_position_embeddings", "output_router_logits", "rope_parameters.rope_type"),
+    "allowed": {"attention_dropout": (0.0,), "rope_parameters.rope_type": ("default",)},
+}
+_CONSTANTS = {
+    "router": "top_k",
+    "mixer.type": "attention",
+    "residual_in_fp32": False,
+    "rescale_prenorm_residual": False,
+}
+_PER_EXPERT = {
+    rf"mlp\.experts\.(\d+)\.{name}_proj\.weight": rf"feed_forward.experts.\2.{name}_proj.weight"
+    for name in ("gate", "up", "down")
+}
+_QK_NORMS = {f"mixer.{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in ("q", "k")}
+
+MIXTRAL = TransformersFormat(
+    name="mixtral",
+    config_name="MixtralConfig",
+    model_name="MixtralModel",
+    causal_lm_name="MixtralForCausalLM",
+    fields={
+        **{name: name for name in _SAME},
+        **ATTENTION_FIELDS,
+        "mixer.head_dim": "head_dim",
+        "norm_eps": "rms_norm_eps",
+        "num_experts": "num_local_experts",
+        "moe_intermediate_size": "intermediate_size",
+        "router_jitter_noise": "router_jitter_noise",
+    },
+    constants={**_CONSTANTS, "norm_topk_prob": True},
+    unused=("intermediate_size",),
+    layer_patterns={
+        r"block_sparse_moe\.gate\.weight": "feed_forward.gate.weight",
+        r"block_sparse_moe\.experts\.(\d+)\.w1\.weight": r"feed_forward.experts.\2.gate_proj.weight",
+        r"block_sparse_moe\.experts\.(\d+)\.w3\.weight": r"feed_forward.experts.\2.up_proj.weight",
+        r"block_sparse_moe\.experts\.(\d+)\.w2\.weight": r"feed_forward.experts.\2.down_proj.weight",
+    },
+    **_COMMON,
+)
+
+OLMOE = TransformersFormat(
+    name="olmoe",
+    config_name="OlmoeConfig",
+    model_name="OlmoeModel",
+    causal_lm_name="OlmoeForCausalLM",
+    fields={
+        **{name: name for name in _SAME},
+        **ATTENTION_FIELDS,
+        "mixer.clip_qkv": "clip_qkv",
+        "mixer.attention_bias": "attention_bias",
+        "norm_eps": "rms_norm_eps",
+        "num_experts": "num_experts",
+        "moe_intermediate_size": "intermediate_size",
+        "norm_topk_prob": "norm_topk_prob",
+    },
+    constants={**_CONSTANTS, "mixer.qk_norm": "full"},
+    unused=("intermediate_size",),
+    layer_patterns=_PER_EXPERT,
+    **{**_COMMON, "layer_renames": {**_COMMON["layer_renames"], **_QK_NORMS}},
+)
+
+QWEN3_MOE = TransformersFormat(
+    name="qwen3_moe",
+    config_name="Qwen3MoeConfig",
+    model_name="Qwen3MoeModel",
+    causal_lm_name="Qwen3MoeForCausalLM",
+    fields={
+        **{name: name for name in _SAME},
+        **ATTENTION_FIELDS,
+        "mixer.head_dim": "head_dim",
+        "mixer.attention_bias": "attention_bias",
+        "norm_eps": "rms_norm_eps",
+        "num_experts": "num_experts",
+        "moe_intermediate_size": "moe_intermediate_size",
+        "intermediate_size": "intermediate_size",
+        "norm_topk_prob": "norm_topk_prob",
+        "dense_layers": "mlp_only_layers",
+    },
+    constants={**_CONSTANTS, "mixer.qk_norm": "head"},
+    layer_patterns=_PER_EXPERT,
+    **{
+        **_COMMON,
+        "layer_renames": {
+            **_COMMON["layer_renames"],
+            **_QK_NORMS,
+            **{f"feed_forward.{x}_proj.weight": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+        },
+    },
+)
