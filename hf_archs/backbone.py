@@ -40,6 +40,7 @@ from hf_archs.configuration import ArchConfig
 from hf_archs.kernels.numerics import below_autograd, wide
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
+from hf_archs.sharing import SiteLinear, share_layers
 
 
 class Layout(NamedTuple):
@@ -92,6 +93,7 @@ class ArchBlock(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.bidirectional = config.bidirectional
         self.residual_in_fp32 = config.residual_in_fp32
+        self.sites: list[tuple[int, list[SiteLinear]]] = []  # see `share_layers`
         self.mixer = self.feed_forward = None
         if plan.mixer is not None:
             self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
@@ -107,6 +109,9 @@ class ArchBlock(GradientCheckpointingLayer):
 
         (A flat pair of tensors: activation checkpointing in its older form follows no others.)
         """
+        for site, linear in self.sites:
+            for layer in linear:
+                layer.site = site
         residual = wide(hidden_states) if self.residual_in_fp32 else hidden_states
         if self.mixer is not None:
             state = None if past_key_values is None else past_key_values.slot(self.layer_idx)
@@ -243,25 +248,17 @@ class ArchModel(ArchPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ArchBlock(config, i) for i in range(config.num_hidden_layers))
+        self._tied_weights_keys = share_layers(self.layers, [config.layer_plan(i) for i in range(len(self.layers))])
         self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Parameters of layers that share their weights, and those of the first such layer, which files hold alone.
+        """Parameters of layers that share a module, and those of the first such layer, which files hold alone.
 
         (In transformers untied embeddings untie everything.)
         """
-        tied: dict[str, str] = {}
-        first: dict[tuple[str, str], int] = {}
-        for i, layer in enumerate(self.layers):
-            plan = self.config.layer_plan(i)
-            for part, name in (("mixer", plan.shared_mixer), ("feed_forward", plan.shared_feed_forward)):
-                source = i if name is None else first.setdefault((part, name), i)
-                if source != i:
-                    names = [n for n, _ in layer.named_parameters() if n.startswith(f"{part}.")]
-                    tied.update({f"layers.{i}.{n}": f"layers.{source}.{n}" for n in names})
-        return tied
+        return dict(self._tied_weights_keys or {})
 
     @capture_outputs
     @auto_docstring

@@ -59,18 +59,26 @@ class MixerConfig:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What several layers have in common: its name, and the rank of what each of them adds to its linear layers."""
+
+    name: str
+    site_rank: int = 0
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """What stands in one layer: a registered mixer with its config or none, and a feed-forward or none.
 
-    Layers with the same ``shared_mixer`` have one mixer's weights between them; so with ``shared_feed_forward``.
+    Layers with the same ``shared_mixer`` have one mixer between them; so with ``shared_feed_forward``.
     """
 
     mixer: str | None
     mixer_config: MixerConfig | None
     feed_forward: str | None = None
     feed_forward_config: MixerConfig | None = None
-    shared_mixer: str | None = None
-    shared_feed_forward: str | None = None
+    shared_mixer: Shared | None = None
+    shared_feed_forward: Shared | None = None
 
     def states(self) -> dict[str, registry.StateSpec]:
         """What the layer keeps between tokens."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.initialization import no_init_weights
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -31,7 +31,7 @@ from hf_archs.formats import (
 from hf_archs.registry import Architecture
 
 
-def expert_conversions() -> list[WeightConverter]:
+def expert_conversions() -> list[WeightConverter | WeightRenaming]:
     """How a mixture of experts stands in files: every expert under names of its own, as other tools want it.
 
     In memory all of a layer's are one tensor. Experts that are not gated have one projection in, under another name:

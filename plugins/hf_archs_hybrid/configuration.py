@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 
 from hf_archs.composition import NONE, ComposedConfig, Instance, expand_pattern
-from hf_archs.configuration import LayerPlan
+from hf_archs.configuration import LayerPlan, Shared
 
 
 @strict
@@ -18,7 +18,8 @@ class ArchHybridConfig(ComposedConfig):
     Args:
         mixers: the token mixers by names of the user's choice, each a dict with ``type``, the name of a registered
             mixer, and fields of its config: ``{"local": {"type": "sliding_attention", "window": 2048}}``. The layers
-            of one with ``"shared": True`` have the same weights.
+            of one with ``"shared": True`` have the same weights, and with ``"site_rank": r`` a low-rank part of their
+            own beside each linear layer.
         layer_pattern: which mixers stand in each layer, see `hf_archs.composition.expand_pattern`.
         feed_forward: the feed-forwards, likewise; empty for none.
         feed_forward_pattern: which of them stands in each layer; None for the only one there is, or none.
@@ -43,47 +44,69 @@ class ArchHybridConfig(ComposedConfig):
         named = (self.feed_forward or {}).items()
         return mixers | {f"feed_forward.{n}": self.feed_forward_instance(n, _own(fields)) for n, fields in named}
 
-    def layer_plan(self, layer_idx: int) -> LayerPlan:
-        named, named_feed_forwards = self.mixers or {}, self.feed_forward or {}
-        mixers = self._placed("layer_pattern", self.layer_pattern, named)[layer_idx]
-        shared = [name for name in mixers if _is_shared(named[name])]
-        if shared and len(mixers) > 1:
-            raise ValueError(
-                f"{type(self).__name__}: layer {layer_idx} is {'+'.join(mixers)!r}, where {shared[0]!r} is shared; "
-                "allowed for a shared mixer is a layer of its own"
-            )
-        pattern = self.feed_forward_pattern
+    def placed_by_kind(self, layer_idx: int) -> tuple[list[str], list[str]]:
+        """The names of the mixers and of the feed-forward that stand in a layer."""
+        pattern, named = self.feed_forward_pattern, self.feed_forward or {}
         if pattern is None:
-            pattern = next(iter(named_feed_forwards), NONE)
-            if len(named_feed_forwards) > 1:
+            pattern = next(iter(named), NONE)
+            if len(named) > 1:
                 raise ValueError(
-                    f"{type(self).__name__}: feed_forward_pattern is None; with {' and '.join(named_feed_forwards)} in "
+                    f"{type(self).__name__}: feed_forward_pattern is None; with {' and '.join(named)} in "
                     "feed_forward, allowed is a pattern"
                 )
-        feed_forwards = self._placed("feed_forward_pattern", pattern, named_feed_forwards)[layer_idx]
+        what, layers = f"{type(self).__name__}: ", self.num_hidden_layers
+        mixers = expand_pattern(f"{what}layer_pattern", self.layer_pattern, self.mixers or {}, layers)[layer_idx]
+        feed_forwards = expand_pattern(f"{what}feed_forward_pattern", pattern, named, layers)[layer_idx]
+        shared = [name for name in mixers if _shared(name, (self.mixers or {})[name]) is not None]
+        if shared and len(mixers) > 1:
+            raise ValueError(
+                f"{what}layer {layer_idx} is {'+'.join(mixers)!r}, where {shared[0]!r} is shared; "
+                "allowed for a shared mixer is a layer of its own"
+            )
         if len(feed_forwards) > 1:
             raise ValueError(
-                f"{type(self).__name__}: feed_forward_pattern has {'+'.join(feed_forwards)!r}; "
-                "allowed is one feed-forward in a layer"
+                f"{what}feed_forward_pattern has {'+'.join(feed_forwards)!r}; allowed is one feed-forward in a layer"
             )
+        return mixers, feed_forwards
+
+    def placed(self, layer_idx: int) -> list[str]:
+        """The names of all that stands in a layer."""
+        mixers, feed_forwards = self.placed_by_kind(layer_idx)
+        return mixers + feed_forwards
+
+    def layer_plan(self, layer_idx: int) -> LayerPlan:
+        mixers, feed_forwards = self.placed_by_kind(layer_idx)
         plan = LayerPlan(None, None)
         if mixers:
-            mixer, config = self.parallel_instance({name: _own(named[name]) for name in mixers})
-            plan = LayerPlan(mixer, config, shared_mixer=shared[0] if shared else None)
+            described = {name: (self.mixers or {})[name] for name in mixers}
+            mixer, config = self.parallel_instance({name: _own(fields) for name, fields in described.items()})
+            plan = LayerPlan(mixer, config, shared_mixer=_shared(mixers[0], described[mixers[0]]))
         for name in feed_forwards:
-            feed_forward, config = self.feed_forward_instance(name, _own(named_feed_forwards[name]))
-            own = name if _is_shared(named_feed_forwards[name]) else None
-            plan = replace(plan, feed_forward=feed_forward, feed_forward_config=config, shared_feed_forward=own)
+            fields = (self.feed_forward or {})[name]
+            feed_forward, config = self.feed_forward_instance(name, _own(fields))
+            own: Any = {"feed_forward": feed_forward, "feed_forward_config": config}
+            plan = replace(plan, **own, shared_feed_forward=_shared(name, fields))
         return plan
 
-    def _placed(self, field: str, pattern: list[str] | str, names: dict[str, Any]) -> list[list[str]]:
-        return expand_pattern(f"{type(self).__name__}: {field}", pattern, names, self.num_hidden_layers)
 
+def _shared(name: str, fields: Any) -> Shared | None:
+    """Whether an instance is shared by its layers, and what each of them adds.
 
-def _is_shared(fields: Any) -> bool:
-    return isinstance(fields, dict) and bool(fields.get("shared", False))
+    Raises:
+        ValueError: for values of the wrong kind.
+    """
+    if not isinstance(fields, dict):
+        return None
+    shared, rank = fields.get("shared", False), fields.get("site_rank", 0)
+    if not isinstance(shared, bool):
+        raise ValueError(f"{name!r}: shared is {shared!r}; allowed are true and false")
+    if not isinstance(rank, int) or not 0 <= rank <= 2**12 or (rank and not shared):
+        raise ValueError(f"{name!r}: site_rank is {rank!r}; allowed are 0 to {2**12}, and 0 where it is not shared")
+    return Shared(name, rank) if shared else None
 
 
 def _own(fields: Any) -> Any:
     """What of an instance's fields is for its own config."""
-    return {k: v for k, v in fields.items() if k != "shared"} if isinstance(fields, dict) else fields
+    if not isinstance(fields, dict):
+        return fields
+    return {name: value for name, value in fields.items() if name not in ("shared", "site_rank")}

@@ -1,0 +1,411 @@
+"""Jamba, Bamba and Nemotron-H checkpoints of transformers, by rename tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_archs.formats import TransformersFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridFormat(TransformersFormat):
+    """A format whose layers differ.
+
+    Attributes:
+        kinds: for each named mixer and feed-forward our names and theirs of the parameters in its layers. The name
+            ``none`` has what a layer without a mixer has.
+        read_pattern: our pattern fields from theirs.
+        write_pattern: their pattern fields from our config.
+    """
+
+    kinds: Mapping[str, Mapping[str, str]]
+    read_pattern: Callable[[Mapping[str, Any]], dict[str, Any]]
+    write_pattern: Callable[[Any], dict[str, Any]]
+    layer_aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        aliases = {theirs: ours for table in self.kinds.values() for ours, theirs in table.items()}
+        object.__setattr__(self, "layer_aliases", aliases)
+
+    def names_for(self, config: Any) -> Callable[[str], str]:
+        def theirs(name: str) -> str:
+            match = re.fullmatch(r"(.*?layers\.)(\d+)\.(.*)", name)
+            if match is None:
+                return self.theirs(name)
+            start, layer, rest = match.groups()
+            table = {k: v for kind in config.placed(int(layer)) for k, v in self.kinds[kind].items()}
+            return self.theirs(f"{start}{layer}.{table.get(rest, rest)}")
+
+        return theirs
+
+    def read_config(self, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+        given, _ = self.expand(raw)
+        return {**super().read_config(raw, config_class), **self.read_pattern(given)}
+
+    def write_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        return {**super().write_fields(config), **self.write_pattern(config)}
+
+
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "initializer_range",
+    "use_cache",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+_PATTERNS = ("layer_pattern", "feed_forward_pattern")
+
+
+def _inside(ours: str, theirs: str, *names: str, **renamed: str) -> dict[str, str]:
+    """Weights and biases of layers under the same or another name in a module of theirs."""
+    both = {**{name: name for name in names}, **renamed}
+    return {f"{ours}.{a}.{kind}": f"{theirs}.{b}.{kind}" for a, b in both.items() for kind in ("weight", "bias")}
+
+
+def _attention(module: str) -> dict[str, str]:
+    return _inside("mixer", module, "q_proj", "k_proj", "v_proj", out_proj="o_proj")
+
+
+def _mamba2(module: str) -> dict[str, str]:
+    return {
+        **_inside("mixer", module, "in_proj", "conv1d", "norm", "out_proj"),
+        **{f"mixer.ssm.{name}": f"{module}.{name}" for name in ("A_log", "D", "dt_bias")},
+    }
+
+
+def _every(config: Any, name: str, layers: list[list[str]], other: str) -> tuple[int, int]:
+    """Period and offset of the layers that are ``name`` where all else is ``other``."""
+    found = [i for i, entry in enumerate(layers) if entry == [name]]
+    if not found:
+        return len(layers) + 1, len(layers)
+    period = found[1] - found[0] if len(found) > 1 else max(found[0] + 1, len(layers))
+    expected = [[name] if i % period == found[0] % period else [other] for i in range(len(layers))]
+    if layers != expected or found[0] >= period:
+        raise ValueError(
+            f"{type(config).__name__}: {name!r} stands in the layers {found}, which a jamba model cannot represent; "
+            f"allowed is {name!r} at a regular distance and {other!r} everywhere else"
+        )
+    return period, found[0]
+
+
+def _read_jamba(given: Mapping[str, Any]) -> dict[str, Any]:
+    experts = "; moe every {expert_layer_period} from {expert_layer_offset}" if given["num_experts"] > 1 else ""
+    return {
+        "layer_pattern": "mamba; attention every {attn_layer_period} from {attn_layer_offset}".format(**given),
+        "feed_forward_pattern": f"mlp{experts}".format(**given),
+    }
+
+
+def _write_jamba(config: Any) -> dict[str, Any]:
+    placed = [config.placed_by_kind(i) for i in range(config.num_hidden_layers)]
+    attention = _every(config, "attention", [mixers for mixers, _ in placed], "mamba")
+    experts = _every(config, "moe", [feed_forward for _, feed_forward in placed], "mlp")
+    return {
+        "attn_layer_period": attention[0],
+        "attn_layer_offset": attention[1],
+        "expert_layer_period": experts[0],
+        "expert_layer_offset": experts[1],
+    }
+
+
+JAMBA = HybridFormat(
+    name="jamba",
+    config_name="JambaConfig",
+    model_name="JambaModel",
+    causal_lm_name="JambaForCausalLM",
+    prefix="model",
+    renames={"norm.weight": "final_layernorm.weight"},
+    layer_renames={
+        "norm.weight": "input_layernorm.weight",
+        "feed_forward_norm.weight": "pre_ff_layernorm.weight",
+        "feed_forward.gate.weight": "feed_forward.router.weight",
+    },
+    kinds={
+        "mamba": {
+            **_inside("mixer", "mamba", "in_proj", "conv1d", "x_proj", "out_proj"),
+            "mixer.dt_proj.weight": "mamba.dt_proj.weight",
+            "mixer.ssm.dt_bias": "mamba.dt_proj.bias",
+            "mixer.ssm.A_log": "mamba.A_log",
+            "mixer.ssm.D": "mamba.D",
+            **{f"mixer.norms.{x}.weight": f"mamba.{x.lower()}_layernorm.weight" for x in ("dt", "B", "C")},
+        },
+        "attention": _attention("self_attn"),
+        "mlp": {},
+        "moe": {},
+    },
+    fields={
+        **{name: name for name in _SAME},
+        "norm_eps": "rms_norm_eps",
+        "mixers.mamba.state_size": "mamba_d_state",
+        "mixers.mamba.conv_kernel": "mamba_d_conv",
+        "mixers.mamba.expand": "mamba_expand",
+        "mixers.mamba.time_step_rank": "mamba_dt_rank",
+        "mixers.mamba.use_conv_bias": "mamba_conv_bias",
+        "mixers.mamba.use_bias": "mamba_proj_bias",
+        "mixers.mamba.bcdt_norm_eps": "rms_norm_eps",
+        "mixers.attention.num_heads": "num_attention_heads",
+        "mixers.attention.num_key_value_heads": "num_key_value_heads",
+        "feed_forward.mlp.intermediate_size": "intermediate_size",
+        "feed_forward.moe.moe_intermediate_size": "intermediate_size",
+        "feed_forward.moe.num_experts": "num_experts",
+        "feed_forward.moe.num_experts_per_tok": "num_experts_per_tok",
+        "feed_forward.moe.router_aux_loss_coef": "router_aux_loss_coef",
+    },
+    constants={
+        "residual_in_fp32": False,
+        "rescale_prenorm_residual": False,
+        "mixers.mamba.type": "mamba",
+        "mixers.mamba.bcdt_norm": "affine",
+        "mixers.attention.type": "attention",
+        "mixers.attention.rope_theta": None,
+        "feed_forward.mlp.type": "mlp",
+        "feed_forward.moe.type": "moe",
+        "feed_forward.moe.norm_topk_prob": False,
+    },
+    unused=_PATTERNS,
+    allowed={"hidden_act": ("silu", "swish"), "attention_dropout": (0.0,)},
+    ignored=(
+        "max_position_embeddings",
+        "output_router_logits",
+        "use_mamba_kernels",
+        "use_mambapy",
+        "use_associative_scan",
+        "attn_layer_period",
+        "attn_layer_offset",
+        "expert_layer_period",
+        "expert_layer_offset",
+    ),
+    read_pattern=_read_jamba,
+    write_pattern=_write_jamba,
+)
+
+
+def _read_bamba(given: Mapping[str, Any]) -> dict[str, Any]:
+    attention = set(given["attn_layer_indices"] or ())
+    return {
+        "layer_pattern": ["attention" if i in attention else "mamba2" for i in range(given["num_hidden_layers"])],
+        "feed_forward_pattern": "mlp",
+    }
+
+
+def _write_bamba(config: Any) -> dict[str, Any]:
+    placed = [config.placed(i) for i in range(config.num_hidden_layers)]
+    for i, layer in enumerate(placed):
+        if layer not in (["attention", "mlp"], ["mamba2", "mlp"]):
+            raise ValueError(
+                f"{type(config).__name__}: layer {i} is {'+'.join(layer)!r}, which a bamba model cannot represent; "
+                "allowed are attention or mamba2, and mlp"
+            )
+    return {
+        "attn_layer_indices": [i for i, layer in enumerate(placed) if layer[0] == "attention"],
+        "mamba_n_heads": config.instances()["mixers.mamba2"][1].num_heads,
+    }
+
+
+BAMBA = HybridFormat(
+    name="bamba",
+    config_name="BambaConfig",
+    model_name="BambaModel",
+    causal_lm_name="BambaForCausalLM",
+    prefix="model",
+    nested=("rope_parameters",),
+    renames={"norm.weight": "final_layernorm.weight"},
+    layer_renames={
+        "norm.weight": "input_layernorm.weight",
+        "feed_forward_norm.weight": "pre_ff_layernorm.weight",
+    },
+    kinds={"mamba2": _mamba2("mamba"), "attention": _attention("self_attn"), "mlp": {}},
+    fields={
+        **{name: name for name in _SAME},
+        "norm_eps": "rms_norm_eps",
+        "mixers.mamba2.state_size": "mamba_d_state",
+        "mixers.mamba2.head_dim": "mamba_d_head",
+        "mixers.mamba2.conv_kernel": "mamba_d_conv",
+        "mixers.mamba2.expand": "mamba_expand",
+        "mixers.mamba2.use_conv_bias": "mamba_conv_bias",
+        "mixers.mamba2.use_bias": "mamba_proj_bias",
+        "mixers.mamba2.time_step_limit": "time_step_limit",
+        "mixers.attention.num_heads": "num_attention_heads",
+        "mixers.attention.num_key_value_heads": "num_key_value_heads",
+        "mixers.attention.attention_bias": "attention_bias",
+        "mixers.attention.output_bias": "attention_bias",
+        "mixers.attention.rope_theta": "rope_parameters.rope_theta",
+        "mixers.attention.partial_rotary_factor": "rope_parameters.partial_rotary_factor",
+        "feed_forward.mlp.intermediate_size": "intermediate_size",
+        "feed_forward.mlp.hidden_act": "hidden_act",
+        "feed_forward.mlp.bias": "mlp_bias",
+    },
+    constants={
+        "residual_in_fp32": False,
+        "rescale_prenorm_residual": False,
+        "mixers.mamba2.type": "mamba2",
+        "mixers.mamba2.n_groups": 1,
+        "mixers.attention.type": "attention",
+        "feed_forward.mlp.type": "mlp",
+    },
+    unused=(*_PATTERNS, *(f"mixers.mamba2.time_step_{x}" for x in ("min", "max", "floor"))),
+    # its gated norm has one mean square for all channels, ours one for each group
+    allowed={
+        "hidden_act": ("silu", "swish"),
+        "attention_dropout": (0.0,),
+        "mamba_n_groups": (1,),
+        "rope_parameters.rope_type": ("default",),
+        "z_loss_coefficient": (0.0,),
+    },
+    ignored=(
+        "max_position_embeddings",
+        "num_logits_to_keep",
+        "mamba_chunk_size",
+        "mamba_n_heads",
+        "attn_layer_indices",
+    ),
+    read_pattern=_read_bamba,
+    write_pattern=_write_bamba,
+)
+
+
+# of a layer's type in Nemotron-H our mixer and our feed-forward; each of its layers has one of both
+_NEMOTRON = {
+    "linear_attention": ("mamba2", "none"),
+    "full_attention": ("attention", "none"),
+    "mlp": ("none", "mlp"),
+    "moe": ("none", "moe"),
+}
+
+
+def _read_nemotron_h(given: Mapping[str, Any]) -> dict[str, Any]:
+    placed = [_NEMOTRON[kind] for kind in given["layers_block_type"]]
+    if given["mamba_num_heads"] * given["mamba_head_dim"] != given["expand"] * given["hidden_size"]:
+        heads = given["expand"] * given["hidden_size"] / given["mamba_head_dim"]
+        raise ValueError(
+            f"mamba_num_heads is {given['mamba_num_heads']} in this nemotron_h checkpoint; allowed is "
+            f"expand * hidden_size / mamba_head_dim = {heads:g}"
+        )
+    return {
+        "num_hidden_layers": len(placed),
+        "layer_pattern": [mixer for mixer, _ in placed],
+        "feed_forward_pattern": [feed_forward for _, feed_forward in placed],
+    }
+
+
+def _write_nemotron_h(config: Any) -> dict[str, Any]:
+    kinds = {next(name for name in pair if name != "none"): kind for kind, pair in _NEMOTRON.items()}
+    placed = [config.placed(i) for i in range(config.num_hidden_layers)]
+    for i, layer in enumerate(placed):
+        if len(layer) != 1:
+            raise ValueError(
+                f"{type(config).__name__}: layer {i} is {'+'.join(layer)!r}, which a nemotron_h model cannot "
+                f"represent; allowed is one of {', '.join(kinds)}"
+            )
+    return {
+        "layers_block_type": [kinds[layer[0]] for layer in placed],
+        "mamba_num_heads": config.instances()["mixers.mamba2"][1].num_heads,
+    }
+
+
+NEMOTRON_H = HybridFormat(
+    name="nemotron_h",
+    config_name="NemotronHConfig",
+    model_name="NemotronHModel",
+    causal_lm_name="NemotronHForCausalLM",
+    prefix="model",
+    renames={"embed_tokens.weight": "embeddings.weight", "norm.weight": "norm_f.weight"},
+    kinds={
+        "mamba2": _mamba2("mixer"),
+        "attention": _attention("mixer"),
+        "mlp": {
+            "feed_forward_norm.weight": "norm.weight",
+            **_inside("feed_forward", "mixer", "up_proj", "down_proj"),
+        },
+        "moe": {
+            "feed_forward_norm.weight": "norm.weight",
+            "feed_forward.gate.weight": "mixer.gate.weight",
+            "feed_forward.gate.e_score_correction_bias": "mixer.gate.e_score_correction_bias",
+            "feed_forward.experts.up_proj": "mixer.experts.up_proj",
+            "feed_forward.experts.down_proj": "mixer.experts.down_proj",
+            **_inside("feed_forward.shared_experts", "mixer.shared_experts", "up_proj", "down_proj"),
+        },
+    },
+    fields={
+        **{name: name for name in _SAME},
+        "norm_eps": "layer_norm_epsilon",
+        "residual_in_fp32": "residual_in_fp32",
+        "rescale_prenorm_residual": "rescale_prenorm_residual",
+        "mixers.mamba2.state_size": "ssm_state_size",
+        "mixers.mamba2.head_dim": "mamba_head_dim",
+        "mixers.mamba2.n_groups": "n_groups",
+        "mixers.mamba2.conv_kernel": "conv_kernel",
+        "mixers.mamba2.expand": "expand",
+        "mixers.mamba2.use_conv_bias": "use_conv_bias",
+        "mixers.mamba2.use_bias": "use_bias",
+        "mixers.mamba2.time_step_min": "time_step_min",
+        "mixers.mamba2.time_step_max": "time_step_max",
+        "mixers.mamba2.time_step_floor": "time_step_floor",
+        "mixers.mamba2.time_step_limit": "time_step_limit",
+        "mixers.attention.num_heads": "num_attention_heads",
+        "mixers.attention.num_key_value_heads": "num_key_value_heads",
+        "mixers.attention.head_dim": "head_dim",
+        "feed_forward.mlp.intermediate_size": "intermediate_size",
+        "feed_forward.mlp.hidden_act": "mlp_hidden_act",
+        "feed_forward.mlp.bias": "mlp_bias",
+        "feed_forward.moe.num_experts": "n_routed_experts",
+        "feed_forward.moe.num_experts_per_tok": "num_experts_per_tok",
+        "feed_forward.moe.moe_intermediate_size": "moe_intermediate_size",
+        "feed_forward.moe.shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+        "feed_forward.moe.hidden_act": "mlp_hidden_act",
+        "feed_forward.moe.norm_topk_prob": "norm_topk_prob",
+        "feed_forward.moe.routed_scaling_factor": "routed_scaling_factor",
+    },
+    constants={
+        "mixers.mamba2.type": "mamba2",
+        "mixers.attention.type": "attention",
+        "mixers.attention.rope_theta": None,
+        "feed_forward.mlp.type": "mlp",
+        "feed_forward.mlp.gated": False,
+        "feed_forward.moe.type": "moe",
+        "feed_forward.moe.router": "loss_free",
+        "feed_forward.moe.score_function": "sigmoid",
+        "feed_forward.moe.gated": False,
+    },
+    unused=_PATTERNS,
+    allowed={
+        "mamba_hidden_act": ("silu", "swish"),
+        "attention_dropout": (0.0,),
+        "attention_bias": (False,),
+        "hidden_dropout": (0.0,),
+        "sliding_window": (None,),
+        "moe_latent_size": (None,),
+        "n_group": (1,),
+        "topk_group": (1,),
+        "num_nextn_predict_layers": (0,),
+        "n_shared_experts": (1,),
+    },
+    ignored=(
+        "max_position_embeddings",
+        "num_logits_to_keep",
+        "output_router_logits",
+        "use_mamba_kernels",
+        "mamba_num_heads",
+        "mamba_ssm_cache_dtype",
+        "chunk_size",
+        "moe_shared_expert_overlap",
+        "mtp_layers_block_type",
+        "layers_block_type",
+        "mamba_proj_bias",
+    ),
+    layer_patterns={
+        r"mixer\.experts\.(\d+)\.up_proj\.weight": r"feed_forward.experts.\2.in_proj.weight",
+        r"mixer\.experts\.(\d+)\.down_proj\.weight": r"feed_forward.experts.\2.down_proj.weight",
+    },
+    read_pattern=_read_nemotron_h,
+    write_pattern=_write_nemotron_h,
+)
