@@ -31,11 +31,17 @@ class ArchHybridConfig(ComposedConfig):
     feed_forward: dict[str, Any] | None = None
     feed_forward_pattern: list[str] | str | None = None
 
-    def validate_layers(self) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.validate_names()  # patterns are read with them, and transformers asks for those at once
+        super().__post_init__(**kwargs)
+
+    def validate_names(self) -> None:
         for kind in ("mixers", "feed_forward"):
             for name in getattr(self, kind) or ():
                 if not name.isidentifier() or name == NONE:
                     raise ValueError(f"{type(self).__name__}: {kind} has the name {name!r}; allowed are identifiers")
+
+    def validate_layers(self) -> None:
         for i in range(self.num_hidden_layers):
             self.layer_plan(i)
 
