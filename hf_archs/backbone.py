@@ -95,11 +95,12 @@ class ArchBlock(GradientCheckpointingLayer):
         self.residual_in_fp32 = config.residual_in_fp32
         self.sites: list[tuple[int, list[SiteLinear]]] = []  # see `share_layers`
         self.mixer = self.feed_forward = None
+        self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)  # of whatever comes first
         if plan.mixer is not None:
-            self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
             self.mixer = get_mixer(plan.mixer).module_class(plan.mixer_config)
         if plan.feed_forward is not None:
-            self.feed_forward_norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
+            if plan.mixer is not None:
+                self.feed_forward_norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
             self.feed_forward = get_feed_forward(plan.feed_forward).module_class(plan.feed_forward_config)
 
     def forward(
@@ -118,7 +119,7 @@ class ArchBlock(GradientCheckpointingLayer):
             residual = residual + self._mix(self.norm(residual), layout, state)
         if self.feed_forward is None:
             return residual
-        normed = self.feed_forward_norm(residual)
+        normed = (self.norm if self.mixer is None else self.feed_forward_norm)(residual)
         if not hasattr(self.feed_forward, "routes"):
             return residual + self.feed_forward(normed)
         output, statistics = self.feed_forward(normed, mask=layout.mask())
@@ -164,8 +165,8 @@ class ArchPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = False  # the cache can roll back, so assisted decoding works
     _can_compile_fullgraph = True
-    # states, decays and step biases, which every mixer keeps in a submodule of this name
-    _keep_in_fp32_modules_strict = ["ssm"]
+    # states, decays and step biases, which every mixer keeps in a submodule of this name; what balances routers
+    _keep_in_fp32_modules_strict = ["ssm", "e_score_correction_bias"]
     _can_record_outputs = {"hidden_states": ArchBlock}
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:

@@ -46,6 +46,21 @@ def sized_config(architecture: registry.Architecture, size: str | None, override
     return architecture.config_class(**{**architecture.sizes[name], **overrides})
 
 
+def described_config(source: str, overrides: Mapping[str, Any]) -> Any:
+    """The config that a user names: of a checkpoint, in a file, or an architecture's, as in ``hybrid:jamba``.
+
+    Raises:
+        ValueError, OSError: where there is none, or it is of another kind.
+    """
+    name, _, size = source.partition(":")
+    if name in registry.architectures() and not Path(source).exists():
+        return sized_config(registry.get_architecture(name), size or None, overrides)
+    folder = str(Path(source).parent) if Path(source).is_file() else source
+    architecture, config = read_config(folder)
+    fields = {**config.to_diff_dict(), **overrides}
+    return architecture.config_class.from_dict(fields) if overrides else config
+
+
 def count_parameters(config: PreTrainedConfig) -> int:
     """The parameters of the causal language model of ``config``, counted without allocating them."""
     with torch.device("meta"):

@@ -234,6 +234,63 @@ def convert(
 
 
 @app.command()
+def describe(
+    config: Annotated[str, typer.Argument(help="Folder, Hub repository, config.json, or ARCH or ARCH:SIZE.")],
+    length: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 4096,
+    assign: Set = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG file to draw into.")] = None,
+) -> None:
+    """Show what every layer is and costs, against the same model with attention everywhere."""
+    from hf_archs import checkpoints
+    from hf_archs import describe as costs
+
+    described = checkpoints.described_config(config, _overrides(assign))
+    layers = costs.layer_costs(described, length)
+    attention = costs.attention_costs(described, length)
+    table = Table(
+        "layer", "mixer", "feed-forward", title=f"{described.model_type}, {length:,} tokens", title_justify="left"
+    )
+    for column in ("parameters", "active", "operations a token", "bytes of state"):
+        table.add_column(column, justify="right")
+    for i, cost in enumerate(layers):
+        table.add_row(str(i), cost.mixer, cost.feed_forward, *costs.numbers(cost))
+    table.add_section()
+    table.add_row("all", "", "", *costs.numbers(costs.total(layers)))
+    table.add_row("attention everywhere", "", "", *costs.numbers(costs.total(attention)))
+    console.print(table)
+    if picture is not None:
+        costs.draw(layers, attention, length, picture)
+        console.print(f"drawn into {picture}", highlight=False)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a model with experts.")],
+    data: Annotated[str, typer.Option(help="Text file, folder or dataset name.")],
+    picture: Annotated[Path | None, typer.Option(help="PNG file to draw the heat map into.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many of the text's tokens to run.")] = 65536,
+) -> None:
+    """Show what the routers of a model do with a text: load, entropy, drops, correction of the scores."""
+    from hf_archs import checkpoints, inspection, text
+
+    loaded: Any = checkpoints.load_model(model)
+    tokenizer = checkpoints.load_tokenizer(model)
+    length = min(512, tokens)
+    rows = text.token_blocks(tokenizer, text.read_corpus(data).values(), length).with_format("torch")
+    figures = inspection.router_figures(
+        loaded.eval(), (rows[i]["input_ids"][None] for i in range(min(len(rows), tokens // length)))
+    )
+    table = Table("layer", "busiest expert", "its load over the mean", "entropy", "dropped")
+    for layer, found in figures.items():
+        numbers = f"{found['max_load']:.2f}", f"{found['entropy']:.3f}", f"{found['drop_rate']:.1%}"
+        table.add_row(str(layer), str(int(found["load"].argmax())), *numbers)
+    console.print(table)
+    if picture is not None:
+        inspection.draw(figures, picture)
+        console.print(f"drawn into {picture}", highlight=False)
+
+
+@app.command()
 def bench(
     kinds: Annotated[list[str] | None, typer.Argument(help="ops, models, or both (the default).")] = None,
     arch: Annotated[list[str] | None, typer.Option(help="Architecture; may be repeated. Else all.")] = None,

@@ -31,6 +31,7 @@ class NativeFormat(ABC):
     Attributes:
         name: the ``model_type`` in its ``config.json``.
         prefix: what stands before the base model's parameters where it has a head; ours is ``model``.
+        file_prefixes: what may stand there in files instead.
         renames: our names and theirs, of parameters outside the layers, without the prefix. Names that are in no
             table are the same in both.
         layer_renames: the same for parameters in a layer, without ``layers.<i>.``.
@@ -47,6 +48,7 @@ class NativeFormat(ABC):
 
     name: str
     prefix: str = "backbone"
+    file_prefixes: Collection[str] = ()
     renames: Mapping[str, str] = field(default_factory=dict)
     layer_renames: Mapping[str, str] = field(default_factory=dict)
     layer_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -86,7 +88,7 @@ class NativeFormat(ABC):
 
     def key_mapping(self) -> dict[str, str]:
         """Their names to ours in the form of transformers' ``key_mapping``: applied one after another."""
-        mapping = {rf"^{re.escape(self.prefix)}\.": f"{OURS}."}
+        mapping = {rf"^{re.escape(prefix)}\.": f"{OURS}." for prefix in (self.prefix, *self.file_prefixes)}
         layer_names = [*self.layer_renames.items(), *((ours, theirs) for theirs, ours in self.layer_aliases.items())]
         for within, names in (("", self.renames.items()), (r"layers\.\d+\.", layer_names)):
             for ours, theirs in names:
@@ -170,8 +172,13 @@ class TransformersFormat(NativeFormat):
         config_class = getattr(transformers, self.config_name)
         # a file may leave out what has its class's default, and the class knows older names of its fields
         given = config_class.from_dict({k: v for k, v in raw.items() if k != "auto_map"}).to_dict()
-        common = _common(given)
         defaults = config_class().to_dict()
+        fields = {f.name for f in dataclasses.fields(config_class)}
+        for name, stored in config_class.attribute_map.items():  # some stand in the file under another name
+            if name in fields and stored not in fields:
+                for config in (given, defaults):
+                    config[name] = config.pop(stored)
+        common = _common(given)
         declared = {f.name for f in dataclasses.fields(config_class)} - set(common) - {"architectures", "model_type"}
         defaults = {name: defaults[name] for name in declared & set(defaults)}
         for name in self.nested:

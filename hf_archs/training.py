@@ -67,14 +67,14 @@ def callbacks(model: nn.Module) -> list[TrainerCallback]:
     """The Trainer callbacks that the layers of ``model`` need.
 
     A layer that must act between steps, as a router does to balance its load, has a method ``trainer_callbacks()``
-    that returns them; here they are gathered.
+    that returns them; here they are gathered, one of each kind, which serves all layers.
     """
-    return [
-        callback
-        for module in model.modules()
-        if isinstance(module, nn.Module) and "trainer_callbacks" in dir(type(module))
-        for callback in module.trainer_callbacks()  # type: ignore[operator]
-    ]
+    found: dict[type, TrainerCallback] = {}
+    for module in model.modules():
+        if "trainer_callbacks" in dir(type(module)):
+            for callback in module.trainer_callbacks():  # type: ignore[operator]
+                found.setdefault(type(callback), callback)
+    return list(found.values())
 
 
 class ArchTrainer(Trainer):
@@ -87,7 +87,11 @@ class ArchTrainer(Trainer):
     def __init__(self, model: Any, args: TrainingArguments, *, card: dict[str, Any] | None = None, **kwargs: Any):
         self.card = card or {"training": "Not described.", "results": {}}
         given = kwargs.pop("callbacks", None) or []
-        super().__init__(model, args, callbacks=[*callbacks(model), *given], **kwargs)
+        super().__init__(model, args, callbacks=given, **kwargs)
+        for callback in reversed(callbacks(model)):
+            self.add_callback(callback)
+            # before those that report, so that they see what it adds to the logs
+            self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)

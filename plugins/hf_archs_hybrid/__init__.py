@@ -3,6 +3,7 @@
 from hf_archs.parallel import ParallelMixer
 from hf_archs.registry import Architecture, register
 from hf_archs_hybrid.configuration import ArchHybridConfig
+from hf_archs_hybrid.conversion import BAMBA, JAMBA, NEMOTRON_H
 from hf_archs_hybrid.modeling import (
     ArchHybridForCausalLM,
     ArchHybridForMaskedLM,
@@ -11,8 +12,10 @@ from hf_archs_hybrid.modeling import (
     ArchHybridForTokenClassification,
     ArchHybridModel,
 )
+from hf_archs_hybrid.presets import PRESETS, preset, preset_fields
 
 __all__ = [
+    "PRESETS",
     "ArchHybridConfig",
     "ArchHybridForCausalLM",
     "ArchHybridForMaskedLM",
@@ -20,6 +23,8 @@ __all__ = [
     "ArchHybridForSequenceClassification",
     "ArchHybridForTokenClassification",
     "ArchHybridModel",
+    "preset",
+    "preset_fields",
 ]
 
 register(
@@ -33,16 +38,22 @@ register(
         token_classification_class=ArchHybridForTokenClassification,
         question_answering_class=ArchHybridForQuestionAnswering,
         mixer_class=ParallelMixer,
-        lora_targets=("in_proj", "out_proj"),
+        # those of the layers that a pattern has; PEFT passes over the others
+        lora_targets=("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
         tiny={
             "mixers": {
                 "ssm": {"type": "mamba2", "state_size": 16, "head_dim": 16},
-                "other": {"type": "mamba", "state_size": 8},
+                "local": {"type": "sliding_attention", "num_heads": 4, "num_key_value_heads": 2, "window": 6},
                 "keep": {"type": "retnet", "num_heads": 4},
             },
-            "layer_pattern": "ssm other+keep",
-            "feed_forward_pattern": "mlp none",
-            "feed_forward": {"mlp": {"type": "mlp", "intermediate_size": 96}},
+            "layer_pattern": "ssm local+keep",
+            "feed_forward": {
+                "mlp": {"type": "mlp", "intermediate_size": 96},
+                "moe": {"type": "moe", "num_experts": 4, "moe_intermediate_size": 48},
+            },
+            "feed_forward_pattern": "mlp moe",
         },
+        native_formats=(JAMBA, BAMBA, NEMOTRON_H),
+        sizes={name: preset_fields(name, vocab_size=4096) for name in PRESETS},
     )
 )

@@ -69,6 +69,8 @@ class ArchHybridConfig(ComposedConfig):
                 f"{what}layer {layer_idx} is {'+'.join(mixers)!r}, where {shared[0]!r} is shared; "
                 "allowed for a shared mixer is a layer of its own"
             )
+        if not mixers and not feed_forwards:
+            raise ValueError(f"{what}layer {layer_idx} is empty; allowed is a mixer, a feed-forward, or both")
         if len(feed_forwards) > 1:
             raise ValueError(
                 f"{what}feed_forward_pattern has {'+'.join(feed_forwards)!r}; allowed is one feed-forward in a layer"

@@ -17,8 +17,7 @@ class HybridFormat(TransformersFormat):
     """A format whose layers differ.
 
     Attributes:
-        kinds: for each named mixer and feed-forward our names and theirs of the parameters in its layers. The name
-            ``none`` has what a layer without a mixer has.
+        kinds: for each named mixer and feed-forward our names and theirs of the parameters in its layers.
         read_pattern: our pattern fields from theirs.
         write_pattern: their pattern fields from our config.
     """
@@ -318,16 +317,13 @@ NEMOTRON_H = HybridFormat(
     model_name="NemotronHModel",
     causal_lm_name="NemotronHForCausalLM",
     prefix="model",
+    file_prefixes=("backbone",),
     renames={"embed_tokens.weight": "embeddings.weight", "norm.weight": "norm_f.weight"},
     kinds={
         "mamba2": _mamba2("mixer"),
         "attention": _attention("mixer"),
-        "mlp": {
-            "feed_forward_norm.weight": "norm.weight",
-            **_inside("feed_forward", "mixer", "up_proj", "down_proj"),
-        },
+        "mlp": _inside("feed_forward", "mixer", "up_proj", "down_proj"),
         "moe": {
-            "feed_forward_norm.weight": "norm.weight",
             "feed_forward.gate.weight": "mixer.gate.weight",
             "feed_forward.gate.e_score_correction_bias": "mixer.gate.e_score_correction_bias",
             "feed_forward.experts.up_proj": "mixer.experts.up_proj",

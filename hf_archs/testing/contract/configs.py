@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from hf_archs.registry import Architecture
 from hf_archs.testing.contract.models import Contract, enliven, logits, tokens
+from hf_archs.training import callbacks
 
 # how a config refuses a value
 REFUSED = (ValueError, StrictDataclassError)
@@ -68,8 +69,8 @@ def other_values(value: Any, hint: Any) -> list[Any]:
         elif option is type(None):
             found += [None]
         elif option is str and isinstance(value, str):
-            words = value.split()  # of a pattern of layers
-            found += [" ".join(reversed(words)), words[0]]
+            words = value.split()  # of a pattern of layers, or the name of an activation
+            found += [" ".join(reversed(words)), words[0], "relu"]
         elif typing.get_origin(option) is dict and isinstance(value, dict):
             # of named instances: another value somewhere inside
             for key, item in value.items():
@@ -79,6 +80,8 @@ def other_values(value: Any, hint: Any) -> list[Any]:
             for i, item in enumerate(value):
                 inner = typing.get_args(option)[0]
                 found += [(*value[:i], other, *value[i + 1 :]) for other in other_values(item, inner)]
+        elif typing.get_origin(option) is list and not value:
+            found += [[item] for item in other_values(1, typing.get_args(option)[0])]
     return [other for other in found if other != value or type(other) is not type(value)]
 
 
@@ -148,7 +151,15 @@ class ConfigContract(Contract):
             with torch.no_grad():
                 out = enliven(model)(ids)
             prints.append([out.logits.double().sum().item(), sorted(out.keys())])
-            prints.append(logits(model.to(torch.bfloat16), ids).double().sum().item())
+            # what acts in training alone: losses beside the predictions', noise, and what moves between the steps
+            labels = {} if out.logits.ndim < 3 else {"labels": ids}
+            torch.manual_seed(0)
+            prints.append(model.train()(ids, **labels).get("loss", torch.zeros(())).double().sum().item())
+            nothing: Any = None
+            for callback in callbacks(model):
+                callback.on_optimizer_step(nothing, nothing, nothing, model=model)
+            prints.append([(name, tensor.double().sum().item()) for name, tensor in model.named_buffers()])
+            prints.append(logits(model.eval().to(torch.bfloat16), ids).double().sum().item())
         return prints
 
     def test_every_field_is_validated(self, architecture: Architecture) -> None:

@@ -1,0 +1,763 @@
+"""Softmax attention as three mixers: over all tokens, over a window, and over a window with a memory of what left it.
+
+They are registered as ``attention``, ``sliding_attention`` and ``memory``. What a token sees depends on its position in
+its document alone, never on how the document was cut into forwards.
+
+Letters in shapes: b batch, l length, d hidden size, h query heads, k key-value heads, n channels per head, p columns of
+the state (keys before this forward), s blocks of queries.
+
+Coordinates: the first token of a forward is at 0, what came before it has negative ones, and a document that began
+earlier starts at a negative one. A token at coordinate i of a document that starts at a has position i - a.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_archs.cache import Slot, States
+from hf_archs.configuration import MixerConfig, check_range
+from hf_archs.kernels.arguments import last_inputs, number_documents
+from hf_archs.kernels.numerics import cast, no_autocast, wide
+from hf_archs.norm import ArchRMSNorm
+from hf_archs.registry import StateSpec, register_mixer
+
+
+@strict
+@dataclass(kw_only=True)
+class AttentionConfig(MixerConfig):
+    """Fields of attention (Vaswani et al. 2017, section 3.2).
+
+    Args:
+        num_heads: heads of the queries.
+        num_key_value_heads: heads of keys and values, each for equally many query heads (Ainslie et al. 2023); None
+            for ``num_heads``.
+        head_dim: channels of a head; None for ``hidden_size / num_heads``.
+        rope_theta: base of the rotary positions (Su et al. 2021), None for no positions. Channels c and c + m/2 of the
+            m rotated ones are a pair, which turns by ``rope_theta ** (-2c / m)`` a token.
+        partial_rotary_factor: part of a head's channels, the first ones, that is rotated.
+        qk_norm: RMSNorm of queries and keys, over each ``head`` (Qwen3) or the ``full`` projection (OLMoE), or
+            ``none``.
+        attention_bias: bias of the projections to queries, keys and values.
+        output_bias: bias of the projection at the end.
+        clip_qkv: largest absolute value of queries, keys and values (OLMoE); None for no limit.
+        attention_scale: what scores are multiplied by; None for ``head_dim ** -0.5``.
+    """
+
+    num_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float | None = 10000.0
+    partial_rotary_factor: float = 1.0
+    qk_norm: Literal["none", "head", "full"] = "none"
+    attention_bias: bool = False
+    output_bias: bool = False
+    clip_qkv: float | None = None
+    attention_scale: float | None = None
+
+    def validate_attention(self) -> None:
+        check_range(self, "num_heads", 1, 2**10)
+        check_range(self, "partial_rotary_factor", 2.0**-10, 1.0)
+        if self.num_key_value_heads is not None:
+            check_range(self, "num_key_value_heads", 1, self.num_heads)
+        self._allow(
+            self.num_heads % self.key_value_heads == 0,
+            "num_key_value_heads",
+            f"are divisors of num_heads = {self.num_heads}, and None",
+        )
+        if self.head_dim is not None:
+            check_range(self, "head_dim", 1, 2**12)
+        self._allow(
+            self.head_dim is not None or self.hidden_size % self.num_heads == 0,
+            "num_heads",
+            f"are divisors of hidden_size = {self.hidden_size} where head_dim is None",
+        )
+        if self.rope_theta is not None:
+            check_range(self, "rope_theta", 1.0, 1e15)
+        self._allow(
+            self.rope_theta is None or (self.rotary_size >= 2 and self.rotary_size % 2 == 0),
+            "partial_rotary_factor",
+            f"is what gives an even number of the {self.head_size} channels of a head",
+        )
+        for field in ("clip_qkv", "attention_scale"):
+            if getattr(self, field) is not None:
+                check_range(self, field, 1e-6, 1e6)
+
+    def _allow(self, allowed: bool, field: str, what: str) -> None:
+        if not allowed:
+            raise ValueError(f"{type(self).__name__}: {field} is {getattr(self, field)!r}; allowed {what}")
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a head."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_size(self) -> int:
+        """Channels of a head that are rotated where there are rotary positions."""
+        return int(self.head_size * self.partial_rotary_factor)
+
+
+@strict
+@dataclass(kw_only=True)
+class SlidingAttentionConfig(AttentionConfig):
+    """Fields of attention over a window (Beltagy et al. 2020, section 3.1).
+
+    Args:
+        window: tokens that a token sees: itself and those before it.
+        global_tokens: so many first tokens of each document are seen by all after them, the "attention sinks" of Xiao
+            et al. 2023.
+    """
+
+    window: int = 2048
+    global_tokens: int = 0
+
+    def validate_window(self) -> None:
+        check_range(self, "window", 1, 2**24)
+        check_range(self, "global_tokens", 0, 2**16)
+
+    @property
+    def reach(self) -> int:
+        """The most tokens, itself among them, whose own keys a token sees, but for the global ones."""
+        return self.window
+
+
+@strict
+@dataclass(kw_only=True)
+class MemoryConfig(SlidingAttentionConfig):
+    """Fields of attention over a window and a memory of bounded size.
+
+    Args:
+        memory_type: ``compressive``: blocks of tokens that left the window become one key and one value each (Rae et
+            al. 2020, section 3.1). ``retrieval``: each head looks for the keys nearest to its query among those that
+            left the window (Wu et al. 2022, section 3).
+        memory_slots: blocks, or keys, that the memory holds; the oldest leave it first.
+        compression_rate: tokens of a block of the compressive memory.
+        retrieved_keys: keys that a query finds in the retrieval memory.
+    """
+
+    memory_type: Literal["compressive", "retrieval"] = "compressive"
+    memory_slots: int = 256
+    compression_rate: int = 4
+    retrieved_keys: int = 32
+
+    def validate_memory(self) -> None:
+        check_range(self, "memory_slots", 1, 2**20)
+        check_range(self, "compression_rate", 1, 2**10)
+        if self.memory_type == "retrieval":
+            check_range(self, "retrieved_keys", 1, self.memory_slots)
+        else:
+            check_range(self, "retrieved_keys", 1, 2**20)
+
+    @property
+    def reach(self) -> int:
+        # an unfinished block is seen token by token, and what can be retrieved is kept as it is
+        more = self.memory_slots if self.memory_type == "retrieval" else self.compression_rate - 1
+        return self.window + more
+
+
+def attention_state(config: AttentionConfig) -> dict[str, StateSpec]:
+    """Rotated keys, and values, of all tokens, and the number of tokens in the document so far.
+
+    The last ``position`` columns are the document's. (``position`` is of kind ``conv``, since transformers wants to
+    find one of each kind.)
+    """
+    shape = (config.key_value_heads, config.head_size)
+    kept = {name: StateSpec("recurrent", (*shape, None)) for name in ("key", "value")}
+    return {**kept, "position": StateSpec("conv", (1,), torch.int64)}
+
+
+def sliding_attention_state(config: SlidingAttentionConfig) -> dict[str, StateSpec]:
+    """As `attention_state`, of the window alone; and the keys and values of the document's first tokens."""
+    shape = (config.key_value_heads, config.head_size)
+    sizes = {"": config.reach - 1, "global_": config.global_tokens}
+    if isinstance(config, MemoryConfig) and config.memory_type == "compressive":
+        sizes["memory_"] = config.memory_slots
+    kept = {
+        f"{part}{name}": StateSpec("recurrent", (*shape, size))
+        for part, size in sizes.items()
+        for name in ("key", "value")
+        if part != "global_" or size
+    }
+    return {**kept, "position": StateSpec("conv", (1,), torch.int64)}
+
+
+def document_starts(
+    length: int, before: torch.Tensor | None, seq_idx: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """The coordinate at which the document of each token starts: (b or 1, length or 1), integer.
+
+    Args:
+        before: how many tokens of document 0 came before these, (b, 1), or None for none.
+        seq_idx: the document of each token, (b, length), or None for one.
+    """
+    if seq_idx is None:
+        return torch.zeros(1, 1, dtype=torch.int64, device=device) if before is None else -before
+    steps = torch.arange(length, device=device).unsqueeze(0)
+    begins = (seq_idx != seq_idx.roll(1, 1)) & (steps > 0)
+    return torch.where(begins, steps, 0 if before is None else -before).cummax(1).values
+
+
+def rotary(position: torch.Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of the angle of each pair of channels (Su et al. 2021, section 3.2).
+
+    They are computed at each call: a buffer would follow the model into bfloat16, and be empty after the meta device.
+
+    Args:
+        position: integer, (b or 1, l).
+        size: rotated channels of a head, a multiple of 2.
+        theta: base of the frequencies.
+        dtype: of the result.
+
+    Returns:
+        Two of (b or 1, 1, l, size / 2).
+    """
+    # whole turns are taken off in float64: in float32 an angle at token 10,000 has lost four digits
+    exact = dtype if position.device.type == "mps" else torch.float64
+    pairs = size // 2
+    frequencies = torch.logspace(0, -(pairs - 1) / pairs, pairs, theta, dtype=exact, device=position.device)
+    angle = (position[:, None, :, None] * frequencies).remainder(2 * math.pi).to(dtype)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first channels of x, (..., l, n), by the angles of `rotary`, in the dtype of those."""
+    pairs = cos.shape[-1]
+    first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned if 2 * pairs == x.shape[-1] else (*turned, x[..., 2 * pairs :]), dim=-1)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as two products around a softmax, in at least float32: transformers' ``eager``.
+
+    Args:
+        query: (b, h, l, n).
+        key, value: (b, k, columns, n).
+        attention_mask: what each query sees, bool, (b or 1, 1, l, columns); None for causal attention.
+
+    Returns:
+        (b, l, h, n) in the dtype of ``query``, and the weights (b, h, l, columns).
+    """
+    groups = query.shape[1] // key.shape[1]
+    with no_autocast(query):
+        key, value = (wide(t).repeat_interleave(groups, 1) for t in (key, value))
+        scores = wide(query) @ key.mT * scaling
+        if attention_mask is None:
+            attention_mask = torch.ones_like(scores[:1, :1], dtype=torch.bool).tril()
+        weights = scores.masked_fill(~attention_mask, -math.inf).softmax(-1)
+        return cast((weights @ value).transpose(1, 2), query.dtype), weights
+
+
+class Memory(NamedTuple):
+    """The blocks of tokens that are compressed already, or may be during a forward, in the order of their ends."""
+
+    k: torch.Tensor  # (b, k, blocks, n)
+    v: torch.Tensor
+    start: torch.Tensor  # coordinates of their first tokens, (b or 1, blocks)
+    held: int  # how many of them come from the state
+    ends: torch.Tensor  # how many others end before each coordinate from -p to l, (b or 1, p + l + 1)
+
+
+class Columns(NamedTuple):
+    """What the queries of a forward may see, and where their documents start."""
+
+    k: torch.Tensor  # (b, k, p + l, n), at the coordinates -p to l - 1
+    v: torch.Tensor
+    past: int  # p
+    start: torch.Tensor  # see `document_starts`
+    before: Mapping[str, torch.Tensor | None]
+    memory: Memory | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of this forward."""
+        return self.k.shape[2] - self.past
+
+
+class Blocks(NamedTuple):
+    """The queries in blocks, each with the columns that it may see."""
+
+    q: torch.Tensor  # (b, s, h, queries, n)
+    k: torch.Tensor  # (b, s, k, columns, n)
+    v: torch.Tensor
+    query: torch.Tensor  # coordinates, (s, queries, 1)
+    key: torch.Tensor  # coordinates, (s, 1, columns)
+    start: torch.Tensor  # of the documents, (b or 1, s or 1, queries or 1, 1)
+
+
+# keys and values (b, s, k, columns, n), and which query sees them, (b or 1, s, queries, columns)
+Extra = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Attention(nn.Module):
+    """Projections, norms, rotation, attention to all earlier tokens of the document, projection."""
+
+    is_causal = True
+    reach: int | None = None  # the most direct columns that a query sees; None for all
+
+    def __init__(self, config: AttentionConfig):
+        super().__init__()
+        self.config = config
+        size, heads, groups = config.head_size, config.num_heads, config.key_value_heads
+        self.num_key_value_groups = heads // groups
+        self.scaling = size**-0.5 if config.attention_scale is None else config.attention_scale
+        self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups * size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups * size, bias=config.attention_bias)
+        self.out_proj = nn.Linear(heads * size, config.hidden_size, bias=config.output_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            full = config.qk_norm == "full"
+            self.q_norm = ArchRMSNorm(heads * size if full else size, config.norm_eps)
+            self.k_norm = ArchRMSNorm(groups * size if full else size, config.norm_eps)
+        self.states = tuple(self._state_specs())
+
+    def _state_specs(self) -> dict[str, StateSpec]:
+        return attention_state(self.config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (b, l, d)
+        state: Slot | None = None,
+        lengths: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        before = {name: None if state is None else state.get(name) for name in self.states}
+        start = document_starts(hidden_states.shape[1], before["position"], seq_idx, hidden_states.device)
+        q, k, v = self._project(hidden_states, start)
+        columns = self._columns(k, v, start, before)
+        if before["key"] is None and seq_idx is None and self._sees_all(k.shape[2]):
+            y = self._interface(q, k, v, None).flatten(2)
+        else:
+            y = self._attend(q, columns)
+        if state is not None:
+            after = self._after(columns, lengths, seq_idx)
+            state.update(after, {"k": k.transpose(1, 2), "v": v.transpose(1, 2), "seq_idx": seq_idx}, self._replay)
+        return self.out_proj(y)
+
+    def _project(
+        self, hidden_states: torch.Tensor, start: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (b, h, l, n), keys and values (b, k, l, n)."""
+        config = self.config
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        dtype = v.dtype
+        if config.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
+        q, k, v = (t.unflatten(-1, (-1, config.head_size)) for t in (q, k, v))
+        if config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
+        if config.clip_qkv is not None:
+            q, k, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (q, k, v))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if config.rope_theta is not None:
+            position = torch.arange(q.shape[2], device=q.device) - start
+            wider = torch.promote_types(dtype, torch.float32)
+            cos, sin = rotary(position, config.rotary_size, config.rope_theta, wider)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return cast(q, dtype), cast(k, dtype), v
+
+    def _columns(
+        self, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, before: Mapping[str, torch.Tensor | None]
+    ) -> Columns:
+        past_k, past_v = before["key"], before["value"]
+        if past_k is None or past_v is None:
+            return Columns(k, v, 0, start, before)
+        k, v = (torch.cat([cast(past, x.dtype).mT, x], 2) for past, x in ((past_k, k), (past_v, v)))
+        return Columns(k, v, past_k.shape[3], start, before)
+
+    # -- what a query sees ----------------------------------------------------------------------------------------
+
+    def _sees_all(self, length: int) -> bool:
+        """Whether plain causal attention is right where there are no tokens before these and no other documents."""
+        return True
+
+    def _lowest(self, query: torch.Tensor, start: torch.Tensor) -> torch.Tensor | None:
+        """The first coordinate whose own key a query sees, apart from its document's start."""
+        return None
+
+    def _visible(self, blocks: Blocks) -> torch.Tensor:
+        """Which of the direct columns each query sees, (b or 1, s, queries, columns)."""
+        lowest = self._lowest(blocks.query, blocks.start)
+        first = blocks.start if lowest is None else torch.maximum(blocks.start, lowest)
+        seen = blocks.key >= first
+        return seen & (blocks.key <= blocks.query) if blocks.query.shape[1] > 1 else seen
+
+    def _extra(self, blocks: Blocks, columns: Columns) -> list[Extra]:
+        """Columns beside the direct ones."""
+        return []
+
+    def _attend(self, q: torch.Tensor, columns: Columns) -> torch.Tensor:
+        """(b, h, l, n) to (b, l, h * n), for queries that do not see all that is before them."""
+        blocks = self._blocks(q, columns)
+        b, s = blocks.q.shape[:2]
+        parts = [*self._extra(blocks, columns), (blocks.k, blocks.v, self._visible(blocks))]
+        if len(parts) == 1:
+            k, v, mask = parts[0]
+        else:
+            rows = max(seen.shape[0] for _, _, seen in parts)
+            k, v = torch.cat([part[0] for part in parts], 3), torch.cat([part[1] for part in parts], 3)
+            mask = torch.cat([seen.expand(rows, -1, -1, -1) for _, _, seen in parts], 3)
+        y = self._read(blocks, k.flatten(0, 1), v.flatten(0, 1), _rows(mask, b))
+        if s == 1:
+            return y.flatten(2)
+        # a copy: whether the rest of a block leaves a contiguous tensor would be asked of each length when compiling
+        y = y.reshape(b, s * y.shape[1], -1)[:, : q.shape[2]]
+        return y.clone(memory_format=torch.contiguous_format)
+
+    def _read(self, blocks: Blocks, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(b * s, queries, h, n) from keys and values (b * s, k, columns, n) and a mask, see `_rows`."""
+        return self._interface(blocks.q.flatten(0, 1), k, v, mask)
+
+    def _blocks(self, q: torch.Tensor, columns: Columns) -> Blocks:
+        """All queries in one block; or, where there are many, blocks of ``reach`` with not twice as many columns each.
+
+        (So lengths up to ``reach`` and lengths above it have a graph each where this is compiled.)
+        """
+        length, past, start = columns.length, columns.past, columns.start
+        if self.reach is None or length <= self.reach:
+            coordinates = torch.arange(-past, length, device=q.device)
+            query, key = coordinates[past:].view(1, -1, 1), coordinates.view(1, 1, -1)
+            return Blocks(q[:, None], columns.k[:, None], columns.v[:, None], query, key, start[:, None, :, None])
+        size = self.reach
+        count = -(-length // size)
+        pads = count * size - length
+        q = F.pad(q, (0, 0, 0, pads)).unflatten(2, (count, size)).transpose(1, 2)
+        k, v = (_overlapping(F.pad(t, (0, 0, size - past, pads)), size) for t in (columns.k, columns.v))
+        block = size * torch.arange(count, device=q.device).view(-1, 1, 1)
+        within = torch.arange(1 - size, size, device=q.device)
+        if start.shape[1] > 1:
+            start = F.pad(start, (0, pads)).unflatten(1, (count, size))
+        else:
+            start = start[:, None]
+        return Blocks(
+            q, k, v, block + within[size - 1 :].view(1, -1, 1), block + within.view(1, 1, -1), start[..., None]
+        )
+
+    def _interface(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The implementation that the model's config names, (b, h, l, n) to (b, l, h, n)."""
+        implementation = getattr(self.config.model_config, "_attn_implementation", None) or "sdpa"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        return attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, is_causal=mask is None)[0]
+
+    # -- states ---------------------------------------------------------------------------------------------------
+
+    def _after(self, columns: Columns, lengths: torch.Tensor | None, seq_idx: torch.Tensor | None) -> States:
+        """The states after these tokens."""
+        b, length, past = columns.k.shape[0], columns.length, columns.past
+        if lengths is None and seq_idx is None:
+            end = torch.full((1, 1), length, device=columns.k.device)
+            start = columns.start
+        else:
+            # a pad's document is none: the last token says which is the last
+            end = columns.start.new_full((b, 1), length) if lengths is None else lengths.unsqueeze(1)
+            start = columns.start.expand(b, length).gather(1, (end - 1).clamp(min=0))
+        after = {"position": (end - start).expand(b, 1).contiguous()}
+        size = columns.k.shape[2] if self.reach is None else self.reach - 1
+        if lengths is None and seq_idx is None and (self.reach is None or (length == 1 and past == size)):
+            kept = (columns.k, columns.v) if self.reach is None else (columns.k[:, :, 1:], columns.v[:, :, 1:])
+            # a view would keep the column alive that has left the window
+            key, value = kept if self.reach is None else (t.clone(memory_format=torch.contiguous_format) for t in kept)
+            return {"key": key.mT, "value": value.mT, **after, **self._more_after(columns, start, end)}
+        documents = number_documents(seq_idx, lengths)
+        for name, t in (("key", columns.k), ("value", columns.v)):
+            new = t[:, :, past:].transpose(1, 2).flatten(2)
+            old = None if past == 0 else t[:, :, :past].transpose(2, 3).flatten(1, 2)
+            window = last_inputs(new, size, old, documents, lengths)
+            after[name] = window.unflatten(1, (-1, self.config.head_size))
+        return {**after, **self._more_after(columns, start, end)}
+
+    def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor) -> States:
+        """Other states than those of attention, where the last document starts and each row ends, (b or 1, 1)."""
+        return {}
+
+    def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
+        """The states after the first ``lengths`` tokens of a recorded forward."""
+        # a state that grows shall have no columns of what is taken back
+        count = inputs["k"].shape[1] if self.reach is not None else max(int(lengths.max()), 1)
+        k, v = (inputs[name][:, :count].transpose(1, 2) for name in ("k", "v"))
+        seq_idx = inputs.get("seq_idx")
+        seq_idx = None if seq_idx is None else seq_idx[:, :count]
+        start = document_starts(count, before["position"], seq_idx, k.device)
+        return self._after(self._columns(k, v, start, before), lengths, seq_idx)
+
+
+def _rows(mask: torch.Tensor, batch: int) -> torch.Tensor:
+    """(b or 1, s, queries, columns) to (b * s or 1, 1, queries, columns)."""
+    if mask.shape[0] != batch and mask.shape[1] > 1:
+        mask = mask.expand(batch, -1, -1, -1)
+    return mask.flatten(0, 1).unsqueeze(1)
+
+
+def _overlapping(x: torch.Tensor, size: int) -> torch.Tensor:
+    """(b, k, (s + 1) * size, n) to (b, s, k, 2 * size - 1, n): each block after what its first query sees before it."""
+    blocks = x.unflatten(2, (-1, size))
+    return torch.cat([blocks[:, :, :-1, 1:], blocks[:, :, 1:]], 3).transpose(1, 2)
+
+
+def _take(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Columns of x, (b, k, columns, n), by the indices ``place`` (b or 1, s, count): (b, s, k, count, n)."""
+    index = place.flatten(1)[:, None, :, None].expand(*x.shape[:2], -1, x.shape[3])
+    return x.gather(2, index).unflatten(2, place.shape[1:]).transpose(1, 2)
+
+
+class SlidingAttention(Attention):
+    """Attention to a window of tokens, and to the first tokens of the document."""
+
+    config: SlidingAttentionConfig
+
+    def __init__(self, config: SlidingAttentionConfig):
+        super().__init__(config)
+        self.reach = config.reach
+
+    def _state_specs(self) -> dict[str, StateSpec]:
+        return sliding_attention_state(self.config)
+
+    def _sees_all(self, length: int) -> bool:
+        return length <= self.config.window
+
+    def _lowest(self, query: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        return query - (self.config.window - 1)
+
+    def _visible(self, blocks: Blocks) -> torch.Tensor:
+        seen = super()._visible(blocks)
+        if self.config.global_tokens:
+            is_global = (blocks.key >= blocks.start) & (blocks.key < blocks.start + self.config.global_tokens)
+            seen = seen | (is_global & (blocks.key <= blocks.query))
+        return seen
+
+    def _extra(self, blocks: Blocks, columns: Columns) -> list[Extra]:
+        """Global tokens before the direct columns. Only the document of a block's first query can have any there."""
+        if not self.config.global_tokens:
+            return []
+        place = blocks.start[:, :, 0] + torch.arange(self.config.global_tokens, device=blocks.q.device)
+        place = place.expand(-1, blocks.query.shape[0], -1)
+        seen = (place < blocks.key[:, 0, :1]).unsqueeze(2) & (place.unsqueeze(2) >= blocks.start)
+        k, v = self._first_tokens(columns, place)
+        return [(k, v, seen.expand(-1, -1, blocks.query.shape[1], -1))]
+
+    def _first_tokens(self, columns: Columns, place: torch.Tensor) -> list[torch.Tensor]:
+        """Keys and values of the global tokens at coordinates ``place``, (b or 1, s, g): (b, s, k, g, n)."""
+        found = []
+        last = columns.past + columns.length - 1
+        for name, t in (("global_key", columns.k), ("global_value", columns.v)):
+            taken = _take(t, (place + columns.past).clamp(columns.past, last))
+            held = columns.before[name]
+            if held is not None:
+                taken = torch.where((place < 0)[:, :, None, :, None], cast(held, t.dtype).mT[:, None], taken)
+            found.append(taken)
+        return found
+
+    def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor) -> States:
+        if not self.config.global_tokens:
+            return {}
+        place = start + torch.arange(self.config.global_tokens, device=start.device)
+        there = (place < end)[:, None, :, None]
+        k, v = (torch.where(there, t[:, 0], 0).mT for t in self._first_tokens(columns, place.unsqueeze(1)))
+        return {"global_key": k, "global_value": v}
+
+
+class CompressiveMemory(nn.Module):
+    """Blocks of tokens as one key and one value each (Rae et al. 2020, section 3.1).
+
+    Block j of a document is its tokens from ``j * compression_rate`` on. It is in the memory of those tokens whose
+    window all of it has left; until then its tokens are seen themselves. It is compressed by a convolution of its own
+    length for each head, a mean at first, of keys that are rotated to the place of its last token.
+    """
+
+    def __init__(self, config: MemoryConfig):
+        super().__init__()
+        self.config = config
+        shape = (config.key_value_heads, config.compression_rate)
+        self.key_taps, self.value_taps = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
+
+    def init_weights(self) -> None:
+        for taps in (self.key_taps, self.value_taps):
+            init.constant_(taps, 1 / self.config.compression_rate)
+
+    def lowest(self, query: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """The coordinate at which the first block begins that is not in the memory of a query."""
+        rate = self.config.compression_rate
+        return start + (query - start - self.config.window + 1).clamp(min=0) // rate * rate
+
+    def blocks(self, columns: Columns) -> Memory:
+        """Those of the state, and those that the queries, or the token after them, may have in their memory."""
+        rate, past, length, start = self.config.compression_rate, columns.past, columns.length, columns.start
+        coordinate = torch.arange(-past, length, device=start.device)
+        starts = start
+        if start.shape[1] > 1:
+            starts = torch.cat([start[:, :1].expand(-1, past), start], 1)
+        position = coordinate - starts
+        # a block whose beginning is no column any more is in the state
+        is_end = (position >= 0) & (position % rate == rate - 1) & (coordinate > rate - 2 - past)
+        ends = F.pad(is_end.cumsum(1), (1, 0))
+        number = torch.arange(1, -(-length // rate) + 1, device=start.device)
+        after = torch.searchsorted(ends, number.expand(ends.shape[0], -1).contiguous())  # the column after the last
+        place = (after.unsqueeze(2) + torch.arange(-rate, 0, device=start.device)).clamp(0, past + length - 1)
+        k = self._compress(self._turned(_take(columns.k, place)), self.key_taps, columns.k.dtype)
+        v = self._compress(_take(columns.v, place), self.value_taps, columns.v.dtype)
+        begin = after - rate - past
+        held_k, held_v = columns.before["memory_key"], columns.before["memory_value"]
+        if held_k is None or held_v is None:
+            return Memory(k, v, begin, 0, ends)
+        slots = torch.arange(-self.config.memory_slots, 0, device=start.device)
+        first = self.lowest(torch.zeros_like(start[:, :1]), start[:, :1])
+        k, v = (torch.cat([cast(held, t.dtype).mT, t], 2) for held, t in ((held_k, k), (held_v, v)))
+        return Memory(k, v, torch.cat([first + rate * slots, begin], 1), self.config.memory_slots, ends)
+
+    def _turned(self, k: torch.Tensor) -> torch.Tensor:
+        """The keys of blocks, (b, blocks, k, rate, n), rotated from their own places to that of the last one."""
+        if self.config.rope_theta is None:
+            return k
+        later = torch.arange(self.config.compression_rate - 1, -1, -1, device=k.device).unsqueeze(0)
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        return rotate(k, *rotary(later, self.config.rotary_size, self.config.rope_theta, dtype))
+
+    def _compress(self, tokens: torch.Tensor, taps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """(b, blocks, k, rate, n) to (b, k, blocks, n)."""
+        return cast((tokens * taps.unsqueeze(2)).sum(3).transpose(1, 2), dtype)
+
+    def before(self, columns: Columns, coordinate: torch.Tensor) -> torch.Tensor:
+        """How many of the blocks end before each coordinate, which comes from `lowest`."""
+        memory = columns.memory
+        assert memory is not None
+        index = (coordinate + columns.past).clamp(0, memory.ends.shape[1] - 1)
+        ends = memory.ends.expand(index.shape[0], -1).gather(1, index.flatten(1))
+        return memory.held + ends.view_as(index)
+
+    def seen(self, columns: Columns, blocks: Blocks) -> Extra:
+        """The memory of each block of queries."""
+        memory, slots = columns.memory, self.config.memory_slots
+        assert memory is not None
+        queries = blocks.query.shape[1]
+        # what enters the memory from the first query of a block to its last
+        more = 0 if queries == 1 else (queries + self.config.reach) // self.config.compression_rate + 1
+        upto = self.before(columns, self.lowest(blocks.query, blocks.start))
+        number = upto[:, :, :1] + torch.arange(-slots, more, device=upto.device)
+        place = number[:, :, 0].clamp(0, memory.start.shape[1] - 1)
+        begin = memory.start.gather(1, place.flatten(1)).view_as(place).unsqueeze(2)
+        seen = (number >= (upto - slots).clamp(min=0)) & (number < upto) & (begin >= blocks.start)
+        return _take(memory.k, place), _take(memory.v, place), seen
+
+    def after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor) -> States:
+        """The last blocks that are in the memory of the token after the last; see `Attention._more_after`."""
+        memory, slots = columns.memory, self.config.memory_slots
+        assert memory is not None
+        upto = self.before(columns, self.lowest(end, start))
+        number = upto + torch.arange(-slots, 0, device=upto.device)
+        place = number.clamp(0, memory.start.shape[1] - 1)
+        begin = memory.start.expand(place.shape[0], -1).gather(1, place)
+        there = ((number >= 0) & (begin >= start))[:, None, :, None]
+        k, v = (torch.where(there, _take(t, place.unsqueeze(1))[:, 0], 0).mT for t in (memory.k, memory.v))
+        return {"memory_key": k, "memory_value": v}
+
+
+class RetrievalMemory(nn.Module):
+    """The keys nearest to a query among those that left its window (Wu et al. 2022, sections 3.1 and 3.2).
+
+    Each head attends to the ``retrieved_keys`` with the largest scores, and a learned gate of the head weighs what
+    comes of it against the attention to the window. A token without a memory has the window alone.
+    """
+
+    def __init__(self, config: MemoryConfig):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Parameter(torch.empty(config.num_heads))
+
+    def init_weights(self) -> None:
+        init.zeros_(self.gate)
+
+    def mask(self, blocks: Blocks) -> torch.Tensor:
+        """Which of the direct columns are in the memory of each query, (b or 1, s, queries, columns)."""
+        window_begins = blocks.query - (self.config.window - 1)
+        first = torch.maximum(blocks.start, window_begins - self.config.memory_slots)
+        return (blocks.key >= first) & (blocks.key < window_begins)
+
+    def forward(
+        self,
+        local: torch.Tensor,  # what comes of the window, (b, l, h, n)
+        q: torch.Tensor,  # (b, h, l, n)
+        k: torch.Tensor,  # (b, k, columns, n)
+        v: torch.Tensor,
+        mask: torch.Tensor,  # (b or 1, 1, l, columns)
+        scaling: float,
+    ) -> torch.Tensor:
+        groups = q.shape[1] // k.shape[1]
+        with no_autocast(q):
+            k, v = (wide(t).repeat_interleave(groups, 1) for t in (k, v))
+            # not infinite: a query without a memory has no largest score
+            scores = (wide(q) @ k.mT * scaling).masked_fill(~mask, torch.finfo(k.dtype).min)
+            count = min(self.config.retrieved_keys, scores.shape[3])
+            nearest = mask & (scores >= scores.detach().topk(count).values[..., -1:])
+            weights = scores.masked_fill(~nearest, torch.finfo(k.dtype).min).softmax(-1).masked_fill(~nearest, 0)
+            found = (weights @ v).transpose(1, 2)
+            gate = wide(self.gate).sigmoid().unsqueeze(1) * mask.any(3).transpose(1, 2).unsqueeze(3)
+            return cast(torch.lerp(wide(local), found, gate.to(found.dtype)), local.dtype)
+
+
+class MemoryAttention(SlidingAttention):
+    """Attention to a window of tokens and to a memory of those that left it."""
+
+    config: MemoryConfig
+
+    def __init__(self, config: MemoryConfig):
+        super().__init__(config)
+        compressive = config.memory_type == "compressive"
+        self.memory: Any = CompressiveMemory(config) if compressive else RetrievalMemory(config)
+        self.compressive = compressive
+
+    def _sees_all(self, length: int) -> bool:
+        return False
+
+    def _lowest(self, query: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        return self.memory.lowest(query, start) if self.compressive else super()._lowest(query, start)
+
+    def _columns(
+        self, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, before: Mapping[str, torch.Tensor | None]
+    ) -> Columns:
+        columns = super()._columns(k, v, start, before)
+        return columns._replace(memory=self.memory.blocks(columns)) if self.compressive else columns
+
+    def _extra(self, blocks: Blocks, columns: Columns) -> list[Extra]:
+        more = [self.memory.seen(columns, blocks)] if self.compressive else []
+        return super()._extra(blocks, columns) + more
+
+    def _read(self, blocks: Blocks, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        y = super()._read(blocks, k, v, mask)
+        if self.compressive:
+            return y
+        direct = _rows(self.memory.mask(blocks), blocks.q.shape[0])
+        k, v = blocks.k.flatten(0, 1), blocks.v.flatten(0, 1)
+        return self.memory(y, blocks.q.flatten(0, 1), k, v, direct, self.scaling)
+
+    def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor) -> States:
+        more = self.memory.after(columns, start, end) if self.compressive else {}
+        return {**super()._more_after(columns, start, end), **more}
+
+
+register_mixer("attention", Attention, AttentionConfig, state=attention_state)
+register_mixer("sliding_attention", SlidingAttention, SlidingAttentionConfig, state=sliding_attention_state)
+register_mixer("memory", MemoryAttention, MemoryConfig, state=sliding_attention_state)

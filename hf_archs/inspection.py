@@ -1,0 +1,69 @@
+"""What the routers of a model do with a text: load, entropy and drops of every layer, as numbers and as a heat map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def router_figures(model: Any, batches: Iterable[torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+    """The figures of every layer with a router over some text, by layer.
+
+    Args:
+        model: a causal language model of this library.
+        batches: token ids, (batch, length) each.
+
+    Returns:
+        what the feed-forwards' ``figures`` give of the sums over all batches.
+
+    Raises:
+        ValueError: for a model without routers.
+    """
+    routers = {
+        i: layer.feed_forward for i, layer in enumerate(model.model.layers) if hasattr(layer.feed_forward, "routes")
+    }
+    if not routers:
+        raise ValueError(f"inspect: a {type(model).__name__} without routers; allowed is a model with experts")
+    total: list[torch.Tensor] = []
+    for ids in batches:
+        found = model.model(ids.to(model.device), output_router_statistics=True, use_cache=False).router_statistics
+        total = [a + b for a, b in zip(total, found)] if total else list(found)
+    if not total:
+        raise ValueError("inspect: the text is empty; allowed is one of some tokens")
+    return {i: router.figures(counted) for (i, router), counted in zip(routers.items(), total)}
+
+
+def draw(figures: dict[int, dict[str, torch.Tensor]], path: Path) -> None:
+    """Layers by experts, each cell an expert's share over the even one, as a picture; biases below where there are."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    def rows(name: str) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(
+            [found[name].float().cpu() for found in figures.values()], batch_first=True, padding_value=float("nan")
+        )
+
+    load = rows("load")
+    panels: list[Any] = [("load over the even load", load * load.isfinite().sum(1, keepdim=True), "viridis", 0.0, None)]
+    if all("bias" in found for found in figures.values()):
+        bias = rows("bias")
+        reach = float(bias.nan_to_num().abs().max()) or 1.0
+        panels.append(("correction of the score", bias, "RdBu", -reach, reach))
+    height = 1.2 + 0.35 * len(figures)
+    size = (max(5.0, 1.5 + 0.3 * load.shape[1]), height * len(panels))
+    figure, axes = plt.subplots(len(panels), 1, figsize=size, squeeze=False, layout="constrained")
+    for ax, (title, values, colours, low, high) in zip(axes[:, 0], panels):
+        image = ax.imshow(values.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto")
+        ax.set_yticks(range(len(figures)), [str(i) for i in figures])
+        ax.set_ylabel("layer")
+        ax.set_title(title, loc="left", fontsize=10)
+        figure.colorbar(image, ax=ax)
+    axes[-1, 0].set_xlabel("expert")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

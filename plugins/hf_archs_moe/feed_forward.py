@@ -1,0 +1,96 @@
+"""The mixture of experts as a feed-forward, registered as ``moe``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_archs.mlp import MLP, MLPConfig
+from hf_archs_moe.configuration import MoEConfig
+from hf_archs_moe.expert_layer import ArchExperts
+from hf_archs_moe.routing import BALANCE_LOSSES, Router, Statistics, predictor_loss, router_figures, z_loss
+
+
+class MoE(nn.Module):
+    """Every token through the experts that its router gives it, and through the shared one where there is one."""
+
+    routes = True  # asks the block for the mask, and gives statistics
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.config = config
+        self.gate = Router(config)
+        self.experts = ArchExperts(config)
+        self.experts.config = config.model_config  # where transformers keeps which implementation of experts runs
+        self.shared_experts = self.shared_expert_gate = None
+        if config.shared_expert_intermediate_size:
+            self.shared_experts = MLP(
+                MLPConfig(
+                    hidden_size=config.hidden_size,
+                    intermediate_size=config.shared_expert_intermediate_size,
+                    hidden_act=config.hidden_act,
+                    gated=config.gated,
+                )
+            )
+        if config.shared_expert_gate:
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            hidden_states: (b, l, d).
+            mask: (b, l) bool, the real tokens; None where all are. No expert but the shared one sees others.
+
+        Returns:
+            (b, l, d) in the dtype of ``hidden_states``, and the router's statistics, for `auxiliary_loss`.
+        """
+        index, weight, statistics = self.gate(hidden_states, mask)
+        output = self.experts(hidden_states.flatten(0, 1), index, weight).view_as(hidden_states)
+        if self.shared_experts is not None:
+            shared = self.shared_experts(hidden_states)
+            if self.shared_expert_gate is not None:
+                shared = torch.sigmoid(self.shared_expert_gate(hidden_states)) * shared
+            output = output + shared
+        return output.to(hidden_states.dtype), statistics
+
+    def auxiliary_loss(self, statistics: Sequence[Tensor]) -> Tensor:
+        """What the routers of all layers with this config add to the loss, coefficients and all; zero-dimensional.
+
+        Args:
+            statistics: what `forward` of each of these layers gave.
+        """
+        config = self.config
+        layers = [Statistics.unpack(packed.to(statistics[0].device)) for packed in statistics]
+        loss = statistics[0].new_zeros(())
+        if config.router in BALANCE_LOSSES and config.router_aux_loss_coef:
+            loss = loss + config.router_aux_loss_coef * BALANCE_LOSSES[config.router](layers)
+        if config.router_z_loss_coef:
+            loss = loss + config.router_z_loss_coef * z_loss(layers)
+        if config.causal_predictor:
+            loss = loss + predictor_loss(layers)
+        return loss
+
+    def figures(self, statistics: Tensor) -> dict[str, Any]:
+        """What a person wants to know of this layer's router, from its statistics.
+
+        Returns:
+            ``load``, the share of each expert in all choices, (experts,); ``max_load``, the busiest one's over the
+            mean; ``entropy`` of a token's probabilities in nats; ``drop_rate`` of the choices; and with ``loss_free``
+            the ``bias`` of each expert's score, (experts,).
+        """
+        return router_figures(self.gate, Statistics.unpack(statistics))
+
+    def active_fraction(self) -> float:
+        """How much of the experts' weights a token uses."""
+        return self.config.experts_per_token / self.config.num_experts
+
+    def check_generation(self) -> None:
+        """Raise a `ValueError` where a token's experts depend on later tokens."""
+        if self.config.router == "expert_choice" and not self.config.causal_predictor:
+            raise ValueError(
+                f"{type(self.config).__name__}: router is 'expert_choice', whose experts choose among all tokens of a "
+                "row, later ones too, so it cannot generate; allowed are causal_predictor=True and the other routers"
+            )
