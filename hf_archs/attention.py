@@ -424,9 +424,9 @@ class Attention(nn.Module):
         y = self._read(blocks, k.flatten(0, 1), v.flatten(0, 1), _rows(mask, b))
         if s == 1:
             return y.flatten(2)
-        # a copy: whether the rest of a block leaves a contiguous tensor would be asked of each length when compiling
-        y = y.reshape(b, s * y.shape[1], -1)[:, : q.shape[2]]
-        return y.clone(memory_format=torch.contiguous_format)
+        y = y.reshape(b, s * y.shape[1], -1)
+        # no slice: whether it is contiguous would be asked of each length when compiling
+        return F.pad(y, (0, 0, 0, q.shape[2] - y.shape[1]))
 
     def _read(self, blocks: Blocks, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(b * s, queries, h, n) from keys and values (b * s, k, columns, n) and a mask, see `_rows`."""

@@ -210,11 +210,23 @@ class ArchPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
+            ValueError: where a tensor has another shape than the config asks for.
             SafetensorError: where a weights file is corrupt or truncated.
         """
         native = conversion.prepare(cls, pretrained_model_name_or_path, kwargs)
         try:
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            # transformers has put the names into a table and not into the error
+            kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            name, found, expected = min(loaded[1]["mismatched_keys"])
+            raise ValueError(
+                f"{name} has shape {tuple(found)} in {pretrained_model_name_or_path}, and its config asks for "
+                f"{tuple(expected)}; allowed is a checkpoint that fits its config"
+            ) from error
         except SafetensorError as error:
             raise SafetensorError(
                 f"the weights of {pretrained_model_name_or_path} are corrupt or truncated ({error}); "

@@ -142,7 +142,14 @@ class NativeFormat(ABC):
                     f"{type(config).__name__}: {path} is {value!r}, which a {self.name} model cannot represent; "
                     f"allowed: {allowed!r}"
                 )
-        return {theirs: values[ours] for ours, theirs in self.fields.items()}
+        written: dict[str, Any] = {}
+        for ours, theirs in self.fields.items():
+            if written.setdefault(theirs, values[ours]) != values[ours]:
+                raise ValueError(
+                    f"{type(config).__name__}: {ours} is {values[ours]!r}, which a {self.name} model cannot represent; "
+                    f"allowed: {written[theirs]!r}, as {theirs} is elsewhere"
+                )
+        return written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +160,7 @@ class TransformersFormat(NativeFormat):
         config_name, model_name, causal_lm_name: transformers' classes.
         derived: their config fields and the attribute of our config that gives the value when writing.
         nested: their config fields that are dicts; in the tables their entries are ``rope_parameters.rope_theta``.
+        tiny: fields of a small config of theirs, for tests; empty where our own tiny config can be written as one.
     """
 
     config_name: str
@@ -160,6 +168,7 @@ class TransformersFormat(NativeFormat):
     causal_lm_name: str
     derived: Mapping[str, str] = field(default_factory=dict)
     nested: Collection[str] = ()
+    tiny: Mapping[str, Any] = field(default_factory=dict)
 
     def classes(self, architecture: Architecture) -> list[tuple[type[PreTrainedModel], type[PreTrainedModel]]]:
         """Pairs of our class and theirs."""

@@ -61,6 +61,17 @@ _SAME = (
     "bos_token_id",
     "eos_token_id",
 )
+# small ones, for tests
+_TINY = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _PATTERNS = ("layer_pattern", "feed_forward_pattern")
 
 
@@ -108,12 +119,11 @@ def _write_jamba(config: Any) -> dict[str, Any]:
     placed = [config.placed_by_kind(i) for i in range(config.num_hidden_layers)]
     attention = _every(config, "attention", [mixers for mixers, _ in placed], "mamba")
     experts = _every(config, "moe", [feed_forward for _, feed_forward in placed], "mlp")
-    return {
-        "attn_layer_period": attention[0],
-        "attn_layer_offset": attention[1],
-        "expert_layer_period": experts[0],
-        "expert_layer_offset": experts[1],
-    }
+    mamba = config.instances()["mixers.mamba"][1]
+    written = {"attn_layer_period": attention[0], "attn_layer_offset": attention[1], "mamba_dt_rank": mamba.dt_rank}
+    if ["moe"] not in [feed_forward for _, feed_forward in placed]:
+        return {**written, "num_experts": 1}
+    return {**written, "expert_layer_period": experts[0], "expert_layer_offset": experts[1]}
 
 
 JAMBA = HybridFormat(
@@ -121,6 +131,7 @@ JAMBA = HybridFormat(
     config_name="JambaConfig",
     model_name="JambaModel",
     causal_lm_name="JambaForCausalLM",
+    tiny={**_TINY, "num_hidden_layers": 2, "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     prefix="model",
     renames={"norm.weight": "final_layernorm.weight"},
     layer_renames={
@@ -215,6 +226,7 @@ BAMBA = HybridFormat(
     config_name="BambaConfig",
     model_name="BambaModel",
     causal_lm_name="BambaForCausalLM",
+    tiny={**_TINY, "num_hidden_layers": 2, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 16},
     prefix="model",
     nested=("rope_parameters",),
     renames={"norm.weight": "final_layernorm.weight"},
@@ -316,6 +328,18 @@ NEMOTRON_H = HybridFormat(
     config_name="NemotronHConfig",
     model_name="NemotronHModel",
     causal_lm_name="NemotronHForCausalLM",
+    tiny={
+        **_TINY,
+        "layers_block_type": ["linear_attention", "moe"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 40,
+        "head_dim": 16,
+    },
     prefix="model",
     file_prefixes=("backbone",),
     renames={"embed_tokens.weight": "embeddings.weight", "norm.weight": "norm_f.weight"},
@@ -332,7 +356,7 @@ NEMOTRON_H = HybridFormat(
         },
     },
     fields={
-        **{name: name for name in _SAME},
+        **{name: name for name in _SAME if name != "tie_word_embeddings"},  # which its class passes over
         "norm_eps": "layer_norm_epsilon",
         "residual_in_fp32": "residual_in_fp32",
         "rescale_prenorm_residual": "rescale_prenorm_residual",
@@ -362,6 +386,7 @@ NEMOTRON_H = HybridFormat(
         "feed_forward.moe.routed_scaling_factor": "routed_scaling_factor",
     },
     constants={
+        "tie_word_embeddings": False,
         "mixers.mamba2.type": "mamba2",
         "mixers.attention.type": "attention",
         "mixers.attention.rope_theta": None,
@@ -386,6 +411,7 @@ NEMOTRON_H = HybridFormat(
         "n_shared_experts": (1,),
     },
     ignored=(
+        "tie_word_embeddings",
         "max_position_embeddings",
         "num_logits_to_keep",
         "output_router_logits",

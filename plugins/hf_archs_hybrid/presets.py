@@ -46,9 +46,15 @@ def _mixture(width: int) -> Fields:
 def _jamba(width: int) -> Fields:
     """Lieber et al. 2024, section 3: one attention in eight layers, experts in every other one, no positions."""
     return {
-        "mixers": {"mamba": {"type": "mamba", "bcdt_norm": "affine"}, "attention": _attention(width, rope_theta=None)},
+        "mixers": {
+            "mamba": {"type": "mamba", "bcdt_norm": "affine", "bcdt_norm_eps": 1e-5},
+            "attention": _attention(width, rope_theta=None),
+        },
         "layer_pattern": "mamba; attention every 8 from 4",
-        "feed_forward": {"mlp": _mlp(width), "moe": _moe(width, 16, 2, norm_topk_prob=False)},
+        "feed_forward": {
+            "mlp": _mlp(width),
+            "moe": _moe(width, 16, 2, moe_intermediate_size=_mlp(width)["intermediate_size"], norm_topk_prob=False),
+        },
         "feed_forward_pattern": "mlp; moe every 2 from 1",
     }
 

@@ -48,8 +48,21 @@ _COMMON: dict[str, Any] = {
         "feed_forward.experts.gate_up_proj": "mlp.experts.gate_up_proj",
         "feed_forward.experts.down_proj": "mlp.experts.down_proj",
     },
-    "ignored": ("max_position_embeddings", "output_router_logits", "rope_parameters.rope_type"),
+    "ignored": ("max_position_embeddings", "output_router_logits"),
     "allowed": {"attention_dropout": (0.0,), "rope_parameters.rope_type": ("default",)},
+}
+# small ones, for tests
+_TINY = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 _CONSTANTS = {
     "router": "top_k",
@@ -68,6 +81,7 @@ MIXTRAL = TransformersFormat(
     config_name="MixtralConfig",
     model_name="MixtralModel",
     causal_lm_name="MixtralForCausalLM",
+    tiny={**_TINY, "num_local_experts": 4},
     fields={
         **{name: name for name in _SAME},
         **ATTENTION_FIELDS,
@@ -93,6 +107,7 @@ OLMOE = TransformersFormat(
     config_name="OlmoeConfig",
     model_name="OlmoeModel",
     causal_lm_name="OlmoeForCausalLM",
+    tiny={**_TINY, "num_experts": 4},
     fields={
         **{name: name for name in _SAME},
         **ATTENTION_FIELDS,
@@ -114,6 +129,7 @@ QWEN3_MOE = TransformersFormat(
     config_name="Qwen3MoeConfig",
     model_name="Qwen3MoeModel",
     causal_lm_name="Qwen3MoeForCausalLM",
+    tiny={**_TINY, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
     fields={
         **{name: name for name in _SAME},
         **ATTENTION_FIELDS,

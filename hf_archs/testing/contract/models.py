@@ -36,7 +36,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter large random values, in place: what the model carries along must show in what it says."""
+    """Give all that is stored large random values, in place: what the model carries along must show in what it says."""
     generator = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
     with torch.no_grad():
@@ -53,6 +53,10 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
                     parameter.copy_(0.3 * noise)
                 else:  # norms, biases, convolutions, decays: around their initial values
                     parameter.add_(0.3 * noise)
+        stored = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in stored and buffer.is_floating_point():
+                buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

@@ -39,6 +39,8 @@ class PrecisionContract(Contract):
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             for name, parameter in model.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 assert parameter.grad is not None, name
                 assert parameter.grad.dtype == torch.float32, name
                 assert parameter.grad.isfinite().all(), name
@@ -71,7 +73,8 @@ class PrecisionContract(Contract):
     def test_bf16_weights_at_length_2048(self, model: Any, tmp_path: Any) -> None:
         """The error of bf16 arithmetic does not grow with the length, and a state carried along adds nothing.
 
-        The peer is the float32 model with the same, rounded weights.
+        The peer is the float32 model with the same, rounded weights. The median over tokens is held: one whose router
+        is close to a tie may go to other experts, which is no error of arithmetic, and a lost state shows in all.
         """
         ids = tokens(1, 2048)
         model.save_pretrained(tmp_path)
@@ -79,7 +82,6 @@ class PrecisionContract(Contract):
         exact = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).float()
         truth = logits(exact, ids)
         error = (logits(half, ids).float() - truth).square().mean(-1).sqrt()[0] / truth.square().mean().sqrt()
-        early, late = error[:64].square().mean().sqrt(), error[-512:].square().mean().sqrt()
-        print("bf16", early, late)
+        early, late = error[:64].median(), error[-512:].median()
         assert late < 1.5 * early, f"relative error {early:.2%} on the first 64 tokens, {late:.2%} on the last 512"
         assert late < 16 * torch.finfo(torch.bfloat16).eps

@@ -77,7 +77,7 @@ class TrainingContract(Contract):
 
         found = gradients(model, loss())
         for name, parameter in model.named_parameters():
-            direction, step = torch.randn_like(parameter), 1e-5
+            direction, step = torch.randn_like(parameter), 2e-6
             with torch.no_grad():
                 parameter.add_(direction, alpha=step)
                 above = loss()

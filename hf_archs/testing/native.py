@@ -1,0 +1,84 @@
+"""What the tests of native checkpoints of several plugins share: a model of transformers beside ours."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_archs
+from hf_archs.testing.parity import Float32CastsAsFloat64, check_parity, enliven
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def native(model_class: Any, config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of transformers with lively weights, the same in both precisions, its experts in a loop.
+
+    In float64 what it computes when it is built is float64 too (the frequencies of rotary positions).
+    """
+    torch.manual_seed(0)
+    with Float32CastsAsFloat64() if dtype == torch.float64 else contextlib.nullcontext():
+        model = model_class(config)
+    torch.manual_seed(0)
+    enliven(model.float())
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.1)
+    if dtype == torch.float64:  # the buffers were rounded above
+        with Float32CastsAsFloat64():
+            exact = model_class(config).double()
+        exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
+        model = exact
+    model.set_experts_implementation("eager")
+    return model.eval()
+
+
+def check_native(model_class: Any, config: Any, architecture: str, dtype: torch.dtype) -> None:
+    """Logits, every gradient by name, and the way there and back bit for bit."""
+    theirs = native(model_class, config, dtype)
+    ours = hf_archs.from_native(theirs)
+    assert type(ours) is hf_archs.get_architecture(architecture).causal_lm_class
+    forms: Any = hf_archs.get_architecture(architecture).native_formats
+    form = next(form for form in forms if form.name == config.model_type)
+    ids = torch.randint(3, 97, (2, 23), generator=torch.Generator().manual_seed(0))
+    check_parity(ours, theirs, form.ours, ids, 1e-5 if dtype == torch.float32 else 1e-10)
+    back: Any = hf_archs.to_native(ours)
+    assert type(back) is model_class
+    expected = theirs.state_dict()
+    assert back.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in back.state_dict().items())
+    said = ("architectures", "_name_or_path", "dtype", "transformers_version")
+    kept, given = back.config.to_dict(), config.to_dict()
+    assert {k: v for k, v in kept.items() if k not in said} == {k: v for k, v in given.items() if k not in said}
+
+
+def check_files(model_class: Any, config: Any, architecture: str, folder: Path) -> None:
+    """The native's files read directly, and ours written and read again, every expert under names of its own."""
+    theirs = native(model_class, config)
+    ours = hf_archs.from_native(theirs)
+    ids = torch.randint(3, 97, (2, 23), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = ours(ids).logits
+    theirs.save_pretrained(folder / "native")
+    ours_class: Any = hf_archs.get_architecture(architecture).causal_lm_class
+    read, info = ours_class.from_pretrained(folder / "native", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        assert torch.equal(read(ids).logits, expected)
+    read.save_pretrained(folder / "ours")
+    again = AutoModelForCausalLM.from_pretrained(folder / "ours")
+    assert type(again) is ours_class
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, expected)

@@ -1,0 +1,114 @@
+"""Mixtral, OLMoE and Qwen3-MoE of transformers: the same logits and gradients, files, and refusals."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+import hf_archs
+from hf_archs.testing.native import SIZES, check_files, check_native, native
+from hf_archs_moe import ArchMoEForCausalLM
+
+CASES = {
+    "mixtral": (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4)),
+    "mixtral, three of five experts": (
+        MixtralForCausalLM,
+        MixtralConfig(**{**SIZES, "num_key_value_heads": 4}, num_local_experts=5, num_experts_per_tok=3, head_dim=8),
+    ),
+    "olmoe": (OlmoeForCausalLM, OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, clip_qkv=1.0)),
+    "olmoe, renormalised, biases": (
+        OlmoeForCausalLM,
+        OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, tie_word_embeddings=True),
+    ),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(
+            **{**SIZES, "num_hidden_layers": 3},
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            mlp_only_layers=[1],
+            head_dim=8,
+            norm_topk_prob=True,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_parity(case, dtype):
+    check_native(*CASES[case], "moe", dtype)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files(case, tmp_path):
+    check_files(*CASES[case], "moe", tmp_path)
+
+
+def test_names_in_files(tmp_path):
+    """Every expert stands for itself, as other tools want it."""
+    hf_archs.from_native(native(*CASES["mixtral"])).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = file.keys()
+    names = {name for name in stored if name.startswith("model.layers.0.feed_forward.")}
+    parts = {f"experts.{e}.{part}_proj.weight" for e in range(4) for part in ("gate", "up", "down")}
+    assert names == {f"model.layers.0.feed_forward.{name}" for name in parts | {"gate.weight"}}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_other_implementations(implementation):
+    ours = hf_archs.from_native(native(*CASES["mixtral"]))
+    ids = torch.randint(3, 97, (2, 23))
+    with torch.no_grad():
+        expected = ours(ids).logits
+        ours.set_experts_implementation(implementation)
+        assert (ours(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sliding_window": 8}, "sliding_window is 8 in this mixtral checkpoint, which ArchMoEConfig cannot represent"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1 in this mixtral checkpoint"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is 'linear'"),
+    ],
+)
+def test_options_that_ours_lacks(fields, message):
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, **fields))
+    with pytest.raises(ValueError, match=message):
+        hf_archs.from_native(model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"router": "switch"}, "router is 'switch', which a mixtral model cannot represent; allowed: 'top_k'"),
+        (
+            {"mixer": {"type": "mamba2", "head_dim": 16}},
+            "mixer.type is 'mamba2', which a mixtral model cannot represent",
+        ),
+        ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size is 8, which a mixtral model"),
+    ],
+)
+def test_options_that_theirs_lacks(fields, message):
+    same = {"expert_layer_period": 1, "shared_expert_intermediate_size": 0, "residual_in_fp32": False}
+    config = hf_archs.get_architecture("moe").tiny_config(**{**same, "rescale_prenorm_residual": False, **fields})
+    with pytest.raises(ValueError, match=message):
+        hf_archs.to_native(ArchMoEForCausalLM(config), "mixtral")
+
+
+def test_experts_of_another_size(tmp_path):
+    """A checkpoint whose experts do not fit its config is refused in one sentence."""
+    native(*CASES["mixtral"]).save_pretrained(tmp_path)
+    config = MixtralConfig(**{**SIZES, "intermediate_size": 40}, num_local_experts=4)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"experts.* has shape \(.*48.*\) in .*, and its config asks for \(.*40.*\)"):
+        ArchMoEForCausalLM.from_pretrained(tmp_path)

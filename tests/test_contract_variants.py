@@ -1,0 +1,160 @@
+"""The contract over configs that one tiny model does not cover: every router, and every pair of mixers."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+import hf_archs
+from hf_archs.testing.contract import (
+    ArchitectureContract,
+    CacheContract,
+    GenerationContract,
+    PackingContract,
+    PaddingContract,
+    PrecisionContract,
+    SavingContract,
+    TrainingContract,
+)
+from hf_archs.testing.contract.models import assert_remembers, lively
+
+# where an expert takes so many tokens of a batch, training depends on the neighbours: these promise evaluation alone,
+# and tests/plugins/moe/test_routing.py works training out by hand
+CAPACITIES = {
+    "switch": {"router": "switch", "capacity_factor": 1.25},
+    "gshard": {"router": "gshard", "capacity_factor": 2.0},
+    "expert_choice": {"router": "expert_choice", "causal_predictor": True},
+}
+LOSS_FREE = {"router": "loss_free", "score_function": "sigmoid", "gated": False, "hidden_act": "relu2"}
+
+MIXERS = {
+    "attention": {"type": "attention", "num_heads": 4, "num_key_value_heads": 2},
+    "sliding_attention": {"type": "sliding_attention", "num_heads": 4, "window": 7, "global_tokens": 2},
+    "memory": {"type": "memory", "num_heads": 4, "window": 5, "memory_slots": 4, "compression_rate": 3},
+    "mamba": {"type": "mamba", "state_size": 8},
+    "mamba2": {"type": "mamba2", "state_size": 16, "head_dim": 16},
+    "retnet": {"type": "retnet", "num_heads": 4},
+    "hyena": {"type": "hyena"},
+}
+FEED_FORWARDS = {
+    "mlp": {"type": "mlp", "intermediate_size": 96},
+    "moe": {"type": "moe", "num_experts": 4, "moe_intermediate_size": 48},
+}
+
+
+def variant(name, **tiny):
+    architecture = hf_archs.get_architecture(name)
+    return dataclasses.replace(architecture, tiny={**architecture.tiny, **tiny})
+
+
+def hybrid(pattern, feed_forward):
+    named = {name for entry in pattern.split() for name in entry.split("+")}
+    return variant(
+        "hybrid",
+        mixers={name: MIXERS[name] for name in named},
+        layer_pattern=pattern,
+        num_hidden_layers=len(pattern.split()),
+        feed_forward={feed_forward: FEED_FORWARDS[feed_forward]} if feed_forward else {},
+        feed_forward_pattern=None,
+    )
+
+
+def calm(architecture):
+    """A lively model with linear layers that keep the size of what they get.
+
+    Several mixers in a row would amplify what float32 rounds beyond any tolerance.
+    """
+    model = lively(architecture.causal_lm_class, architecture.tiny_config())
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+                module.weight.mul_(2 / 3)
+    assert_remembers(model)
+    return model
+
+
+class StatesContract(
+    SavingContract,
+    PaddingContract,
+    CacheContract,
+    GenerationContract,
+    PackingContract,
+    TrainingContract,
+    PrecisionContract,
+):
+    """What a combination may break: adapters, compilers, places and fields are each part's own."""
+
+
+class TestCapacities(PaddingContract, CacheContract, GenerationContract, PackingContract, PrecisionContract):
+    @pytest.fixture(scope="class", params=CAPACITIES)
+    @classmethod
+    def architecture(cls, request):
+        return variant("moe", **CAPACITIES[request.param])
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def shared_model(cls, architecture):
+        model = lively(architecture.causal_lm_class, architecture.tiny_config())
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("predictor" not in name)  # which is trained in training alone
+        return model
+
+
+class TestLossFree(StatesContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def architecture(cls):
+        return variant("moe", **LOSS_FREE)
+
+
+class TestEveryMixerInAHybrid(StatesContract):
+    """Few models in which each mixer stands beside, before and behind others."""
+
+    @pytest.fixture(
+        scope="class",
+        params=[
+            ("attention mamba", "moe"),
+            ("memory+hyena mamba2", ""),
+            ("sliding_attention retnet+mamba", "mlp"),
+        ],
+        ids=lambda p: " ".join(p),
+    )
+    @classmethod
+    def architecture(cls, request):
+        return hybrid(*request.param)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def shared_model(cls, architecture):
+        return calm(architecture)
+
+
+PAIRS = [
+    (f"{a}{joint}{b}", feed_forward)
+    for (a, b), joint, feed_forward in itertools.product(
+        itertools.combinations_with_replacement(MIXERS, 2), (" ", "+"), ("mlp", "moe")
+    )
+    if a != b
+]
+
+
+def test_every_registered_mixer_is_here():
+    from hf_archs import registry
+
+    assert set(MIXERS) | {"parallel"} == {name for name in registry._mixers if not name.startswith("toy")}
+
+
+@pytest.mark.pairs
+class TestPairs(ArchitectureContract):
+    """Every pair of mixers, one after the other and side by side, with experts and without. An hour: -m pairs."""
+
+    @pytest.fixture(scope="class", params=PAIRS, ids=lambda p: " ".join(p))
+    @classmethod
+    def architecture(cls, request):
+        return hybrid(*request.param)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def shared_model(cls, architecture):
+        return calm(architecture)
