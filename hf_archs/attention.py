@@ -433,9 +433,10 @@ class Attention(nn.Module):
         return self._interface(blocks.q.flatten(0, 1), k, v, mask)
 
     def _blocks(self, q: torch.Tensor, columns: Columns) -> Blocks:
-        """All queries in one block; or, where there are many, blocks of ``reach`` with not twice as many columns each.
+        """All queries in one block; or, where there are more than ``reach``, blocks of so many, whose columns are their
+        own and those that the first of them sees: scores of every pair would cost the square of the length.
 
-        (So lengths up to ``reach`` and lengths above it have a graph each where this is compiled.)
+        (Compiled, lengths up to ``reach`` and lengths above it have a graph each.)
         """
         length, past, start = columns.length, columns.past, columns.start
         if self.reach is None or length <= self.reach:
@@ -453,9 +454,8 @@ class Attention(nn.Module):
             start = F.pad(start, (0, pads)).unflatten(1, (count, size))
         else:
             start = start[:, None]
-        return Blocks(
-            q, k, v, block + within[size - 1 :].view(1, -1, 1), block + within.view(1, 1, -1), start[..., None]
-        )
+        query, key = block + within[size - 1 :].view(1, -1, 1), block + within.view(1, 1, -1)
+        return Blocks(q, k, v, query, key, start[..., None])
 
     def _interface(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The implementation that the model's config names, (b, h, l, n) to (b, l, h, n)."""
@@ -468,27 +468,27 @@ class Attention(nn.Module):
     def _after(self, columns: Columns, lengths: torch.Tensor | None, seq_idx: torch.Tensor | None) -> States:
         """The states after these tokens."""
         b, length, past = columns.k.shape[0], columns.length, columns.past
-        if lengths is None and seq_idx is None:
-            end = torch.full((1, 1), length, device=columns.k.device)
-            start = columns.start
+        alone = lengths is None and seq_idx is None
+        if alone:
+            start, end = columns.start, torch.full((1, 1), length, device=columns.k.device)
         else:
-            # a pad's document is none: the last token says which is the last
             end = columns.start.new_full((b, 1), length) if lengths is None else lengths.unsqueeze(1)
             start = columns.start.expand(b, length).gather(1, (end - 1).clamp(min=0))
-        after = {"position": (end - start).expand(b, 1).contiguous()}
+        after = {"position": (end - start).expand(b, 1).contiguous(), **self._more_after(columns, start, end)}
+        if alone and self.reach is None:
+            return {"key": columns.k.mT, "value": columns.v.mT, **after}
+        if alone and length == 1 and past == self.reach - 1:  # type: ignore[operator]
+            # copies: views would keep the column alive that has left the window
+            k, v = (t[:, :, 1:].clone(memory_format=torch.contiguous_format) for t in (columns.k, columns.v))
+            return {"key": k.mT, "value": v.mT, **after}
         size = columns.k.shape[2] if self.reach is None else self.reach - 1
-        if lengths is None and seq_idx is None and (self.reach is None or (length == 1 and past == size)):
-            kept = (columns.k, columns.v) if self.reach is None else (columns.k[:, :, 1:], columns.v[:, :, 1:])
-            # a view would keep the column alive that has left the window
-            key, value = kept if self.reach is None else (t.clone(memory_format=torch.contiguous_format) for t in kept)
-            return {"key": key.mT, "value": value.mT, **after, **self._more_after(columns, start, end)}
         documents = number_documents(seq_idx, lengths)
         for name, t in (("key", columns.k), ("value", columns.v)):
             new = t[:, :, past:].transpose(1, 2).flatten(2)
             old = None if past == 0 else t[:, :, :past].transpose(2, 3).flatten(1, 2)
             window = last_inputs(new, size, old, documents, lengths)
             after[name] = window.unflatten(1, (-1, self.config.head_size))
-        return {**after, **self._more_after(columns, start, end)}
+        return after
 
     def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor) -> States:
         """Other states than those of attention, where the last document starts and each row ends, (b or 1, 1)."""

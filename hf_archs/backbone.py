@@ -28,7 +28,6 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     MaskedLMOutput,
-    MoeCausalLMOutputWithPast,
 )
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import auto_docstring, can_return_tuple, is_tracing
@@ -165,6 +164,7 @@ class ArchPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = False  # the cache can roll back, so assisted decoding works
     _can_compile_fullgraph = True
+    _supports_sdpa = True
     # states, decays and step biases, which every mixer keeps in a submodule of this name; what balances routers
     _keep_in_fp32_modules_strict = ["ssm", "e_score_correction_bias"]
     _can_record_outputs = {"hidden_states": ArchBlock}
@@ -252,6 +252,17 @@ class ArchModelOutput(BaseModelOutputWithPast):
     """
 
     router_statistics: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class ArchCausalLMOutput(CausalLMOutputWithPast):
+    """What the causal language model gives in training where layers have routers.
+
+    Attributes:
+        aux_loss: the routers' own losses, which are part of ``loss``.
+    """
+
+    aux_loss: torch.Tensor | None = None
 
 
 class ArchModel(ArchPreTrainedModel):
@@ -439,7 +450,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast:
         if isinstance(past_key_values, RecurrentCache) and isinstance(logits_to_keep, int):
             # assisted decoding keeps the logits of all candidates, and takes back no more than those and one
             past_key_values.rollback_window = max(logits_to_keep, 1) + 1
@@ -468,7 +479,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             return CausalLMOutputWithPast(**output)
         auxiliary = self.model.auxiliary_loss(outputs.router_statistics)
         output["loss"] = loss + auxiliary * _share_of_batch(labels, kwargs)
-        return MoeCausalLMOutputWithPast(**output, aux_loss=auxiliary)
+        return ArchCausalLMOutput(**output, aux_loss=auxiliary)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.initialization import no_init_weights
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -29,25 +28,6 @@ from hf_archs.formats import (
     state_spaces_layer,
 )
 from hf_archs.registry import Architecture
-
-
-def expert_conversions() -> list[WeightConverter | WeightRenaming]:
-    """How a mixture of experts stands in files: every expert under names of its own, as other tools want it.
-
-    In memory all of a layer's are one tensor. Experts that are not gated have one projection in, under another name:
-    a loader could not tell it from half of a gated one.
-    """
-
-    def merge(sources: list[str], target: str, *operations: ConversionOps) -> WeightConverter:
-        prefix = "feed_forward.experts"
-        patterns = [f"{prefix}.*.{source}.weight" for source in sources]
-        return WeightConverter(patterns, f"{prefix}.{target}", operations=[MergeModulelist(dim=0), *operations])
-
-    return [
-        merge(["gate_proj", "up_proj"], "gate_up_proj", Concatenate(dim=1)),
-        merge(["in_proj"], "up_proj"),
-        merge(["down_proj"], "down_proj"),
-    ]
 
 
 def find_format(

@@ -18,6 +18,13 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 
 from hf_archs.registry import Architecture
 
@@ -286,6 +293,25 @@ class StateSpacesFormat(NativeFormat):
         given.update({f"ssm_cfg.{name}": None if value == "auto" else value for name, value in layer.items()})
         # an option that nobody knows has no default: whatever it says cannot be represented
         return given, {name: defaults.get(name, self.layer_defaults.get(name.partition(".")[2])) for name in given}
+
+
+def expert_conversions() -> list[WeightConverter | WeightRenaming]:
+    """How a mixture of experts stands in files: every expert under names of its own, as other tools want it.
+
+    In memory all of a layer's are one tensor. Experts that are not gated have one projection in, under another name:
+    a loader could not tell it from half of a gated one.
+    """
+
+    def merge(sources: list[str], target: str, *operations: ConversionOps) -> WeightConverter:
+        prefix = "feed_forward.experts"
+        patterns = [f"{prefix}.*.{source}.weight" for source in sources]
+        return WeightConverter(patterns, f"{prefix}.{target}", operations=[MergeModulelist(dim=0), *operations])
+
+    return [
+        merge(["gate_proj", "up_proj"], "gate_up_proj", Concatenate(dim=1)),
+        merge(["in_proj"], "up_proj"),
+        merge(["down_proj"], "down_proj"),
+    ]
 
 
 def state_spaces_layer(raw: Mapping[str, Any]) -> str | None:

@@ -214,7 +214,7 @@ def register(architecture: Architecture) -> Architecture:
         ValueError: where its name, its model type or the name of its config class is taken; nothing is registered
             then.
     """
-    from hf_archs import conversion  # which imports this module
+    from hf_archs import formats  # which imports this module
 
     config_class = architecture.config_class
     if not (isinstance(config_class, type) and issubclass(config_class, PreTrainedConfig)):
@@ -243,7 +243,7 @@ def register(architecture: Architecture) -> Architecture:
     for auto_class, model_class in architecture.auto_classes().values():
         auto_class.register(config_class, model_class)  # type: ignore[attr-defined]
     _register_lora_targets(architecture)
-    register_checkpoint_conversion_mapping(config_class.model_type, conversion.expert_conversions())
+    register_checkpoint_conversion_mapping(config_class.model_type, formats.expert_conversions())
     return architecture
 
 

@@ -38,7 +38,10 @@ def _mixture(width: int) -> Fields:
     return {
         "mixers": {"ssm": _mamba2(width, state_size=64), "local": _local(width, window=256)},
         "layer_pattern": "ssm ssm local",
-        "feed_forward": {"mlp": _mlp(width), "moe": _moe(width, 8, 2, moe_intermediate_size=width)},
+        "feed_forward": {
+            "mlp": _mlp(width, intermediate_size=3 * width // 2),
+            "moe": _moe(width, 8, 2, moe_intermediate_size=3 * width // 8),
+        },
         "feed_forward_pattern": "mlp moe",
     }
 

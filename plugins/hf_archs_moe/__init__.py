@@ -60,7 +60,10 @@ register(
                 "vocab_size": 4096,
                 "hidden_size": 256,
                 "num_hidden_layers": 6,
-                "moe_intermediate_size": 256,
+                "intermediate_size": 512,
+                "moe_intermediate_size": 128,
+                "expert_layer_period": 2,
+                "expert_layer_offset": 1,
             },
             # Jiang et al. 2024, table 1
             "8x7b": {

@@ -172,24 +172,6 @@ def test_a_loop_says_the_same(name, implementation):
                 assert_close(found[i], reference(mixer, x[i]), f"length {length}, row {i}", EXACT)
 
 
-@pytest.mark.parametrize("name", ["window", "many global", "compressive", "retrieval"])
-def test_a_window_looks_back_no_further(name):
-    """A token that has left window and memory changes nothing; the last that has not changes something."""
-    mixer = mixer_of(name)
-    config = mixer.config
-    first = config.global_tokens
-    reach = {"window": 4, "many global": 2, "compressive": 3 + 2 * 3, "retrieval": 3 + 5}[name]
-    x = inputs(1, 24)
-    with torch.no_grad():
-        for t in (first, first + 1):
-            other = x.clone()
-            other[0, t] += 1.0
-            change = (mixer(x) - mixer(other))[0].abs().amax(1)
-            assert change[t + reach - 1] > 1e-6 or name != "window"
-            assert change[t] > 1e-6
-            assert not change[t + reach + 2 :].any()  # 2: a block leaves the memory when its last token may
-
-
 # -- transformers' own -----------------------------------------------------------------------------------------------
 
 
@@ -458,7 +440,8 @@ def test_every_parameter_gets_a_gradient():
             assert t.grad.any() or name == "itself", f"{name}, {parameter}"
 
 
-@pytest.mark.parametrize("name", ["groups", "full norm", "global", "compressive", "retrieval"])
+# (of the memories with retrieval the one that finds all there is: which keys are nearest depends on the rounding)
+@pytest.mark.parametrize("name", ["groups", "full norm", "global", "compressive", "retrieval, global"])
 @torch.no_grad()
 def test_half_precision(name):
     """In bfloat16 and under autocast, with and without a cache, near the float32 answer and in the right dtypes."""
@@ -473,7 +456,7 @@ def test_half_precision(name):
             pieces = [read(mixer, cache, piece) for piece in given.split([6, 1, 10], 1)]
             for found in (mixer(given), torch.cat(pieces, 1)):
                 assert found.dtype == torch.bfloat16
-                assert (found - expected).norm() < 0.05 * expected.norm() or name == "retrieval"
+                assert (found - expected).norm() < 0.05 * expected.norm()
         assert {t.dtype for key, t in cache.tensors() if "position" not in key} == {torch.bfloat16}
 
 
@@ -534,7 +517,7 @@ def test_positions_far_from_the_start():
 # -- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["groups", "global", "compressive", "retrieval"])
+@pytest.mark.parametrize("name", ["groups", "compressive, global", "retrieval"])
 class TestCompile:
     @pytest.fixture(autouse=True)
     def _no_graphs_from_before(self):

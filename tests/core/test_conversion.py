@@ -101,7 +101,9 @@ def test_ours_to_native_and_back_loses_nothing(architecture, form):
     assert_same_parameters(hf_archs.from_native(native), ours)
     ids = torch.randint(0, 128, (1, 5))
     with torch.no_grad():
-        native(native(ids, use_cache=False).logits.argmax(-1), use_cache=False)  # transformers' models run with float32 there
+        native(
+            native(ids, use_cache=False).logits.argmax(-1), use_cache=False
+        )  # transformers' models run with float32 there
 
 
 @every_format
