@@ -187,11 +187,17 @@ def model_measures(
     yield Measure(at_8192, "Llama", step(8192), _step(llama, 8192, device), targets.long_step)
     yield Measure(f"{name}: training step at 4,096", "at 1,024", step(4096), step(1024), targets.growth)
     yield Measure(f"{name}: training step at 16,384", "at 4,096", step(16384), step(4096), targets.long_growth, 3)
-    if native is None:
-        return
+    if native is not None:
+        yield from native_measures(name, device, ours, native, targets, native_pairs)
+
+
+def native_measures(
+    name: str, device: torch.device, ours: Any, native: Any, targets: Targets, native_pairs: int = 7
+) -> Iterator[Measure]:
+    """Training step, prefill and decoding of a model against transformers' own of the same size."""
     native.to(device)
-    its_step = _step(native, 1024, device)
-    yield Measure(at_1024, "transformers", step(1024), its_step, targets.native_step, native_pairs)
+    step, its_step = _step(ours, 1024, device), _step(native, 1024, device)
+    yield Measure(f"{name}: training step at 1,024", "transformers", step, its_step, targets.native_step, native_pairs)
     prefill, its_prefill = _prefill(ours, 2048, device), _prefill(native, 2048, device)
     yield Measure(f"{name}: prefill of 2,048", "transformers", prefill, its_prefill, targets.prefill)
     for context in (16, 512):

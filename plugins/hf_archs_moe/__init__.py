@@ -60,7 +60,7 @@ register(
                 "vocab_size": 4096,
                 "hidden_size": 256,
                 "num_hidden_layers": 6,
-                "intermediate_size": 512,
+                "intermediate_size": 384,
                 "moe_intermediate_size": 128,
                 "expert_layer_period": 2,
                 "expert_layer_offset": 1,

@@ -1,0 +1,34 @@
+"""What is measured of hybrids: the small mixture against Llama, and Jamba against transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import JambaConfig, JambaForCausalLM
+
+from hf_archs import bench
+from hf_archs.conversion import from_native
+from hf_archs_hybrid.presets import PRESETS
+
+
+def ops(device: torch.device) -> Iterator[bench.Measure]:
+    """None of its own."""
+    yield from ()
+
+
+def models(device: torch.device) -> Iterator[bench.Measure]:
+    """The whole models. (transformers' Jamba scans token by token; one training step of it is enough.)"""
+    yield from bench.model_measures("hybrid", device, PRESETS["mixture"](bench.SIZE["hidden_size"]), bench.Targets())
+    fields: dict[str, Any] = {
+        **bench.SIZE,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_experts": 8,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+    }
+    native: Any = JambaForCausalLM(JambaConfig(**fields))
+    yield from bench.native_measures("hybrid, jamba", device, from_native(native), native, bench.Targets(), 1)

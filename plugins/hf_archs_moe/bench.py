@@ -1,0 +1,80 @@
+"""What is measured of mixtures of experts: the experts against transformers' forms, the model against Mixtral."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from hf_archs import bench
+from hf_archs.conversion import from_native
+from hf_archs_moe.expert_layer import ArchExperts
+from hf_archs_moe.experts import expert_mlp
+
+
+def _inputs(
+    tokens: int, hidden: int, inner: int, experts: int, k: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    weight = torch.rand(tokens, k, device=device)
+    return {
+        "x": torch.randn(tokens, hidden, device=device, dtype=dtype),
+        "expert_index": torch.rand(tokens, experts, device=device).topk(k).indices,
+        "expert_weight": weight / weight.sum(1, keepdim=True),
+        "up": torch.randn(experts, 2 * inner, hidden, device=device, dtype=dtype) * hidden**-0.5,
+        "down": torch.randn(experts, hidden, inner, device=device, dtype=dtype) * inner**-0.5,
+    }
+
+
+class _Experts(nn.Module):
+    """What transformers' functions ask of a module of experts."""
+
+    has_gate, has_bias, is_transposed, is_concatenated, has_post_expert_norm = True, False, False, True, False
+    _is_expert_parallel = False
+    _apply_gate = ArchExperts._apply_gate  # type: ignore[attr-defined]
+
+    def __init__(self, up: torch.Tensor, down: torch.Tensor):
+        super().__init__()
+        self.__dict__.update(gate_up_proj=up, down_proj=down, num_experts=up.shape[0], act_fn=nn.SiLU())
+
+
+def _transformers(name: str) -> Callable[..., torch.Tensor]:
+    def run(x: Any, expert_index: Any, expert_weight: Any, up: Any, down: Any) -> torch.Tensor:
+        return ALL_EXPERTS_FUNCTIONS[name](_Experts(up, down), x, expert_index, expert_weight)
+
+    return run
+
+
+def ops(device: torch.device) -> Iterator[bench.Measure]:
+    """The experts alone, in training and for a token."""
+    if device.type == "cuda":
+        shapes = [(16384, 2048, 1024, 64, 8), (16384, 4096, 14336, 8, 2), (64, 4096, 14336, 8, 2)]
+    else:
+        shapes = [(1024, 256, 512, 8, 2), (1, 256, 512, 8, 2)]
+    for shape in shapes:
+        tensors = _inputs(*shape, device)
+        for peer in ("grouped_mm", "batched_mm") if shape[0] < 100 else ("grouped_mm",):
+            label = f"expert_mlp {' x '.join(map(str, shape))}"
+            yield from bench.op_measures(label, f"transformers' {peer}", expert_mlp, _transformers(peer), tensors)
+
+
+def models(device: torch.device) -> Iterator[bench.Measure]:
+    """A whole training step, prefill and decoding against Mixtral with the same weights."""
+    config = MixtralConfig(
+        **bench.SIZE,
+        intermediate_size=512,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=2**15,
+    )
+    native = MixtralForCausalLM(config).to(device)  # type: ignore[arg-type]
+    ours = from_native(native)
+    yield from bench.native_measures(
+        "moe", device, ours, native, bench.Targets(native_step=1.0, prefill=1.0, decode=1.0)
+    )
