@@ -86,27 +86,27 @@ class ComposedConfig(ArchConfig):
     @property
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which depends on the fields
         """How the layers are sharded over processes: what every mixer and feed-forward of the pattern can be."""
-        plan: dict[str, str] = {}
+        plan = self._feed_forward_plan("tp_plan")
         for i in range(self.num_hidden_layers):
             layer = self.layer_plan(i)
             if layer.mixer is not None:
-                plan.update(_linear_layers(f"layers.{i}.mixer", registry.get_mixer(layer.mixer), layer.mixer_config))
-            if layer.feed_forward is not None:
-                entry = registry.get_feed_forward(layer.feed_forward)
-                own = getattr(entry.module_class, "tp_plan", None)
-                names = own(layer.feed_forward_config) if own else {}
-                plan.update({f"layers.{i}.feed_forward.{name}": style for name, style in names.items()})
+                plan.update(_linear_layers("layers.*.mixer", registry.get_mixer(layer.mixer), layer.mixer_config))
         return plan
 
     @property
     def base_model_ep_plan(self) -> dict[str, str]:  # type: ignore[override]
         """How experts are spread over processes."""
+        return self._feed_forward_plan("ep_plan")
+
+    def _feed_forward_plan(self, kind: str) -> dict[str, str]:
         plan: dict[str, str] = {}
         for i in range(self.num_hidden_layers):
-            kind = self.layer_plan(i).feed_forward
-            own = None if kind is None else getattr(registry.get_feed_forward(kind).module_class, "ep_plan", None)
-            if own:
-                plan.update({f"layers.{i}.feed_forward.{name}": style for name, style in own.items()})
+            layer = self.layer_plan(i)
+            if layer.feed_forward is not None:
+                module_class = registry.get_feed_forward(layer.feed_forward).module_class
+                own = getattr(module_class, kind, None)
+                names = own(layer.feed_forward_config) if own else {}
+                plan.update({f"layers.*.feed_forward.{name}": style for name, style in names.items()})
         return plan
 
 

@@ -50,6 +50,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
         self.act = ACT2FN[config.hidden_act]
 
+    @staticmethod
+    def tp_plan(config: MLPConfig) -> dict[str, str]:
+        """How its layers are sharded over processes (Shoeybi et al. 2019, section 3)."""
+        wide = ("gate_proj", "up_proj") if config.gated else ("up_proj",)
+        return {**dict.fromkeys(wide, "colwise"), "down_proj": "rowwise"}
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(hidden_states)))

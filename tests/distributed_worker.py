@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import hf_archs
 
@@ -37,6 +38,22 @@ def tensor_parallel(folder: str, ids: torch.Tensor) -> dict[str, float]:
     out.loss.backward()
     expected.loss.backward()
     return {**_compare(model, alone), "logits": float((out.logits - expected.logits).abs().max())}
+
+
+def expert_parallel(folder: str, ids: torch.Tensor) -> dict[str, float]:
+    """Each process holds half of the experts of every layer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2, ep_size=2))
+    alone = AutoModelForCausalLM.from_pretrained(folder)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0  # pads go to no expert, wherever it is
+    labels = ids.masked_fill(mask == 0, -100)
+    out, expected = (m(ids, attention_mask=mask, labels=labels) for m in (model, alone))
+    out.loss.backward()
+    expected.loss.backward()
+    experts = [p for n, p in model.named_parameters() if ".experts." in n and ".shared" not in n]
+    assert all(isinstance(p, DTensor) and p.to_local().shape[0] == p.shape[0] // 2 for p in experts)
+    difference = (out.logits - expected.logits)[mask.bool()].abs().max()
+    return {**_compare(model, alone), "logits": float(difference), "experts": len(experts)}
 
 
 def fully_sharded(folder: str, ids: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
@@ -67,6 +84,8 @@ def main(folders: Path, output: Path) -> None:
             "fsdp_float32": fully_sharded(folder, ids, torch.float32),
             "fsdp_bfloat16": fully_sharded(folder, ids, torch.bfloat16),
         }
+        if hf_archs.get_architecture(name).tiny_config().base_model_ep_plan:
+            found[name]["expert_parallel"] = expert_parallel(folder, ids)
     if dist.get_rank() == 0:
         output.write_text(json.dumps({"world_size": dist.get_world_size(), "found": found}))
     dist.barrier()

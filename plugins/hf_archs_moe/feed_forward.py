@@ -38,6 +38,12 @@ class MoE(nn.Module):
         if config.shared_expert_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
+    @staticmethod
+    def ep_plan(config: MoEConfig) -> dict[str, str]:
+        """How the experts are spread over processes, in transformers' words."""
+        names = ("gate_up_proj" if config.gated else "up_proj", "down_proj")
+        return {**{f"experts.{name}": "grouped_gemm" for name in names}, "experts": "ep_dispatch_experts"}
+
     def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -48,6 +54,11 @@ class MoE(nn.Module):
             (b, l, d) in the dtype of ``hidden_states``, and the router's statistics, for `auxiliary_loss`.
         """
         index, weight, statistics = self.gate(hidden_states, mask)
+        everywhere = self.config.num_experts
+        if (
+            self.experts.num_experts < everywhere
+        ):  # transformers sends tokens to other ranks' experts, and knows no none
+            index = index.masked_fill(index == everywhere, 0)  # at a weight of 0
         output = self.experts(hidden_states.flatten(0, 1), index, weight).view_as(hidden_states)
         if self.shared_experts is not None:
             shared = self.shared_experts(hidden_states)
