@@ -169,6 +169,12 @@ class ArchPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["ssm", "e_score_correction_bias"]
     _can_record_outputs = {"hidden_states": ArchBlock}
 
+    def post_init(self) -> None:
+        super().post_init()
+        # whoever reads the list may rely on every name in it to stand for something in this model
+        names = {part for name in self.state_dict() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict &= names
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers passes over modules without parameters of their own (mixers, blocks) in code outside of it, lest
         # they overwrite what was loaded; ours all use `transformers.initialization`, which never does
@@ -194,11 +200,11 @@ class ArchPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True
+        return cls.config_class.base_model_ep_plan is not None  # a class of configs without one has no experts
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As in transformers, with our own experts where nobody asks for others."""
-        if requested_experts is None and "hf_archs" in ALL_EXPERTS_FUNCTIONS:
+        if requested_experts is None and self._can_set_experts_implementation() and "hf_archs" in ALL_EXPERTS_FUNCTIONS:
             return "hf_archs"
         return super().get_correct_experts_implementation(requested_experts)
 
@@ -210,7 +216,7 @@ class ArchPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
-            ValueError: where a tensor has another shape than the config asks for.
+            RuntimeError: where a tensor has another shape than the config asks for.
             SafetensorError: where a weights file is corrupt or truncated.
         """
         native = conversion.prepare(cls, pretrained_model_name_or_path, kwargs)
@@ -223,7 +229,7 @@ class ArchPreTrainedModel(PreTrainedModel):
             kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             name, found, expected = min(loaded[1]["mismatched_keys"])
-            raise ValueError(
+            raise RuntimeError(
                 f"{name} has shape {tuple(found)} in {pretrained_model_name_or_path}, and its config asks for "
                 f"{tuple(expected)}; allowed is a checkpoint that fits its config"
             ) from error

@@ -250,13 +250,13 @@ def describe(
     table = Table(
         "layer", "mixer", "feed-forward", title=f"{described.model_type}, {length:,} tokens", title_justify="left"
     )
-    for column in ("parameters", "active", "operations a token", "bytes of state"):
+    for column in ("parameters", "active", "ops a token", "state, bytes"):
         table.add_column(column, justify="right")
     for i, cost in enumerate(layers):
         table.add_row(str(i), cost.mixer, cost.feed_forward, *costs.numbers(cost))
     table.add_section()
     table.add_row("all", "", "", *costs.numbers(costs.total(layers)))
-    table.add_row("attention everywhere", "", "", *costs.numbers(costs.total(attention)))
+    table.add_row("all", "attention everywhere", "", *costs.numbers(costs.total(attention)))
     console.print(table)
     if picture is not None:
         costs.draw(layers, attention, length, picture)

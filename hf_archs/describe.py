@@ -70,8 +70,16 @@ def total(costs: list[LayerCost]) -> LayerCost:
 
 
 def numbers(cost: LayerCost) -> list[str]:
-    """The numbers of a row, as they are shown."""
-    return [f"{n:,}" for n in (cost.parameters, cost.active_parameters, cost.flops, cost.state_bytes)]
+    """The numbers of a row, to four digits, with a factor of a thousand, a million and so on."""
+
+    def short(n: float) -> str:
+        for factor in ("", " k", " M", " G", " T"):
+            if n < 1000:
+                break
+            n /= 1000
+        return f"{n:.4g}{factor}"
+
+    return [short(n) for n in (cost.parameters, cost.active_parameters, cost.flops, cost.state_bytes)]
 
 
 def _costs(config: ArchConfig, plans: list[LayerPlan], length: int, dtype: torch.dtype) -> list[LayerCost]:

@@ -9,11 +9,11 @@ import json
 import shlex
 import sys
 from typing import Any
-from unittest.mock import ANY
+from unittest.mock import ANY, patch
 
 import hf_archs
 
-# sizes of the tiny models of the common tests, whose defaults are made for attention
+# sizes of the tiny models of the common tests, whose defaults are made for attention; others have those of `tiny`
 _CONFIG: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "head_dim": 8, "n_groups": 2},
@@ -26,23 +26,40 @@ _PEFT: dict[str, dict[str, Any]] = {
     "mamba2": {"tie_word_embeddings": False},
     "retnet": {"tie_word_embeddings": False},
     "hyena": {"tie_word_embeddings": False},
+    "moe": {"tie_word_embeddings": False},
+    "hybrid": {"tie_word_embeddings": False},
 }
 
 
 class StateShapes:
-    """The shapes of the states, which the common tests cannot know."""
+    """What the common tests cannot know: the shapes of the states, and that experts may have a gate or none."""
 
-    def _spec(self, config: Any, kind: str) -> tuple[int, ...]:
-        specs = config.layer_plan(0).states().values()
-        shape = next(spec.shape for spec in specs if spec.kind == kind)
-        # a growing state has as many columns as the cache has seen, or has room for
-        return tuple(ANY if size is None else size for size in shape)
+    model_tester: Any
+    assertEqual: Any
+    subTest: Any
 
-    def _get_conv_state_shape(self, batch_size: int, config: Any) -> tuple[int, ...]:
-        return (batch_size, *self._spec(config, "conv"))
+    def _check_past_key_values_for_generate(self, batch_size: int, cache: Any, seq_length: int, config: Any) -> None:
+        self.assertEqual(len(cache), config.num_hidden_layers)
+        for layer_idx in range(config.num_hidden_layers):
+            for name, spec in config.layer_plan(layer_idx).states().items():
+                layer, kind, index = cache.place(layer_idx, name)
+                # a growing state has as many columns as the cache has seen, or has room for
+                shape = (batch_size, *(ANY if size is None else size for size in spec.shape))
+                self.assertEqual(getattr(layer, f"{kind}_states")[index].shape, shape)
 
-    def _get_recurrent_state_shape(self, batch_size: int, config: Any) -> tuple[int, ...]:
-        return (batch_size, *self._spec(config, "recurrent"))
+    def test_reverse_loading_mapping(self) -> None:
+        common = sys.modules["tests.test_modeling_common"]
+        mapping = common.get_model_conversion_mapping
+
+        def own(model: Any, **kwargs: Any) -> list[Any]:
+            names = [name for name, _ in model.named_parameters()]
+            conversions = mapping(model, **kwargs)
+            return [c for c in conversions if any(name.endswith(c.target_patterns[0]) for name in names)]
+
+        for gated in (True, False):
+            self.model_tester.gated = gated
+            with self.subTest(gated=gated), patch.object(common, "get_model_conversion_mapping", own):
+                super().test_reverse_loading_mapping()  # type: ignore[misc]
 
 
 def environment(name: str) -> dict[str, str]:
@@ -52,7 +69,7 @@ def environment(name: str) -> dict[str, str]:
     def spec(cls: type) -> str:
         return f"{cls.__module__.partition('.')[0]}:{cls.__name__}"
 
-    overrides = _CONFIG.get(name, {})
+    overrides = _CONFIG.get(name, architecture.tiny)
     return {
         "HF_SUITE_CONFIG": spec(architecture.config_class),
         "HF_SUITE_BASE": spec(architecture.model_class),

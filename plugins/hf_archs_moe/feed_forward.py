@@ -39,6 +39,16 @@ class MoE(nn.Module):
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     @staticmethod
+    def tp_plan(config: MoEConfig) -> dict[str, str]:
+        """How every expert is sharded over processes: in the width of its hidden layer, as any feed-forward."""
+        wide = {"experts.gate_up_proj": "packed_colwise"} if config.gated else {"experts.up_proj": "colwise"}
+        plan = {**wide, "experts.down_proj": "rowwise", "experts": "moe_tp_experts"}
+        if config.shared_expert_intermediate_size:
+            shared = MLP.tp_plan(MLPConfig(gated=config.gated))
+            plan.update({f"shared_experts.{name}": style for name, style in shared.items()})
+        return plan
+
+    @staticmethod
     def ep_plan(config: MoEConfig) -> dict[str, str]:
         """How the experts are spread over processes, in transformers' words."""
         names = ("gate_up_proj" if config.gated else "up_proj", "down_proj")

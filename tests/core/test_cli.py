@@ -356,3 +356,63 @@ def test_tokens_and_pushes_in_a_process(trained, tmp_path):
         assert pushed.returncode == 0, pushed.stderr
         pulled = command("generate", "alice/trained", "It was", "--max-new-tokens", "3", **environment)
         assert pulled.stdout.startswith("It was"), pulled.stderr
+
+
+# -- describe and inspect ----------------------------------------------------------------------------------------------
+
+
+def test_describe(run, refused, tmp_path):
+    """A config by an architecture's name and size, from a folder and from a file, against attention everywhere."""
+    status, out, _ = run("describe", "hybrid:jamba", "--length", 4096, "--picture", "jamba.png")
+    assert status == 0
+    rows = [line.split("│") for line in out.splitlines() if "│" in line]
+    mixers = [row[2].strip() for row in rows if row[1].strip().isdigit()]
+    assert mixers == ["mamba"] * 4 + ["attention"] + ["mamba"] * 3
+    assert "attention everywhere" in out
+    assert (tmp_path / "jamba.png").stat().st_size > 10_000
+    assert run("init", "hybrid", "--size", "tiny", "-o", "model")[0] == 0
+    in_folder = run("describe", "model", "--length", 100)[1]
+    assert run("describe", "model/config.json", "--length", 100)[1] == in_folder
+    assert "local+keep" not in in_folder
+    assert "parallel" in in_folder
+    assert refused("describe", "hybrid:jambo").startswith("error: size is 'jambo'; hybrid has tiny, mixture, jamba")
+    assert "does not exist" in refused("describe", "nowhere/at/all")
+
+
+def test_inspect(run, refused, tmp_path):
+    """The routers of a model over a text: a row for each layer with experts, and a heat map."""
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n" * 400)
+    assert run("init", "moe", "--size", "tiny", "-o", "model", "--set", "router=loss_free")[0] == 0
+    texts = ["some words and some more of them, " * 20] * 20
+    text.train_tokenizer(texts, 300).save_pretrained(tmp_path / "model")
+    status, out, error = run("inspect", "model", "--data", "text.txt", "--tokens", 256, "--picture", "heat.png")
+    assert status == 0, error
+    assert [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")] == ["0"]
+    assert (tmp_path / "heat.png").stat().st_size > 5_000
+    assert run("init", "mamba", "--size", "tiny", "-o", "dense")[0] == 0
+    text.train_tokenizer(texts, 300).save_pretrained(tmp_path / "dense")
+    assert "without routers; allowed is a model with experts" in refused("inspect", "dense", "--data", "text.txt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["num_experts_per_tok=9", "num_experts=8"], "num_experts_per_tok is 9; allowed are 1 to num_experts = 8"),
+        (["router=swtich"], "router"),
+        (['mixer={"type": "atention"}'], "no mixer 'atention'; did you mean attention"),
+    ],
+)
+def test_experts_that_cannot_be(refused, arguments, sentence):
+    sets = [part for pair in arguments for part in ("--set", pair)]
+    assert sentence in refused("init", "moe", "-o", "model", *sets)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sentence"),
+    [
+        ('["ssm", "local"]', "layer_pattern has 2 entries; allowed are num_hidden_layers = 6"),
+        ("ssm lcal", "layer_pattern has 'lcal'; did you mean local?"),
+    ],
+)
+def test_patterns_that_cannot_be(refused, pattern, sentence):
+    assert sentence in refused("init", "hybrid", "-o", "model", "--set", f"layer_pattern={pattern}")
