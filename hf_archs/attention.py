@@ -603,7 +603,7 @@ class CompressiveMemory(nn.Module):
         rate = self.config.compression_rate
         return start + (query - start - self.config.window + 1).clamp(min=0) // rate * rate
 
-    def blocks(self, columns: Columns) -> Memory:
+    def forward(self, columns: Columns) -> Memory:
         """Those of the state, and those that the queries, or the token after them, may have in their memory."""
         rate, past, length, start = self.config.compression_rate, columns.past, columns.length, columns.start
         coordinate = torch.arange(-past, length, device=start.device)
@@ -739,7 +739,7 @@ class MemoryAttention(SlidingAttention):
         self, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, before: Mapping[str, torch.Tensor | None]
     ) -> Columns:
         columns = super()._columns(k, v, start, before)
-        return columns._replace(memory=self.memory.blocks(columns)) if self.compressive else columns
+        return columns._replace(memory=self.memory(columns)) if self.compressive else columns
 
     def _extra(self, blocks: Blocks, columns: Columns) -> list[Extra]:
         more = [self.memory.seen(columns, blocks)] if self.compressive else []

@@ -35,17 +35,18 @@ class StateShapes:
     """What the common tests cannot know: the shapes of the states, and that experts may have a gate or none."""
 
     model_tester: Any
-    assertEqual: Any
     subTest: Any
 
-    def _check_past_key_values_for_generate(self, batch_size: int, cache: Any, seq_length: int, config: Any) -> None:
-        self.assertEqual(len(cache), config.num_hidden_layers)
+    def _check_past_key_values_for_generate(
+        self, batch_size: int, past_key_values: Any, seq_length: int, config: Any
+    ) -> None:
+        assert len(past_key_values) == config.num_hidden_layers
         for layer_idx in range(config.num_hidden_layers):
             for name, spec in config.layer_plan(layer_idx).states().items():
-                layer, kind, index = cache.place(layer_idx, name)
+                layer, kind, index = past_key_values.place(layer_idx, name)
                 # a growing state has as many columns as the cache has seen, or has room for
                 shape = (batch_size, *(ANY if size is None else size for size in spec.shape))
-                self.assertEqual(getattr(layer, f"{kind}_states")[index].shape, shape)
+                assert getattr(layer, f"{kind}_states")[index].shape == shape
 
     def test_reverse_loading_mapping(self) -> None:
         common = sys.modules["tests.test_modeling_common"]

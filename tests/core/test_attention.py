@@ -91,6 +91,17 @@ def read(mixer, cache, x, lengths=None, seq_idx=None):
     return mixer(x, state=cache.slot(0), lengths=lengths, seq_idx=seq_idx)
 
 
+def assert_holds(mixer, cache, row, text):
+    """A row of the cache holds the states after a text alone; those that grow have zeros in their other columns."""
+    alone = cache_of(mixer)
+    read(mixer, alone, text)
+    for key, expected in alone.tensors():
+        held = dict(cache.tensors())[key][row]
+        assert not held[..., : held.shape[-1] - expected.shape[-1]].any(), key
+        held = held[..., held.shape[-1] - expected.shape[-1] :]
+        assert torch.allclose(held, expected[0], rtol=0, atol=EXACT), key
+
+
 # -- the definition --------------------------------------------------------------------------------------------------
 
 
@@ -257,13 +268,7 @@ def test_pads_and_a_cache_that_goes_on(name, early):
             place[i] += count
         assert cache.slot(0).get("position").flatten().tolist() == place
     for i, row in enumerate(rows):
-        alone = cache_of(mixer)
-        read(mixer, alone, row[None, : place[i]])
-        for key, expected in alone.tensors():
-            held = dict(cache.tensors())[key][i]
-            assert not held[..., : held.shape[-1] - expected.shape[-1]].any()
-            held = held[..., held.shape[-1] - expected.shape[-1] :]
-            assert held.numel() == 0 or (held - expected[0]).abs().max() < EXACT, key
+        assert_holds(mixer, cache, i, row[None, : place[i]])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -292,6 +297,7 @@ def test_documents(name):
         firsts = [mixer(torch.cat([history, texts[0]], 1))[:, 8:], *(mixer(t) for t in texts[1:])]
         for part, expected in zip(found[:, :-3].split(cuts, 1), firsts):
             assert_close(part, expected, "after a cache", EXACT)
+        assert_holds(mixer, cache, 0, texts[-1])
         more = inputs(1, 8, seed=4)
         expected = mixer(torch.cat([texts[-1], more], 1))[:, cuts[-1] :]
         for piece, part in zip(more.split([1, 6, 1], 1), expected.split([1, 6, 1], 1)):
@@ -341,6 +347,20 @@ def test_rollback_of_a_padded_batch_and_of_a_long_forward():
         cache.crop(-2)
         found = read(mixer, cache, other[:1])
         assert_close(found, mixer(torch.cat([x[:, :38], other[:1]], 1))[:, 38:], f"{name}, long", EXACT)
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_rollback_into_a_document(name):
+    mixer = mixer_of(name)
+    cache = cache_of(mixer)
+    x, seq_idx = inputs(1, 16), torch.tensor([[0] * 5 + [1] * 8 + [2] * 3])
+    read(mixer, cache, inputs(1, 9, seed=1))
+    cache.rollback_window = 16
+    cache.activate_past_recording()
+    read(mixer, cache, x, seq_idx=seq_idx)
+    cache.crop(-5)
+    assert_holds(mixer, cache, 0, x[:, 5:11])
 
 
 @torch.no_grad()
@@ -462,14 +482,15 @@ def test_half_precision(name):
 
 @torch.no_grad()
 def test_a_cache_of_another_precision_goes_on():
+    """The states are in the precision of the latest tokens."""
     for name in ALL:
         mixer = mixer_of(name, torch.float32)
         cache = cache_of(mixer)
         x = inputs(1, 9, dtype=torch.float32)
-        read(mixer, cache, x[:, :7])
-        with torch.autocast("cpu", torch.bfloat16):
-            read(mixer, cache, x[:, 7:8])
-        read(mixer, cache, x[:, 8:])
+        for piece, dtype in zip(x.split([7, 1, 1], 1), (torch.float32, torch.bfloat16, torch.float32)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                read(mixer, cache, piece)
+            assert {t.dtype for key, t in cache.tensors() if "position" not in key} == {dtype}, name
 
 
 def test_users_can_bring_their_own(monkeypatch):
@@ -564,6 +585,11 @@ class TestCompile:
 
 
 # -- configs ---------------------------------------------------------------------------------------------------------
+
+
+def test_biases():
+    assert {n for n, _ in mixer_of("groups").named_parameters() if "bias" in n} == {f"{x}_proj.bias" for x in "qkv"}
+    assert {n for n, _ in mixer_of("head norm").named_parameters() if "bias" in n} == {"out_proj.bias"}
 
 
 @pytest.mark.parametrize(
