@@ -73,11 +73,8 @@ def numbers(cost: LayerCost) -> list[str]:
     """The numbers of a row, to four digits, with a factor of a thousand, a million and so on."""
 
     def short(n: float) -> str:
-        for factor in ("", " k", " M", " G", " T"):
-            if n < 1000:
-                break
-            n /= 1000
-        return f"{n:.4g}{factor}"
+        thousands = min((len(str(int(n))) - 1) // 3, 4)
+        return f"{n / 1000**thousands:.4g}{('', ' k', ' M', ' G', ' T')[thousands]}"
 
     return [short(n) for n in (cost.parameters, cost.active_parameters, cost.flops, cost.state_bytes)]
 
