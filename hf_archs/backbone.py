@@ -173,7 +173,8 @@ class ArchPreTrainedModel(PreTrainedModel):
         super().post_init()
         # whoever reads the list may rely on every name in it to stand for something in this model
         names = {part for name in self.state_dict() for part in name.split(".")}
-        self._keep_in_fp32_modules_strict &= names
+        kept: Any = set(self._keep_in_fp32_modules_strict or ()) & names
+        self._keep_in_fp32_modules_strict = kept
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers passes over modules without parameters of their own (mixers, blocks) in code outside of it, lest
