@@ -36,6 +36,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hf_archs import conversion
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
 from hf_archs.configuration import ArchConfig
+from hf_archs.errors import CheckFailed
 from hf_archs.kernels.numerics import below_autograd, wide
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
@@ -217,7 +218,7 @@ class ArchPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
-            RuntimeError: where a tensor has another shape than the config asks for.
+            CheckFailed: a RuntimeError, where a tensor has another shape than the config asks for.
             SafetensorError: where a weights file is corrupt or truncated.
         """
         native = conversion.prepare(cls, pretrained_model_name_or_path, kwargs)
@@ -230,7 +231,7 @@ class ArchPreTrainedModel(PreTrainedModel):
             kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             name, found, expected = min(loaded[1]["mismatched_keys"])
-            raise RuntimeError(
+            raise CheckFailed(
                 f"{name} has shape {tuple(found)} in {pretrained_model_name_or_path}, and its config asks for "
                 f"{tuple(expected)}; allowed is a checkpoint that fits its config"
             ) from error

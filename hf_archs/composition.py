@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -87,11 +88,18 @@ class ComposedConfig(ArchConfig):
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which depends on the fields
         """How the layers are sharded over processes: what every mixer and feed-forward of the pattern can be."""
         plan = self._feed_forward_plan("tp_plan")
+        whole: set[str] = set()
         for i in range(self.num_hidden_layers):
             layer = self.layer_plan(i)
             if layer.mixer is not None:
-                plan.update(_linear_layers("layers.*.mixer", registry.get_mixer(layer.mixer), layer.mixer_config))
-        return plan
+                own = _linear_layers("layers.*.mixer", registry.get_mixer(layer.mixer), layer.mixer_config)
+                plan.update(own)
+                if layer.shared_mixer is not None and layer.shared_mixer.site_rank:
+                    whole.update(own)
+            if layer.shared_feed_forward is not None and layer.shared_feed_forward.site_rank:
+                whole.update(name for name in plan if name.startswith("layers.*.feed_forward."))
+        # a plan for a linear layer would shard its low-rank parts too, in dimensions that do not fit
+        return {name: style for name, style in plan.items() if name not in whole}
 
     @property
     def base_model_ep_plan(self) -> dict[str, str]:  # type: ignore[override]
@@ -147,6 +155,10 @@ def make_instance(kind: str, name: str, fields: Mapping[str, Any], owner: ArchCo
     for field in given:
         if field not in allowed:
             raise ValueError(f"{what} has no field {field!r}; {_allowed(field, allowed)}")
+    for f in dataclasses.fields(entry.config_class):  # files write whole numbers as such
+        kinds = typing.get_args(f.type) or (f.type,)
+        if float in kinds and int not in kinds and type(given.get(f.name)) is int:
+            given[f.name] = float(given[f.name])
     try:
         config = entry.config_class(**{"norm_eps": owner.norm_eps, **given, "hidden_size": owner.hidden_size})
     except (ValueError, StrictDataclassError) as error:

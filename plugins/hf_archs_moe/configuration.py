@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -47,6 +47,9 @@ class MoEConfig(MixerConfig):
         causal_predictor: with ``expert_choice``, learn which choices the experts make from each token alone, and go by
             that in evaluation; without it the model cannot generate.
     """
+
+    # of a layer outside of a model: a model's config has its own, by this name in transformers
+    _experts_implementation: ClassVar[str] = "hf_archs"
 
     router: Literal["top_k", "switch", "gshard", "expert_choice", "loss_free"] = "top_k"
     num_experts: int = 8

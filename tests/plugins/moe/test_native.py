@@ -23,9 +23,19 @@ CASES = {
         MixtralConfig(**{**SIZES, "num_key_value_heads": 4}, num_local_experts=5, num_experts_per_tok=3, head_dim=8),
     ),
     "olmoe": (OlmoeForCausalLM, OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, clip_qkv=1.0)),
-    "olmoe, renormalised, biases": (
+    "olmoe, renormalised, tied": (
         OlmoeForCausalLM,
         OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, tie_word_embeddings=True),
+    ),
+    "olmoe, biases": (
+        OlmoeForCausalLM,
+        OlmoeConfig(
+            **SIZES,
+            num_experts=4,
+            num_experts_per_tok=2,
+            attention_bias=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000},
+        ),
     ),
     "qwen3_moe": (
         Qwen3MoeForCausalLM,
@@ -110,5 +120,5 @@ def test_experts_of_another_size(tmp_path):
     native(*CASES["mixtral"]).save_pretrained(tmp_path)
     config = MixtralConfig(**{**SIZES, "intermediate_size": 40}, num_local_experts=4)
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"experts.* has shape \(.*48.*\) in .*, and its config asks for \(.*40.*\)"):
+    with pytest.raises(RuntimeError, match=r"experts.* has shape \(.*48.*\) in .*, and its config asks for \(.*40.*\)"):
         ArchMoEForCausalLM.from_pretrained(tmp_path)
