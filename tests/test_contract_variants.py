@@ -109,11 +109,12 @@ class TestLossFree(StatesContract):
 
 
 class TestEveryMixerInAHybrid(StatesContract):
-    """Few models in which each mixer stands beside, before and behind others."""
+    """Few models in which each mixer stands beside, before and behind others; the first has every pair."""
 
     @pytest.fixture(
         scope="class",
         params=[
+            ("attention+mamba sliding_attention+retnet memory+hyena mamba2", "mlp"),
             ("attention mamba", "moe"),
             ("memory+hyena mamba2", ""),
             ("sliding_attention retnet+mamba", "mlp"),

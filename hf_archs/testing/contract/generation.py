@@ -18,7 +18,8 @@ NEW = 24
 
 def generate(model: Any, ids: torch.Tensor, **options: Any) -> Any:
     """``model.generate`` for `NEW` tokens, greedily unless the options say otherwise."""
-    defaults = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    defaults: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    defaults["attention_mask"] = torch.ones_like(ids)  # else a token 0 that the model said is taken for a pad
     return model.generate(input_ids=ids, **{**defaults, **options})
 
 
