@@ -89,8 +89,8 @@ class ComposedConfig(ArchConfig):
         """How the layers are sharded over processes: what every mixer and feed-forward of the pattern can be."""
         plan = self._feed_forward_plan("tp_plan")
         whole: set[str] = set()
-        for i in range(self.num_hidden_layers):
-            layer = self.layer_plan(i)
+        plans = [self.layer_plan(i) for i in range(self.num_hidden_layers)]
+        for layer in {(id(p.mixer_config), id(p.feed_forward_config)): p for p in plans}.values():
             if layer.mixer is not None:
                 own = _linear_layers("layers.*.mixer", registry.get_mixer(layer.mixer), layer.mixer_config)
                 plan.update(own)
