@@ -92,10 +92,6 @@ class AttentionConfig(MixerConfig):
             if getattr(self, field) is not None:
                 check_range(self, field, 1e-6, 1e6)
 
-    def _allow(self, allowed: bool, field: str, what: str) -> None:
-        if not allowed:
-            raise ValueError(f"{type(self).__name__}: {field} is {getattr(self, field)!r}; allowed {what}")
-
     @property
     def key_value_heads(self) -> int:
         """Heads of keys and values."""

@@ -53,6 +53,11 @@ class MixerConfig:
         """One, unless the mixer has heads. (Prompt tuning asks every config for them.)"""
         return 1
 
+    def _allow(self, allowed: bool, field: str, what: str) -> None:
+        """Raise a `ValueError` that names field, value and what is allowed, unless ``allowed``."""
+        if not allowed:
+            raise ValueError(f"{type(self).__name__}: {field} is {getattr(self, field)!r}; allowed {what}")
+
     def validate_mixer_sizes(self) -> None:
         check_range(self, "hidden_size", 1, 2**17)
         check_range(self, "norm_eps", 0.0, 1.0)

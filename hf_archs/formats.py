@@ -323,21 +323,18 @@ def state_spaces_layer(raw: Mapping[str, Any]) -> str | None:
 
 def _flat(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The values and the defaults of a config's fields; those of named instances behind their paths."""
-
-    def fields_of(part: Any) -> list[str]:
-        hidden = {"architectures", "transformers_version"}
-        return [f.name for f in dataclasses.fields(part) if f.name not in hidden and not f.name.startswith("_")]
-
     fresh = type(config)()
     instances = config.instances() if hasattr(config, "instances") else {}
-    nested = {path.partition(".")[0] for path in instances}
-    values = {name: getattr(config, name) for name in fields_of(config) if name not in nested}
-    defaults = {name: getattr(fresh, name) for name in values}
+    passed_over = {"architectures", "transformers_version", *(path.partition(".")[0] for path in instances)}
+    names = [f.name for f in dataclasses.fields(config) if f.name not in passed_over and not f.name.startswith("_")]
+    values = {name: getattr(config, name) for name in names}
+    defaults = {name: getattr(fresh, name) for name in names}
     for path, (kind, part) in instances.items():
         values[f"{path}.type"] = kind
-        own = {f.name: f for f in dataclasses.fields(part) if f.name not in ("hidden_size", "norm_eps")}
+        own = {f.name: f.default for f in dataclasses.fields(part)}  # type: ignore[arg-type]
+        own |= {name: getattr(config, name) for name in ("hidden_size", "norm_eps")}  # the model's, unless one says so
         values.update({f"{path}.{name}": getattr(part, name) for name in own})
-        defaults.update({f"{path}.{name}": f.default for name, f in own.items()})
+        defaults.update({f"{path}.{name}": default for name, default in own.items()})
     return values, defaults
 
 

@@ -111,10 +111,6 @@ class MoEConfig(MixerConfig):
             self._allow(limited, field, f"is None with router {self.router!r}")
             check_range(self, field, 2.0**-10, self.num_experts)
 
-    def _allow(self, allowed: bool, field: str, what: str) -> None:
-        if not allowed:
-            raise ValueError(f"{type(self).__name__}: {field} is {getattr(self, field)!r}; allowed {what}")
-
     @property
     def _own_top_k(self) -> int:
         return {"switch": 1, "expert_choice": self.num_experts}.get(self.router, 2)

@@ -15,8 +15,6 @@ from hf_archs_retnet.configuration import ArchRetNetConfig
 
 class ArchRetNetPreTrainedModel(ArchPreTrainedModel):
     config_class = ArchRetNetConfig
-    # decays are fixed: no state has parameters
-    _keep_in_fp32_modules_strict = []
     # angles and decays in the checkpoints of torchscale, which follow from the config
     _keys_to_ignore_on_load_unexpected = [r"retnet_rel_pos\."]
 

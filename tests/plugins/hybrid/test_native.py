@@ -124,12 +124,19 @@ def test_patterns_that_theirs_lacks(name, format, message):
         hf_archs.to_native(ArchHybridForCausalLM(config), format)
 
 
+def test_a_norm_of_its_own_is_not_lost_silently():
+    """An instance with another eps than the model's: Jamba's config has one for all."""
+    config = preset("jamba", hidden_size=64, vocab_size=97, residual_in_fp32=False, rescale_prenorm_residual=False)
+    config.mixers["attention"]["norm_eps"] = 1e-3
+    with pytest.raises(ValueError, match=r"mixers.attention.norm_eps is 0.001, which a jamba model .*; allowed: 1e-05"):
+        hf_archs.to_native(ArchHybridForCausalLM(config), "jamba")
+
+
 def test_the_preset_is_what_transformers_has():
     """The published pattern of Jamba, written and read again."""
     ours = ArchHybridForCausalLM(
         preset("jamba", hidden_size=64, vocab_size=97, residual_in_fp32=False, rescale_prenorm_residual=False)
     )
     theirs = hf_archs.to_native(ours, "jamba")
-    kept = {name: getattr(theirs.config, f"{name}_layer_{part}") for name in ("attn", "expert") for part in ("period",)}
-    assert kept == {"attn": 8, "expert": 2}
+    assert (theirs.config.attn_layer_period, theirs.config.expert_layer_period) == (8, 2)
     assert (theirs.config.attn_layer_offset, theirs.config.expert_layer_offset) == (4, 1)
