@@ -66,10 +66,12 @@ def other_values(value: Any, hint: Any) -> list[Any]:
         elif option is float:
             start = value if isinstance(value, float) and math.isfinite(value) else 1.0
             found += [start * 2, start / 2, start * 100, start / 100, 0.0, 1.0]
+        elif option is str:
+            found += ["none"]  # a pattern without anything
         elif option is type(None):
             found += [None]
         elif option is str and isinstance(value, str):
-            words = value.split()  # of a pattern of layers, or the name of an activation
+            words = value.replace("+", " ").split()  # of a pattern of layers, or the name of an activation
             found += [" ".join(reversed(words)), words[0], "relu"]
         elif typing.get_origin(option) is dict and isinstance(value, dict):
             # of named instances: another value somewhere inside
