@@ -206,10 +206,13 @@ class TransformersFormat(NativeFormat):
         """Our config as one of transformers'. Raises as `write_fields` does."""
         fields = self.write_fields(config)
         fields.update({theirs: getattr(config, attribute) for theirs, attribute in self.derived.items()})
+        config_class = getattr(transformers, self.config_name)
+        declared = {f.name for f in dataclasses.fields(config_class)}
+        fields.update({name: only for name, (only, *more) in self.allowed.items() if name in declared and not more})
         for name in self.nested:
             inner = {path: path.removeprefix(f"{name}.") for path in fields if path.startswith(f"{name}.")}
             fields[name] = {key: fields.pop(path) for path, key in inner.items()}
-        return getattr(transformers, self.config_name)(**{**_common(config.to_dict()), **fields})
+        return config_class(**{**_common(config.to_dict()), **fields})
 
 
 @dataclass

@@ -54,7 +54,7 @@ def check_native(model_class: Any, config: Any, architecture: str, dtype: torch.
     form = next(form for form in forms if form.name == config.model_type)
     ids = torch.randint(3, 97, (2, 23), generator=torch.Generator().manual_seed(0))
     check_parity(ours, theirs, form.ours, ids, 1e-5 if dtype == torch.float32 else 1e-10)
-    back: Any = hf_archs.to_native(ours)
+    back: Any = hf_archs.to_native(ours, config.model_type)
     assert type(back) is model_class
     expected = theirs.state_dict()
     assert back.state_dict().keys() == expected.keys()

@@ -4,7 +4,7 @@ from hf_archs.attention import Attention
 from hf_archs.registry import Architecture, register, register_feed_forward
 from hf_archs_moe.callbacks import RouterCallback
 from hf_archs_moe.configuration import ArchMoEConfig, MoEConfig
-from hf_archs_moe.conversion import MIXTRAL, OLMOE, QWEN3_MOE
+from hf_archs_moe.conversion import LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE
 from hf_archs_moe.experts import expert_mlp
 from hf_archs_moe.feed_forward import MoE
 from hf_archs_moe.modeling import (
@@ -54,7 +54,7 @@ register(
             "expert_layer_period": 2,
             "shared_expert_intermediate_size": 32,
         },
-        native_formats=(MIXTRAL, OLMOE, QWEN3_MOE),
+        native_formats=(LLAMA, MISTRAL, QWEN3, MIXTRAL, OLMOE, QWEN3_MOE),
         sizes={
             "small": {
                 "vocab_size": 4096,

@@ -1,10 +1,17 @@
-"""Mixtral, OLMoE and Qwen3-MoE checkpoints of transformers, by rename tables."""
+"""Checkpoints of transformers by rename tables: Mixtral, OLMoE, Qwen3-MoE, and dense decoders to upcycle."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedConfig
+
+from hf_archs.configuration import MixerConfig
 from hf_archs.formats import TransformersFormat
+from hf_archs_moe.configuration import MoEConfig
 
 _SAME = (
     "vocab_size",
@@ -74,6 +81,7 @@ _PER_EXPERT = {
     rf"mlp\.experts\.(\d+)\.{name}_proj\.weight": rf"feed_forward.experts.\2.{name}_proj.weight"
     for name in ("gate", "up", "down")
 }
+_DENSE = {f"feed_forward.{x}_proj.weight": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
 _QK_NORMS = {f"mixer.{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in ("q", "k")}
 
 MIXTRAL = TransformersFormat(
@@ -151,7 +159,96 @@ QWEN3_MOE = TransformersFormat(
         "layer_renames": {
             **_COMMON["layer_renames"],
             **_QK_NORMS,
-            **{f"feed_forward.{x}_proj.weight": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+            **_DENSE,
         },
+    },
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseFormat(TransformersFormat):
+    """A decoder of attention and gated feed-forwards alone: a model of ours where no layer has experts."""
+
+    def read_config(self, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+        fields = super().read_config(raw, config_class)
+        return {**fields, "dense_layers": list(range(fields["num_hidden_layers"]))}
+
+    def write_fields(self, config: Any) -> dict[str, Any]:
+        experts = [i for i in range(config.num_hidden_layers) if config.has_experts(i)]
+        if experts:
+            raise ValueError(
+                f"{type(config).__name__}: layers {experts} have experts, which a {self.name} model cannot represent; "
+                "allowed are none"
+            )
+        return super().write_fields(config)
+
+
+# what says where experts are, and what they are, where there are none
+_OF_EXPERTS = {f.name for f in dataclasses.fields(MoEConfig)} - {f.name for f in dataclasses.fields(MixerConfig)}
+_NO_EXPERTS: dict[str, Any] = {
+    **_COMMON,
+    "layer_renames": {**_COMMON["layer_renames"], **_DENSE},
+    "unused": (
+        *(_OF_EXPERTS - {"hidden_act", "gated"}),
+        "dense_layers",
+        "expert_layer_period",
+        "expert_layer_offset",
+    ),
+}
+_DENSE_FIELDS = {
+    **{name: name for name in _SAME if name not in ("num_experts_per_tok", "router_aux_loss_coef")},
+    **ATTENTION_FIELDS,
+    "norm_eps": "rms_norm_eps",
+    "intermediate_size": "intermediate_size",
+}
+_DENSE_CONSTANTS = {name: value for name, value in _CONSTANTS.items() if name != "router"} | {"gated": True}
+_DENSE_TINY = {name: value for name, value in _TINY.items() if name != "num_experts_per_tok"}
+_NO_WINDOW = {"sliding_window": (None,), "use_sliding_window": (False,)}
+
+LLAMA = DenseFormat(
+    name="llama",
+    config_name="LlamaConfig",
+    model_name="LlamaModel",
+    causal_lm_name="LlamaForCausalLM",
+    tiny=_DENSE_TINY,
+    fields={
+        **_DENSE_FIELDS,
+        "mixer.head_dim": "head_dim",
+        "mixer.attention_bias": "attention_bias",
+        "mixer.output_bias": "attention_bias",
+    },
+    constants=_DENSE_CONSTANTS,
+    **{**_NO_EXPERTS, "ignored": (*_COMMON["ignored"], "pretraining_tp")},
+)
+
+MISTRAL = DenseFormat(
+    name="mistral",
+    config_name="MistralConfig",
+    model_name="MistralModel",
+    causal_lm_name="MistralForCausalLM",
+    tiny={**_DENSE_TINY, "sliding_window": None},
+    fields={**_DENSE_FIELDS, "mixer.head_dim": "head_dim"},
+    constants=_DENSE_CONSTANTS,
+    **{**_NO_EXPERTS, "allowed": {**_COMMON["allowed"], **_NO_WINDOW}},
+)
+
+QWEN3 = DenseFormat(
+    name="qwen3",
+    config_name="Qwen3Config",
+    model_name="Qwen3Model",
+    causal_lm_name="Qwen3ForCausalLM",
+    tiny={**_DENSE_TINY, "head_dim": 16},
+    fields={
+        **_DENSE_FIELDS,
+        "mixer.head_dim": "head_dim",
+        "mixer.attention_bias": "attention_bias",
+        "mixer.output_bias": "attention_bias",
+    },
+    constants={**_DENSE_CONSTANTS, "mixer.qk_norm": "head"},
+    **{
+        **_NO_EXPERTS,
+        "layer_renames": {**_NO_EXPERTS["layer_renames"], **_QK_NORMS},
+        "ignored": (*_COMMON["ignored"], "layer_types", "max_window_layers"),
+        "allowed": {**_COMMON["allowed"], **_NO_WINDOW},
     },
 )

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_archs import registry
+from hf_archs.conversion import from_native
 from hf_archs.mlp import MLP, MLPConfig
 from hf_archs_moe.configuration import ArchMoEConfig
 
@@ -30,7 +32,8 @@ def upcycle(
 
     Args:
         model: a causal language model, or another, of ``moe`` with dense layers or of ``hybrid`` with ``mlp`` among its
-            feed-forwards. It is left as it is.
+            feed-forwards, or of transformers what `hf_archs.from_native` makes one of (Llama, Mistral, Qwen3). It is
+            left as it is.
         num_experts: copies in each layer.
         num_experts_per_tok: experts that a token takes.
         noise: standard deviation of what is added to the experts' weights, as a multiple of that of the weights.
@@ -38,7 +41,7 @@ def upcycle(
         fields: others of `MoEConfig`.
 
     Returns:
-        a model of the same class, on the same device and in the same dtype and mode.
+        a model of the same class (of ours, for one of transformers), on the same device and in the same dtype and mode.
 
     Raises:
         ValueError: where there is no dense feed-forward, one has biases, which experts have not, or weights would not
@@ -46,6 +49,8 @@ def upcycle(
     """
     if not 0.0 <= noise <= 1.0:
         raise ValueError(f"upcycle: noise is {noise}; allowed are 0.0 to 1.0")
+    if registry.find_architecture(type(model.config)) is None:
+        model = from_native(model)
     router = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok, **fields}
     config = _with_experts(model.config, router)
     generator = torch.Generator().manual_seed(seed)

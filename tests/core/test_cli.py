@@ -240,7 +240,7 @@ def test_damaged_configs(refused, copy):
         ('"hidden_size": 64', '"hidden_size": 131072', "GiB are free here"),
         ('"state_size": 8', '"state_size": 4', "A_log has shape (128, 8)"),
         ('"num_hidden_layers": 2', '"num_hidden_layers": 3', "lacks 10 of the model's weights"),
-        ('"hf_archs_mamba"', '"llama"', "is a checkpoint of 'llama'; allowed are hf_archs_"),
+        ('"hf_archs_mamba"', '"gpt2"', "is a checkpoint of 'gpt2'; allowed are hf_archs_"),
         ("{", "", "not a valid JSON file"),
     ):
         changed = config.replace(old, new, 1)

@@ -1,13 +1,19 @@
-"""Mixtral, OLMoE and Qwen3-MoE of transformers: the same logits and gradients, files, and refusals."""
+"""Mixtral, OLMoE, Qwen3-MoE and dense decoders of transformers: the same logits and gradients, files, and refusals."""
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -17,6 +23,13 @@ from hf_archs.testing.native import SIZES, check_files, check_native, native
 from hf_archs_moe import ArchMoEForCausalLM
 
 CASES = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "llama, biases, tied": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True, head_dim=8),
+    ),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8)),
     "mixtral": (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4)),
     "mixtral, three of five experts": (
         MixtralForCausalLM,
@@ -113,6 +126,13 @@ def test_options_that_theirs_lacks(fields, message):
     config = hf_archs.get_architecture("moe").tiny_config(**{**same, "rescale_prenorm_residual": False, **fields})
     with pytest.raises(ValueError, match=message):
         hf_archs.to_native(ArchMoEForCausalLM(config), "mixtral")
+
+
+def test_windows_and_experts_are_no_dense_decoder():
+    with pytest.raises(ValueError, match="sliding_window is 4096 in this mistral checkpoint"):
+        hf_archs.from_native(MistralForCausalLM(MistralConfig(**SIZES)))
+    with pytest.raises(ValueError, match=r"layers \[0, 1\] have experts, which a llama model cannot represent"):
+        hf_archs.to_native(hf_archs.from_native(native(*CASES["mixtral"])), "llama")
 
 
 def test_experts_of_another_size(tmp_path):

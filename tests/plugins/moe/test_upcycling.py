@@ -3,9 +3,12 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import hf_archs
 from hf_archs.testing.contract.models import assert_close, lively, logits, tokens
+from hf_archs.testing.native import SIZES
+from hf_archs.testing.parity import enliven
 from hf_archs_moe import ArchMoEConfig, ArchMoEForCausalLM
 from hf_archs_moe.upcycling import upcycle
 
@@ -38,6 +41,21 @@ def test_a_hybrid():
     assert sparse.config.feed_forward["moe"] == model.config.feed_forward["moe"]
     ids = tokens(2, 19)
     assert_close(logits(sparse, ids), logits(model, ids), "upcycled")
+
+
+def test_a_dense_model_of_transformers_becomes_a_mixtral():
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**SIZES, rms_norm_eps=1e-5)).eval()
+    enliven(llama)
+    ids = torch.randint(3, 97, (2, 19))
+    with torch.no_grad():
+        expected = llama(ids).logits
+        sparse = upcycle(llama, num_experts=4)
+        assert_close(sparse(ids).logits, expected, "upcycled")
+        mixtral = hf_archs.to_native(sparse)
+        assert type(mixtral) is MixtralForCausalLM
+        assert mixtral.config.num_local_experts == 4
+        assert_close(mixtral(ids).logits, expected, "as a Mixtral")
 
 
 def test_noise_sets_the_copies_apart():
