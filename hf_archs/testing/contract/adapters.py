@@ -74,6 +74,8 @@ class AdapterContract(Contract):
             assert change > 1e-3, f"{name}: {change:.1e}"
 
     def test_merged_equals_unmerged(self, model: Any, tmp_path: Path) -> None:
+        """In float64: a model whose every weight is random twice over may amplify what float32 rounds."""
+        model.double()
         ids = tokens(2, 19)
         plain = logits(model, ids)
         wrapped = get_peft_model(copy.deepcopy(model), lora(target_modules="all-linear")).eval()
@@ -83,15 +85,15 @@ class AdapterContract(Contract):
         loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
         assert torch.equal(logits(loaded, ids), expected), "saved and loaded"
         wrapped.merge_adapter()
-        assert_close(logits(wrapped, ids), expected, "merged")
+        assert_close(logits(wrapped, ids), expected, "merged", 1e-10)
         wrapped.unmerge_adapter()
-        assert_close(logits(wrapped, ids), expected, "unmerged")
+        assert_close(logits(wrapped, ids), expected, "unmerged", 1e-10)
         with wrapped.disable_adapter():
-            assert_close(logits(wrapped, ids), plain, "disabled")
+            assert_close(logits(wrapped, ids), plain, "disabled", 1e-10)
         merged = wrapped.merge_and_unload(safe_merge=True)
         assert type(merged) is type(model)
         assert linear_names(merged) == linear_names(model)
-        assert_close(logits(merged, ids), expected, "merged for good")
+        assert_close(logits(merged, ids), expected, "merged for good", 1e-10)
         assert torch.equal(generate(merged, ids[:, :9]), generate(loaded, ids[:, :9]))
 
     def test_several_adapters(self, model: Any) -> None:
