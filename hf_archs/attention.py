@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_archs.cache import Slot, States
 from hf_archs.configuration import MixerConfig, check_range
 from hf_archs.kernels.arguments import last_inputs, number_documents
-from hf_archs.kernels.numerics import cast, no_autocast, wide
+from hf_archs.kernels.numerics import cast, made_once, no_autocast, wide
 from hf_archs.norm import ArchRMSNorm
 from hf_archs.registry import StateSpec, register_mixer
 
@@ -220,22 +220,27 @@ def rotary(position: torch.Tensor, size: int, theta: float, dtype: torch.dtype) 
         dtype: of the result.
 
     Returns:
-        Two of (b or 1, 1, l, size / 2).
+        Two of (b or 1, 1, l, size): the cosine for each channel, and what its partner is multiplied by.
     """
     # whole turns are taken off in float64: in float32 an angle at token 10,000 has lost four digits
     exact = dtype if position.device.type == "mps" else torch.float64
     pairs = size // 2
-    frequencies = torch.logspace(0, -(pairs - 1) / pairs, pairs, theta, dtype=exact, device=position.device)
+    frequencies = made_once(
+        ("rotary", pairs, theta, exact),
+        position,
+        lambda: torch.logspace(0, -(pairs - 1) / pairs, pairs, theta, dtype=exact, device=position.device),
+    )
     angle = (position[:, None, :, None] * frequencies).remainder(2 * math.pi).to(dtype)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first channels of x, (..., l, n), by the angles of `rotary`, in the dtype of those."""
-    pairs = cos.shape[-1]
-    first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat(turned if 2 * pairs == x.shape[-1] else (*turned, x[..., 2 * pairs :]), dim=-1)
+    x, size = cast(x, cos.dtype), cos.shape[-1]
+    rotated = x if size == x.shape[-1] else x[..., :size]
+    turned = torch.addcmul(rotated * cos, rotated.roll(size // 2, -1), sin)
+    return turned if size == x.shape[-1] else torch.cat([turned, x[..., size:]], dim=-1)
 
 
 def eager_attention(
@@ -291,6 +296,18 @@ class Columns(NamedTuple):
     def length(self) -> int:
         """Tokens of this forward."""
         return self.k.shape[2] - self.past
+
+    @property
+    def is_step(self) -> bool:
+        """Whether this is one token after others, whose state holds all that it sees and says where it is."""
+        return self.past > 0 and self.length == 1
+
+    def held(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a state beside that of the direct columns, (b, k, columns, n)."""
+        k, v = self.before[f"{part}key"], self.before[f"{part}value"]
+        assert k is not None
+        assert v is not None
+        return cast(k, self.k.dtype).mT, cast(v, self.v.dtype).mT
 
 
 class Blocks(NamedTuple):
@@ -408,6 +425,9 @@ class Attention(nn.Module):
 
     def _attend(self, q: torch.Tensor, columns: Columns) -> torch.Tensor:
         """(b, h, l, n) to (b, l, h * n), for queries that do not see all that is before them."""
+        if columns.length == 1 and self.reach is None:  # what follows takes as long as the products of a small model
+            seen = torch.arange(-columns.past, 1, device=q.device) >= columns.start
+            return self._interface(q, columns.k, columns.v, seen[:, None, None]).flatten(2)
         blocks = self._blocks(q, columns)
         b, s = blocks.q.shape[:2]
         parts = [*self._extra(blocks, columns), (blocks.k, blocks.v, self._visible(blocks))]
@@ -464,13 +484,15 @@ class Attention(nn.Module):
     def _after(self, columns: Columns, lengths: torch.Tensor | None, seq_idx: torch.Tensor | None) -> States:
         """The states after these tokens."""
         b, length, past = columns.k.shape[0], columns.length, columns.past
+        end: torch.Tensor | int
         alone = lengths is None and seq_idx is None
         if alone:
-            start, end = columns.start, torch.full((1, 1), length, device=columns.k.device)
+            start, end = columns.start, length
         else:
             end = columns.start.new_full((b, 1), length) if lengths is None else lengths.unsqueeze(1)
             start = columns.start.expand(b, length).gather(1, (end - 1).clamp(min=0))
-        after = {"position": (end - start).expand(b, 1).contiguous(), **self._more_after(columns, start, end)}
+        after: States = {"position": (end - start).expand(b, 1).contiguous()}
+        after.update(self._more_after(columns, start, end))
         if alone and self.reach is None:
             return {"key": columns.k.mT, "value": columns.v.mT, **after}
         if alone and length == 1 and past == self.reach - 1:  # type: ignore[operator]
@@ -486,7 +508,7 @@ class Attention(nn.Module):
             after[name] = window.unflatten(1, (-1, self.config.head_size))
         return after
 
-    def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor) -> States:
+    def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor | int) -> States:
         """Other states than those of attention, where the last document starts and each row ends, (b or 1, 1)."""
         return {}
 
@@ -550,6 +572,9 @@ class SlidingAttention(Attention):
         if not self.config.global_tokens:
             return []
         place = blocks.start[:, :, 0] + torch.arange(self.config.global_tokens, device=blocks.q.device)
+        if columns.is_step:
+            k, v = columns.held("global_")
+            return [(k[:, None], v[:, None], (place < -columns.past).unsqueeze(2))]
         place = place.expand(-1, blocks.query.shape[0], -1)
         seen = (place < blocks.key[:, 0, :1]).unsqueeze(2) & (place.unsqueeze(2) >= blocks.start)
         k, v = self._first_tokens(columns, place)
@@ -567,12 +592,17 @@ class SlidingAttention(Attention):
             found.append(taken)
         return found
 
-    def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor) -> States:
+    def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor | int) -> States:
         if not self.config.global_tokens:
             return {}
         place = start + torch.arange(self.config.global_tokens, device=start.device)
         there = (place < end)[:, None, :, None]
-        k, v = (torch.where(there, t[:, 0], 0).mT for t in self._first_tokens(columns, place.unsqueeze(1)))
+        if columns.is_step:
+            new = there & (place == 0)[:, None, :, None]
+            tokens = (columns.k[:, :, -1:], columns.v[:, :, -1:])
+            k, v = (torch.where(new, t, held).mT for t, held in zip(tokens, columns.held("global_"), strict=True))
+        else:
+            k, v = (torch.where(there, t[:, 0], 0).mT for t in self._first_tokens(columns, place.unsqueeze(1)))
         return {"global_key": k, "global_value": v}
 
 
@@ -594,7 +624,7 @@ class CompressiveMemory(nn.Module):
         for taps in (self.key_taps, self.value_taps):
             init.constant_(taps, 1 / self.config.compression_rate)
 
-    def lowest(self, query: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    def lowest(self, query: torch.Tensor | int, start: torch.Tensor) -> torch.Tensor:
         """The coordinate at which the first block begins that is not in the memory of a query."""
         rate = self.config.compression_rate
         return start + (query - start - self.config.window + 1).clamp(min=0) // rate * rate
@@ -616,21 +646,25 @@ class CompressiveMemory(nn.Module):
         k = self._compress(self._turned(_take(columns.k, place)), self.key_taps, columns.k.dtype)
         v = self._compress(_take(columns.v, place), self.value_taps, columns.v.dtype)
         begin = after - rate - past
-        held_k, held_v = columns.before["memory_key"], columns.before["memory_value"]
-        if held_k is None or held_v is None:
+        if columns.before["memory_key"] is None:
             return Memory(k, v, begin, 0, ends)
         slots = torch.arange(-self.config.memory_slots, 0, device=start.device)
         first = self.lowest(torch.zeros_like(start[:, :1]), start[:, :1])
-        k, v = (torch.cat([cast(held, t.dtype).mT, t], 2) for held, t in ((held_k, k), (held_v, v)))
+        k, v = (torch.cat(pair, 2) for pair in zip(columns.held("memory_"), (k, v), strict=True))
         return Memory(k, v, torch.cat([first + rate * slots, begin], 1), self.config.memory_slots, ends)
 
     def _turned(self, k: torch.Tensor) -> torch.Tensor:
         """The keys of blocks, (b, blocks, k, rate, n), rotated from their own places to that of the last one."""
         if self.config.rope_theta is None:
             return k
-        later = torch.arange(self.config.compression_rate - 1, -1, -1, device=k.device).unsqueeze(0)
+        rate, size, theta = self.config.compression_rate, self.config.rotary_size, self.config.rope_theta
         dtype = torch.promote_types(k.dtype, torch.float32)
-        return rotate(k, *rotary(later, self.config.rotary_size, self.config.rope_theta, dtype))
+
+        def turns() -> torch.Tensor:
+            later = torch.arange(rate - 1, -1, -1, device=k.device).unsqueeze(0)
+            return torch.stack(rotary(later, size, theta, dtype))
+
+        return rotate(k, *made_once(("turns", rate, size, theta, dtype), k, turns))
 
     def _compress(self, tokens: torch.Tensor, taps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(b, blocks, k, rate, n) to (b, k, blocks, n)."""
@@ -647,7 +681,10 @@ class CompressiveMemory(nn.Module):
     def seen(self, columns: Columns, blocks: Blocks) -> Extra:
         """The memory of each block of queries."""
         memory, slots = columns.memory, self.config.memory_slots
-        assert memory is not None
+        if memory is None:
+            k, v = columns.held("memory_")
+            number = (-blocks.start - self.config.window + 1).clamp(min=0) // self.config.compression_rate
+            return k[:, None], v[:, None], torch.arange(slots, 0, -1, device=k.device) <= number
         queries = blocks.query.shape[1]
         # what enters the memory from the first query of a block to its last
         more = 0 if queries == 1 else (queries + self.config.reach) // self.config.compression_rate + 1
@@ -658,16 +695,30 @@ class CompressiveMemory(nn.Module):
         seen = (number >= (upto - slots).clamp(min=0)) & (number < upto) & (begin >= blocks.start)
         return _take(memory.k, place), _take(memory.v, place), seen
 
-    def after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor) -> States:
+    def after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor | int) -> States:
         """The last blocks that are in the memory of the token after the last; see `Attention._more_after`."""
         memory, slots = columns.memory, self.config.memory_slots
-        assert memory is not None
+        if memory is None:
+            return self._after_step(columns, start, end)
         upto = self.before(columns, self.lowest(end, start))
         number = upto + torch.arange(-slots, 0, device=upto.device)
         place = number.clamp(0, memory.start.shape[1] - 1)
         begin = memory.start.expand(place.shape[0], -1).gather(1, place)
         there = ((number >= 0) & (begin >= start))[:, None, :, None]
         k, v = (torch.where(there, _take(t, place.unsqueeze(1))[:, 0], 0).mT for t in (memory.k, memory.v))
+        return {"memory_key": k, "memory_value": v}
+
+    def _after_step(self, columns: Columns, start: torch.Tensor, end: torch.Tensor | int) -> States:
+        """`after` one token more: none or one block, which begins at the first of the columns, enters the memory."""
+        rate = self.config.compression_rate
+        enters = (self.lowest(end, start) > self.lowest(0, start))[:, None, :, None]
+        k, v = (t[:, :, :rate].unsqueeze(1) for t in (columns.k, columns.v))
+        new = (
+            self._compress(self._turned(k), self.key_taps, columns.k.dtype),
+            self._compress(v, self.value_taps, columns.v.dtype),
+        )
+        held = columns.held("memory_")
+        k, v = (torch.where(enters, torch.cat([t[:, :, 1:], n], 2), t).mT for t, n in zip(held, new, strict=True))
         return {"memory_key": k, "memory_value": v}
 
 
@@ -735,7 +786,8 @@ class MemoryAttention(SlidingAttention):
         self, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, before: Mapping[str, torch.Tensor | None]
     ) -> Columns:
         columns = super()._columns(k, v, start, before)
-        return columns._replace(memory=self.memory(columns)) if self.compressive else columns
+        # of one token more, what the state holds is the memory
+        return columns._replace(memory=self.memory(columns)) if self.compressive and not columns.is_step else columns
 
     def _extra(self, blocks: Blocks, columns: Columns) -> list[Extra]:
         more = [self.memory.seen(columns, blocks)] if self.compressive else []
@@ -749,7 +801,7 @@ class MemoryAttention(SlidingAttention):
         k, v = blocks.k.flatten(0, 1), blocks.v.flatten(0, 1)
         return self.memory(y, blocks.q.flatten(0, 1), k, v, direct, self.scaling)
 
-    def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor) -> States:
+    def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor | int) -> States:
         more = self.memory.after(columns, start, end) if self.compressive else {}
         return {**super()._more_after(columns, start, end), **more}
 
