@@ -124,9 +124,11 @@ class PaddingContract(Contract):
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_gradients_come_from_real_tokens_alone(self, model: Any, kind: str) -> None:
+        """In float64: large random weights may amplify what float32 rounds."""
+        model.double()
         rows = [tokens(1, n, seed=n)[0] for n in (14, 6)]
         ids, mask = padded(rows, kind, 18)
         out = model(ids, attention_mask=mask).logits
         found = gradients(model, total(weighed(out[i, real.bool()], i) for i, real in enumerate(mask)))
         alone = gradients(model, total(weighed(model(row[None]).logits[0], i) for i, row in enumerate(rows)))
-        assert_all_close(found, alone, "gradient")
+        assert_all_close(found, alone, "gradient", 1e-9)
