@@ -29,7 +29,7 @@ class Statistics(NamedTuple):
         load: (e,) choices of each expert before any is dropped; of ``gshard`` the first choices.
         probability: (e,) of each expert, with its gradient.
         placed: (e,) choices that the experts compute.
-        z: () squared log-sum-exp of the logits, with its gradient.
+        z: () squared log-sum-exp of the logits, with its gradient; 0 where no loss is made of it.
         entropy: () of the probabilities, in nats.
         dropped: () choices beyond an expert's capacity.
         predictor_loss: () cross entropy of the causal predictor, its mean over the experts, with its gradient.
@@ -236,6 +236,7 @@ class Router(nn.Module):
         config = self.config
         logits = F.linear(x, cast(self.weight, x.dtype))
         scores = logits.softmax(-1) if config.score_function == "softmax" else logits.sigmoid()
+        every = mask is None and config.router != "expert_choice"  # whether all choices stand; no mask is needed then
         if mask is None:
             mask = torch.ones(shape, dtype=torch.bool, device=x.device)
         real = mask.reshape(-1, 1)
@@ -249,8 +250,11 @@ class Router(nn.Module):
             else:
                 wanted = (guess > 0) & real
         else:
-            index, weight, wanted = self._choose_experts(scores, real)
+            index, weight, drawn = self._choose_experts(scores)
+            wanted = real.expand_as(index) if drawn is None else drawn & real
+            every = every and drawn is None
         kept = self._place(index, wanted, real)
+        every = every and kept is wanted
 
         if shape[1] == 1 and not self.training:
             statistics = x.new_zeros(Statistics.size(config.num_experts))
@@ -260,7 +264,9 @@ class Router(nn.Module):
             self.training_statistics.add_(statistics.detach())
         if config.routed_scaling_factor != 1.0:
             weight = weight * config.routed_scaling_factor
-        return index.masked_fill(~kept, config.num_experts), weight.masked_fill(~kept, 0.0), statistics
+        if not every:
+            index, weight = index.masked_fill(~kept, config.num_experts), weight.masked_fill(~kept, 0.0)
+        return index, weight, statistics
 
     def _count(
         self,
@@ -276,24 +282,25 @@ class Router(nn.Module):
         if self.config.score_function == "sigmoid":
             probabilities = scores / (scores.sum(-1, keepdim=True) + TINY)
         counted = cast(real, scores.dtype).squeeze(1)
-        missed = counted.new_zeros(())
+        nothing = missed = counted.new_zeros(())
         if guess is not None and self.training:
             chosen = cast(wanted, scores.dtype)
             missed = counted @ F.binary_cross_entropy_with_logits(guess, chosen, reduction="none").mean(-1)
-        balanced = slice(1) if self.config.router == "gshard" else slice(None)
+        first = self.config.router == "gshard"
+        load = _load(index[:, :1], wanted[:, :1], scores) if first else _load(index, wanted, scores)
         return Statistics(
-            load=_load(index[:, balanced], wanted[:, balanced], scores),
+            load=load,
             probability=counted @ probabilities,
-            placed=_load(index, kept, scores),
-            z=counted @ logits.logsumexp(-1).square(),
+            placed=load if kept is wanted and not first else _load(index, kept, scores),
+            z=counted @ logits.logsumexp(-1).square() if self.config.router_z_loss_coef else nothing,
             entropy=counted @ torch.special.entr(probabilities.detach()).sum(-1),
             dropped=cast(wanted & ~kept, scores.dtype).sum(),
             predictor_loss=missed,
             tokens=counted.sum(),
         )
 
-    def _choose_experts(self, scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For every token the experts, their weights, and which of them it wants; each (n, k)."""
+    def _choose_experts(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """For every token the experts, their weights, and which of them it wants, None for all; each (n, k)."""
         config = self.config
         if config.router == "loss_free":
             corrected = scores.detach() + cast(self.e_score_correction_bias, scores.dtype)
@@ -303,13 +310,12 @@ class Router(nn.Module):
             weight, index = scores.topk(config.experts_per_token)
         if config.router == "gshard" or (config.norm_topk_prob and config.router != "switch"):
             weight = weight / (weight.sum(-1, keepdim=True) + TINY)
-        wanted = real.expand_as(index)
-        if config.router == "gshard" and self.training:
-            # from torch's own generator, which the Trainer seeds and keeps in its checkpoints, and which activation
-            # checkpointing plays again
-            drawn = torch.rand_like(weight[:, 1:]) < 2 * weight[:, 1:].detach()
-            wanted = wanted & torch.cat([torch.ones_like(drawn), drawn], -1)
-        return index, weight, wanted
+        if config.router != "gshard" or not self.training:
+            return index, weight, None
+        # from torch's own generator, which the Trainer seeds and keeps in its checkpoints, and which activation
+        # checkpointing plays again
+        drawn = torch.rand_like(weight[:, 1:]) < 2 * weight[:, 1:].detach()
+        return index, weight, torch.cat([torch.ones_like(drawn), drawn], -1)
 
     def _choose_tokens(self, scores: Tensor, mask: Tensor) -> Tensor:
         """Which tokens of its row every expert takes, (n, e) bool."""

@@ -97,7 +97,7 @@ def test_pooled_balance_loss():
 
 def test_z_loss():
     """0 and 2 squared."""
-    assert float(routing.z_loss(layers("top_k"))) == pytest.approx(4.0, abs=1e-5)
+    assert float(routing.z_loss(layers("top_k", router_z_loss_coef=1.0))) == pytest.approx(4.0, abs=1e-5)
 
 
 def test_predictor_loss():
@@ -127,7 +127,7 @@ def test_the_pooled_loss_equals_transformers(masked):
     "loss", [routing.pooled_balance_loss, routing.switch_balance_loss, routing.gshard_balance_loss, routing.z_loss]
 )
 def test_losses_reach_the_weights_of_the_router(loss):
-    router = make("top_k").double()
+    router = make("top_k", router_z_loss_coef=1.0).double()
     x = torch.randn(2, 5, 12, dtype=torch.float64)
 
     def value(weight):
@@ -252,7 +252,9 @@ def test_checkpointing_draws_the_same_again(use_reentrant, fields):
 def test_jitter_is_of_training_and_bounded():
     """With an identity for the weight, logits are the input times the noise; their differences show it."""
     logits = torch.full((1, 500, 2), 5.0)
-    seen = [given(logits, "top_k", router_jitter_noise=0.1, training=t)[2] for t in (True, False)]
+    seen = [
+        given(logits, "top_k", router_jitter_noise=0.1, router_z_loss_coef=1.0, training=t)[2] for t in (True, False)
+    ]
     assert float(seen[0].probability[0]) != 250.0
     assert float(seen[1].probability[0]) == pytest.approx(250.0)
     assert float(seen[0].z) / 500 == pytest.approx((5 + math.log(2)) ** 2, rel=0.02)
