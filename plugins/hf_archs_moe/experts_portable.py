@@ -11,9 +11,10 @@ Letters: t tokens, k choices of a token, p pairs of a token and one of its choic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,23 @@ BLOCK = 128  # pairs that are enough to hide the cost of a call
 
 aten = torch.ops.aten
 
-# activation(x), and the gradient of x from that of activation(x) and x
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": (F.silu, aten.silu_backward),
-    "gelu": (F.gelu, aten.gelu_backward),
-    "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"), partial(aten.gelu_backward, approximate="tanh")),
-    "relu": (F.relu, lambda g, x: aten.threshold_backward(g, x, 0)),
-    "relu2": (lambda x: F.relu(x).square(), lambda g, x: 2 * g * F.relu(x)),
+# activation(x), and what writes the gradient of x into `grad_input` from that of activation(x) and x
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
+    "silu": (F.silu, aten.silu_backward.grad_input),
+    "gelu": (F.gelu, aten.gelu_backward.grad_input),
+    "gelu_pytorch_tanh": (
+        partial(F.gelu, approximate="tanh"),
+        partial(aten.gelu_backward.grad_input, approximate="tanh"),
+    ),
+    "relu": (F.relu, partial(aten.threshold_backward.grad_input, threshold=0)),
+    "relu2": (
+        lambda x: F.relu(x).square(),
+        lambda g, x, grad_input: torch.mul(F.relu(x), g, out=grad_input).mul_(2),
+    ),
 }
+
+
+Own = list[tuple[int, slice]]  # experts, and the place of each among the pairs of a block
 
 
 class _Pairs:
@@ -47,15 +57,21 @@ class _Pairs:
         self.order = flat.argsort(stable=True)[: self.count]
         self.tokens = self.order // index.shape[1]
 
-    def blocks(self) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
-        """The pairs of one or more experts, each with its place among them; at least `BLOCK` but for the last."""
-        start, own = 0, []
+    def blocks(self, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+        """The pairs of one or more experts, at least `BLOCK` but for the last: whose they are, their tokens, and their
+        rows of what is sorted as they are.
+        """
+        start, blocks = 0, []
+        owns: list[Own] = []
+        own: Own = []
         for e, s in enumerate(self.slices):
             if s.stop > s.start:
                 own.append((e, slice(s.start - start, s.stop - start)))
             if own and (s.stop - start >= BLOCK or s.stop == self.count):
-                yield slice(start, s.stop), own
+                blocks.append(s.stop - start)
+                owns.append(own)
                 start, own = s.stop, []
+        return zip(owns, *(t.split(blocks) for t in (self.tokens, *others)), strict=True)
 
     def sum(self, rows: Tensor) -> Tensor:
         """The sum of each token's ``rows``, which are sorted and end on one of zeros: (t, h), in a fixed order."""
@@ -71,10 +87,12 @@ def _rows(count: int, x: Tensor) -> Tensor:
     return rows
 
 
-def _products(rows: Tensor, own: list[tuple[int, slice]], weights: Tensor, out: Tensor | None = None) -> Tensor:
-    """Each slice of ``rows`` times the matrix of its expert, (e, columns of rows, columns of out)."""
+def _products(rows: Tensor, own: Own, weights: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """The rows of each expert times its matrix, (columns of rows, columns of out)."""
     if out is None:
-        out = rows.new_empty(len(rows), weights.shape[2])
+        out = rows.new_empty(len(rows), weights[0].shape[1])
+    if len(own) == 1:  # a slice takes as long as a small operator
+        return torch.mm(rows, weights[own[0][0]], out=out)
     for e, place in own:
         torch.mm(rows[place], weights[e], out=out[place])
     return out
@@ -98,10 +116,10 @@ def expert_mlp_fwd(
     scale = wide(weight).flatten()[pairs.order].unsqueeze(1)
     kept = x.new_empty((index.numel(), up.shape[1]) if keep else 0)
     rows = _rows(pairs.count, x)
-    up, down = up.transpose(1, 2), down.transpose(1, 2)
-    for block, own in pairs.blocks():
-        pre = _products(x.index_select(0, pairs.tokens[block]), own, up, kept[block] if keep else None)
-        torch.mul(_products(_inner(pre, act, gated), own, down), scale[block], out=rows[block])
+    ups, downs = up.mT.unbind(), down.mT.unbind()
+    for own, tokens, s, y, *into in pairs.blocks(scale, rows[: pairs.count], *([kept[: pairs.count]] if keep else [])):
+        pre = _products(x.index_select(0, tokens), own, ups, *into)
+        torch.mul(_products(_inner(pre, act, gated), own, downs), s, out=y)
     return cast(pairs.sum(rows), x.dtype), kept
 
 
@@ -133,42 +151,58 @@ def expert_mlp_bwd(
     act, act_backward = ACTIVATIONS[activation]
     pairs = _Pairs(index, len(up))
     scale = wide(weight).flatten()[pairs.order].unsqueeze(1)
-    grad_scale = torch.zeros(weight.numel(), dtype=scale.dtype, device=x.device)
+    grad_scale = scale.new_empty(pairs.count)
     rows = _rows(pairs.count, x)
-    grad_up = torch.empty(up.shape, dtype=up.dtype, device=up.device) if up_learns else None
-    grad_down = torch.empty(down.shape, dtype=down.dtype, device=down.device) if down_learns else None
-    for grad in (grad_up, grad_down):
-        for e, s in enumerate(pairs.slices):
-            if grad is not None and s.start == s.stop:
-                grad[e] = 0
-    for block, own in pairs.blocks():
-        tokens, pre = pairs.tokens[block], wide(kept[block])
+    grad_up, grad_down = (
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if learns else None
+        for t, learns in ((up, up_learns), (down, down_learns))
+    )
+    ups, downs = up.unbind(), down.unbind()
+    grad_ups, grad_downs = (() if grad is None else grad.unbind() for grad in (grad_up, grad_down))
+    for e, place in enumerate(pairs.slices):
+        if place.start == place.stop:
+            for grad in (grad_ups, grad_downs):
+                if grad:
+                    grad[e].zero_()
+    for own, tokens, s, pre, to_scale, to_x in pairs.blocks(
+        scale, kept[: pairs.count], grad_scale, rows[: pairs.count]
+    ):
+        pre = wide(pre)
         g = grad_y.index_select(0, tokens)
-        grad_inner = wide(_products(g, own, down))
+        grad_inner = wide(_products(g, own, downs))
+        grad_pre = torch.empty_like(pre)
         if gated:
             gate, value = pre.chunk(2, -1)
+            grad_gate, grad_value = grad_pre.chunk(2, -1)
             acted = act(gate)
             inner = acted * value
         else:
             inner = act(pre)
-        grad_scale[pairs.order[block]] = torch.linalg.vecdot(inner, grad_inner)
-        grad_inner *= scale[block]
+        torch.linalg.vecdot(inner, grad_inner, out=to_scale)
+        grad_inner *= s
         if gated:
-            grad_pre = torch.empty_like(pre)
-            torch.mul(grad_inner, acted, out=grad_pre[:, gate.shape[1] :])
-            grad_pre[:, : gate.shape[1]] = act_backward(grad_inner.mul_(value), gate)
+            torch.mul(grad_inner, acted, out=grad_value)
+            act_backward(grad_inner.mul_(value), gate, grad_input=grad_gate)
         else:
-            grad_pre = act_backward(grad_inner, pre)
-        grad_pre, inner = cast(grad_pre, x.dtype), cast(inner.mul_(scale[block]), x.dtype)
-        for grad, of_output, of_input in (
-            (grad_down, g, inner),
-            (grad_up, grad_pre, x.index_select(0, tokens)),
-        ):
-            if grad is not None:
-                for e, place in own:
-                    torch.mm(of_output[place].t(), of_input[place], out=grad[e])
+            act_backward(grad_inner, pre, grad_input=grad_pre)
+        grad_pre = cast(grad_pre, x.dtype)
+        if grad_downs:
+            _outer_products(g, cast(inner.mul_(s), x.dtype), own, grad_downs)
+        if grad_ups:
+            _outer_products(grad_pre, x.index_select(0, tokens), own, grad_ups)
         if rows.dtype == x.dtype:
-            _products(grad_pre, own, up, rows[block])
+            _products(grad_pre, own, ups, to_x)
         else:
-            rows[block] = _products(grad_pre, own, up)
-    return cast(pairs.sum(rows), x.dtype), grad_scale.view_as(weight), grad_up, grad_down
+            to_x.copy_(_products(grad_pre, own, ups))
+    grad_weight = torch.zeros(weight.numel(), dtype=scale.dtype, device=x.device)
+    grad_weight[pairs.order] = grad_scale
+    return cast(pairs.sum(rows), x.dtype), grad_weight.view_as(weight), grad_up, grad_down
+
+
+def _outer_products(of_output: Tensor, of_input: Tensor, own: Own, out: Sequence[Tensor]) -> None:
+    """The gradient of each expert's matrix, (columns of of_output, columns of of_input)."""
+    if len(own) == 1:
+        torch.mm(of_output.t(), of_input, out=out[own[0][0]])
+        return
+    for e, place in own:
+        torch.mm(of_output[place].t(), of_input[place], out=out[e])
