@@ -209,6 +209,19 @@ def test_a_decode_step_reads_only_the_experts_that_are_hit(chosen):
             torch.testing.assert_close(expert_mlp(**tensors), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_decode_step_on_several_threads(threads, dtype, monkeypatch):
+    """Their number decides how its products are cut."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs(2, k=3).items()}
+    for name in ("x", "expert_index", "expert_weight"):
+        tensors[name] = tensors[name][1:]
+    expected = expert_mlp_reference(**tensors)
+    with torch.no_grad(), use_backend("portable"):
+        torch.testing.assert_close(expert_mlp(**tensors), expected, check_dtype=True)
+
+
 def test_a_decode_step_is_a_handful_of_operators():
     found = operators(lambda: expert_mlp(**inputs(1, 2) | {"expert_index": torch.tensor([[4, 1]])}))
     assert len(found) - len(operators(lambda: inputs(1, 2))) <= 24, found
