@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from hf_archs import registry
-from hf_archs.configuration import ArchConfig, MixerConfig
+from hf_archs.configuration import ArchConfig, LayerPlan, MixerConfig
 from hf_archs.parallel import ParallelConfig
 
 NONE = "none"
@@ -97,7 +97,7 @@ class ComposedConfig(ArchConfig):
                 if layer.shared_mixer is not None and layer.shared_mixer.site_rank:
                     whole.update(own)
             if layer.shared_feed_forward is not None and layer.shared_feed_forward.site_rank:
-                whole.update(name for name in plan if name.startswith("layers.*.feed_forward."))
+                whole.update(_feed_forward_names(layer, "tp_plan"))
         # a plan for a linear layer would shard its low-rank parts too, in dimensions that do not fit
         return {name: style for name, style in plan.items() if name not in whole}
 
@@ -109,13 +109,17 @@ class ComposedConfig(ArchConfig):
     def _feed_forward_plan(self, kind: str) -> dict[str, str]:
         plan: dict[str, str] = {}
         for i in range(self.num_hidden_layers):
-            layer = self.layer_plan(i)
-            if layer.feed_forward is not None:
-                module_class = registry.get_feed_forward(layer.feed_forward).module_class
-                own = getattr(module_class, kind, None)
-                names = own(layer.feed_forward_config) if own else {}
-                plan.update({f"layers.*.feed_forward.{name}": style for name, style in names.items()})
+            plan.update(_feed_forward_names(self.layer_plan(i), kind))
         return plan
+
+
+def _feed_forward_names(layer: LayerPlan, kind: str) -> dict[str, str]:
+    """What the plan ``kind`` of a layer's feed-forward says, by the names in a model."""
+    if layer.feed_forward is None:
+        return {}
+    own = getattr(registry.get_feed_forward(layer.feed_forward).module_class, kind, None)
+    names = own(layer.feed_forward_config) if own else {}
+    return {f"layers.*.feed_forward.{name}": style for name, style in names.items()}
 
 
 def _copied(source: Any) -> Any:

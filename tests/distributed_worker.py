@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-import hf_archs
+import hf_archs  # noqa: F401  # registers the architectures
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -37,7 +38,9 @@ def tensor_parallel(folder: str, ids: torch.Tensor) -> dict[str, float]:
     out, expected = model(ids, labels=ids), alone(ids, labels=ids)
     out.loss.backward()
     expected.loss.backward()
-    return {**_compare(model, alone), "logits": float((out.logits - expected.logits).abs().max())}
+    experts = sum(isinstance(p, DTensor) for n, p in model.named_parameters() if ".experts." in n)
+    difference = (out.logits - expected.logits).abs().max()
+    return {**_compare(model, alone), "logits": float(difference), "experts": experts}
 
 
 def expert_parallel(folder: str, ids: torch.Tensor) -> dict[str, float]:
@@ -57,10 +60,13 @@ def expert_parallel(folder: str, ids: torch.Tensor) -> dict[str, float]:
 
 
 def fully_sharded(folder: str, ids: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
-    """Every layer is a unit, and so is its float32 state module: FSDP wants one dtype in a unit."""
+    """Every layer is a unit, and so are float32 states, since FSDP wants one dtype in a unit, and what is shared."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     alone = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parts = Counter(part for layer in model.model.layers for part in (layer.mixer, layer.feed_forward))
+    for module in (part for part, layers in parts.items() if part is not None and layers > 1):
+        fully_shard(module, mesh=mesh)
     for layer in model.model.layers:
         for module in layer.modules():
             if module is not layer and getattr(module, "weight", None) is None and list(module.parameters(False)):
@@ -77,15 +83,15 @@ def main(folders: Path, output: Path) -> None:
     dist.init_process_group("gloo")
     ids = torch.randint(3, 128, (2, 33), generator=torch.Generator().manual_seed(0))
     found = {}
-    for name in hf_archs.architectures():
-        folder = str(folders / name)
-        found[name] = {
+    for path in sorted(path for path in folders.iterdir() if path.is_dir()):
+        folder = str(path)
+        found[path.name] = {
             "tensor_parallel": tensor_parallel(folder, ids),
             "fsdp_float32": fully_sharded(folder, ids, torch.float32),
             "fsdp_bfloat16": fully_sharded(folder, ids, torch.bfloat16),
         }
-        if hf_archs.get_architecture(name).tiny_config().base_model_ep_plan:
-            found[name]["expert_parallel"] = expert_parallel(folder, ids)
+        if AutoConfig.from_pretrained(folder).base_model_ep_plan:
+            found[path.name]["expert_parallel"] = expert_parallel(folder, ids)
     if dist.get_rank() == 0:
         output.write_text(json.dumps({"world_size": dist.get_world_size(), "found": found}))
     dist.barrier()
