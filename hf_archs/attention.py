@@ -13,7 +13,7 @@ earlier starts at a negative one. A token at coordinate i of a document that sta
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -91,6 +91,16 @@ class AttentionConfig(MixerConfig):
         for field in ("clip_qkv", "attention_scale"):
             if getattr(self, field) is not None:
                 check_range(self, field, 1e-6, 1e6)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        """The model's, where transformers' functions for attention look for it."""
+        owner = self.model_config
+        return self.__dict__.get("_implementation") if owner is self else owner._attn_implementation
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, implementation: str | None) -> None:
+        self.__dict__["_implementation"] = implementation
 
     @property
     def key_value_heads(self) -> int:
@@ -269,6 +279,10 @@ def eager_attention(
         if attention_mask is None:
             attention_mask = torch.ones_like(scores[:1, :1], dtype=torch.bool).tril()
         weights = scores.masked_fill(~attention_mask, -math.inf).softmax(-1)
+        show = getattr(module, "show", None)
+        if show is not None:
+            others, direct = weights.tensor_split([weights.shape[3] - int(module._direct)], 3)  # type: ignore[arg-type]
+            weights = torch.cat([others, show(direct)], 3)
         return cast((weights @ value).transpose(1, 2), query.dtype), weights
 
 
@@ -330,6 +344,9 @@ class Attention(nn.Module):
 
     is_causal = True
     reach: int | None = None  # the most direct columns that a query sees; None for all
+    # gets the weights of the direct columns, (b, h, l, columns), from `eager` attention, and gives what stands for them
+    show: Callable[[torch.Tensor], torch.Tensor] | None = None
+    _direct = 0  # how many these are, where it is set
 
     def __init__(self, config: AttentionConfig):
         super().__init__()
@@ -362,6 +379,7 @@ class Attention(nn.Module):
         start = document_starts(hidden_states.shape[1], before["position"], seq_idx, hidden_states.device)
         q, k, v = self._project(hidden_states, start)
         columns = self._columns(k, v, start, before)
+        self._direct = columns.k.shape[2]
         if before["key"] is None and seq_idx is None and self._sees_all(k.shape[2]):
             y = self._interface(q, k, v, None).flatten(2)
         else:
@@ -455,7 +473,7 @@ class Attention(nn.Module):
         (Compiled, lengths up to ``reach`` and lengths above it have a graph each.)
         """
         length, past, start = columns.length, columns.past, columns.start
-        if self.reach is None or length <= self.reach:
+        if self.reach is None or length <= self.reach or self.show is not None:
             coordinates = torch.arange(-past, length, device=q.device)
             query, key = coordinates[past:].view(1, -1, 1), coordinates.view(1, 1, -1)
             return Blocks(q[:, None], columns.k[:, None], columns.v[:, None], query, key, start[:, None, :, None])
@@ -475,8 +493,7 @@ class Attention(nn.Module):
 
     def _interface(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The implementation that the model's config names, (b, h, l, n) to (b, l, h, n)."""
-        implementation = getattr(self.config.model_config, "_attn_implementation", None) or "sdpa"
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
         return attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, is_causal=mask is None)[0]
 
     # -- states ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
 )
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import auto_docstring, can_return_tuple, is_tracing
+from transformers.utils import auto_docstring, can_return_tuple, is_tracing, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_archs import conversion
@@ -41,6 +42,8 @@ from hf_archs.kernels.numerics import below_autograd, wide
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
 from hf_archs.sharing import SiteLinear, share_layers
+
+logger = logging.get_logger(__name__)
 
 
 class Layout(NamedTuple):
@@ -77,6 +80,14 @@ def _permute(hidden_states: torch.Tensor, index: torch.Tensor | None) -> torch.T
     return hidden_states.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
 
 
+class AttentionWeights(nn.Identity):
+    """Sees the weights of a layer's attention in the user's order, and transformers records them from it.
+
+    (b, heads, l, columns): the last l columns are the tokens of this forward, and before them are earlier ones. What a
+    memory or global tokens in the cache are given is left out.
+    """
+
+
 class ArchBlock(GradientCheckpointingLayer):
     """One layer: ``x + mixer(norm(x))`` and ``x + feed_forward(norm(x))``, as far as the plan has them.
 
@@ -96,8 +107,11 @@ class ArchBlock(GradientCheckpointingLayer):
         self.sites: list[tuple[int, list[SiteLinear]]] = []  # see `share_layers`
         self.mixer = self.feed_forward = None
         self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)  # of whatever comes first
+        self.attention_weights: AttentionWeights | None = None
         if plan.mixer is not None:
             self.mixer = get_mixer(plan.mixer).module_class(plan.mixer_config)
+            if _attentions(self.mixer):
+                self.attention_weights = AttentionWeights()
         if plan.feed_forward is not None:
             if plan.mixer is not None:
                 self.feed_forward_norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
@@ -128,8 +142,16 @@ class ArchBlock(GradientCheckpointingLayer):
     def _mix(self, hidden_states: torch.Tensor, layout: Layout, state: Slot | None) -> torch.Tensor:
         assert self.mixer is not None
         order, restore, lengths, seq_idx = layout
+        # hooks stand here after output_attentions was asked for once
+        recorder = self.attention_weights
+        shown = _attentions(self.mixer) if recorder is not None and recorder._forward_hooks else []
+        total = None if state is None or state.cache.is_static else state.cache.get_seq_length()
+        for attention in shown:
+            attention.show = partial(_show, recorder=recorder, layout=layout, total=total)
         mixed = self.mixer(_permute(hidden_states, order), state=state, lengths=lengths, seq_idx=seq_idx)
         mixed = _permute(mixed, restore)
+        for attention in shown:
+            attention.show = None
         if self.bidirectional:
             # the same mixer from right to left: reversed rows keep their real tokens first
             flipped = None if order is None else _reverse_real(order, lengths)
@@ -146,6 +168,30 @@ class ArchBlock(GradientCheckpointingLayer):
             mixed = mixed + _permute(backward, torch.argsort(back, dim=1))
         mask = layout.mask()
         return mixed if mask is None else mixed.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def _attentions(mixer: nn.Module) -> list[Any]:
+    """The modules of a mixer that can show what they attend to."""
+    return [module for module in mixer.modules() if hasattr(module, "show")]
+
+
+def _show(weights: torch.Tensor, recorder: Any, layout: Layout, total: int | None) -> torch.Tensor:
+    """Weights (b, h, l, columns) of real tokens first, shown in the user's order, and as they were: gradients pass.
+
+    ``total`` is the number of all positions so far, where the columns may be fewer: the last ones.
+    """
+    length, missing = weights.shape[2], 0 if total is None else total - weights.shape[3]
+    shown = nn.functional.pad(weights, (missing, 0))
+    mask = layout.mask()
+    if mask is None or layout.order is None or layout.restore is None:
+        return recorder(shown)[..., missing:]
+
+    def ordered(w: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        before, here = w.gather(2, index[:, None, :, None].expand_as(w)).tensor_split([w.shape[3] - length], 3)
+        return torch.cat([before, here.gather(3, index[:, None, None].expand_as(here))], 3)
+
+    shown = ordered(shown, layout.restore).masked_fill(~mask[:, None, :, None], 0)
+    return ordered(recorder(shown), layout.order)[..., missing:]
 
 
 def _reverse_real(rows: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -323,6 +369,13 @@ class ArchModel(ArchPreTrainedModel):
             use_cache = self.config.use_cache
         if self.config.embedding_multiplier != 1.0:
             inputs_embeds = inputs_embeds * self.config.embedding_multiplier
+        if kwargs.get("output_attentions") and any(layer.attention_weights is not None for layer in self.layers):
+            implementation = self.config._attn_implementation
+            if implementation != "eager":
+                logger.warning_once(
+                    f"output_attentions: attention is computed by {implementation!r}, which has no weights to show; "
+                    "call set_attn_implementation('eager') for them"
+                )
         if self.config.bidirectional:
             if past_key_values is not None:
                 raise ValueError("a bidirectional model has no cache: every token depends on those after it")

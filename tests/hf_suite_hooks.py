@@ -19,6 +19,7 @@ _CONFIG: dict[str, dict[str, Any]] = {
     "mamba2": {"state_size": 8, "head_dim": 8, "n_groups": 2},
     "retnet": {"num_heads": 2, "intermediate_size": 64},
     "hyena": {"max_positions": 64, "filter_size": 8, "intermediate_size": 64},
+    "moe": {**hf_archs.get_architecture("moe").tiny, "mixer": {"type": "attention", "num_heads": 2}},
 }
 # merging wants untied embeddings, and its adapters have rank 20, which no layer may be narrower than
 _PEFT: dict[str, dict[str, Any]] = {
@@ -47,6 +48,24 @@ class StateShapes:
                 # a growing state has as many columns as the cache has seen, or has room for
                 shape = (batch_size, *(ANY if size is None else size for size in spec.shape))
                 assert getattr(layer, f"{kind}_states")[index].shape == shape
+
+    def _check_attentions_for_generate(
+        self,
+        batch_size: int,
+        attentions: Any,
+        prompt_length: int,
+        output_length: int,
+        config: Any,
+        decoder_past_key_values: Any,
+    ) -> None:
+        if not getattr(decoder_past_key_values, "is_static", False):
+            return super()._check_attentions_for_generate(  # type: ignore[misc]
+                batch_size, attentions, prompt_length, output_length, config, decoder_past_key_values
+            )
+        room = decoder_past_key_values.max_cache_len  # columns of the growing states, before those of a forward
+        for i, layers in enumerate(attentions):
+            length = prompt_length if i == 0 else 1
+            assert {w.shape for w in layers} <= {(batch_size, 2, length, n) for n in (length, room + length)}
 
     def test_reverse_loading_mapping(self) -> None:
         common = sys.modules["tests.test_modeling_common"]
@@ -79,7 +98,7 @@ def environment(name: str) -> dict[str, str]:
         "HF_SUITE_TOKCLS": spec(architecture.token_classification_class),
         "HF_SUITE_QA": spec(architecture.question_answering_class),
         "HF_SUITE_CONFIG_KWARGS": json.dumps(overrides),
-        "HF_SUITE_TEST_ATTRS": json.dumps({"has_attentions": False}),
+        "HF_SUITE_TEST_ATTRS": json.dumps({"has_attentions": name == "moe"}),
         "HF_SUITE_CONFIG_TESTER_KWARGS": json.dumps({"common_properties": ["hidden_size", "num_hidden_layers"]}),
         "HF_SUITE_TEST_MIXIN": "hf_suite_hooks:StateShapes",
         "HF_SUITE_IMPORT": "hf_archs",

@@ -96,6 +96,36 @@ def test_other_implementations(implementation):
         assert (ours(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_attention_weights():
+    """Of a padded batch, a continuation and a packed row, as transformers' own models give them."""
+    theirs = native(*CASES["mixtral"])
+    ours = hf_archs.from_native(theirs)
+    for model in (theirs, ours):
+        model.set_attn_implementation("eager")
+    ids, mask = torch.randint(3, 97, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    more = torch.cat([mask, torch.ones(2, 2, dtype=torch.long)], 1)
+    places = (more.cumsum(1) - 1).clamp(min=0)
+    documents = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    found = {}
+    for name, model in {"theirs": theirs, "ours": ours}.items():
+        with torch.no_grad():
+            first = model(ids, attention_mask=mask, position_ids=places[:, :9], output_attentions=True, use_cache=True)
+            cached = {"past_key_values": first.past_key_values, "position_ids": places[:, 9:]}
+            then = model(ids[:, :2], attention_mask=more, output_attentions=True, **cached)
+            packed = model(ids[:1], position_ids=documents, output_attentions=True, use_cache=False)
+        found[name] = (*first.attentions, *then.attentions, *packed.attentions)
+    assert len(found["ours"]) == len(found["theirs"]) == 6
+    real = mask[:, None, :, None].bool()
+    for i, (weights, expected) in enumerate(zip(found["ours"], found["theirs"], strict=True)):
+        assert weights.shape == expected.shape
+        seen = real if i < 2 else torch.ones(1, dtype=torch.bool)  # theirs has something in rows of pads
+        torch.testing.assert_close(weights.where(seen, 0), expected.where(seen, 0), rtol=0, atol=1e-5)
+    ours.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        assert ours(ids, output_attentions=True).attentions == ()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
