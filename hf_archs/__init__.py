@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 from typing import Any
 
 import hf_archs.attention
+import hf_archs.memory
 import hf_archs.mlp
 import hf_archs.parallel  # noqa: F401 - these register mixers and feed-forwards
 from hf_archs.conversion import from_native, to_native
