@@ -148,7 +148,7 @@ def attention_state(config: AttentionConfig) -> dict[str, StateSpec]:
     find one of each kind.)
     """
     shape = (config.key_value_heads, config.head_size)
-    kept = {name: StateSpec("recurrent", (*shape, None)) for name in ("key", "value")}
+    kept = {name: StateSpec("recurrent", (*shape, None), together=True) for name in ("key", "value")}
     return {**kept, "position": StateSpec("conv", (1,), torch.int64)}
 
 
@@ -328,9 +328,13 @@ class Attention(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        before = {name: None if state is None else state.get(name) for name in self.states}
-        start = document_starts(hidden_states.shape[1], before["position"], seq_idx, hidden_states.device)
+        position = None if state is None else state.get("position")
+        start = document_starts(hidden_states.shape[1], position, seq_idx, hidden_states.device)
         q, k, v = self._project(hidden_states, start)
+        plain = lengths is None and seq_idx is None and self.reach is None
+        if plain and state is not None and state.grows_in_place("key"):
+            return self.out_proj(self._in_place(q, k, v, start, state))
+        before = {name: None if state is None else state.get(name) for name in self.states}
         columns = self._columns(k, v, start, before)
         self._direct = columns.k.shape[2]
         if before["key"] is None and seq_idx is None and self._sees_all(k.shape[2]):
@@ -341,6 +345,20 @@ class Attention(nn.Module):
             after = self._after(columns, lengths, seq_idx)
             state.update(after, {"k": k.transpose(1, 2), "v": v.transpose(1, 2), "seq_idx": seq_idx}, self._replay)
         return self.out_proj(y)
+
+    def _in_place(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, state: Slot
+    ) -> torch.Tensor:
+        """Attention to a state whose columns stay where they are, (b, l, h * n); these tokens enter it."""
+        after = {"position": (k.shape[2] - start).expand(k.shape[0], 1).contiguous()}
+        inputs: dict[str, torch.Tensor | None] = {"k": k.transpose(1, 2), "v": v.transpose(1, 2), "seq_idx": None}
+        held, place = state.append({"key": k.mT, "value": v.mT}, after, inputs, self._replay)
+        keys, values = (cast(held[name], q.dtype).mT for name in ("key", "value"))
+        self._direct = keys.shape[2]
+        column = torch.arange(keys.shape[2], device=q.device)
+        first = (place[0] + start).unsqueeze(2)  # (b or 1, 1, 1)
+        seen = (column <= place.unsqueeze(1)) & (column >= first)
+        return self._interface(q, keys, values, seen.unsqueeze(1)).flatten(2)
 
     def _project(
         self, hidden_states: torch.Tensor, start: torch.Tensor

@@ -11,7 +11,7 @@ again from the state before. Of a long forward only the last ``rollback_window``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,9 +64,14 @@ class Slot:
         return Slot(self.cache, self.layer_idx, f"{self.prefix}{name}.")
 
     def get(self, name: str) -> torch.Tensor | None:
-        """The state ``name``, or None before the first token."""
+        """The state ``name`` before this forward, or None before the first token."""
         layer, kind, index = self.cache.place(self.layer_idx, self.prefix + name)
-        return getattr(layer, f"{kind}_states")[index] if layer.has_previous_state[index] else None
+        if not layer.has_previous_state[index]:
+            return None
+        value = getattr(layer, f"{kind}_states")[index]
+        if self.cache.turns(self.layer_idx, self.prefix + name):  # this forward's positions are counted already
+            return self.cache.from_places(value, self.cache._before)
+        return value
 
     def once(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What follows from the weights alone: computed at the first token of a generation, and kept with its states.
@@ -92,14 +97,43 @@ class Slot:
                 not handed those that are None.
             replay: computes the states after the first ``lengths`` tokens of ``inputs``, from states before.
         """
+        self._record(states, inputs, replay)
+        for name, value in states.items():
+            self.cache.store(self.layer_idx, self.prefix + name, value)
+
+    def grows_in_place(self, name: str) -> bool:
+        """Whether `append` can be used: the growing state ``name`` has a buffer of one size, with something in it."""
+        layer, _, index = self.cache.place(self.layer_idx, self.prefix + name)
+        return layer.has_previous_state[index] and self.cache.turns(self.layer_idx, self.prefix + name)
+
+    def append(
+        self, columns: States, states: States, inputs: dict[str, torch.Tensor | None], replay: Replay
+    ) -> tuple[States, torch.Tensor]:
+        """`update` where growing states gain the columns of this forward, of which every position is a real token, and
+        other states are stored as they are.
+
+        Returns:
+            the whole buffers, and the place of each of this forward's columns in them, ``(length,)``; columns of
+            earlier positions are at the places before, and what is behind means nothing.
+        """
+        self._record([*columns, *states], inputs, replay)
+        for name, value in states.items():
+            self.cache.store(self.layer_idx, self.prefix + name, value)
+        held = {}
+        for name, value in columns.items():
+            layer, kind, index = self.cache.place(self.layer_idx, self.prefix + name)
+            held[name] = getattr(layer, f"{kind}_states")[index]
+            place = self.cache._before + torch.arange(value.shape[-1], device=value.device)
+            held[name].index_copy_(value.ndim - 1, place, value.to(held[name].dtype))
+        return held, place
+
+    def _record(self, names: Iterable[str], inputs: dict[str, torch.Tensor | None], replay: Replay) -> None:
         if self.cache.segments and self.cache.is_recording_past(self.layer_idx):
-            before = {name: self.get(name) for name in states}
+            before = {name: self.get(name) for name in names}
             if self.cache.is_static:  # its buffers are written over below
                 before = {name: None if t is None else t.clone() for name, t in before.items()}
             given = {name: t for name, t in inputs.items() if t is not None}
             self.cache.record((self.layer_idx, self.prefix), before, given, replay)
-        for name, value in states.items():
-            self.cache.store(self.layer_idx, self.prefix + name, value)
 
 
 class RecurrentCache(Cache):
@@ -127,6 +161,7 @@ class RecurrentCache(Cache):
                 LinearAttentionCacheLayerMixin.__init__(layer, number_of_states=count)
         self._grows = any(spec.grows for specs in self._specs for spec in specs.values())
         self._length: Any = torch.zeros((), dtype=torch.long) if self.is_static else 0
+        self._before: Any = torch.zeros((), dtype=torch.long)  # in a static cache, positions before this forward
 
     # -- counting ----------------------------------------------------------------------------------------------
 
@@ -143,8 +178,10 @@ class RecurrentCache(Cache):
                     f"{int(self._length)} are there and {length} more do not fit"
                 )
             if self._length.device != device:
-                self._length = self._length.to(device)
-                torch._dynamo.mark_static_address(self._length)
+                self._length, self._before = self._length.to(device), self._before.to(device)
+                for counter in (self._length, self._before):
+                    torch._dynamo.mark_static_address(counter)
+            self._before.copy_(self._length)
             self._length.add_(length)
         else:
             self._length += length
@@ -163,7 +200,7 @@ class RecurrentCache(Cache):
     @property
     def batch_size(self) -> int:
         """The batch size of the states, -1 before the first token."""
-        return next((tensor.shape[0] for _, tensor in self.tensors()), -1)
+        return next((tensor.shape[0] for _, tensor in self.held()), -1)
 
     # -- states ------------------------------------------------------------------------------------------------
 
@@ -181,13 +218,15 @@ class RecurrentCache(Cache):
         layer, kind, index = self.place(layer_idx, name)
         states = getattr(layer, f"{kind}_states")
         held = states.get(index)
-        if self.max_cache_len is not None and self._specs[layer_idx][name].grows:
-            value = _last_columns(value, self.max_cache_len)
+        if self.turns(layer_idx, name):
+            value = self._to_places(_last_columns(value, self.max_cache_len))  # type: ignore[arg-type]
         if held is not None and not self.is_static:
             states[index] = value
         elif held is not None and held.shape == value.shape:
             held.copy_(value)
         else:
+            if self.is_static and self._specs[layer_idx][name].together:
+                value = value.mT.contiguous().mT
             states[index] = value.clone() if self.is_static else value
             if self.is_static and not is_torchdynamo_compiling():
                 torch._dynamo.mark_static_address(states[index])
@@ -197,8 +236,27 @@ class RecurrentCache(Cache):
             layer.device, layer.dtype = value.device, value.dtype
         layer.has_previous_state[index] = True
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every state tensor with a stable name, ``layers.<i>.<state>``."""
+    def turns(self, layer_idx: int, name: str) -> bool:
+        """Whether a state grows in a buffer of one size.
+
+        There a column's place is that of its position in the cache, so that one more is one more to write. Everywhere
+        else the last column is the last position.
+        """
+        return self.is_static and self.max_cache_len is not None and self._specs[layer_idx][name].grows
+
+    @staticmethod
+    def from_places(value: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """Columns at the places of their positions, of which there are ``length``, so that the last is the last."""
+        size = value.shape[-1]
+        return value.index_select(-1, (torch.arange(size, device=value.device) + length) % size)
+
+    def _to_places(self, value: torch.Tensor) -> torch.Tensor:
+        """The inverse, for all positions so far."""
+        size = value.shape[-1]
+        return value.index_select(-1, (torch.arange(size, device=value.device) - self._length.to(value.device)) % size)
+
+    def held(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every state tensor with a stable name, ``layers.<i>.<state>``, as it lies in memory."""
         for layer_idx, specs in enumerate(self._specs):
             for name in specs:
                 layer, kind, index = self.place(layer_idx, name)
@@ -206,9 +264,15 @@ class RecurrentCache(Cache):
                 if tensor is not None:
                     yield f"layers.{layer_idx}.{name}", tensor
 
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same, the columns of growing states as mixers see them: the last one is the last position."""
+        for key, tensor in self.held():
+            _, layer_idx, name = key.split(".", 2)
+            yield key, self.from_places(tensor, self._length) if self.turns(int(layer_idx), name) else tensor
+
     def num_bytes(self) -> int:
         """Bytes that the states hold; for a pure recurrent model the same at every length."""
-        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.tensors())
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.held())
 
     def state_dict(self) -> States:
         """All states and the number of positions: copies, as tensors that safetensors can write."""
@@ -235,10 +299,10 @@ class RecurrentCache(Cache):
                 expected = ("batch", *spec.shape[:fixed], *["length"] * spec.grows)
                 raise ValueError(f"state {key} has shape {shape}; allowed is {expected}")
         self.reset()
-        for key in sorted(given):
-            self.store(*names[key][:2], states[key])
         length = int(states["length"])
         self._length = self._length.fill_(length) if self.is_static else length
+        for key in sorted(given):
+            self.store(*names[key][:2], states[key])
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a function of the batch dimension to every state and every recorded input."""
@@ -327,6 +391,7 @@ class RecurrentCache(Cache):
                 f"crop: {-tokens_to_remove} tokens cannot be taken back, only the last "
                 f"{sum(s.length for s in self.segments) - cut} are recorded"
             )
+        self._length = self._length.add_(tokens_to_remove) if self.is_static else self._length + tokens_to_remove
         for (layer_idx, prefix), record in self._records.items():
             states, left = record.before, keep
             for number, (segment, inputs) in enumerate(zip(self.segments, record.inputs)):
@@ -340,7 +405,6 @@ class RecurrentCache(Cache):
                     states = dict(record.replay(inputs, states, lengths))
             for name, value in states.items():
                 self._restore(layer_idx, prefix + name, value)
-        self._length = self._length.add_(tokens_to_remove) if self.is_static else self._length + tokens_to_remove
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):
                 layer.crop(tokens_to_remove)

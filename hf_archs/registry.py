@@ -46,11 +46,14 @@ class StateSpec:
             read. Such a state grows with every token; its last column is the row's latest token, and zeros in the
             first columns are tokens that never were (a static cache begins with nothing else).
         dtype: None for the dtype of the activations.
+        together: whether the values of a column of a growing state lie together in a static cache, for mixers that read
+            column by column, and not those of a row.
     """
 
     kind: str
     shape: tuple[int | None, ...]
     dtype: torch.dtype | None = None
+    together: bool = False
 
     @property
     def grows(self) -> bool:

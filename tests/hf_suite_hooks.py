@@ -62,10 +62,10 @@ class StateShapes:
             return super()._check_attentions_for_generate(  # type: ignore[misc]
                 batch_size, attentions, prompt_length, output_length, config, decoder_past_key_values
             )
-        room = decoder_past_key_values.max_cache_len  # columns of the growing states, before those of a forward
+        room = decoder_past_key_values.max_cache_len  # all columns of growing states, and maybe those of a forward
         for i, layers in enumerate(attentions):
             length = prompt_length if i == 0 else 1
-            assert {w.shape for w in layers} <= {(batch_size, 2, length, n) for n in (length, room + length)}
+            assert {w.shape for w in layers} <= {(batch_size, 2, length, n) for n in (length, room, room + length)}
 
     def test_reverse_loading_mapping(self) -> None:
         common = sys.modules["tests.test_modeling_common"]

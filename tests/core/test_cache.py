@@ -204,7 +204,7 @@ class TestStatic:
         cache = ArchStaticCache(model.config, max_cache_len=50)
         ids = tokens(2, 7)
         feed(model, cache, ids)
-        where = {name: tensor.data_ptr() for name, tensor in cache.tensors()}
+        where = {name: tensor.data_ptr() for name, tensor in cache.held()}
         feed(model, cache, ids[:, :1])
         cache.activate_past_recording()
         feed(model, cache, ids, logits_to_keep=7)
@@ -212,7 +212,7 @@ class TestStatic:
         cache.reorder_cache(torch.tensor([1, 0]))
         cache.reset()
         feed(model, cache, ids)
-        assert {name: tensor.data_ptr() for name, tensor in cache.tensors()} == where
+        assert {name: tensor.data_ptr() for name, tensor in cache.held()} == where
 
     def test_early_initialization(self, model):
         """Buffers that are there before the first token hold the empty state."""
@@ -340,7 +340,7 @@ class TestGrowingStates:
         inputs = torch.randn(2, 3, 9)
         for piece in inputs.split([4, 1, 4], -1):
             self.read(cache, piece)
-        past = cache.slot(1).get("past")
+        past = dict(cache.tensors())["layers.1.past"]
         assert past.shape == (2, 3, 9 if kind == "dynamic" else 300)
         assert torch.equal(past[..., -9:], inputs)
         assert not past[..., :-9].any()
@@ -348,7 +348,7 @@ class TestGrowingStates:
         for other in KINDS:
             loaded = empty(other, config)
             loaded.load_state_dict({**cache.state_dict(), **self.of_layer_0(cache)})
-            assert torch.equal(loaded.slot(1).get("past")[..., -9:], inputs)
+            assert torch.equal(dict(loaded.tensors())["layers.1.past"][..., -9:], inputs)
 
     @staticmethod
     def of_layer_0(cache):

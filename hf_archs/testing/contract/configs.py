@@ -66,7 +66,7 @@ def other_values(value: Any, hint: Any) -> list[Any]:
         elif option is float:
             start = value if isinstance(value, float) and math.isfinite(value) else 1.0
             found += [start * 2, start / 2, start * 100, start / 100, 0.0, 1.0]
-        elif option is str:
+        elif option is str and value is None:
             found += ["none"]  # a pattern without anything
         elif option is type(None):
             found += [None]
