@@ -336,7 +336,8 @@ class Attention(nn.Module):
             return self.out_proj(self._in_place(q, k, v, start, state))
         before = {name: None if state is None else state.get(name) for name in self.states}
         columns = self._columns(k, v, start, before)
-        self._direct = columns.k.shape[2]
+        if self.show is not None:
+            self._direct = columns.k.shape[2]
         if before["key"] is None and seq_idx is None and self._sees_all(k.shape[2]):
             y = self._interface(q, k, v, None).flatten(2)
         else:
@@ -354,7 +355,8 @@ class Attention(nn.Module):
         inputs: dict[str, torch.Tensor | None] = {"k": k.transpose(1, 2), "v": v.transpose(1, 2), "seq_idx": None}
         held, place = state.append({"key": k.mT, "value": v.mT}, after, inputs, self._replay)
         keys, values = (cast(held[name], q.dtype).mT for name in ("key", "value"))
-        self._direct = keys.shape[2]
+        if self.show is not None:
+            self._direct = keys.shape[2]
         column = torch.arange(keys.shape[2], device=q.device)
         first = (place[0] + start).unsqueeze(2)  # (b or 1, 1, 1)
         seen = (column <= place.unsqueeze(1)) & (column >= first)
