@@ -86,6 +86,13 @@ class Memory(NamedTuple):
     ends: torch.Tensor  # how many others end before each coordinate from -p to l, (b or 1, p + l + 1)
 
 
+class NewBlock(NamedTuple):
+    """The one block that may enter the memory after one token more."""
+
+    k: torch.Tensor  # (b, k, 1, n)
+    v: torch.Tensor
+
+
 class CompressiveMemory(nn.Module):
     """Blocks of tokens as one key and one value each (Rae et al. 2020, section 3.1).
 
@@ -109,9 +116,15 @@ class CompressiveMemory(nn.Module):
         rate = self.config.compression_rate
         return start + (query - start - self.config.window + 1).clamp(min=0) // rate * rate
 
-    def forward(self, columns: Columns) -> Memory:
-        """Those of the state, and those that the queries, or the token after them, may have in their memory."""
+    def forward(self, columns: Columns) -> Memory | NewBlock:
+        """Those of the state, and those that the queries, or the token after them, may have in their memory.
+
+        Of one token more what the state holds is its memory, and the block that it may push out of the window begins at
+        the first of the columns.
+        """
         rate, past, length, start = self.config.compression_rate, columns.past, columns.length, columns.start
+        if columns.is_step:
+            return NewBlock(*self._compressed(*(t[:, :, :rate].unsqueeze(1) for t in (columns.k, columns.v))))
         coordinate = torch.arange(-past, length, device=start.device)
         starts = start
         if start.shape[1] > 1:
@@ -123,8 +136,7 @@ class CompressiveMemory(nn.Module):
         number = torch.arange(1, -(-length // rate) + 1, device=start.device)
         after = torch.searchsorted(ends, number.expand(ends.shape[0], -1).contiguous())  # the column after the last
         place = (after.unsqueeze(2) + torch.arange(-rate, 0, device=start.device)).clamp(0, past + length - 1)
-        k = self._compress(self._turned(take_columns(columns.k, place)), self.key_taps, columns.k.dtype)
-        v = self._compress(take_columns(columns.v, place), self.value_taps, columns.v.dtype)
+        k, v = self._compressed(take_columns(columns.k, place), take_columns(columns.v, place))
         begin = after - rate - past
         if columns.before["memory_key"] is None:
             return Memory(k, v, begin, 0, ends)
@@ -146,9 +158,11 @@ class CompressiveMemory(nn.Module):
 
         return rotate(k, *made_once(("turns", rate, size, theta, dtype), k, turns))
 
-    def _compress(self, tokens: torch.Tensor, taps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """(b, blocks, k, rate, n) to (b, k, blocks, n)."""
-        return cast((tokens * taps.unsqueeze(2)).sum(3).transpose(1, 2), dtype)
+    def _compressed(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks of tokens (b, blocks, k, rate, n) as one key and one value each, (b, k, blocks, n)."""
+        pairs = ((self._turned(k), self.key_taps, k.dtype), (v, self.value_taps, v.dtype))
+        k, v = (cast((t * taps.unsqueeze(2)).sum(3).transpose(1, 2), dtype) for t, taps, dtype in pairs)
+        return k, v
 
     def before(self, columns: Columns, coordinate: torch.Tensor) -> torch.Tensor:
         """How many of the blocks end before each coordinate, which comes from `lowest`."""
@@ -161,7 +175,7 @@ class CompressiveMemory(nn.Module):
     def seen(self, columns: Columns, blocks: Blocks) -> Extra:
         """The memory of each block of queries."""
         memory, slots = columns.memory, self.config.memory_slots
-        if memory is None:
+        if isinstance(memory, NewBlock):
             k, v = columns.held("memory_")
             number = (-blocks.start - self.config.window + 1).clamp(min=0) // self.config.compression_rate
             return k[:, None], v[:, None], torch.arange(slots, 0, -1, device=k.device) <= number
@@ -178,27 +192,17 @@ class CompressiveMemory(nn.Module):
     def after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor | int) -> States:
         """The last blocks that are in the memory of the token after the last; see `Attention._more_after`."""
         memory, slots = columns.memory, self.config.memory_slots
-        if memory is None:
-            return self._after_step(columns, start, end)
+        if isinstance(memory, NewBlock):
+            enters = (self.lowest(end, start) > self.lowest(0, start))[:, None, :, None]
+            pairs = zip(columns.held("memory_"), memory, strict=True)
+            k, v = (torch.where(enters, torch.cat([held[:, :, 1:], new], 2), held).mT for held, new in pairs)
+            return {"memory_key": k, "memory_value": v}
         upto = self.before(columns, self.lowest(end, start))
         number = upto + torch.arange(-slots, 0, device=upto.device)
         place = number.clamp(0, memory.start.shape[1] - 1)
         begin = memory.start.expand(place.shape[0], -1).gather(1, place)
         there = ((number >= 0) & (begin >= start))[:, None, :, None]
         k, v = (torch.where(there, take_columns(t, place.unsqueeze(1))[:, 0], 0).mT for t in (memory.k, memory.v))
-        return {"memory_key": k, "memory_value": v}
-
-    def _after_step(self, columns: Columns, start: torch.Tensor, end: torch.Tensor | int) -> States:
-        """`after` one token more: none or one block, which begins at the first of the columns, enters the memory."""
-        rate = self.config.compression_rate
-        enters = (self.lowest(end, start) > self.lowest(0, start))[:, None, :, None]
-        k, v = (t[:, :, :rate].unsqueeze(1) for t in (columns.k, columns.v))
-        new = (
-            self._compress(self._turned(k), self.key_taps, columns.k.dtype),
-            self._compress(v, self.value_taps, columns.v.dtype),
-        )
-        held = columns.held("memory_")
-        k, v = (torch.where(enters, torch.cat([t[:, :, 1:], n], 2), t).mT for t, n in zip(held, new, strict=True))
         return {"memory_key": k, "memory_value": v}
 
 
@@ -269,8 +273,7 @@ class MemoryAttention(SlidingAttention):
         self, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, before: Mapping[str, torch.Tensor | None]
     ) -> Columns:
         columns = super()._columns(k, v, start, before)
-        # of one token more, what the state holds is the memory
-        return columns._replace(memory=self.memory(columns)) if self.compressive and not columns.is_step else columns
+        return columns._replace(memory=self.memory(columns)) if self.compressive else columns
 
     def _extra(self, blocks: Blocks, columns: Columns) -> list[Extra]:
         more = [self.memory.seen(columns, blocks)] if self.compressive else []
