@@ -83,8 +83,9 @@ def _permute(hidden_states: torch.Tensor, index: torch.Tensor | None) -> torch.T
 class AttentionWeights(nn.Identity):
     """Sees the weights of a layer's attention in the user's order, and transformers records them from it.
 
-    (b, heads, l, columns): the last l columns are the tokens of this forward, and before them are earlier ones. What a
-    memory or global tokens in the cache are given is left out.
+    (b, heads, l, columns): the last l columns are the tokens of this forward, and before them are earlier ones. (A
+    static cache has as many columns as it has room, each position at its own place; behind them stand the tokens of a
+    forward that is padded or packed.) What a memory or global tokens in the cache are given is left out.
     """
 
 
@@ -118,7 +119,11 @@ class ArchBlock(GradientCheckpointingLayer):
             self.feed_forward = get_feed_forward(plan.feed_forward).module_class(plan.feed_forward_config)
 
     def forward(
-        self, hidden_states: torch.Tensor, layout: Layout, past_key_values: RecurrentCache | None = None
+        self,
+        hidden_states: torch.Tensor,
+        layout: Layout,
+        past_key_values: RecurrentCache | None = None,
+        output_attentions: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """``(b, l, d)`` to the same; beside it the statistics of the feed-forward's router where it has one.
 
@@ -130,7 +135,7 @@ class ArchBlock(GradientCheckpointingLayer):
         residual = wide(hidden_states) if self.residual_in_fp32 else hidden_states
         if self.mixer is not None:
             state = None if past_key_values is None else past_key_values.slot(self.layer_idx)
-            residual = residual + self._mix(self.norm(residual), layout, state)
+            residual = residual + self._mix(self.norm(residual), layout, state, output_attentions)
         if self.feed_forward is None:
             return residual
         normed = (self.norm if self.mixer is None else self.feed_forward_norm)(residual)
@@ -139,12 +144,13 @@ class ArchBlock(GradientCheckpointingLayer):
         output, statistics = self.feed_forward(normed, mask=layout.mask())
         return residual + output, statistics
 
-    def _mix(self, hidden_states: torch.Tensor, layout: Layout, state: Slot | None) -> torch.Tensor:
+    def _mix(
+        self, hidden_states: torch.Tensor, layout: Layout, state: Slot | None, output_attentions: bool
+    ) -> torch.Tensor:
         assert self.mixer is not None
         order, restore, lengths, seq_idx = layout
-        # hooks stand here after output_attentions was asked for once
         recorder = self.attention_weights
-        shown = _attentions(self.mixer) if recorder is not None and recorder._forward_hooks else []
+        shown = _attentions(self.mixer) if output_attentions and recorder is not None else []
         total = None if state is None or state.cache.is_static else state.cache.get_seq_length()
         for attention in shown:
             attention.show = partial(_show, recorder=recorder, layout=layout, total=total)
@@ -178,20 +184,21 @@ def _attentions(mixer: nn.Module) -> list[Any]:
 def _show(weights: torch.Tensor, recorder: Any, layout: Layout, total: int | None) -> torch.Tensor:
     """Weights (b, h, l, columns) of real tokens first, shown in the user's order, and as they were: gradients pass.
 
-    ``total`` is the number of all positions so far, where the columns may be fewer: the last ones.
+    ``total`` is the number of all positions so far, where there may be fewer columns, of the last ones, or more, of
+    nothing.
     """
     length, missing = weights.shape[2], 0 if total is None else total - weights.shape[3]
     shown = nn.functional.pad(weights, (missing, 0))
     mask = layout.mask()
     if mask is None or layout.order is None or layout.restore is None:
-        return recorder(shown)[..., missing:]
+        return nn.functional.pad(recorder(shown), (-missing, 0))
 
     def ordered(w: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         before, here = w.gather(2, index[:, None, :, None].expand_as(w)).tensor_split([w.shape[3] - length], 3)
         return torch.cat([before, here.gather(3, index[:, None, None].expand_as(here))], 3)
 
     shown = ordered(shown, layout.restore).masked_fill(~mask[:, None, :, None], 0)
-    return ordered(recorder(shown), layout.order)[..., missing:]
+    return nn.functional.pad(ordered(recorder(shown), layout.order), (-missing, 0))
 
 
 def _reverse_real(rows: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -369,7 +376,9 @@ class ArchModel(ArchPreTrainedModel):
             use_cache = self.config.use_cache
         if self.config.embedding_multiplier != 1.0:
             inputs_embeds = inputs_embeds * self.config.embedding_multiplier
-        if kwargs.get("output_attentions") and any(layer.attention_weights is not None for layer in self.layers):
+        asked = kwargs.get("output_attentions", self.config.output_attentions)
+        output_attentions = bool(asked) and any(layer.attention_weights is not None for layer in self.layers)
+        if output_attentions:
             implementation = self.config._attn_implementation
             if implementation != "eager":
                 logger.warning_once(
@@ -400,7 +409,9 @@ class ArchModel(ArchPreTrainedModel):
         statistics: list[torch.Tensor] = []
         with below_autograd() if length == 1 else contextlib.nullcontext():
             for layer in self.layers:
-                hidden_states = layer(hidden_states, layout, past_key_values=past_key_values)
+                hidden_states = layer(
+                    hidden_states, layout, past_key_values=past_key_values, output_attentions=output_attentions
+                )
                 if isinstance(hidden_states, tuple):
                     hidden_states, counted = hidden_states
                     statistics.append(counted)

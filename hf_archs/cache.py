@@ -366,6 +366,13 @@ class RecurrentCache(Cache):
             lengths = segment.tokens_in(cut, batch, device)
             record.before = dict(replay(inputs, record.before, lengths))
             start = cut if segment.mask is None else int(lengths[0])
+            documents = inputs.get("seq_idx")
+            if documents is not None and start > 0:  # a document that begins there has nothing before it: zeros
+                begins = documents[:, start] != documents[:, start - 1]
+                record.before = {
+                    n: None if t is None else t.masked_fill(begins.view(-1, *[1] * (t.ndim - 1)), 0)
+                    for n, t in record.before.items()
+                }
             inputs = {name: t[:, start:].clone() for name, t in inputs.items()}
             record.first_cut = cut
         record.inputs.append(inputs)
@@ -415,9 +422,12 @@ class RecurrentCache(Cache):
             self.store(layer_idx, name, value)
             return
         layer, kind, index = self.place(layer_idx, name)
-        layer.has_previous_state[index] = False
+        layer.has_previous_state[index] = False  # which is also that of a state of another kind
+        states = getattr(layer, f"{kind}_states")
         if self.is_static:
-            getattr(layer, f"{kind}_states")[index].zero_()
+            states[index].zero_()
+        else:
+            states[index] = None
 
 
 class ArchDynamicCache(RecurrentCache, DynamicCache):

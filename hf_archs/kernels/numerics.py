@@ -53,15 +53,21 @@ def constant(value: float, like: Tensor) -> Any:
 
 def made_once(key: Any, like: Tensor, make: Callable[[], Tensor]) -> Tensor:
     """A tensor without a gradient that ``key`` alone decides on; on a CPU it is made at its first use and kept."""
-    if not like.is_cpu or torch.compiler.is_compiling():
+    if not like.is_cpu or torch.compiler.is_compiling() or _stands_for_another(like):
         return make()
     found = _kept.get(key)
     if found is None:
         with torch.inference_mode(False):  # what is made in it could not take part in training later
             found = make()
-        if type(found) is Tensor:  # not what only stands for one
+        if not _stands_for_another(found):
             _kept[key] = found
     return found
+
+
+def _stands_for_another(t: Tensor) -> bool:
+    """Whether it is what tracing and functorch see in the place of a tensor."""
+    wrapped = torch._is_functional_tensor(t) or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return wrapped or (type(t) is not Tensor and not isinstance(t, torch.nn.Parameter))
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:

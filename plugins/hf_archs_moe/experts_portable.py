@@ -113,7 +113,7 @@ def expert_mlp_fwd(
     if len(x) == 1 and not keep:
         return _one_token(x, index, weight, up, down, act, gated), x.new_empty(0)
     pairs = _Pairs(index, len(up))
-    scale = wide(weight).flatten()[pairs.order].unsqueeze(1)
+    scale = weight.flatten()[pairs.order].to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(1)
     kept = x.new_empty((index.numel(), up.shape[1]) if keep else 0)
     rows = _rows(pairs.count, x)
     ups, downs = up.mT.unbind(), down.mT.unbind()
@@ -161,7 +161,7 @@ def expert_mlp_bwd(
     """The gradients of x, weight, up and down."""
     act, act_backward = ACTIVATIONS[activation]
     pairs = _Pairs(index, len(up))
-    scale = wide(weight).flatten()[pairs.order].unsqueeze(1)
+    scale = weight.flatten()[pairs.order].to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(1)
     grad_scale = scale.new_empty(pairs.count)
     rows = _rows(pairs.count, x)
     grad_up, grad_down = (

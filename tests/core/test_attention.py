@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, functionalize
 from transformers import MistralConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
@@ -17,6 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 from hf_archs import attention
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache
 from hf_archs.configuration import ArchConfig, LayerPlan
+from hf_archs.kernels.numerics import _kept
 from hf_archs.registry import get_mixer
 from hf_archs.testing.contract.compiling import counted
 from hf_archs.testing.contract.models import assert_close, enliven
@@ -533,6 +536,23 @@ def test_positions_far_from_the_start():
     mixer = mixer.to_empty(device="cpu").double()
     mixer.load_state_dict(expected.state_dict())
     assert torch.equal(mixer(inputs(1, 9)), expected(inputs(1, 9)))
+
+
+def test_constants_are_kept_of_plain_tensors_alone():
+    """A forward after, before and under what traces: nothing of one is seen by another."""
+    mixer = mixer_of("compressive", torch.float32)
+    names = dict(mixer.named_parameters())
+    x = inputs(1, 9, dtype=torch.float32)
+    _kept.clear()
+    functionalize(lambda p: functional_call(mixer, p, (x,)))({n: p.detach() for n, p in names.items()})
+    expected = mixer(x)
+    assert expected.tolist()
+    expected.sum().backward()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert mixer(torch.empty(1, 9, WIDTH)).shape == expected.shape
+    with torch.inference_mode():
+        mixer(x)
+    assert torch.equal(mixer(x), expected)
 
 
 # -- torch.compile ---------------------------------------------------------------------------------------------------

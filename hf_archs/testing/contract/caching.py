@@ -57,6 +57,27 @@ class CacheContract(Contract):
         ids = tokens(2, 40)
         assert_close(continued(model, ids, [1] * 40), logits(model, ids, use_cache=False), "token by token")
 
+    @pytest.mark.parametrize("kind", [ArchDynamicCache, ArchStaticCache], ids=lambda kind: kind.__name__)
+    @pytest.mark.parametrize("start", [4, 5])
+    def test_documents_are_taken_back(self, model: Any, kind: Any, start: int) -> None:
+        """The last of seven tokens, whether a document begins before what is kept to do so or with it."""
+        ids = tokens(1, 9)
+        cache = kind(model.config, 20) if kind is ArchStaticCache else kind(model.config)
+        cache.activate_past_recording()
+        documents = (torch.arange(7) >= start).int().unsqueeze(0)
+        logits(model, ids[:, :7], seq_idx=documents, past_key_values=cache)
+        cache.crop(-1)
+        expected = logits(model, ids[:, start:])[:, 6 - start :]
+        assert_close(logits(model, ids[:, 6:], past_key_values=cache), expected, f"document at {start}")
+
+    def test_taken_back_to_nothing(self, model: Any) -> None:
+        ids = tokens(1, 9)
+        cache = ArchDynamicCache(model.config)
+        cache.activate_past_recording()
+        logits(model, ids[:, :1], past_key_values=cache)
+        cache.crop(-1)
+        assert_close(logits(model, ids, past_key_values=cache), logits(model, ids), "from the beginning")
+
     def test_pieces_longer_and_shorter_than_any_chunk(self, model: Any) -> None:
         """Chunked forms cut at 64 or 128: pieces end one before, at and one after those, and at random places."""
         ids = tokens(2, 150)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_archs.cache import ArchDynamicCache, ArchStaticCache
 from hf_archs.testing.contract.models import lively, tokens
 from hf_archs_hybrid import ArchHybridConfig, ArchHybridForCausalLM
 
@@ -54,6 +55,34 @@ def test_a_continuation_sees_the_same(model):
         for weights, expected in zip(piece, whole, strict=True):
             assert weights.shape == (1, 4, end - start, end)
             assert torch.allclose(weights, expected[:, :, start:end, :end], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_fewer_tokens_than_a_window(model):
+    """What a window's state has no tokens for is no column, and neither is the room of another cache."""
+    ids = tokens(1, 5)
+    whole = model(ids, output_attentions=True).attentions
+    static = ArchStaticCache(model.config, max_cache_len=40)
+    model(ids[:, :2], past_key_values=static)
+    loaded = ArchDynamicCache(model.config)
+    loaded.load_state_dict(static.state_dict())
+    for cache in (model(ids[:, :2], use_cache=True).past_key_values, loaded):
+        out = model(ids[:, 2:], past_key_values=cache, output_attentions=True)
+        for weights, expected in zip(out.attentions, whole, strict=True):
+            assert weights.shape == (1, 4, 3, 5)
+            assert torch.allclose(weights, expected[:, :, 2:], rtol=0, atol=1e-5)
+
+
+def test_only_where_they_are_asked_for(model):
+    """Windows run in blocks again after that."""
+    model(tokens(1, 5), output_attentions=True)
+    shown = []
+    for layer in model.model.layers:
+        for attention in layer.mixer.modules():
+            attention.register_forward_pre_hook(lambda module, _: shown.append(getattr(module, "show", None)))
+    model(tokens(1, 20))
+    assert shown
+    assert not any(shown)
 
 
 def test_gradients_pass(model):
