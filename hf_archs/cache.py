@@ -453,7 +453,8 @@ class ArchStaticCache(RecurrentCache, StaticCache):
 
     Args:
         config: the model's config.
-        max_cache_len: positions that key-value layers and growing states can hold; other states have no limit.
+        max_cache_len: positions that key-value layers and growing states can hold; other states have no limit. (One
+            more is refused; in a compiled forward by an index that is out of bounds.)
     """
 
     is_static = True

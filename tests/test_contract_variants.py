@@ -28,7 +28,8 @@ CAPACITIES = {
 }
 LOSS_FREE = {"router": "loss_free", "score_function": "sigmoid", "gated": False, "hidden_act": "relu2"}
 
-# retention's first outputs may be nearly zero by chance, and its norm would then amplify what float32 rounds
+# retention's first outputs may be nearly zero by chance, and its norm would then amplify what float32 rounds; so would
+# the filters of large random weights at their usual frequency
 MIXERS = {
     "attention": {"type": "attention", "num_heads": 4, "num_key_value_heads": 2},
     "sliding_attention": {"type": "sliding_attention", "num_heads": 4, "window": 7, "global_tokens": 2},
@@ -36,7 +37,7 @@ MIXERS = {
     "mamba": {"type": "mamba", "state_size": 8},
     "mamba2": {"type": "mamba2", "state_size": 16, "head_dim": 16},
     "retnet": {"type": "retnet", "num_heads": 4, "norm_eps": 0.1},
-    "hyena": {"type": "hyena"},
+    "hyena": {"type": "hyena", "filter_frequency": 1.0, "max_positions": 256},
 }
 FEED_FORWARDS = {
     "mlp": {"type": "mlp", "intermediate_size": 96},
