@@ -46,16 +46,21 @@ class GenerationContract(Contract):
 
     @pytest.fixture(scope="class")
     @classmethod
-    def prompt(cls) -> torch.Tensor:
-        return tokens(2, 11)
+    def prompt(cls, shared_model: Any) -> torch.Tensor:
+        """One that the greedy tokens after it are varied for, or nothing here would show a mistake; and none is 0, at
+        which a drafter ends.
+        """
+        for seed in range(80):
+            found = greedy(shared_model, tokens(2, 11, seed))[:, 11:]
+            if all(len(set(row.tolist())) >= NEW // 8 and 0 not in row for row in found):
+                return tokens(2, 11, seed)
+        raise AssertionError(f"the model repeats itself after every prompt, the last time as {found}")
 
     @pytest.fixture(scope="class")
     @classmethod
     def expected(cls, shared_model: Any, prompt: torch.Tensor) -> torch.Tensor:
-        """The greedy tokens; varied ones, or nothing here would show a mistake."""
-        found = greedy(shared_model, prompt)
-        assert all(len(set(row[11:].tolist())) >= NEW // 8 for row in found), found
-        return found
+        """The greedy tokens."""
+        return greedy(shared_model, prompt)
 
     @pytest.mark.parametrize(
         "options",
