@@ -223,6 +223,7 @@ def eager_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
+    show: Callable[[torch.Tensor], torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention as two products around a softmax, in at least float32: transformers' ``eager``.
@@ -231,6 +232,7 @@ def eager_attention(
         query: (b, h, l, n).
         key, value: (b, k, columns, n).
         attention_mask: what each query sees, bool, (b or 1, 1, l, columns); None for causal attention.
+        show: gets the weights, and gives what stands for them.
 
     Returns:
         (b, l, h, n) in the dtype of ``query``, and the weights (b, h, l, columns).
@@ -242,10 +244,8 @@ def eager_attention(
         if attention_mask is None:
             attention_mask = torch.ones_like(scores[:1, :1], dtype=torch.bool).tril()
         weights = scores.masked_fill(~attention_mask, -math.inf).softmax(-1)
-        show = getattr(module, "show", None)
         if show is not None:
-            others, direct = weights.tensor_split([weights.shape[3] - int(module._direct)], 3)  # type: ignore[arg-type]
-            weights = torch.cat([others, show(direct)], 3)
+            weights = show(weights)
         return cast((weights @ value).transpose(1, 2), query.dtype), weights
 
 
@@ -299,7 +299,6 @@ class Attention(nn.Module):
     reach: int | None = None  # the most direct columns that a query sees; None for all
     # gets the weights of the direct columns, (b, h, l, columns), from `eager` attention, and gives what stands for them
     show: Callable[[torch.Tensor], torch.Tensor] | None = None
-    _direct = 0  # how many these are, where it is set
 
     def __init__(self, config: AttentionConfig):
         super().__init__()
@@ -336,8 +335,6 @@ class Attention(nn.Module):
             return self.out_proj(self._in_place(q, k, v, start, state))
         before = {name: None if state is None else state.get(name) for name in self.states}
         columns = self._columns(k, v, start, before)
-        if self.show is not None:
-            self._direct = columns.k.shape[2]
         if before["key"] is None and seq_idx is None and self._sees_all(k.shape[2]):
             y = self._interface(q, k, v, None).flatten(2)
         else:
@@ -355,8 +352,6 @@ class Attention(nn.Module):
         inputs: dict[str, torch.Tensor | None] = {"k": k.transpose(1, 2), "v": v.transpose(1, 2), "seq_idx": None}
         held, place = state.append({"key": k.mT, "value": v.mT}, after, inputs, self._replay)
         keys, values = (cast(held[name], q.dtype).mT for name in ("key", "value"))
-        if self.show is not None:
-            self._direct = keys.shape[2]
         column = torch.arange(keys.shape[2], device=q.device)
         first = (place[0] + start).unsqueeze(2)  # (b or 1, 1, 1)
         seen = (column <= place.unsqueeze(1)) & (column >= first)
@@ -437,7 +432,7 @@ class Attention(nn.Module):
 
     def _read(self, blocks: Blocks, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(b * s, queries, h, n) from keys and values (b * s, k, columns, n) and a mask, see `_rows`."""
-        return self._interface(blocks.q.flatten(0, 1), k, v, mask)
+        return self._interface(blocks.q.flatten(0, 1), k, v, mask, k.shape[2] - blocks.k.shape[3])
 
     def _blocks(self, q: torch.Tensor, columns: Columns) -> Blocks:
         """All queries in one block; or, where there are more than ``reach``, blocks of so many, whose columns are their
@@ -464,10 +459,18 @@ class Attention(nn.Module):
         query, key = block + within[size - 1 :].view(1, -1, 1), block + within.view(1, 1, -1)
         return Blocks(q, k, v, query, key, start[..., None])
 
-    def _interface(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """The implementation that the model's config names, (b, h, l, n) to (b, l, h, n)."""
+    def _interface(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, extra: int = 0
+    ) -> torch.Tensor:
+        """The implementation that the model's config names, (b, h, l, n) to (b, l, h, n); ``extra`` columns come first
+        that are not the direct ones.
+        """
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
-        return attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, is_causal=mask is None)[0]
+        options: dict[str, Any] = {"dropout": 0.0, "scaling": self.scaling, "is_causal": mask is None}
+        show = self.show
+        if show is not None and attend is eager_attention:
+            options["show"] = lambda weights: torch.cat([weights[..., :extra], show(weights[..., extra:])], 3)
+        return attend(self, q, k, v, mask, **options)[0]
 
     # -- states ---------------------------------------------------------------------------------------------------
 
@@ -572,15 +575,13 @@ class SlidingAttention(Attention):
 
     def _first_tokens(self, columns: Columns, place: torch.Tensor) -> list[torch.Tensor]:
         """Keys and values of the global tokens at coordinates ``place``, (b or 1, s, g): (b, s, k, g, n)."""
-        found = []
-        last = columns.past + columns.length - 1
-        for name, t in (("global_key", columns.k), ("global_value", columns.v)):
-            taken = take_columns(t, (place + columns.past).clamp(columns.past, last))
-            held = columns.before[name]
-            if held is not None:
-                taken = torch.where((place < 0)[:, :, None, :, None], cast(held, t.dtype).mT[:, None], taken)
-            found.append(taken)
-        return found
+        here = (place + columns.past).clamp(columns.past, columns.past + columns.length - 1)
+        found = [take_columns(t, here) for t in (columns.k, columns.v)]
+        if columns.before["global_key"] is None:
+            return found
+        earlier = (place < 0)[:, :, None, :, None]
+        pairs = zip(columns.held("global_"), found, strict=True)
+        return [torch.where(earlier, held[:, None], taken) for held, taken in pairs]
 
     def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor | int) -> States:
         if not self.config.global_tokens:

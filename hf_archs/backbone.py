@@ -151,8 +151,8 @@ class ArchBlock(GradientCheckpointingLayer):
         order, restore, lengths, seq_idx = layout
         recorder = self.attention_weights
         shown = _attentions(self.mixer) if output_attentions and recorder is not None else []
-        total = None if state is None or state.cache.is_static else state.cache.get_seq_length()
         for attention in shown:
+            total = None if state is None or state.cache.is_static else state.cache.get_seq_length()
             attention.show = partial(_show, recorder=recorder, layout=layout, total=total)
         mixed = self.mixer(_permute(hidden_states, order), state=state, lengths=lengths, seq_idx=seq_idx)
         mixed = _permute(mixed, restore)

@@ -69,8 +69,8 @@ class Slot:
         if not layer.has_previous_state[index]:
             return None
         value = getattr(layer, f"{kind}_states")[index]
-        if self.cache.turns(self.layer_idx, self.prefix + name):  # this forward's positions are counted already
-            return self.cache.from_places(value, self.cache._before)
+        if self.cache.grows_in_place(self.layer_idx, self.prefix + name):
+            return _turned(value, self.cache._before)  # this forward's positions are counted already
         return value
 
     def once(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -104,7 +104,7 @@ class Slot:
     def grows_in_place(self, name: str) -> bool:
         """Whether `append` can be used: the growing state ``name`` has a buffer of one size, with something in it."""
         layer, _, index = self.cache.place(self.layer_idx, self.prefix + name)
-        return layer.has_previous_state[index] and self.cache.turns(self.layer_idx, self.prefix + name)
+        return layer.has_previous_state[index] and self.cache.grows_in_place(self.layer_idx, self.prefix + name)
 
     def append(
         self, columns: States, states: States, inputs: dict[str, torch.Tensor | None], replay: Replay
@@ -218,8 +218,9 @@ class RecurrentCache(Cache):
         layer, kind, index = self.place(layer_idx, name)
         states = getattr(layer, f"{kind}_states")
         held = states.get(index)
-        if self.turns(layer_idx, name):
-            value = self._to_places(_last_columns(value, self.max_cache_len))  # type: ignore[arg-type]
+        if self.grows_in_place(layer_idx, name):
+            value = _last_columns(value, self.max_cache_len)  # type: ignore[arg-type]
+            value = _turned(value, -self._length.to(value.device))
         if held is not None and not self.is_static:
             states[index] = value
         elif held is not None and held.shape == value.shape:
@@ -236,24 +237,13 @@ class RecurrentCache(Cache):
             layer.device, layer.dtype = value.device, value.dtype
         layer.has_previous_state[index] = True
 
-    def turns(self, layer_idx: int, name: str) -> bool:
+    def grows_in_place(self, layer_idx: int, name: str) -> bool:
         """Whether a state grows in a buffer of one size.
 
         There a column's place is that of its position in the cache, so that one more is one more to write. Everywhere
-        else the last column is the last position.
+        else the last column is the last position: turned by the number of positions, one becomes the other.
         """
         return self.is_static and self.max_cache_len is not None and self._specs[layer_idx][name].grows
-
-    @staticmethod
-    def from_places(value: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-        """Columns at the places of their positions, of which there are ``length``, so that the last is the last."""
-        size = value.shape[-1]
-        return value.index_select(-1, (torch.arange(size, device=value.device) + length) % size)
-
-    def _to_places(self, value: torch.Tensor) -> torch.Tensor:
-        """The inverse, for all positions so far."""
-        size = value.shape[-1]
-        return value.index_select(-1, (torch.arange(size, device=value.device) - self._length.to(value.device)) % size)
 
     def held(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every state tensor with a stable name, ``layers.<i>.<state>``, as it lies in memory."""
@@ -268,7 +258,7 @@ class RecurrentCache(Cache):
         """The same, the columns of growing states as mixers see them: the last one is the last position."""
         for key, tensor in self.held():
             _, layer_idx, name = key.split(".", 2)
-            yield key, self.from_places(tensor, self._length) if self.turns(int(layer_idx), name) else tensor
+            yield key, _turned(tensor, self._length) if self.grows_in_place(int(layer_idx), name) else tensor
 
     def num_bytes(self) -> int:
         """Bytes that the states hold; for a pure recurrent model the same at every length."""
@@ -482,6 +472,12 @@ def _last_columns(value: torch.Tensor, columns: int) -> torch.Tensor:
     """The last ``columns`` of the last dimension, after zeros where there are fewer."""
     value = value[..., max(value.shape[-1] - columns, 0) :]
     return torch.nn.functional.pad(value, (columns - value.shape[-1], 0))
+
+
+def _turned(value: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """The columns of the last dimension from the one at ``by`` on, and then those before it."""
+    size = value.shape[-1]
+    return value.index_select(-1, (torch.arange(size, device=value.device) + by) % size)
 
 
 def adopt(cache: Cache, config: Any) -> RecurrentCache:

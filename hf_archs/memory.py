@@ -111,10 +111,13 @@ class CompressiveMemory(nn.Module):
         for taps in (self.key_taps, self.value_taps):
             init.constant_(taps, 1 / self.config.compression_rate)
 
+    def left(self, query: torch.Tensor | int, start: torch.Tensor) -> torch.Tensor:
+        """How many blocks of its document have left the window of a query."""
+        return (query - start - self.config.window + 1).clamp(min=0) // self.config.compression_rate
+
     def lowest(self, query: torch.Tensor | int, start: torch.Tensor) -> torch.Tensor:
         """The coordinate at which the first block begins that is not in the memory of a query."""
-        rate = self.config.compression_rate
-        return start + (query - start - self.config.window + 1).clamp(min=0) // rate * rate
+        return start + self.left(query, start) * self.config.compression_rate
 
     def forward(self, columns: Columns) -> Memory | NewBlock:
         """Those of the state, and those that the queries, or the token after them, may have in their memory.
@@ -141,7 +144,7 @@ class CompressiveMemory(nn.Module):
         if columns.before["memory_key"] is None:
             return Memory(k, v, begin, 0, ends)
         slots = torch.arange(-self.config.memory_slots, 0, device=start.device)
-        first = self.lowest(torch.zeros_like(start[:, :1]), start[:, :1])
+        first = self.lowest(0, start[:, :1])
         k, v = (torch.cat(pair, 2) for pair in zip(columns.held("memory_"), (k, v), strict=True))
         return Memory(k, v, torch.cat([first + rate * slots, begin], 1), self.config.memory_slots, ends)
 
@@ -167,7 +170,6 @@ class CompressiveMemory(nn.Module):
     def before(self, columns: Columns, coordinate: torch.Tensor) -> torch.Tensor:
         """How many of the blocks end before each coordinate, which comes from `lowest`."""
         memory = columns.memory
-        assert memory is not None
         index = (coordinate + columns.past).clamp(0, memory.ends.shape[1] - 1)
         ends = memory.ends.expand(index.shape[0], -1).gather(1, index.flatten(1))
         return memory.held + ends.view_as(index)
@@ -177,8 +179,7 @@ class CompressiveMemory(nn.Module):
         memory, slots = columns.memory, self.config.memory_slots
         if isinstance(memory, NewBlock):
             k, v = columns.held("memory_")
-            number = (-blocks.start - self.config.window + 1).clamp(min=0) // self.config.compression_rate
-            return k[:, None], v[:, None], torch.arange(slots, 0, -1, device=k.device) <= number
+            return k[:, None], v[:, None], torch.arange(slots, 0, -1, device=k.device) <= self.left(0, blocks.start)
         queries = blocks.query.shape[1]
         # what enters the memory from the first query of a block to its last
         more = 0 if queries == 1 else (queries + self.config.reach) // self.config.compression_rate + 1
@@ -193,7 +194,7 @@ class CompressiveMemory(nn.Module):
         """The last blocks that are in the memory of the token after the last; see `Attention._more_after`."""
         memory, slots = columns.memory, self.config.memory_slots
         if isinstance(memory, NewBlock):
-            enters = (self.lowest(end, start) > self.lowest(0, start))[:, None, :, None]
+            enters = (self.left(end, start) > self.left(0, start))[:, None, :, None]
             pairs = zip(columns.held("memory_"), memory, strict=True)
             k, v = (torch.where(enters, torch.cat([held[:, :, 1:], new], 2), held).mT for held, new in pairs)
             return {"memory_key": k, "memory_value": v}

@@ -82,6 +82,7 @@ _PER_EXPERT = {
     for name in ("gate", "up", "down")
 }
 _DENSE = {f"feed_forward.{x}_proj.weight": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
+_BIASES = {f"mixer.{ours}": "attention_bias" for ours in ("attention_bias", "output_bias")}
 _QK_NORMS = {f"mixer.{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in ("q", "k")}
 
 MIXTRAL = TransformersFormat(
@@ -120,8 +121,7 @@ OLMOE = TransformersFormat(
         **{name: name for name in _SAME},
         **ATTENTION_FIELDS,
         "mixer.clip_qkv": "clip_qkv",
-        "mixer.attention_bias": "attention_bias",
-        "mixer.output_bias": "attention_bias",
+        **_BIASES,
         "norm_eps": "rms_norm_eps",
         "num_experts": "num_experts",
         "moe_intermediate_size": "intermediate_size",
@@ -143,8 +143,7 @@ QWEN3_MOE = TransformersFormat(
         **{name: name for name in _SAME},
         **ATTENTION_FIELDS,
         "mixer.head_dim": "head_dim",
-        "mixer.attention_bias": "attention_bias",
-        "mixer.output_bias": "attention_bias",
+        **_BIASES,
         "norm_eps": "rms_norm_eps",
         "num_experts": "num_experts",
         "moe_intermediate_size": "moe_intermediate_size",
@@ -154,14 +153,7 @@ QWEN3_MOE = TransformersFormat(
     },
     constants={**_CONSTANTS, "mixer.qk_norm": "head"},
     layer_patterns=_PER_EXPERT,
-    **{
-        **_COMMON,
-        "layer_renames": {
-            **_COMMON["layer_renames"],
-            **_QK_NORMS,
-            **_DENSE,
-        },
-    },
+    **{**_COMMON, "layer_renames": {**_COMMON["layer_renames"], **_QK_NORMS, **_DENSE}},
 )
 
 
@@ -214,8 +206,7 @@ LLAMA = DenseFormat(
     fields={
         **_DENSE_FIELDS,
         "mixer.head_dim": "head_dim",
-        "mixer.attention_bias": "attention_bias",
-        "mixer.output_bias": "attention_bias",
+        **_BIASES,
     },
     constants=_DENSE_CONSTANTS,
     **{**_NO_EXPERTS, "ignored": (*_COMMON["ignored"], "pretraining_tp")},
@@ -241,8 +232,7 @@ QWEN3 = DenseFormat(
     fields={
         **_DENSE_FIELDS,
         "mixer.head_dim": "head_dim",
-        "mixer.attention_bias": "attention_bias",
-        "mixer.output_bias": "attention_bias",
+        **_BIASES,
     },
     constants={**_DENSE_CONSTANTS, "mixer.qk_norm": "head"},
     **{

@@ -73,6 +73,10 @@ class _Pairs:
                 start, own = s.stop, []
         return zip(owns, *(t.split(blocks) for t in (self.tokens, *others)), strict=True)
 
+    def scale(self, weight: Tensor, x: Tensor) -> Tensor:
+        """The weight of each pair, (p, 1), as wide as what it multiplies: x, in float32 or wider."""
+        return weight.flatten()[self.order].to(_wider(x)).unsqueeze(1)
+
     def sum(self, rows: Tensor) -> Tensor:
         """The sum of each token's ``rows``, which are sorted and end on one of zeros: (t, h), in a fixed order."""
         place = self.order.new_full((self.shape.numel(),), self.count)
@@ -80,9 +84,13 @@ class _Pairs:
         return rows.index_select(0, place).view(*self.shape, rows.shape[1]).sum(1)
 
 
+def _wider(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _rows(count: int, x: Tensor) -> Tensor:
     """For `_Pairs.sum`, as wide as x, in float32 or wider."""
-    rows = x.new_empty(count + 1, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    rows = x.new_empty(count + 1, x.shape[1], dtype=_wider(x))
     rows[count] = 0
     return rows
 
@@ -113,7 +121,7 @@ def expert_mlp_fwd(
     if len(x) == 1 and not keep:
         return _one_token(x, index, weight, up, down, act, gated), x.new_empty(0)
     pairs = _Pairs(index, len(up))
-    scale = weight.flatten()[pairs.order].to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(1)
+    scale = pairs.scale(weight, x)
     kept = x.new_empty((index.numel(), up.shape[1]) if keep else 0)
     rows = _rows(pairs.count, x)
     ups, downs = up.mT.unbind(), down.mT.unbind()
@@ -127,7 +135,7 @@ def _one_token(
     x: Tensor, index: Tensor, weight: Tensor, up: Tensor, down: Tensor, act: Callable[[Tensor], Tensor], gated: bool
 ) -> Tensor:
     """A decode step: nothing to sort, and no operator that is not a product or the activation."""
-    y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    y = torch.zeros_like(x, dtype=_wider(x))
     for e, w in zip(index[0].tolist(), weight[0].tolist()):
         if e < len(up):
             y.add_(_row_product(_inner(_row_product(x, up[e]), act, gated), down[e]), alpha=w)
@@ -161,7 +169,7 @@ def expert_mlp_bwd(
     """The gradients of x, weight, up and down."""
     act, act_backward = ACTIVATIONS[activation]
     pairs = _Pairs(index, len(up))
-    scale = weight.flatten()[pairs.order].to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(1)
+    scale = pairs.scale(weight, x)
     grad_scale = scale.new_empty(pairs.count)
     rows = _rows(pairs.count, x)
     grad_up, grad_down = (

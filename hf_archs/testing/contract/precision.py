@@ -57,7 +57,7 @@ class PrecisionContract(Contract):
             scaler.step(optimizer)
             scaler.update()
             values.append(loss.item())
-        assert min(values) < 0.6 * values[0], values  # large random weights may throw a single step far off
+        assert values[-1] < 0.6 * values[0], values
         if dtype == torch.float16:
             assert scaler.get_scale() == 2.0**10, "steps were skipped"
 
