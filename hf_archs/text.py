@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import math
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from hf_archs.checkpoints import looks_local
 
 Corpus = dict[str, str]
+Progress = Callable[[int, int], object]  # told how much is done of how much
 
 END_OF_TEXT = "<|endoftext|>"  # begins every document, and ends the one before
 SMALLEST_VOCABULARY = 257  # every byte, and the end of text
@@ -140,6 +141,21 @@ def split(corpus: Mapping[str, str]) -> tuple[Corpus, Corpus]:
     )
 
 
+def sample(corpus: Mapping[str, str], size: int) -> Corpus:
+    """About ``size`` characters from all over a corpus, the same for everybody.
+
+    They are the first `PIECE` characters of each document at most, document after document in the order of the sha256
+    of their names, and the last one cut where ``size`` is reached.
+    """
+    chosen: Corpus = {}
+    for name in sorted(corpus, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
+        if size <= 0:
+            break
+        chosen[name] = corpus[name][: min(PIECE, size)]
+        size -= len(chosen[name])
+    return chosen
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE (Sennrich et al. 2016; on bytes as in GPT-2) that can write any text.
 
@@ -178,14 +194,26 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ValueError("the tokenizer has neither a bos_token nor an eos_token; one of them must begin a document")
 
 
-def token_blocks(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int) -> Dataset:
+def token_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int, progress: Progress | None = None
+) -> Dataset:
     """All documents in one stream, each after a start token, cut into blocks of ``length`` tokens.
+
+    Args:
+        progress: called after each document with the characters that are encoded, and those of all.
 
     Returns:
         a dataset of ``input_ids`` and ``labels``. The last, shorter block is left out unless it is the only one.
     """
     start = start_token(tokenizer)
-    stream = [token for text in texts for token in (start, *encode(tokenizer, text))]
+    texts = list(texts)
+    characters, total = 0, sum(map(len, texts))
+    stream = []
+    for text in texts:
+        stream += [start, *encode(tokenizer, text)]
+        characters += len(text)
+        if progress is not None:
+            progress(characters, total)
     ends = range(length, max(len(stream), length) + 1, length)
     blocks = [stream[end - length : end] for end in ends]
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
@@ -205,6 +233,7 @@ def bits_per_byte(
     *,
     batch_size: int = 8,
     chunk: int = 512,
+    progress: Progress | None = None,
 ) -> float:
     """The bits that a causal language model needs for each byte of UTF-8.
 
@@ -215,6 +244,7 @@ def bits_per_byte(
         model: a causal language model of transformers, or one in PEFT's wrapping.
         batch_size: texts that are read together; it changes nothing but the time.
         chunk: tokens of each that are read together; likewise.
+        progress: called after each chunk with the tokens that are measured, and those of all.
     """
     texts = [text for text in texts if text]
     start = start_token(tokenizer)
@@ -222,6 +252,7 @@ def bits_per_byte(
     was_training = model.training
     model.eval()
     longest_first = sorted((encode(tokenizer, text) for text in texts), key=len, reverse=True)
+    measured, total = 0, sum(map(len, longest_first))
     for rows in _batches(longest_first, batch_size):
         lengths = torch.tensor([len(row) for row in rows])
         padded = nn.utils.rnn.pad_sequence(
@@ -246,5 +277,8 @@ def bits_per_byte(
             logits = output.logits.float().flatten(0, 1)  # (b * l, v)
             nats += F.cross_entropy(logits, targets.flatten().to(logits.device), reduction="sum").item()
             cache = output.past_key_values
+            measured += int((targets != -100).sum())
+            if progress is not None:
+                progress(measured, total)
     model.train(was_training)
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
