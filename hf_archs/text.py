@@ -8,6 +8,7 @@ Letters in shapes: b batch, l length, v vocabulary.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import math
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, load_dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -32,6 +33,8 @@ Progress = Callable[[int, int], object]  # told how much is done of how much
 END_OF_TEXT = "<|endoftext|>"  # begins every document, and ends the one before
 SMALLEST_VOCABULARY = 257  # every byte, and the end of text
 PIECE = 8192  # characters of a piece of a single file
+# files of rows, which have a text in one of their columns, and are not read yet
+ROWS = frozenset([".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow"])
 # folders of the interpreter's library that are no source of it, or other text than the rest
 NOT_LIBRARY = frozenset(["test", "idlelib", "pydoc_data", "lib2to3", "site-packages", "dist-packages"])
 
@@ -66,47 +69,67 @@ def python_topics() -> Corpus:
     return dict(importlib.import_module("pydoc_data.topics").topics)
 
 
+OURS: dict[str, Callable[[], Corpus]] = {"stdlib": standard_library, "topics": python_topics}
+
+
 def read_corpus(data: str) -> Corpus:
     """The documents that ``data`` names.
 
     Args:
         data: ``stdlib`` (`standard_library`), ``topics`` (`python_topics`), the path of a UTF-8 text file, the path of
             a folder of them, or the name of a dataset with a ``text`` column, ``owner/name`` or ``owner/name:config``,
-            of which the ``train`` split is read.
+            of which the ``train`` split is read. Text in one piece is cut, so that some of it can be held out.
 
     Raises:
         FileNotFoundError: where a path does not exist.
-        ValueError: where there is no text.
+        ValueError: where there is no text, or a file of rows (CSV, JSON, Parquet), or a folder of mostly such files.
     """
     path = Path(data).expanduser()
-    if data == "stdlib":
-        corpus = standard_library()
-    elif data == "topics":
-        corpus = python_topics()
+    if data in OURS:
+        corpus = OURS[data]()
     elif path.is_dir():
+        _refuse_rows(data, path)
         corpus = read_text_files(path)
     elif path.is_file():
-        corpus = _pieces(path)
+        _refuse_rows(data, path)
+        corpus = {path.name: _read(path)}
     elif path.suffix == ".txt" or looks_local(data):
         raise FileNotFoundError(
             f"data is {data!r}, which does not exist; allowed is a text file, a folder or a dataset"
         )
     else:
+        if near := difflib.get_close_matches(data, OURS, n=1, cutoff=0.7):
+            raise FileNotFoundError(f"data is {data!r}, which does not exist; did you mean {near[0]}?")
         corpus = _rows(data)
     corpus = {name: text for name, text in corpus.items() if text}
     if not corpus:
         raise ValueError(f"data is {data!r}, which holds no text; allowed is UTF-8 text")
-    return corpus
+    return _pieces(*corpus.popitem()) if len(corpus) == 1 else corpus
 
 
-def _pieces(path: Path) -> Corpus:
-    """One file, cut so that some of it can be held out."""
+def _refuse_rows(data: str, path: Path) -> None:
+    """A folder may have a table or a settings file among its text, but not more of them than of all else."""
+    sizes = {file: file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
+    rows = [file for file in sizes if file.suffix.lower() in ROWS]
+    if 2 * sum(sizes[file] for file in rows) > sum(sizes.values()):
+        where = "which is" if path.is_file() else f"in which most is rows, as {str(min(rows).relative_to(path))!r} is:"
+        raise ValueError(
+            f"data is {data!r}, {where} no plain text; CSV, JSON and Parquet are not read yet: write each of the texts "
+            "in them into a .txt file"
+        )
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_bytes().decode()
+        return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"data is {str(path)!r}, which is not UTF-8 text: {error}") from error
+
+
+def _pieces(name: str, text: str) -> Corpus:
+    """One document, cut so that some of it can be held out."""
     size = max(1, min(PIECE, len(text) // 20))
-    return {f"{path.name}#{i}": text[i : i + size] for i in range(0, len(text), size)}
+    return {f"{name}#{i}": text[i : i + size] for i in range(0, len(text), size)}
 
 
 def _rows(data: str) -> Corpus:
@@ -159,7 +182,8 @@ def sample(corpus: Mapping[str, str], size: int) -> Corpus:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE (Sennrich et al. 2016; on bytes as in GPT-2) that can write any text.
 
-    Its one special token, number 0, begins, ends and pads.
+    Its one special token, number 0, begins, ends and pads. A call of the tokenizer puts it before the text, so that a
+    prompt begins as a document of `token_blocks` does.
 
     Raises:
         ValueError: where ``vocab_size`` has no room for all bytes.
@@ -176,6 +200,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A",
+        pair=f"{END_OF_TEXT} $A {END_OF_TEXT}:1 $B:1",
+        special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))],
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments, pipeline
 
 import hf_archs
 from hf_archs import checkpoints, text, training
@@ -53,10 +53,12 @@ def test_a_folder_gives_its_text_files_only(tmp_path):
     (tmp_path / "binary").write_bytes(b"a\0b")
     (tmp_path / "latin").write_bytes("häuser".encode("latin-1"))
     (tmp_path / "empty").write_text("")
-    assert text.read_corpus(str(tmp_path)) == {"sub/a.txt": "häuser"}
+    assert text.read_text_files(tmp_path) == {"sub/a.txt": "häuser", "empty": ""}
+    (tmp_path / "b.txt").write_text("b")
+    assert text.read_corpus(str(tmp_path)) == {"sub/a.txt": "häuser", "b.txt": "b"}
 
 
-def test_a_file_is_cut_without_a_loss(tmp_path):
+def test_a_file_is_cut_without_a_loss_and_so_is_a_folder_with_one(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("".join(f"line {i}\n" for i in range(500)))
     corpus = text.read_corpus(str(path))
@@ -64,12 +66,33 @@ def test_a_file_is_cut_without_a_loss(tmp_path):
     kept, held_out = text.split(corpus)
     assert kept
     assert held_out
+    (tmp_path / "empty.txt").write_text("")
+    assert text.read_corpus(str(tmp_path)) == corpus
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.json", "a.jsonl", "a.ndjson", "a.parquet", "a.arrow"])
+def test_rows_are_no_text(tmp_path, name):
+    """A file of rows is refused, and a folder that is mostly rows; a table beside more text is text."""
+    (tmp_path / name).write_text('{"text": "words"}\n' * 9)
+    said = "CSV, JSON and Parquet are not read yet"
+    with pytest.raises(ValueError, match=f"{name}', which is no plain text; {said}"):
+        text.read_corpus(str(tmp_path / name))
+    (tmp_path / "README.txt").write_text("What the rows are.")
+    with pytest.raises(ValueError, match=f"in which most is rows, as '{name}' is: no plain text; {said}"):
+        text.read_corpus(str(tmp_path))
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 20)
+    assert "book.txt" in text.read_corpus(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "./missing", "a/b/c", "~/no-such-folder-here"])
 def test_a_path_that_is_not_there(name):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         text.read_corpus(name)
+
+
+def test_a_mistyped_corpus_is_not_looked_for_on_the_hub():
+    with pytest.raises(FileNotFoundError, match="'stdlb', which does not exist; did you mean stdlib"):
+        text.read_corpus("stdlb")
 
 
 def test_no_text_is_an_error(tmp_path):
@@ -94,6 +117,24 @@ def test_the_tokenizer_writes_any_text(tmp_path):
     assert text.start_token(tokenizer) == 0
     with pytest.raises(ValueError, match="vocab_size is 256; allowed are 257"):
         text.train_tokenizer(["a"], 256)
+
+
+def test_a_prompt_begins_as_a_document_does(tmp_path):
+    """Whatever calls the tokenizer (a pipeline, a server, README): the start token stands before the text, once."""
+    text.train_tokenizer(["some words"], 300).save_pretrained(tmp_path)
+    tokenizer = checkpoints.load_tokenizer(str(tmp_path))
+    own = text.encode(tokenizer, "some words")
+    assert 0 not in own
+    assert tokenizer("some words")["input_ids"] == [0, *own]
+    assert tokenizer("some", "words")["input_ids"].count(0) == 2
+    assert tokenizer.decode(tokenizer("some words")["input_ids"], skip_special_tokens=True) == "some words"
+    model = tiny().eval()
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(torch.tensor([[0, *own]]), **greedy)[0]
+    assert generator("some words", **greedy)[0]["generated_text"] == tokenizer.decode(
+        expected, skip_special_tokens=True
+    )
 
 
 def test_blocks_are_one_stream_with_a_start_before_every_document():
