@@ -13,11 +13,13 @@ import hashlib
 import importlib
 import math
 import sysconfig
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, load_dataset
@@ -237,14 +239,14 @@ def token_blocks(
     start = start_token(tokenizer)
     texts = list(texts)
     characters, total = 0, sum(map(len, texts))
-    stream = []
+    stream = array("i")
     for text in texts:
-        stream += [start, *encode(tokenizer, text)]
+        stream.extend([start, *encode(tokenizer, text)])
         characters += len(text)
         if progress is not None:
             progress(characters, total)
-    ends = range(length, max(len(stream), length) + 1, length)
-    blocks = [stream[end - length : end] for end in ends]
+    length = max(1, min(length, len(stream)))
+    blocks = np.asarray(stream)[: len(stream) // length * length].reshape(-1, length)
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 
