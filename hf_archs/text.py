@@ -44,9 +44,10 @@ NOT_LIBRARY = frozenset(["test", "idlelib", "pydoc_data", "lib2to3", "site-packa
 def read_text_files(folder: Path, skip: frozenset[str] = frozenset()) -> Corpus:
     """The text files (UTF-8, no zero byte) below ``folder``, by relative path; ``skip`` names top-level folders."""
     corpus = {}
-    for path in sorted(folder.rglob("*")):
+    below = [path for top in folder.iterdir() if top.name not in skip for path in (top, *top.rglob("*"))]
+    for path in sorted(below):
         name = path.relative_to(folder)
-        if name.parts[0] in skip or not path.is_file():
+        if not path.is_file():
             continue
         with path.open("rb") as file:
             content = file.read(8192)
@@ -166,17 +167,17 @@ def split(corpus: Mapping[str, str]) -> tuple[Corpus, Corpus]:
     )
 
 
-def sample(corpus: Mapping[str, str], size: int) -> Corpus:
-    """About ``size`` characters from all over a corpus, the same for everybody.
+def sample(corpus: Mapping[str, str], size: int, longest: int = PIECE) -> Corpus:
+    """At most ``size`` characters from all over a corpus, the same for everybody.
 
-    They are the first `PIECE` characters of each document at most, document after document in the order of the sha256
-    of their names, and the last one cut where ``size`` is reached.
+    They are the first ``longest`` characters of each document at most, document after document in the order of the
+    sha256 of their names, and the last one cut where ``size`` is reached.
     """
     chosen: Corpus = {}
     for name in sorted(corpus, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
         if size <= 0:
             break
-        chosen[name] = corpus[name][: min(PIECE, size)]
+        chosen[name] = corpus[name][: min(longest, size)]
         size -= len(chosen[name])
     return chosen
 
