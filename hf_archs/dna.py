@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ HOW_TO_GET_IT = (
 )
 
 
-def dna_tokenizer(add_sep: bool = False, model_max_length: int | None = None) -> PreTrainedTokenizerFast:
+def dna_tokenizer(
+    add_sep: bool = False, model_max_length: int | None = None, add_bos: bool = False
+) -> PreTrainedTokenizerFast:
     """One token for each character: A, C, G, T and N, in either case, are 7 to 11; any other character is ``[UNK]``, 6.
 
     White space is passed over, as line breaks in sequence files are. The ids are those of HyenaDNA's tokenizer
@@ -43,6 +46,7 @@ def dna_tokenizer(add_sep: bool = False, model_max_length: int | None = None) ->
     Args:
         add_sep: end every sequence with ``[SEP]``, as HyenaDNA's own does.
         model_max_length: the longest text for ``truncation=True``; None for no limit.
+        add_bos: begin every sequence with ``[BOS]``, as `Windows` do and HyenaDNA's own does not.
     """
     vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *BASES))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -50,9 +54,12 @@ def dna_tokenizer(add_sep: bool = False, model_max_length: int | None = None) ->
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s"), ""), *upper])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    if add_sep:
+    if add_sep or add_bos:
+        begin, end = "[BOS] " * add_bos, " [SEP]" * add_sep
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="$A [SEP]", pair="$A [SEP] $B [SEP]", special_tokens=[("[SEP]", 1)]
+            single=f"{begin}$A{end}",
+            pair=f"{begin}$A{end} $B{end}",
+            special_tokens=[(token, vocabulary[token]) for token in ("[BOS]", "[SEP]")],
         )
     limit = {} if model_max_length is None else {"model_max_length": model_max_length}
     return PreTrainedTokenizerFast(
@@ -147,17 +154,25 @@ class Windows(Dataset):
 
 
 @torch.no_grad()
-def bits_per_base(model: Any, bases: np.ndarray, length: int, batch_size: int = 4) -> float:
+def bits_per_base(
+    model: Any,
+    bases: np.ndarray,
+    length: int,
+    batch_size: int = 4,
+    progress: Callable[[int, int], object] | None = None,
+) -> float:
     """The bits that a causal language model needs for each known base, in windows that begin without a context.
 
     Args:
         bases: (bases,) uint8.
         length: tokens of a window: ``[BOS]`` and ``length - 1`` bases; the last window may be shorter.
+        progress: called after each batch with the windows that are measured, and with all.
     """
     was_training = model.training
     model.eval()
     ids = torch.from_numpy(bases.astype(np.int64)) + FIRST_BASE
     windows = list(ids.split(length - 1))
+    count = len(windows)
     nats = 0.0
     while windows:
         rows = [row for row in windows[:batch_size] if len(row) == len(windows[0])]
@@ -167,6 +182,8 @@ def bits_per_base(model: Any, bases: np.ndarray, length: int, batch_size: int = 
         logits = model(input_ids=inputs, use_cache=False).logits.float()
         targets = targets.masked_fill(targets == FIRST_BASE + 4, -100)
         nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        if progress is not None:
+            progress(count - len(windows), count)
     model.train(was_training)
     return nats / math.log(2) / int((bases < 4).sum())
 

@@ -44,7 +44,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{model}")
 model = AutoModelForCausalLM.from_pretrained("{model}")
-inputs = tokenizer(tokenizer.bos_token + "{prompt}", return_tensors="pt")
+start = tokenizer.bos_token or tokenizer.eos_token  # in training, it began every document
+inputs = tokenizer(start{prompt}, add_special_tokens=False, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
 
 _LOAD_ADAPTER = """\
@@ -62,7 +63,7 @@ def model_card(
     results: Mapping[str, str],
     license: str | None = None,
     base_model: str | None = None,
-    prompt: str = "import ",
+    prompt: str = "",
 ) -> ModelCard:
     """The card of a causal language model of this library, or of a PEFT adapter on one.
 
@@ -72,7 +73,7 @@ def model_card(
         training: a sentence or more on data, steps and hardware.
         results: what was measured, and the figure with its unit.
         license: an identifier that the Hub knows; left out where nobody said.
-        prompt: what a reader can let the model go on from.
+        prompt: what a reader can let the model go on from; without one, it begins a document.
         base_model: the repository (or the folder) of the model that an adapter belongs to.
 
     Raises:
@@ -97,7 +98,7 @@ def model_card(
             f"A {architecture.name} language model (`{type(base).__name__}`) of {counted:,} parameters: "
             f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.vocab_size:,} tokens."
         )
-        load = _LOAD_MODEL.format(model=repository, prompt=prompt)
+        load = _LOAD_MODEL.format(model=repository, prompt=f' + "{prompt}"' if prompt else "")
     metadata = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",

@@ -25,28 +25,50 @@ EVERY = 1.5  # seconds between two lines where there is no terminal
 
 
 class Bar:
-    """What `working` gives: called with how much is done of how much, and perhaps a word beside it."""
+    """What `working` gives: called with how much is done of how much, and perhaps a word beside it.
+
+    Attributes:
+        what: is being done.
+    """
 
     def __init__(self, what: str, console: Console):
         columns = (TextColumn("{task.description}"), BarColumn(24), TaskProgressColumn(), TimeElapsedColumn())
         left = (TextColumn("left"), TimeRemainingColumn())
-        self._what = what
-        self._shown = Progress(SpinnerColumn(), *columns, *left, console=console, transient=True, refresh_per_second=4)
-        self._task = self._shown.add_task(what, total=None)
+        self.shown = Progress(SpinnerColumn(), *columns, *left, console=console, transient=True, refresh_per_second=4)
+        self._start(what)
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
-        described = f"{self._what} ({note})" if note else self._what
-        self._shown.update(self._task, completed=done, total=total, description=described)
+        described = f"{self.what} ({note})" if note else self.what
+        self.shown.update(self._task, completed=done, total=total, description=described)
 
-    def line(self) -> str:
-        """The same in words."""
-        task = self._shown.tasks[0]
+    def next(self, what: str) -> None:
+        """Something else is being done now."""
+        self.say_end()
+        before = self._task
+        self._start(what)
+        self.shown.remove_task(before)
+
+    def _start(self, what: str) -> None:
+        self.what = what
+        self._task = self.shown.add_task(what, total=None)
+        if not self.shown.console.is_terminal:
+            self._say(f"{what} ...")
+
+    def say(self) -> None:
+        """The bar in words."""
+        task = self.shown.tasks[-1]
         words = [task.description, f"{task.elapsed or 0:.0f} s"]
         if task.total:
             words.insert(1, f"{task.percentage:.0f} %")
         if task.time_remaining:
             words.append(f"about {task.time_remaining:.0f} s left")
-        return ", ".join(words)
+        self._say(", ".join(words))
+
+    def say_end(self) -> None:
+        self._say(f"{self.what}: {self.shown.tasks[-1].elapsed or 0:.1f} s")
+
+    def _say(self, line: str) -> None:
+        self.shown.console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -57,28 +79,22 @@ def working(what: str, console: Console | None = None) -> Iterator[Bar]:
         what: a few words, as in "measuring".
         console: where it is shown; stderr without one.
     """
-    console = console or Console(stderr=True)
-    bar = Bar(what, console)
-
-    def say(line: str) -> None:
-        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
-
-    if console.is_terminal:
-        with bar._shown:
+    bar = Bar(what, console or Console(stderr=True))
+    if bar.shown.console.is_terminal:
+        with bar.shown:
             yield bar
     else:
         over = threading.Event()
 
         def keep_saying() -> None:
             while not over.wait(EVERY):
-                say(bar.line())
+                bar.say()
 
         thread = threading.Thread(target=keep_saying, name="progress", daemon=True)
-        say(f"{what} ...")
         thread.start()
         try:
             yield bar
         finally:
             over.set()
             thread.join()
-    say(f"{what}: {bar._shown.tasks[0].elapsed or 0:.1f} s")
+    bar.say_end()

@@ -105,7 +105,9 @@ def test_bits_per_base_counts_every_known_base_once():
 
     model = Model()
     held_out = bases("AAACGTNAACC" * 3)
-    found = dna.bits_per_base(model, held_out, length=5, batch_size=3)
+    told = []
+    found = dna.bits_per_base(model, held_out, length=5, batch_size=3, progress=lambda *share: told.append(share))
+    assert told == [(3, 9), (6, 9), (8, 9), (9, 9)]
     per_copy = 5 * 1 + 3 * 2 + 2 * 3
     assert found == pytest.approx(3 * per_copy / 30)
     assert [len(row) for row in model.rows] == [3] * 8 + [0]
@@ -117,4 +119,7 @@ def test_the_tokenizer_loads_without_any_code(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("acgTN\nX")["input_ids"] == [A, C, G, T, N, 6, 1]
     assert tokenizer.decode([A, C, G, T]) == "ACGT"
+    assert dna.dna_tokenizer(add_bos=True)("AC")["input_ids"] == [BOS, A, C]
+    assert dna.dna_tokenizer(add_bos=True, add_sep=True)("A", "C")["input_ids"] == [BOS, A, 1, C, 1]
+    assert dna.dna_tokenizer()("AC")["input_ids"] == [A, C]
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.padding_side) == (4, 2, "left")
