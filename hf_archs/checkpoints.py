@@ -52,13 +52,33 @@ def described_config(source: str, overrides: Mapping[str, Any]) -> Any:
     Raises:
         ValueError, OSError: where there is none, or it is of another kind.
     """
-    name, _, size = source.partition(":")
-    if name in registry.architectures() and not Path(source).exists():
+    name, colon, size = source.partition(":")
+    there = Path(source).expanduser().exists()
+    if not there and (name in registry.architectures() or (colon and "/" not in source)):
         return sized_config(registry.get_architecture(name), size or None, overrides)
     folder = str(Path(source).parent) if Path(source).is_file() else source
     architecture, config = read_config(folder)
     fields = {**config.to_diff_dict(), **overrides}
     return architecture.config_class.from_dict(fields) if overrides else config
+
+
+def check_name(source: str) -> None:
+    """Refuse a name near an architecture's, or a preset's of one, before the Hub is asked: a model there has an owner.
+
+    Raises:
+        OSError: where it is one.
+    """
+    if "/" in source or Path(source).expanduser().exists():
+        return
+    known = {name: name for name in registry.architectures()}
+    for name in registry.architectures():
+        known |= {size: f"{name}:{size}" for size in registry.get_architecture(name).sizes if size.isalpha()}
+    near = [source] if source in known else difflib.get_close_matches(source, known, n=3, cutoff=0.7)
+    if near:
+        raise OSError(
+            f"{source!r} is no folder here, and a repository on the Hub is owner/name; did you mean the architecture "
+            f"{' or '.join(known[name] for name in near)}? `hf-archs init` makes a model of one"
+        )
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
@@ -93,6 +113,40 @@ def check_memory(config: PreTrainedConfig, copies: int = 1) -> int:
             f"{_gib(free)} are free here: choose a smaller size"
         )
     return parameters
+
+
+def weight_bytes(config: PreTrainedConfig) -> int:
+    """What the weights of a causal language model take on a disk, in the dtype that ``config`` names, or float32."""
+    return count_parameters(config) * (getattr(config, "dtype", None) or torch.float32).itemsize
+
+
+def check_output(folder: str | Path, size: float = 0) -> None:
+    """Refuse a folder that cannot be written into, or whose disk has no room, before the work that it is for.
+
+    Args:
+        folder: it need not exist.
+        size: bytes to be written; a twentieth is added for what stands beside weights.
+
+    Raises:
+        OSError: where something is in the way.
+    """
+    path = Path(folder).expanduser().resolve()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"the output folder is {str(folder)!r}, but {str(there)!r} is a file; choose another")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(
+            f"the output folder is {str(folder)!r}, and nothing can be written into {str(there)!r} ({error.strerror}); "
+            "choose another"
+        ) from error
+    needed, free = size * 1.05, shutil.disk_usage(there).free
+    if needed > free:
+        raise OSError(
+            f"the output folder is {str(folder)!r}: {_gib(needed)} are to be written there, and {_gib(free)} are free; "
+            "make room, or choose another folder or a smaller size"
+        )
 
 
 def _gib(count: float) -> str:
@@ -132,6 +186,7 @@ def read_config(source: str) -> tuple[registry.Architecture, PreTrainedConfig]:
         raise OSError(f"{source!r} is no checkpoint: it has no config.json{hint}")
     if not path.is_dir() and looks_local(source):
         raise OSError(f"{source!r} does not exist; allowed is a folder with a checkpoint, or owner/name on the Hub")
+    check_name(source)
     raw, _ = PreTrainedConfig.get_config_dict(source)
     for name in registry.architectures():
         architecture = registry.get_architecture(name)
@@ -197,6 +252,7 @@ def load_adapter(model: PreTrainedModel, source: str, **kwargs: Any) -> PeftMode
     path = Path(source).expanduser()
     if (path.is_dir() or looks_local(source)) and not (path / "adapter_config.json").exists():
         raise OSError(f"{source!r} is no adapter: it has no adapter_config.json")
+    check_name(source)
     check_weights(path)
     try:
         with quiet_peft():
@@ -213,16 +269,30 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str, other: str | None = None, config: PreTrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer that stands beside a checkpoint.
+
+    Args:
+        source: a folder or a repository.
+        other: another checkpoint, whose tokenizer is taken in its place; it must fit ``config``, the model's.
 
     Raises:
         OSError: where there is none.
+        ValueError: where the other's has more tokens than the model.
     """
-    path = Path(source).expanduser()
-    if path.is_dir() and not has_tokenizer(source):
-        raise OSError(f"{source!r} has no tokenizer; `hf-archs train` makes one, and --tokenizer takes another's")
-    return AutoTokenizer.from_pretrained(source)
+    found = other or source
+    if Path(found).expanduser().is_dir() and not has_tokenizer(found):
+        raise OSError(f"{found!r} has no tokenizer; `hf-archs train` makes one, and --tokenizer takes another's")
+    check_name(found)
+    tokenizer = AutoTokenizer.from_pretrained(found)
+    if other is not None and config is not None and len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {other!r} has {len(tokenizer)} tokens, and the model's vocab_size is "
+            f"{config.vocab_size}; allowed are at most as many"
+        )
+    return tokenizer
 
 
 def has_tokenizer(source: str) -> bool:
@@ -239,8 +309,9 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     are kept, except for weights that the new ones replace under other names.
     """
     folder = Path(folder).expanduser().resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    place = folder if folder.is_dir() else folder.parent  # a folder that exists may be a disk of its own
+    place.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=place))
     try:
         yield partial
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,8 @@
-"""The command line, ``hf-archs``: thin over the library. A wrong input ends with one sentence and status 2."""
+"""The command line, ``hf-archs``: thin over the library. A wrong input ends with one sentence and status 2.
+
+The library is imported inside the commands only: ``hf_archs_main`` runs this file outside its package, so that help,
+the version and a mistyped option are answered before torch is imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,94 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.measure import measure_renderables
 from rich.table import Table
-
-from hf_archs import errors
+from typer.core import TyperCommand
 
 app = typer.Typer(
     name="hf-archs",
-    help="Architectures beyond the Transformer as ordinary models of the Hugging Face libraries.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
 
+
+class _Command(TyperCommand):
+    """Prepares the process when the arguments are known to be right, and not before: that imports torch."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if not os.environ.get("HF_ARCHS_DEBUG"):
+            _only_ours()
+        _use_all_cores()
+        return super().invoke(ctx)
+
+
+class _ShownCommand(_Command):
+    """Shows that it imports, with `hf_archs.progress`, which is read outside its package for that."""
+
+    def invoke(self, ctx: Any) -> Any:
+        import gc
+        import importlib.util
+
+        spec = importlib.util.spec_from_file_location("hf_archs_progress", Path(__file__).with_name("progress.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        progress = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(progress)
+        with progress.working("importing torch, transformers and PEFT"):
+            import hf_archs.quickstart  # noqa: F401
+        gc.freeze()  # nothing of it will be garbage, and looking through it takes a second or two when the program ends
+        return super().invoke(ctx)
+
+
+def _version(asked: bool) -> None:
+    import importlib.metadata
+
+    if asked:
+        print(f"hf-archs {importlib.metadata.version('hf-archs')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Architectures beyond the Transformer as ordinary models of the Hugging Face libraries."""
+
+
+def _say(sentence: str) -> None:
+    """Print a line as it is: a path in it is never broken, and brackets in it are no markup."""
+    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+def _show(table: Table) -> None:
+    """Print a table without cutting a word: wider than the terminal where it must be, and in pipes as wide as it is."""
+    measures = [
+        measure_renderables(console, console.options.update_width(10**6), [column.header, *column.cells])
+        for column in table.columns
+    ]
+    frame = 3 * len(measures) + 1  # a border before every column and one after all, a space on both sides of each
+    widest = frame + sum(measure.maximum for measure in measures)
+    spare = console.width - frame - sum(measure.minimum for measure in measures)
+    narrow = console.is_terminal and widest > console.width
+    if narrow:
+        flexible = sum(measure.span for measure in measures)
+        for column, measure in zip(table.columns, measures):
+            column.width = measure.minimum + max(spare, 0) * measure.span // max(flexible, 1)
+    wide = Console(file=console.file, width=max(console.width, widest if not narrow else console.width - spare))
+    wide.print(table)
+
+
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A config field; may be repeated.")]
+OtherTokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", help="Checkpoint whose tokenizer to use, where the model has none.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write into.")]
 
 
@@ -42,7 +119,7 @@ def _overrides(pairs: list[str] | None) -> dict[str, Any]:
     return fields
 
 
-@app.command("list")
+@app.command("list", cls=_Command)
 def list_architectures() -> None:
     """List the architectures, their sizes and what they can read."""
     from hf_archs import registry
@@ -52,30 +129,30 @@ def list_architectures() -> None:
         a = registry.get_architecture(name)
         formats = ", ".join(map(str, a.native_formats))
         table.add_row(name, a.model_type, ", ".join(("tiny", *a.sizes)), formats, ", ".join(a.lora_targets))
-    console.print(table)
+    _show(table)
 
 
-@app.command()
+@app.command(cls=_Command)
 def doctor() -> None:
-    """Show versions, the device, which implementation every op uses, and plugins that failed. Status 1 if any did."""
-    import importlib.metadata
+    """Show versions, the device, the ops and the plugins.
+
+    Versions are compared with the tested ones. The status is 1 if one is not allowed or missing, or a plugin failed.
+    """
     import platform
 
     import torch
 
     import hf_archs
-    from hf_archs import backend, registry
+    from hf_archs import backend, registry, versions
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
-    table = Table("what", "found", title="hf-archs doctor", title_justify="left")
+    table = Table("what", "found", "against what was tested", title="hf-archs doctor", title_justify="left")
     table.add_row("hf-archs", hf_archs.__version__)
     table.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in ("torch", "triton", "transformers", "accelerate", "peft", "datasets", "huggingface-hub", "safetensors"):
-        try:
-            table.add_row(name, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            table.add_row(name, "not installed")
+    comparisons = versions.compare()
+    for c in comparisons:
+        table.add_row(c.name, c.found or "not installed", c.verdict if c.allowed else f"[red]{c.verdict}[/]")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     table.add_row("device", f"{device.type} ({name})")
     table.add_row("architectures", ", ".join(registry.architectures()))
@@ -86,11 +163,11 @@ def doctor() -> None:
     table.add_section()
     failed = registry.failed_plugins()
     for plugin, why in failed.items():
-        table.add_row(f"plugin {plugin}", f"[red]failed:[/] {why}")
+        table.add_row(f"plugin {plugin}", f"[red]failed:[/] {escape(why)}")
     if not failed:
         table.add_row("plugins", "all loaded")
-    console.print(table)
-    if failed:
+    _show(table)
+    if failed or not all(c.allowed for c in comparisons):
         raise typer.Exit(1)
 
 
@@ -112,7 +189,7 @@ def _implementations() -> dict[str, set[str]]:
     return ops
 
 
-@app.command()
+@app.command(cls=_Command)
 def init(
     arch: Annotated[str, typer.Argument(help="Name of the architecture; see `hf-archs list`.")],
     output: Output,
@@ -135,13 +212,14 @@ def init(
     config = checkpoints.sized_config(architecture, size, fields)
     parameters = checkpoints.check_memory(config)
     _check_free(output, overwrite)
+    checkpoints.check_output(output, checkpoints.weight_bytes(config))
     set_seed(seed)
     model = architecture.causal_lm_class(config)
     with checkpoints.replacing(output) as folder:
         model.save_pretrained(folder)
         if chosen is not None:
             chosen.save_pretrained(folder)
-    console.print(f"{arch} of {parameters:,} parameters in {output}", highlight=False)
+    _say(f"{arch} of {parameters:,} parameters in {output}")
 
 
 def _check_free(output: Path, overwrite: bool) -> None:
@@ -150,32 +228,44 @@ def _check_free(output: Path, overwrite: bool) -> None:
 
 
 @app.command(
+    cls=_Command,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
 )
 def train(context: typer.Context) -> None:
-    """Train a model, or LoRA with --lora: hf-archs train MODEL --data TEXT --output_dir DIR [--lora] ...
+    """Train a model, or an adapter with --lora.
+
+    hf-archs train MODEL --data TEXT --output_dir DIR [--lora [LAYER ...]] [--NAME VALUE ...]
 
     Every field of transformers.TrainingArguments is an option of its name; `hf-archs train --help` lists them.
     """
     from hf_archs import training
 
     own, arguments = training.parse(context.args)
-    if checkpoint := training.checkpoint_to_continue(arguments):
-        console.print(f"continuing from {checkpoint}; --resume_from_checkpoint false starts anew", highlight=False)
+    run = training.standing(arguments)
+    for why in run.skipped:
+        _say(f"skipping {why}")
+    if run.finished:
+        _say(
+            f"already finished: {arguments.output_dir} holds the model after {run.steps:,} steps; a larger --max_steps "
+            "or --num_train_epochs goes on, --resume_from_checkpoint false starts anew"
+        )
+        return
+    if run.checkpoint is not None:
+        _say(f"continuing from {run.checkpoint}; --resume_from_checkpoint false starts anew")
+    elif run.skipped:
+        _say("no checkpoint is whole: training starts anew")
     results = training.train(own, arguments)
-    console.print(
-        f"training loss {results['train_loss']:.4f}, held-out text {results['bits_per_byte']:.4f} bits per byte; "
-        f"written to {arguments.output_dir}",
-        highlight=False,
-    )
+    loss = f"training loss {results['train_loss']:.4f}, " if "train_loss" in results else ""
+    _say(f"{loss}held-out text {results['bits_per_byte']:.4f} bits per byte; written to {arguments.output_dir}")
 
 
-@app.command()
+@app.command(cls=_Command)
 def generate(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
     adapter: Annotated[str | None, typer.Option(help="Folder or repository of a PEFT adapter.")] = None,
+    tokenizer: OtherTokenizer = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.7,
     top_k: Annotated[int, typer.Option(min=1)] = 50,
@@ -187,9 +277,8 @@ def generate(
 
     from hf_archs import checkpoints, text
 
-    tokenizer: Any
     loaded: Any = checkpoints.load_model(model)
-    tokenizer = checkpoints.load_tokenizer(model)
+    encoder: Any = checkpoints.load_tokenizer(model, tokenizer, loaded.config)
     if adapter is not None:
         loaded = checkpoints.load_adapter(loaded, adapter)
     if torch.accelerator.is_available():
@@ -197,53 +286,56 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     set_seed(seed)
     loaded.eval().generate(
-        torch.tensor([[text.start_token(tokenizer), *text.encode(tokenizer, prompt)]], device=loaded.device),
+        torch.tensor([[text.start_token(encoder), *text.encode(encoder, prompt)]], device=loaded.device),
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        pad_token_id=encoder.pad_token_id,
+        streamer=TextStreamer(encoder, skip_special_tokens=True),
         **sampling,
     )
 
 
-@app.command()
+@app.command(cls=_Command)
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
     output: Output,
     to: Annotated[str | None, typer.Option(help="Native model type, where one of ours can become several.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
 ) -> None:
-    """Convert a native checkpoint to ours, or one of ours to a native one; the tokenizer goes along."""
+    """Convert a native checkpoint to ours, or ours to native. The tokenizer goes along."""
     from transformers import PreTrainedConfig
 
     from hf_archs import checkpoints
     from hf_archs.conversion import to_native
 
-    architecture, _ = checkpoints.read_config(source)
+    architecture, config = checkpoints.read_config(source)
     raw, _ = PreTrainedConfig.get_config_dict(source)
     ours = raw.get("model_type") == architecture.model_type
     if to is not None and not ours:
         raise ValueError(f"--to is {to!r}, but {source!r} is native already and becomes {architecture.model_type}")
     _check_free(output, overwrite)
+    checkpoints.check_output(output, checkpoints.weight_bytes(config))
     model = checkpoints.load_model(source, dtype="auto")
     converted = to_native(model, to) if ours else model
     with checkpoints.replacing(output) as folder:
         converted.save_pretrained(folder)
         if checkpoints.has_tokenizer(source):
             checkpoints.load_tokenizer(source).save_pretrained(folder)
-    console.print(f"{type(converted).__name__} in {output}", highlight=False)
+    _say(f"{type(converted).__name__} in {output}")
 
 
-@app.command()
+@app.command(cls=_Command)
 def describe(
     config: Annotated[str, typer.Argument(help="Folder, Hub repository, config.json, or ARCH or ARCH:SIZE.")],
     length: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 4096,
     assign: Set = None,
     picture: Annotated[Path | None, typer.Option(help="PNG file to draw into.")] = None,
 ) -> None:
-    """Show what every layer is and costs, against the same model with attention everywhere."""
-    from hf_archs import checkpoints
+    """Show what every layer is and costs. The same model with attention everywhere stands beside it."""
+    from hf_archs import checkpoints, errors
     from hf_archs import describe as costs
 
+    if picture is not None:
+        errors.needs("matplotlib", "--picture", "plot")
     described = checkpoints.described_config(config, _overrides(assign))
     layers = costs.layer_costs(described, length)
     attention = costs.attention_costs(described, length)
@@ -257,26 +349,29 @@ def describe(
     table.add_section()
     table.add_row("all", "", "", *costs.numbers(costs.total(layers)))
     table.add_row("all", "attention everywhere", "", *costs.numbers(costs.total(attention)))
-    console.print(table)
+    _show(table)
     if picture is not None:
         costs.draw(layers, attention, length, picture)
-        console.print(f"drawn into {picture}", highlight=False)
+        _say(f"drawn into {picture}")
 
 
-@app.command()
+@app.command(cls=_Command)
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository of a model with experts.")],
     data: Annotated[str, typer.Option(help="Text file, folder or dataset name.")],
     picture: Annotated[Path | None, typer.Option(help="PNG file to draw the heat map into.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many of the text's tokens to run.")] = 65536,
+    tokenizer: OtherTokenizer = None,
 ) -> None:
-    """Show what the routers of a model do with a text: load, entropy, drops, correction of the scores."""
-    from hf_archs import checkpoints, inspection, text
+    """Show what the routers of a model do with a text. That is load, entropy, drops, correction of the scores."""
+    from hf_archs import checkpoints, errors, inspection, text
 
+    if picture is not None:
+        errors.needs("matplotlib", "--picture", "plot")
     loaded: Any = checkpoints.load_model(model)
-    tokenizer = checkpoints.load_tokenizer(model)
+    encoder = checkpoints.load_tokenizer(model, tokenizer, loaded.config)
     length = min(512, tokens)
-    rows = text.token_blocks(tokenizer, text.read_corpus(data).values(), length).with_format("torch")
+    rows = text.token_blocks(encoder, text.read_corpus(data).values(), length).with_format("torch")
     figures = inspection.router_figures(
         loaded.eval(), (rows[i]["input_ids"][None] for i in range(min(len(rows), tokens // length)))
     )
@@ -284,19 +379,19 @@ def inspect(
     for layer, found in figures.items():
         numbers = f"{found['max_load']:.2f}", f"{found['entropy']:.3f}", f"{found['drop_rate']:.1%}"
         table.add_row(str(layer), str(int(found["load"].argmax())), *numbers)
-    console.print(table)
+    _show(table)
     if picture is not None:
         inspection.draw(figures, picture)
-        console.print(f"drawn into {picture}", highlight=False)
+        _say(f"drawn into {picture}")
 
 
-@app.command()
+@app.command(cls=_Command)
 def bench(
     kinds: Annotated[list[str] | None, typer.Argument(help="ops, models, or both (the default).")] = None,
     arch: Annotated[list[str] | None, typer.Option(help="Architecture; may be repeated. Else all.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="File for machine and results.")] = None,
 ) -> None:
-    """Compare ops and whole models with their peers in one run, on the device there is: medians of ratios."""
+    """Compare ops and whole models with their peers in one run. On the device there is; medians of ratios."""
     import torch
 
     from hf_archs import bench as benchmark
@@ -308,14 +403,12 @@ def bench(
     assert device is not None
     results = []
     for kind in kinds or ("ops", "models"):
-        results += benchmark.run(
-            benchmark.measures(kind, device, arch), device, lambda r: console.print(str(r), highlight=False)
-        )
+        results += benchmark.run(benchmark.measures(kind, device, arch), device, lambda r: _say(str(r)))
     if output is not None:
         benchmark.write(results, device, output)
 
 
-@app.command()
+@app.command(cls=_ShownCommand)
 def quickstart(
     arch: Annotated[str, typer.Option(help="Name of the architecture.")] = "mamba",
     task: Annotated[str, typer.Option(help="text, or genome: DNA, compared with Markov models.")] = "text",
@@ -324,6 +417,7 @@ def quickstart(
     steps: Annotated[int | None, typer.Option(help="Steps of the pretraining.")] = None,
     lora_steps: Annotated[int | None, typer.Option(help="Steps of LoRA.")] = None,
     data: Annotated[str | None, typer.Option(help="Text file, folder or dataset; or a FASTA file.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Measure on all held-out text, not on a sample.")] = False,
     output: Output = Path("quickstart"),
     hub: Annotated[bool, typer.Option("--hub", help="Push to huggingface.co, not to an embedded Hub.")] = False,
     public: Annotated[bool, typer.Option("--public", help="Everybody may see what is pushed.")] = False,
@@ -331,7 +425,7 @@ def quickstart(
     block: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Train a tokenizer and a model, adapt it with LoRA (or train on DNA), generate, push, pull and compare."""
+    """Train, adapt, generate, push, pull and compare. On text, with LoRA, or on DNA."""
     from hf_archs import quickstart as job
 
     options = job.make_options(
@@ -342,6 +436,7 @@ def quickstart(
         steps=steps,
         lora_steps=lora_steps,
         data=data,
+        full=full or None,
         output=str(output),
         hub=hub,
         public=public,
@@ -377,15 +472,16 @@ def _use_all_cores() -> None:
 
 def main() -> None:
     """Run the command line; an expected error ends with its sentence on stderr and status 2."""
-    if not os.environ.get("HF_ARCHS_DEBUG"):
-        _only_ours()
-    _use_all_cores()
     try:
-        app()
-    except errors.EXPECTED as error:
-        sys.exit(errors.report(error))
+        app(prog_name="hf-archs")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        from hf_archs import errors
+
+        if not isinstance(error, errors.EXPECTED):
+            raise
+        sys.exit(errors.report(error))
 
 
 if __name__ == "__main__":

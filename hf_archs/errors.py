@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import httpx2
 from huggingface_hub.errors import (
@@ -32,6 +35,15 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while link is not None:
         yield link
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether something could not be written for want of room; safetensors and torch say so in words of theirs."""
+    return any(
+        (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT))
+        or any(words in str(link) for words in ("(os error 28)", "unexpected pos", "PytorchStreamWriter failed"))
+        for link in _chain(error)
+    )
 
 
 def sentence(error: BaseException) -> str:
@@ -80,3 +92,15 @@ def report(error: BaseException) -> int:
         traceback.print_exception(error)
     print(f"error: {sentence(error)}", file=sys.stderr)
     return 2
+
+
+def needs(module: str, purpose: str, extra: str) -> Any:
+    """The module, imported.
+
+    Raises:
+        ImportError: where it is missing; it names the extra of hf-archs that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{purpose} needs the package {error.name}: pip install 'hf-archs[{extra}]'") from error

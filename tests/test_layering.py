@@ -1,6 +1,7 @@
 """Which way the imports may point: kernels -> layers -> mixers -> blocks -> models; core never knows a plugin."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,14 @@ def test_core_names_no_architecture(file):
         if (file.name, said) in FOREIGN:
             continue
         assert not any(name in said.lower() for name in names), f"{file}:{node.lineno}: {said}"
+
+
+def test_the_program_stands_beside_the_plugins_and_imports_nothing():
+    """Of hf-archs or from elsewhere: importing anything of the package imports torch, and takes seconds."""
+    files = [path.name for path in (REPOSITORY / "plugins").iterdir() if path.is_file()]
+    assert files == ["hf_archs_main.py"]
+    found = {name.partition(".")[0] for name in imports(REPOSITORY / "plugins" / "hf_archs_main.py")}
+    assert found <= sys.stdlib_module_names
 
 
 def test_plugins_are_found_through_entry_points():

@@ -1,21 +1,28 @@
 """The command line: what each command does, and that a wrong input ends with one sentence and status 2."""
 
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import huggingface_hub.utils.logging as hub_logging
 import pytest
 import torch
 import transformers.utils.logging as transformers_logging
+import typer
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status
+from packaging.requirements import Requirement
 from transformers import MambaConfig, MambaForCausalLM
 
 import hf_archs
-from hf_archs import checkpoints, cli, errors, text, training
+from hf_archs import checkpoints, cli, errors, text, training, versions
 from hf_archs.testing.hub import EmbeddedHub
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -90,12 +97,78 @@ def copy(trained, tmp_path):
 # -- what the commands do --------------------------------------------------------------------------------------
 
 
+HELP = [["--version"], ["-h"], ["--help"], [], ["init", "-h"], ["describe", "--help"], ["lst"], ["init", "--sied", "3"]]
+
+
+@pytest.mark.parametrize("arguments", HELP, ids=" ".join)
+def test_help_is_the_commands_own_and_needs_no_torch(run, arguments):
+    """The program, which runs the file of the commands outside its package, says what the commands say."""
+    program = (
+        f"import sys; sys.argv = {['hf-archs', *arguments]}; import hf_archs_main\ntry:\n    hf_archs_main.main()\n"
+    )
+    program += "finally:\n    print([m for m in ('torch', 'transformers', 'hf_archs') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n")
+    assert (done.returncode, done.stdout.removesuffix("[]\n"), done.stderr) == run(*arguments)
+    if arguments == ["--version"]:
+        assert done.stdout == f"hf-archs {hf_archs.__version__}\n[]\n"
+
+
+def test_help_names_every_command_and_none_is_cut_short(run):
+    _, out, _ = run("--help")
+    commands = typer.main.get_command(cli.app).commands
+    assert len(commands) == 10
+    for name, command in commands.items():
+        assert f"\n  {name}  " in out
+        assert command.get_short_help_str(300) in out
+        assert run(name, "-h")[0] == 0
+
+
+@pytest.mark.parametrize("start", [["-c", "import hf_archs_main; hf_archs_main.main()"], ["-m", "hf_archs.cli"]])
+def test_both_ways_in_run_a_command(start):
+    done = subprocess.run([sys.executable, *start, "list"], capture_output=True, text=True)
+    assert "hf_archs_mamba2" in done.stdout
+    assert done.returncode == 0
+
+
 def test_list_names_every_architecture(run):
     status, out, _ = run("list")
     assert status == 0
     for name in hf_archs.architectures():
-        assert name in out
-        assert hf_archs.get_architecture(name).model_type in out
+        architecture = hf_archs.get_architecture(name)
+        line = next(line for line in out.splitlines() if line.startswith(f"│ {name} "))
+        for word in (architecture.model_type, *architecture.sizes, *architecture.lora_targets):
+            assert re.search(rf"\b{re.escape(word)}[, ]", line)
+
+
+@pytest.mark.parametrize("width", [20, 60, 90, 130, 1000])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_tables_never_cut_a_name(monkeypatch, capsys, width, terminal):
+    """Whatever the width: a terminal gets its own where the words fit, and a pipe each row in one line."""
+    names = [
+        "hf_archs_mamba2",
+        "a, b, qwen3-next-like, falcon-h1, griffin-like",
+        "q_proj, k_proj, gate_proj, down_proj",
+    ]
+    monkeypatch.setattr(cli, "console", cli.Console(width=width, force_terminal=terminal, color_system=None))
+    table = cli.Table("name", "sizes", "LoRA on")
+    table.add_row(*names)
+    table.add_row("mamba", "", "x_proj")
+    cli._show(table)
+    lines = capsys.readouterr().out.splitlines()
+    words = " ".join(" ".join(line.split("│")[i] for line in lines if "│" in line) for i in (1, 2, 3)).split()
+    assert words == [*names[0].split(), "mamba", *names[1].split(), *names[2].split(), "x_proj"]
+    assert "…" not in "".join(lines)
+    least = len("hf_archs_mamba2") + len("qwen3-next-like,") + len("gate_proj,") + 10
+    most = sum(map(len, names)) + 10
+    assert len(lines[0]) == most if not terminal or width > most else least <= len(lines[0]) <= max(width, least)
+
+
+def test_a_line_with_a_path_stays_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "console", cli.Console(width=20))
+    said = "mamba of 5 parameters in /a/folder [red] of/a/long/name, and more"
+    cli._say(said)
+    assert capsys.readouterr().out == f"{said}\n"
 
 
 def test_doctor_tells_versions_ops_and_failures(run, monkeypatch):
@@ -103,11 +176,50 @@ def test_doctor_tells_versions_ops_and_failures(run, monkeypatch):
     assert status == 0
     for word in (torch.__version__, "transformers", "op selective_scan", "portable", "all loaded"):
         assert word in out
+    monkeypatch.setitem(versions.TESTED, "rich", "99")
+    assert re.search(r"rich +│ \S+ +│ older than tested, 99 ", run("doctor")[1])
+    monkeypatch.setitem(versions.TESTED, "peft", "0.0")
+    monkeypatch.setattr(
+        versions, "requirements", lambda: {"rich": Requirement("rich>=98"), "peft": Requirement("peft<0.1")}
+    )
+    status, out, _ = run("doctor")
+    assert status == 1
+    assert "older than allowed, >=98" in out
+    assert "newer than allowed, <0.1" in out
+    monkeypatch.undo()
     monkeypatch.setattr("hf_archs.registry.failed_plugins", lambda: {"broken": "ImportError: no module"})
     status, out, _ = run("doctor")
     assert status == 1
     assert "plugin broken" in out
     assert "ImportError: no module" in out
+
+
+def test_the_tested_versions_are_those_of_the_constraints():
+    """And of everything that hf-archs and its users' extras require; a wheel has no other list of them."""
+    repository = Path(hf_archs.__file__).parents[1]
+    lines = (repository / "constraints.txt").read_text().splitlines()
+    constraints = dict(line.split("==") for line in lines if "==" in line)
+    assert {name: constraints[name] for name in versions.TESTED} == versions.TESTED
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *(line for extra in ("triton", "plot", "quickstart") for line in extras[extra])]
+    assert versions.TESTED.keys() == {Requirement(line).name for line in needed} - {"hf-archs"}
+
+
+def test_versions_are_compared_both_ways():
+    def verdict(line, tested):
+        found = versions._compare(Requirement(line), tested)
+        return found.verdict, found.allowed
+
+    here = importlib.metadata.version("rich")
+    assert verdict("rich>=1", here) == ("as tested", True)
+    assert verdict("rich>=1", "1000") == ("older than tested, 1000", True)
+    assert verdict("rich>=1", "1.0") == ("newer than tested, 1.0", True)
+    assert verdict("rich>=999", "1000") == ("older than allowed, >=999", False)
+    assert verdict("rich<2", "1.0") == ("newer than allowed, <2", False)
+    assert verdict("no-such-package-here>=1", "1.0") == ("tested: 1.0", False)
+    assert verdict('no-such-package-here>=1; extra == "plot"', "1.0") == ("optional; tested: 1.0", True)
+    assert versions._compare(Requirement("torch"), torch.__version__.partition("+")[0]).verdict == "as tested"
 
 
 def test_doctor_names_the_forced_implementation(run):
@@ -157,6 +269,51 @@ def test_train_then_continue_then_generate(run, trained, tmp_path):
     )
     assert status == 0
     assert out.startswith("It was")
+
+
+def test_the_same_training_again_is_finished_and_a_broken_checkpoint_is_skipped(run, trained, tmp_path):
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 200)
+    arguments = [
+        "train",
+        trained / "model",
+        "--data",
+        "book.txt",
+        "--output_dir",
+        "out",
+        *TRAIN[2:],
+        "--save_steps",
+        "1",
+    ]
+    assert run(*arguments, "--max_steps", 2)[0] == 0
+    status, out, error = run(*arguments, "--max_steps", 2)
+    assert status == 0
+    assert "already finished: out holds the model after 2 steps; a larger --max_steps or --num_train_epochs" in out
+    assert error == ""
+    assert not (tmp_path / "out" / "checkpoint-3").exists()
+    (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").unlink()
+    status, out, _ = run(*arguments, "--max_steps", 3)
+    assert status == 0
+    assert "skipping 'out/checkpoint-2', which is not whole: it has no trainer_state.json" in out
+    assert "continuing from out/checkpoint-1" in out
+
+
+def test_another_s_tokenizer(run, refused, trained, tmp_path):
+    """Where a model has none, every command that needs one takes another's, as the message says."""
+    assert run("init", "moe", "-o", "bare", "--size", "tiny", "--set", "vocab_size=300")[0] == 0
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 200)
+    greedy = ["generate", "bare", "some", "--max-new-tokens", "3", "--temperature", "0"]
+    look = ["inspect", "bare", "--data", "book.txt", "--tokens", "64"]
+    for command in (greedy, look):
+        assert "'bare' has no tokenizer; `hf-archs train` makes one, and --tokenizer takes another's" in refused(
+            *command
+        )
+        assert run(*command, "--tokenizer", trained / "model")[0] == 0
+        assert "'bare' has no tokenizer" in refused(*command, "--tokenizer", "bare")
+    assert run("init", "moe", "-o", "small", "--size", "tiny", "--set", "vocab_size=99")[0] == 0
+    for command in (greedy, look):
+        command[1] = "small"
+        said = refused(*command, "--tokenizer", trained / "model")
+        assert re.search(r"model' has \d+ tokens, and the model's vocab_size is 99; allowed are at most as many", said)
 
 
 def test_generate_is_what_the_model_says(run, trained):
@@ -210,6 +367,71 @@ def test_train_help_names_our_arguments_and_the_trainer_s(run):
 )
 def test_init_refuses(refused, tmp_path, arguments, said):
     assert said in refused("init", *arguments, "-o", "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["init", "mambaa", "-o", "new"],
+        ["quickstart", "--arch", "mambaa"],
+        ["bench", "--arch", "mambaa"],
+        ["describe", "mambaa"],
+        ["describe", "mambaa:4m"],
+        ["generate", "mambaa"],
+        ["generate", "mamba"],
+        ["convert", "mambaa", "-o", "new"],
+        ["inspect", "mambaa", "--data", "stdlib"],
+        ["train", "mambaa", "--data", "someone/dataset", "--output_dir", "new"],
+        ["generate", "{model}", "--adapter", "mambaa"],
+        ["generate", "{model}", "--tokenizer", "mambaa"],
+        ["init", "mamba", "-o", "new", "--tokenizer", "mambaa"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistyped_architecture_is_not_looked_for_on_the_hub(run, monkeypatch, trained, tmp_path, arguments):
+    def asks(*arguments, **kwargs):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("httpx2.Client.send", asks)
+    status, _, error = run(*(trained / "model" if word == "{model}" else word for word in arguments))
+    said = error.splitlines()[-1]  # quickstart says before it what it imports
+    assert status == 2
+    assert said.startswith("error: ")
+    assert re.search(r"did you mean (the architecture )?mamba\b", said)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_preset_s_name_leads_to_it(refused, monkeypatch):
+    monkeypatch.setattr("httpx2.Client.send", None)
+    assert "did you mean the architecture hybrid:jamba?" in refused("describe", "jamba")
+    assert "hybrid:samba" in refused("describe", "sambaa")
+
+
+@pytest.mark.parametrize("command", ["init", "train", "convert"])
+def test_the_output_folder_is_looked_at_first(refused, monkeypatch, trained, tmp_path, command):
+    """A file in the way, a place where nobody can write, a full disk: before weights are made, read or trained."""
+    model = trained / "model"
+    (tmp_path / "file").write_text("")
+    start = {
+        "init": ["init", "mamba", "--size", "tiny", "-o"],
+        "train": ["train", model, "--data", "stdlib", *TRAIN, "--output_dir"],
+        "convert": ["convert", model, "-o"],
+    }[command]
+    monkeypatch.setattr(checkpoints, "load_model", None)
+    monkeypatch.setattr(text, "read_corpus", None)
+    monkeypatch.setattr(hf_archs.get_architecture("mamba").causal_lm_class, "save_pretrained", None)
+    for wrong in ("file", "file/below"):
+        assert f"the output folder is '{wrong}', but '{tmp_path}/file' is a file; choose another" in refused(
+            *start, wrong
+        )
+    if Path("/proc/self").exists():
+        assert "nothing can be written into '/proc' (" in refused(*start, "/proc/new")
+    if command == "train":  # the model is read, and then the room looked for: see test_training
+        return
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "are to be written there, and 0.0 GiB are free; make room" in refused(*start, "new/folder")
     assert not (tmp_path / "new").exists()
 
 

@@ -1,9 +1,12 @@
 """Text, parameter groups, callbacks, saving whole or not at all, and the library side of ``hf-archs train``."""
 
+import errno
 import hashlib
 import math
+import shutil
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +15,11 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments, pipeline
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 import hf_archs
-from hf_archs import checkpoints, text, training
+from hf_archs import checkpoints, errors, text, training
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -318,6 +323,189 @@ def test_a_continued_run_equals_an_uninterrupted_one(tmp_path):
     assert "bits per byte" in (tmp_path / "whole" / "README.md").read_text()
 
 
+def standing(output, *arguments):
+    return training.standing(training.parse(["m", "--data", "d", "--output_dir", str(output), *arguments])[1])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Data, a model ``m`` with a tokenizer, and runs of two saved steps: of the whole model, and of an adapter."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = corpus_folder(folder / "data")
+    tiny().save_pretrained(folder / "m")
+    text.train_tokenizer(["def function"], 300).save_pretrained(folder / "m")
+    for name, more in (("whole", ()), ("adapter", ("--lora",))):
+        run(folder / "m", data, folder / name, "--max_steps", "2", "--save_steps", "1", *more)
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """The same, for a test to spoil."""
+    return Path(shutil.copytree(trained, tmp_path / "runs"))
+
+
+@pytest.mark.parametrize("goal", [("--max_steps", "2"), ("--max_steps", "1"), ("--num_train_epochs", "0.01")])
+@pytest.mark.parametrize("name", ["whole", "adapter"])
+def test_what_is_finished_trains_no_further(runs, name, goal):
+    """Not a step more with the same command; a model whose writing failed is written from the last checkpoint."""
+    output, lora = runs / name, ["--lora"] if name == "adapter" else []
+    found = standing(output, *goal)
+    assert found.finished
+    assert found.steps == 2
+    before = contents(output)
+    weights = next(file for file in before if file.endswith("model.safetensors"))
+    for lost in ([], ["trainer_state.json"], [weights]):
+        for file in lost:
+            (output / file).unlink()
+        found = standing(output, *goal)
+        assert (found.reached, found.finished) == (True, not lost)
+        assert found.checkpoint == str(output / "checkpoint-2" if lost else output)
+        results = run(runs / "m", runs / "data", output, *goal, *lora)
+        assert "train_loss" not in results
+        assert results["bits_per_byte"] > 0
+        assert contents(output)[weights] == before[weights]
+        assert standing(output, *goal).finished
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_larger_goal_goes_on_and_a_push_is_made_again(runs):
+    for goal in (("--max_steps", "3"), ("--num_train_epochs", "9")):
+        found = standing(runs / "whole", *goal)
+        assert found == training.Standing(str(runs / "whole" / "checkpoint-2"), (), 2)
+    found = standing(runs / "whole", "--max_steps", "2", "--push_to_hub", "true")
+    assert (found.reached, found.finished) == (True, False)
+    earlier = str(runs / "whole" / "checkpoint-1")  # asked for, so it is where training goes on
+    assert standing(runs / "whole", "--max_steps", "2", "--resume_from_checkpoint", earlier).checkpoint == earlier
+    assert not standing(runs / "whole", "--max_steps", "2", "--resume_from_checkpoint", earlier).reached
+
+
+@pytest.mark.parametrize(
+    ("file", "kept", "said"),
+    [
+        ("trainer_state.json", None, "it has no trainer_state.json"),
+        ("trainer_state.json", 0.5, "its trainer_state.json is cut off"),
+        ("trainer_state.json", 0, "its trainer_state.json is cut off"),
+        ("optimizer.pt", 0.9, "its optimizer.pt is cut off"),
+        ("rng_state.pth", 0.5, "its rng_state.pth is cut off"),
+        ("model.safetensors", 0.9, "is corrupt or truncated"),
+        ("model.safetensors", None, "it has no weights"),
+    ],
+)
+def test_the_newest_whole_checkpoint_is_taken(runs, file, kept, said):
+    """An interrupted save leaves a folder that is passed over, with its reason; the one before it goes on."""
+    output = runs / "whole"
+    uninterrupted = contents(output / "checkpoint-2")["model.safetensors"]
+    broken = output / "checkpoint-2" / file
+    if kept is None:
+        broken.unlink()
+    else:
+        broken.write_bytes(broken.read_bytes()[: int(kept * broken.stat().st_size)])
+    (output / "trainer_state.json").unlink()  # it did not come to its end
+    found = standing(output, "--max_steps", "2")
+    assert found.checkpoint == str(output / "checkpoint-1")
+    assert (found.steps, found.reached) == (1, False)
+    assert len(found.skipped) == 1
+    assert f"{output / 'checkpoint-2'}', which is not whole: " in found.skipped[0]
+    assert said in found.skipped[0]
+    with pytest.raises(OSError, match=r"resume_from_checkpoint is .*checkpoint-2', which is not whole"):
+        standing(output, "--resume_from_checkpoint", str(output / "checkpoint-2"))
+    if kept != 0.9:  # two are enough
+        return
+    run(runs / "m", runs / "data", output, "--max_steps", "2", "--save_steps", "1")
+    assert contents(output / "checkpoint-2")["model.safetensors"] == uninterrupted
+    assert training.why_not_whole(output / "checkpoint-2") is None
+
+
+def test_a_model_in_the_folder_is_not_trained_over(runs):
+    before = contents(runs / "m")
+    with pytest.raises(FileExistsError, match="holds a model and no whole checkpoint to continue from"):
+        run(runs / "m", runs / "data", runs / "m", "--max_steps", "1")
+    assert contents(runs / "m") == before
+    run(runs / "m", runs / "data", runs / "m", "--max_steps", "1", "--resume_from_checkpoint", "false")
+    assert contents(runs / "m")["model.safetensors"] != before["model.safetensors"]
+    for checkpoint in (runs / "whole").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert standing(runs / "whole", "--max_steps", "2").finished
+    with pytest.raises(FileExistsError, match="no whole checkpoint"):
+        standing(runs / "whole", "--max_steps", "3")
+
+
+def test_room_is_looked_for_before_anything_is_read(runs, monkeypatch):
+    """The model, and as many checkpoints with AdamW's states as will be kept at once."""
+    model = checkpoints.load_model(str(runs / "m"))
+    size = 4 * model.num_parameters()
+
+    def needed(*arguments, model=model, output="new", steps=0):
+        options = ["m", "--data", "d", "--output_dir", str(runs / output), *arguments]
+        return training._bytes_to_write(model, training.parse(options)[1], steps)
+
+    assert needed("--save_strategy", "no") == size
+    assert needed() == needed("--max_steps", "9") == size + 3 * size
+    assert needed("--save_only_model", "true") == needed("--optim", "sgd") == 2 * size
+    assert needed("--max_steps", "9", "--save_steps", "1", "--save_total_limit", "4") == size + 4 * 3 * size
+    assert needed("--max_steps", "9", "--save_steps", "5", "--save_total_limit", "4") == size + 2 * 3 * size
+    assert needed("--max_steps", "9", "--save_steps", "1", "--save_total_limit", "4", steps=8) == size + 3 * size
+    # two of them are there
+    again = needed("--max_steps", "99", "--save_steps", "1", "--save_total_limit", "4", output="whole", steps=2)
+    assert again == size + 2 * 3 * size
+    adapted = training.add_lora(model)
+    own = 4 * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert needed(model=adapted) == own + 3 * own
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * size))
+    with pytest.raises(OSError, match=r"GiB are to be written there, and .* GiB are free; make room"):
+        run(runs / "m", runs / "data", runs / "new", "--max_steps", "1")
+    assert not (runs / "new").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * size))
+    run(runs / "m", runs / "data", runs / "new", "--max_steps", "1")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no device that is always full")
+def test_a_full_disk_is_said_in_a_sentence_and_the_run_goes_on(runs):
+    """PyTorch's own failure: the optimizer's states go to a device that is always full."""
+    output = runs / "full"
+    (output / "checkpoint-1").mkdir(parents=True)
+    (output / "checkpoint-1" / "optimizer.pt").symlink_to("/dev/full")
+    goal = ("--max_steps", "2", "--save_steps", "1")
+    with pytest.raises(OSError, match=r"the disk of output_dir = .* is full; make room, and the same command goes on"):
+        run(runs / "m", runs / "data", output, *goal)
+    assert "has no trainer_state.json" in standing(output, *goal).skipped[0]
+    (output / "checkpoint-1" / "optimizer.pt").unlink()
+    run(runs / "m", runs / "data", output, *goal)
+    assert contents(output)["model.safetensors"] == contents(runs / "whole")["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("out of memory"), False),
+    ],
+)
+def test_words_of_a_full_disk(error, full):
+    assert errors.is_full_disk(error) == full
+    wrapped = ValueError("it failed")
+    wrapped.__cause__ = error
+    assert errors.is_full_disk(wrapped) == full
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted({*INTEGRATION_TO_CALLBACK} - {*get_available_reporting_integrations()} - {*training.UNTOLD_REPORTERS}),
+)
+def test_a_reporter_that_is_not_installed_is_missed_at_once(name):
+    with pytest.raises(ImportError, match=f"report_to is '{name}', which is not installed here"):
+        training.parse(["m", "--data", "d", "--output_dir", "o", "--report_to", name])
+
+
 def test_an_adapter_is_trained_on_a_trained_model(tmp_path):
     data = corpus_folder(tmp_path / "data")
     tiny().save_pretrained(tmp_path / "m")
@@ -372,6 +560,7 @@ def test_a_save_that_fails_leaves_a_checkpoint_that_loads(tmp_path, monkeypatch)
         (["--learnig_rate", "1"], "no argument '--learnig_rate'; did you mean --learning_rate"),
         (["--max_steps", "many"], "--max_steps"),
         (["--block_size", "1"], "block_size is 1; allowed are 2"),
+        (["--report_to", "tensorbored"], "report_to is 'tensorbored'; allowed are none, all, azure_ml"),
         (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint is 'nowhere'"),
         (["--lora", "in_proj", "--lora_rank", "0"], "LoRA rank is 0"),
     ],

@@ -1,0 +1,75 @@
+"""The versions that hf-archs was tested with, against those that are installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+# of what hf-archs requires, as in constraints.txt, which no wheel brings along
+TESTED = {
+    "torch": "2.13.0",
+    "transformers": "5.24.0",
+    "accelerate": "1.15.0",
+    "peft": "0.21.2",
+    "datasets": "5.2.0",
+    "huggingface-hub": "2.4.0",
+    "safetensors": "0.8.0",
+    "numpy": "2.4.6",
+    "psutil": "7.2.2",
+    "httpx2": "2.16.2",
+    "typer": "0.29.2",
+    "rich": "15.0.0",
+    "triton": "3.9.0",
+    "matplotlib": "3.11.2",
+    "starlette": "1.10.0",
+    "uvicorn": "0.54.0",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One required distribution.
+
+    Attributes:
+        name: of the distribution.
+        found: the installed version; None where there is none.
+        verdict: how it stands to the tested version and to those that are allowed.
+        allowed: whether hf-archs may be expected to work with it.
+    """
+
+    name: str
+    found: str | None
+    verdict: str
+    allowed: bool
+
+
+def requirements() -> dict[str, Requirement]:
+    """What the installed hf-archs says that it requires, by name; of several lines the one that binds everybody."""
+    lines = [Requirement(line) for line in importlib.metadata.requires("hf-archs") or ()]
+    return {line.name: line for line in sorted(lines, key=lambda line: line.marker is None)}
+
+
+def compare() -> list[Comparison]:
+    """Everything in `TESTED` against what is installed and what is required."""
+    required = requirements()
+    return [_compare(required[name], tested) for name, tested in TESTED.items() if name in required]
+
+
+def _compare(requirement: Requirement, tested: str) -> Comparison:
+    name = requirement.name
+    optional = "extra" in str(requirement.marker)
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Comparison(name, None, f"optional; tested: {tested}" if optional else f"tested: {tested}", optional)
+    installed = Version(Version(found).public)  # without +cpu and the like
+    allowed = requirement.specifier.contains(installed, prereleases=True)
+    if installed == Version(tested):
+        verdict = "as tested"
+    else:
+        way = "older" if installed < Version(tested) else "newer"
+        verdict = f"{way} than tested, {tested}" if allowed else f"{way} than allowed, {requirement.specifier}"
+    return Comparison(name, found, verdict, allowed)
