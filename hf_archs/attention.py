@@ -24,6 +24,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_archs.cache import Slot, States
+from hf_archs.call import call
 from hf_archs.configuration import MixerConfig, check_range
 from hf_archs.kernels.arguments import last_inputs, number_documents
 from hf_archs.kernels.numerics import cast, made_once, no_autocast, wide
@@ -297,8 +298,7 @@ class Attention(nn.Module):
 
     is_causal = True
     reach: int | None = None  # the most direct columns that a query sees; None for all
-    # gets the weights of the direct columns, (b, h, l, columns), from `eager` attention, and gives what stands for them
-    show: Callable[[torch.Tensor], torch.Tensor] | None = None
+    shows_weights = True  # those of the direct columns, from `eager` attention, to `hf_archs.call.call.show`
 
     def __init__(self, config: AttentionConfig):
         super().__init__()
@@ -441,7 +441,7 @@ class Attention(nn.Module):
         (Compiled, lengths up to ``reach`` and lengths above it have a graph each.)
         """
         length, past, start = columns.length, columns.past, columns.start
-        if self.reach is None or length <= self.reach or self.show is not None:
+        if self.reach is None or length <= self.reach or call.show is not None:
             coordinates = torch.arange(-past, length, device=q.device)
             query, key = coordinates[past:].view(1, -1, 1), coordinates.view(1, 1, -1)
             return Blocks(q[:, None], columns.k[:, None], columns.v[:, None], query, key, start[:, None, :, None])
@@ -467,7 +467,7 @@ class Attention(nn.Module):
         """
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
         options: dict[str, Any] = {"dropout": 0.0, "scaling": self.scaling, "is_causal": mask is None}
-        show = self.show
+        show = call.show
         if show is not None and attend is eager_attention:
             options["show"] = lambda weights: torch.cat([weights[..., :extra], show(weights[..., extra:])], 3)
         return attend(self, q, k, v, mask, **options)[0]
@@ -597,5 +597,13 @@ class SlidingAttention(Attention):
         return {"global_key": k, "global_value": v}
 
 
-register_mixer("attention", Attention, AttentionConfig, state=attention_state)
-register_mixer("sliding_attention", SlidingAttention, SlidingAttentionConfig, state=sliding_attention_state)
+register_mixer(
+    "attention", Attention, AttentionConfig, state=attention_state, layer_type=lambda config: "full_attention"
+)
+register_mixer(
+    "sliding_attention",
+    SlidingAttention,
+    SlidingAttentionConfig,
+    state=sliding_attention_state,
+    layer_type=lambda config: "sliding_attention",
+)

@@ -9,9 +9,10 @@ import contextlib
 import copy
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -25,23 +26,21 @@ from transformers.generation import GenerationMode
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    MaskedLMOutput,
-)
+from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import auto_docstring, can_return_tuple, is_tracing, logging
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_tracing, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_archs import conversion
-from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
+from hf_archs.cache import NAME, NEW_NAME, OLD_NAME, ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
+from hf_archs.call import during
 from hf_archs.configuration import ArchConfig
+from hf_archs.decay import watch_trainers
 from hf_archs.errors import CheckFailed
 from hf_archs.kernels.numerics import below_autograd, wide
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
-from hf_archs.sharing import SiteLinear, share_layers
+from hf_archs.sharing import share_layers
 
 logger = logging.get_logger(__name__)
 
@@ -96,7 +95,8 @@ class ArchBlock(GradientCheckpointingLayer):
     first in every row; ``slot`` (a `hf_archs.cache.Slot`, or None without a cache) holds the states it continues.
 
     A feed-forward is called as ``feed_forward(hidden_states)``. One with a router has an attribute ``routes``; it is
-    called with ``mask=``, the real tokens ``(b, l)`` or None, and gives a vector of statistics beside its output.
+    called with ``mask=``, the real tokens ``(b, l)`` or None, and ``count=``, whether somebody asks for what stands
+    beside its output: a vector of statistics, and the router's logits ``(b * l, experts)``.
     """
 
     def __init__(self, config: ArchConfig, layer_idx: int):
@@ -105,13 +105,13 @@ class ArchBlock(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.bidirectional = config.bidirectional
         self.residual_in_fp32 = config.residual_in_fp32
-        self.sites: list[tuple[int, list[SiteLinear]]] = []  # see `share_layers`
+        self.sites: dict[str, int] = {}  # of the parts that it shares with other layers, see `share_layers`
         self.mixer = self.feed_forward = None
         self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)  # of whatever comes first
         self.attention_weights: AttentionWeights | None = None
         if plan.mixer is not None:
             self.mixer = get_mixer(plan.mixer).module_class(plan.mixer_config)
-            if _attentions(self.mixer):
+            if any(hasattr(module, "shows_weights") for module in self.mixer.modules()):
                 self.attention_weights = AttentionWeights()
         if plan.feed_forward is not None:
             if plan.mixer is not None:
@@ -122,27 +122,32 @@ class ArchBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         layout: Layout,
-        past_key_values: RecurrentCache | None = None,
+        cache: RecurrentCache | None = None,
         output_attentions: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """``(b, l, d)`` to the same; beside it the statistics of the feed-forward's router where it has one.
+        count: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``(b, l, d)`` to the same; beside it the statistics and the logits of the feed-forward's router where it has
+        one and they are asked for.
 
-        (A flat pair of tensors: activation checkpointing in its older form follows no others.)
+        (A flat tuple of tensors: activation checkpointing in its older form follows no others.)
         """
-        for site, linear in self.sites:
-            for layer in linear:
-                layer.site = site
         residual = wide(hidden_states) if self.residual_in_fp32 else hidden_states
         if self.mixer is not None:
-            state = None if past_key_values is None else past_key_values.slot(self.layer_idx)
-            residual = residual + self._mix(self.norm(residual), layout, state, output_attentions)
+            state = None if cache is None else cache.slot(self.layer_idx)
+            with self._site("mixer"):
+                residual = residual + self._mix(self.norm(residual), layout, state, output_attentions)
         if self.feed_forward is None:
             return residual
         normed = (self.norm if self.mixer is None else self.feed_forward_norm)(residual)
-        if not hasattr(self.feed_forward, "routes"):
-            return residual + self.feed_forward(normed)
-        output, statistics = self.feed_forward(normed, mask=layout.mask())
-        return residual + output, statistics
+        with self._site("feed_forward"):
+            if not hasattr(self.feed_forward, "routes"):
+                return residual + self.feed_forward(normed)
+            output, statistics, logits = self.feed_forward(normed, mask=layout.mask(), count=count)
+        return (residual + output, statistics, logits) if count else residual + output
+
+    def _site(self, part: str) -> contextlib.AbstractContextManager:
+        site = self.sites.get(part, 0)
+        return during(site=site) if site else contextlib.nullcontext()
 
     def _mix(
         self, hidden_states: torch.Tensor, layout: Layout, state: Slot | None, output_attentions: bool
@@ -150,14 +155,13 @@ class ArchBlock(GradientCheckpointingLayer):
         assert self.mixer is not None
         order, restore, lengths, seq_idx = layout
         recorder = self.attention_weights
-        shown = _attentions(self.mixer) if output_attentions and recorder is not None else []
-        for attention in shown:
+        looked_at: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if output_attentions and recorder is not None:
             total = None if state is None or state.cache.is_static else state.cache.get_seq_length()
-            attention.show = partial(_show, recorder=recorder, layout=layout, total=total)
-        mixed = self.mixer(_permute(hidden_states, order), state=state, lengths=lengths, seq_idx=seq_idx)
+            looked_at = during(show=partial(_show, recorder=recorder, layout=layout, total=total))
+        with looked_at:
+            mixed = self.mixer(_permute(hidden_states, order), state=state, lengths=lengths, seq_idx=seq_idx)
         mixed = _permute(mixed, restore)
-        for attention in shown:
-            attention.show = None
         if self.bidirectional:
             # the same mixer from right to left: reversed rows keep their real tokens first
             flipped = None if order is None else _reverse_real(order, lengths)
@@ -174,11 +178,6 @@ class ArchBlock(GradientCheckpointingLayer):
             mixed = mixed + _permute(backward, torch.argsort(back, dim=1))
         mask = layout.mask()
         return mixed if mask is None else mixed.masked_fill(~mask.unsqueeze(-1), 0.0)
-
-
-def _attentions(mixer: nn.Module) -> list[Any]:
-    """The modules of a mixer that can show what they attend to."""
-    return [module for module in mixer.modules() if hasattr(module, "show")]
 
 
 def _show(weights: torch.Tensor, recorder: Any, layout: Layout, total: int | None) -> torch.Tensor:
@@ -215,10 +214,11 @@ class ArchPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ArchBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [OLD_NAME, NEW_NAME]
     _is_stateful = False  # the cache can roll back, so assisted decoding works
     _can_compile_fullgraph = True
     _supports_sdpa = True
+    _supports_context_parallel = False  # neither states nor padding settled in the backbone can be cut up by rank
     # states, decays and step biases, which every mixer keeps in a submodule of this name; what balances routers
     _keep_in_fp32_modules_strict = ["ssm", "e_score_correction_bias"]
     _can_record_outputs = {"hidden_states": ArchBlock}
@@ -229,11 +229,20 @@ class ArchPreTrainedModel(PreTrainedModel):
         names = {part for name in self.state_dict() for part in name.split(".")}
         kept: Any = set(self._keep_in_fp32_modules_strict or ()) & names
         self._keep_in_fp32_modules_strict = kept
+        # quantisers ask for modules to leave alone, and match their whole names
+        spared: Any = {name for name, _ in self.named_modules() if name.rpartition(".")[2] == "ssm"}
+        self._keep_in_fp32_modules = spared.union(self._keep_in_fp32_modules or ())
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers passes over modules without parameters of their own (mixers, blocks) in code outside of it, lest
         # they overwrite what was loaded; ours all use `transformers.initialization`, which never does
         super()._initialize_weights(module)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """True: the loss takes ``num_items_in_batch``. Every `Trainer` asks this while it is made."""
+        watch_trainers()
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -304,11 +313,31 @@ class ArchPreTrainedModel(PreTrainedModel):
         """Nothing to do: the stub that is always saved serves every Auto class."""
 
 
+class CacheNames:
+    """An output of transformers whose cache is found under both of its names, whichever the installed release has."""
+
+    def _replace_old_cache_name(self, key: Any) -> Any:  # which warns, in the release that has it
+        return NAME if key in (OLD_NAME, NEW_NAME) else key
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(self._replace_old_cache_name(key))  # type: ignore[misc]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(self._replace_old_cache_name(key))  # type: ignore[misc]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(self._replace_old_cache_name(key), default)  # type: ignore[misc]
+
+
+setattr(CacheNames, OLD_NAME if NAME == NEW_NAME else NEW_NAME, property(lambda output: getattr(output, NAME)))
+
+
 @dataclass
-class ArchModelOutput(BaseModelOutputWithPast):
+class ArchModelOutput(CacheNames, MoeModelOutputWithPast):
     """What the backbone gives.
 
     Attributes:
+        router_logits: for each layer with a router its logits ``(b * l, experts)``, where they were asked for.
         router_statistics: for each layer with a router the statistics of this forward, where they were asked for.
     """
 
@@ -316,14 +345,62 @@ class ArchModelOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class ArchCausalLMOutput(CausalLMOutputWithPast):
-    """What the causal language model gives in training where layers have routers.
+class ArchCausalLMOutput(CacheNames, MoeCausalLMOutputWithPast):
+    """What the causal language model gives; names and order are those of Mixtral.
 
     Attributes:
-        aux_loss: the routers' own losses, which are part of ``loss``.
+        aux_loss: the routers' own losses, where their logits were asked for; ``loss`` holds it times the config's
+            ``router_aux_loss_coef``.
+    """
+
+
+@dataclass
+class ArchMaskedLMOutput(MaskedLMOutput):
+    """What the masked language model gives.
+
+    Attributes:
+        aux_loss, router_logits: as those of `ArchCausalLMOutput`.
     """
 
     aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+# what transformers, its Trainer and its tokenizers hand to any model, beside the arguments that our forwards name.
+# The first of them are read where the loss is computed or outputs are recorded; the others mean nothing here: positions
+# in the cache are counted, there is one segment, and boundaries of keys and queries are the same
+HOST_ARGUMENTS = frozenset(TransformersKwargs.__optional_keys__) | {
+    "return_dict",
+    "shift_labels",
+    "ignore_index",
+    "cache_position",
+    "token_type_ids",
+}
+
+
+def _check_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Refuse what no host hands to every model: a misspelt argument would have no effect, and nobody would know.
+
+    Raises:
+        TypeError: naming the argument.
+        ValueError: for ``is_causal`` where the model was made for the other direction.
+    """
+    for name in arguments:
+        if name not in HOST_ARGUMENTS:
+            raise TypeError(f"{type(model).__name__}.forward() has no argument {name!r}")
+    causal, config = arguments.get("is_causal"), model.config
+    if causal is not None and causal == config.bidirectional:
+        raise ValueError(
+            f"is_causal is {causal}, and the config of this {type(model).__name__} says bidirectional = {not causal}; "
+            "allowed is a model that was made for that direction"
+        )
+
+
+def _one_cache(cache: Any, past_key_values: Any) -> Any:
+    """The cache, under whichever of its names it was passed. Raises `ValueError` where two are passed."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values were both passed, and are names of the same; allowed is one")
+    return past_key_values if cache is None else cache
 
 
 class ArchModel(ArchPreTrainedModel):
@@ -335,6 +412,7 @@ class ArchModel(ArchPreTrainedModel):
         self.layers = nn.ModuleList(ArchBlock(config, i) for i in range(config.num_hidden_layers))
         self._tied_weights_keys = share_layers(self.layers, [config.layer_plan(i) for i in range(len(self.layers))])
         self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
+        self.has_routers = any(hasattr(layer.feed_forward, "routes") for layer in self.layers)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -352,28 +430,41 @@ class ArchModel(ArchPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
-        output_router_statistics: bool = False,
+        output_router_logits: bool | None = None,
+        output_router_statistics: bool | None = False,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> ArchModelOutput:
         r"""
+        cache ([`~cache_utils.Cache`], *optional*):
+            What the tokens before these left behind. In training none is made unless ``use_cache=True``.
+        past_key_values ([`~cache_utils.Cache`], *optional*):
+            The same, under the name that transformers had for it to 5.23.
         seq_idx (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             The number of the document that each token belongs to: several documents packed into one row stay apart.
         cu_seq_lens_q (`torch.Tensor` of shape `(documents + 1,)`, *optional*):
             Where the documents of a single packed row begin and end.
+        output_router_logits (`bool`, *optional*):
+            Whether to return the logits of the routers.
         output_router_statistics (`bool`, *optional*):
-            Whether to return what the routers of the layers counted, for the losses that balance their load.
+            Whether to return what the routers of the layers counted, for the losses that balance their load; None for
+            where their logits are asked for.
         """
+        _check_arguments(self, kwargs)
+        cache = _one_cache(cache, past_key_values)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        training = self.training and torch.is_grad_enabled()
         if use_cache is None:  # transformers' merge_with_config_defaults takes 20 microseconds a token for it
-            use_cache = self.config.use_cache
+            # a layer that is run again in the backward, by whatever checkpoints activations, would find its own states
+            use_cache = self.config.use_cache and not training
         if self.config.embedding_multiplier != 1.0:
             inputs_embeds = inputs_embeds * self.config.embedding_multiplier
         asked = kwargs.get("output_attentions", self.config.output_attentions)
@@ -386,48 +477,80 @@ class ArchModel(ArchPreTrainedModel):
                     "call set_attn_implementation('eager') for them"
                 )
         if self.config.bidirectional:
-            if past_key_values is not None:
+            if cache is not None:
                 raise ValueError("a bidirectional model has no cache: every token depends on those after it")
             use_cache = False
-        if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None
-        if past_key_values is not None:
-            past_key_values = adopt(past_key_values, self.config)
+        if self.gradient_checkpointing and training:
+            if cache is not None or use_cache:
+                warnings.warn(
+                    "gradient checkpointing runs every layer twice, so in training no cache is read or made: these "
+                    "tokens do not see those before them",
+                    stacklevel=2,
+                )
+            use_cache, cache = False, None
+        if cache is not None:
+            cache = adopt(cache, self.config)
         elif use_cache:
-            past_key_values = ArchDynamicCache(self.config)
+            cache = ArchDynamicCache(self.config)
+        if output_router_logits is None:  # of the dict, since a hybrid goes through all its layers to answer
+            output_router_logits = self.has_routers and vars(self.config).get("output_router_logits", True)
+        elif output_router_logits and not self.has_routers:
+            raise ValueError(
+                f"output_router_logits is True, but a {type(self).__name__} of this config has no router; "
+                "allowed is False"
+            )
+
+        if output_router_statistics is None:
+            output_router_statistics = output_router_logits
 
         length = inputs_embeds.shape[1]
         mask = _real_tokens(attention_mask, length)
         # positions restart after left pads and differ from zero in a continuation too: they mark documents only alone
-        alone = attention_mask is None and (past_key_values is None or past_key_values.batch_size < 0)
+        alone = attention_mask is None and (cache is None or cache.batch_size < 0)
         seq_idx = _documents(seq_idx, cu_seq_lens_q, position_ids if alone else None, inputs_embeds)
-        if past_key_values is not None:
-            past_key_values.begin(length, mask, inputs_embeds.device)
+        if cache is not None:
+            cache.begin(length, mask, inputs_embeds.device)
         layout = Layout.build(mask, seq_idx)
 
         hidden_states: Any = inputs_embeds
         statistics: list[torch.Tensor] = []
+        router_logits: list[torch.Tensor] = []
+        count = output_router_logits or output_router_statistics
+        # fewer layers than there are where transformers drafts with the first ones, for `assistant_early_exit`
+        number = self.config.num_hidden_layers
+        layers = self.layers if number == len(self.layers) else self.layers[:number]
         with below_autograd() if length == 1 else contextlib.nullcontext():
-            for layer in self.layers:
+            for layer in layers:
                 hidden_states = layer(
-                    hidden_states, layout, past_key_values=past_key_values, output_attentions=output_attentions
+                    hidden_states, layout, cache=cache, output_attentions=output_attentions, count=count
                 )
                 if isinstance(hidden_states, tuple):
-                    hidden_states, counted = hidden_states
+                    hidden_states, counted, logits = hidden_states
                     statistics.append(counted)
-        return ArchModelOutput(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
-            router_statistics=tuple(statistics) if output_router_statistics else None,
-        )
+                    router_logits.append(logits)
+        fields: dict[str, Any] = {NAME: cache if use_cache else None}
+        if router_logits and output_router_logits:
+            fields["router_logits"] = tuple(router_logits)
+        if statistics and output_router_statistics:
+            fields["router_statistics"] = tuple(statistics)
+        return ArchModelOutput(last_hidden_state=self.norm(hidden_states), **fields)
 
-    def auxiliary_loss(self, statistics: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The sum of the routers' own losses, from the statistics of one forward, those of one config together."""
+    def auxiliary_losses(self, statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The routers' own losses, from the statistics of one forward, those of one config together.
+
+        Returns:
+            ``aux_loss``, which the config's ``router_aux_loss_coef`` multiplies, and the product.
+        """
         routers: list[Any] = [layer.feed_forward for layer in self.layers if hasattr(layer.feed_forward, "routes")]
         groups: dict[int, tuple[Any, list[torch.Tensor]]] = {}
-        for router, counted in zip(routers, statistics, strict=True):
+        for router, counted in zip(routers, statistics):
             groups.setdefault(id(router.config), (router, []))[1].append(counted)
-        return torch.stack([router.auxiliary_loss(counted) for router, counted in groups.values()]).sum()
+
+        def summed(loss: str) -> torch.Tensor:
+            return torch.stack([getattr(router, loss)(counted) for router, counted in groups.values()]).sum()
+
+        added, coefficient = summed("auxiliary_loss"), getattr(self.config, "router_aux_loss_coef", 0.0)
+        return (added / coefficient if coefficient else summed("balance_loss")), added
 
 
 def _real_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
@@ -475,16 +598,23 @@ def _documents(
     return None
 
 
-def _share_of_batch(labels: Any, kwargs: dict[str, Any]) -> torch.Tensor | float:
-    """What part of the step's predicted tokens are here; 1 unless the Trainer says how many the step has.
+def _with_router_losses(
+    model: ArchModel, outputs: ArchModelOutput, loss: torch.Tensor | None, targets: torch.Tensor | None, items: Any
+) -> dict[str, Any]:
+    """The fields of an output that routers have a part in.
 
-    The Trainer adds up the losses of a step's batches as they are, so their means must be weighed.
+    Args:
+        loss: of the predictions, where there are ``targets``; -100 stands for none.
+        items: predicted tokens of all batches of the step, where the Trainer says so. It adds up the losses of a step's
+            batches as they are, so their means must be weighed.
     """
-    items = kwargs.get("num_items_in_batch")
-    if items is None:
-        return 1.0
-    targets = kwargs.get("shift_labels")
-    return ((labels[:, 1:] if targets is None else targets) != -100).sum() / items
+    if not outputs.router_statistics:
+        return {"loss": loss}
+    auxiliary, added = model.auxiliary_losses(outputs.router_statistics)
+    if loss is not None and targets is not None:
+        share = 1.0 if items is None else (targets != -100).sum() / items
+        loss = loss + (added * share).to(loss.device)
+    return {"loss": loss, "aux_loss": auxiliary, "router_logits": outputs.router_logits}
 
 
 class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
@@ -516,42 +646,80 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        if isinstance(past_key_values, RecurrentCache) and isinstance(logits_to_keep, int):
+    ) -> ArchCausalLMOutput:
+        r"""
+        cache ([`~cache_utils.Cache`], *optional*):
+            What the tokens before these left behind. In training none is made unless ``use_cache=True``.
+        past_key_values ([`~cache_utils.Cache`], *optional*):
+            The same, under the name that transformers had for it to 5.23.
+        output_router_logits (`bool`, *optional*):
+            Whether to return the logits of the routers and their own loss, which is then part of ``loss``; None for
+            the config's, which is True unless a checkpoint of another model says otherwise.
+        """
+        cache = _one_cache(cache, past_key_values)
+        if isinstance(cache, RecurrentCache) and isinstance(logits_to_keep, int):
             # assisted decoding keeps the logits of all candidates, and takes back no more than those and one
-            past_key_values.rollback_window = max(logits_to_keep, 1) + 1
+            cache.rollback_window = max(logits_to_keep, 1) + 1
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_statistics=self.training and labels is not None,
+            output_router_logits=output_router_logits,
+            output_router_statistics=None,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
+        loss = targets = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = {
-            "loss": loss,
-            "logits": logits,
-            "past_key_values": outputs.past_key_values,
-            "hidden_states": outputs.hidden_states,
-            "attentions": outputs.attentions,
-        }
-        if not outputs.router_statistics:
-            return CausalLMOutputWithPast(**output)
-        auxiliary = self.model.auxiliary_loss(outputs.router_statistics)
-        output["loss"] = loss + auxiliary * _share_of_batch(labels, kwargs)
-        return ArchCausalLMOutput(**output, aux_loss=auxiliary)
+            targets = kwargs.get("shift_labels")
+            targets = labels[:, 1:] if targets is None else targets
+        return ArchCausalLMOutput(
+            **_with_router_losses(self.model, outputs, loss, targets, kwargs.get("num_items_in_batch")),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{NAME: getattr(outputs, NAME)},
+        )
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        given = _one_cache(cache, past_key_values)
+        if given is not None:
+            kwargs[NAME] = given
+        if self.model.has_routers:
+            kwargs.setdefault("output_router_logits", False)  # a step has better to do; they are given where asked for
+        layers = self.config.num_hidden_layers
+        try:
+            with during(generating=True):
+                return super().generate(*args, **kwargs)
+        finally:
+            # which transformers lowers for the drafts of `assistant_early_exit`, and not back where one fails
+            if self.config.num_hidden_layers != layers:
+                self.config.num_hidden_layers = layers
+
+    def _assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+        finally:  # the cache may outlive this, and would record every token to come
+            if isinstance(kwargs.get(NAME), RecurrentCache):
+                kwargs[NAME].stop_recording()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Any = None, **kwargs: Any) -> Any:
+        """The mask as it is: each mixer makes its own of where the real tokens are."""
+        return attention_mask
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -574,15 +742,14 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             if hasattr(layer.feed_forward, "check_generation"):
                 layer.feed_forward.check_generation()
         implementation = generation_config.cache_implementation
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(NAME)
         if cache is not None:
             if implementation is not None:
-                raise ValueError(
-                    f"cache_implementation={implementation!r} and past_key_values were both passed; allowed is one"
-                )
+                raise ValueError(f"cache_implementation={implementation!r} and {NAME} were both passed; allowed is one")
             if not isinstance(cache, Cache):
-                raise ValueError(f"past_key_values is a {type(cache).__name__}; allowed is a Cache")
+                raise ValueError(f"{NAME} is a {type(cache).__name__}; allowed is a Cache")
             cache = adopt(cache, self.config)
+            cache.derived.clear()  # the weights may be others than in the last call
             if generation_mode != GenerationMode.ASSISTED_GENERATION and not generation_config.is_assistant:
                 cache.stop_recording()
             cache._is_user_defined = True  # type: ignore[attr-defined]
@@ -602,7 +769,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             cache = ArchDynamicCache(self.config, offloading=implementation == "offloaded")
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[NAME] = cache
 
 
 class ArchForMaskedLM(ArchPreTrainedModel):
@@ -629,22 +796,30 @@ class ArchForMaskedLM(ArchPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
-    ) -> MaskedLMOutput:
+    ) -> ArchMaskedLMOutput:
+        r"""
+        output_router_logits (`bool`, *optional*):
+            Whether to return the logits of the routers and their own loss, which is then part of ``loss``; None for
+            the config's.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            output_router_statistics=self.training and labels is not None,
+            output_router_logits=output_router_logits,
+            output_router_statistics=None,
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if outputs.router_statistics:
-            loss = loss + self.model.auxiliary_loss(outputs.router_statistics)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return ArchMaskedLMOutput(
+            **_with_router_losses(self.model, outputs, loss, labels, kwargs.get("num_items_in_batch")),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )

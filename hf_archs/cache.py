@@ -17,11 +17,17 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import is_torchdynamo_compiling
 
+from hf_archs.call import call
 from hf_archs.registry import StateSpec
 
+OLD_NAME, NEW_NAME = "past_key_values", "cache"  # of a cache in forwards and outputs of transformers, to 5.23 and since
+NAME = NEW_NAME if NEW_NAME in BaseModelOutputWithPast.__dataclass_fields__ else OLD_NAME  # in the installed one
+
+KINDS = ("conv", "recurrent")  # of states in transformers' layers
 States = dict[str, torch.Tensor]
 # (name, how to compute it) -> it; see `Slot.once`
 Once = Callable[[str, Callable[[], torch.Tensor]], torch.Tensor]
@@ -74,11 +80,12 @@ class Slot:
         return value
 
     def once(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What follows from the weights alone: computed at the first token of a generation, and kept with its states.
+        """What follows from the weights alone: computed at the first token of a `generate`, and kept until its end.
 
-        (Kept in the module it would be stale after a step of training.) With gradients it is computed every time.
+        Everywhere else it is computed every time: an optimizer, or another adapter, may have changed the weights since
+        the last token.
         """
-        if torch.is_grad_enabled():
+        if not call.generating or torch.is_grad_enabled():
             return compute()
         key = (self.layer_idx, self.prefix + name)
         value = self.cache.derived.get(key)
@@ -142,23 +149,21 @@ class RecurrentCache(Cache):
     is_static = False
     max_cache_len: int | None = None  # columns of growing states in a static cache; None where nobody said
 
-    def _setup(self, config: Any) -> None:
+    def _setup(self, config: Any, offloading: bool = False) -> None:
+        plans = [config.layer_plan(i).states() for i in range(config.num_hidden_layers)]
+        # transformers makes room for one state of each kind
+        counts = [max((sum(s.kind == kind for s in specs.values()) for kind in KINDS), default=1) for specs in plans]
+        Cache.__init__(self, [LinearAttentionLayer(number_of_states=max(n, 1)) for n in counts], offloading=offloading)
         self.rollback_window = 2  # logits_to_keep + 1; the backbone's causal head keeps it up to date
         self.segments: list[Segment] = []
         self.derived: dict[tuple[int, str], torch.Tensor] = {}  # see `Slot.once`
         self._records: dict[tuple[int, str], Record] = {}  # by layer and prefix of a slot
         self._specs: list[dict[str, StateSpec]] = []
         self._places: list[dict[str, tuple[str, int]]] = []  # of each state: its kind, and which of them it is
-        for layer_idx in range(config.num_hidden_layers):
-            specs = config.layer_plan(layer_idx).states()
+        for specs in plans:
             self._specs.append(specs)
-            names = {kind: [n for n, spec in specs.items() if spec.kind == kind] for kind in ("conv", "recurrent")}
+            names = {kind: [n for n, spec in specs.items() if spec.kind == kind] for kind in KINDS}
             self._places.append({n: (spec.kind, names[spec.kind].index(n)) for n, spec in specs.items()})
-            layer = self.layers[layer_idx]
-            count = max(map(len, names.values()))
-            # transformers makes room for one state of each kind
-            if isinstance(layer, LinearAttentionCacheLayerMixin) and count > layer.number_of_states:
-                LinearAttentionCacheLayerMixin.__init__(layer, number_of_states=count)
         self._grows = any(spec.grows for specs in self._specs for spec in specs.values())
         self._length: Any = torch.zeros((), dtype=torch.long) if self.is_static else 0
         self._before: Any = torch.zeros((), dtype=torch.long)  # in a static cache, positions before this forward
@@ -193,9 +198,12 @@ class RecurrentCache(Cache):
         return self._length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        if isinstance(self.layers[layer_idx], CacheLayerMixin):
-            return super().get_mask_sizes(query_length, layer_idx)
         return self.get_seq_length() + query_length, 0
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for every layer: transformers takes it for caches that do not know how long they are."""
+        return [False] * len(self.layers)
 
     @property
     def batch_size(self) -> int:
@@ -292,7 +300,7 @@ class RecurrentCache(Cache):
         length = int(states["length"])
         self._length = self._length.fill_(length) if self.is_static else length
         for key in sorted(given):
-            self.store(*names[key][:2], states[key])
+            self.store(*names[key][:2], states[key].clone())  # a caller may load it again
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a function of the batch dimension to every state and every recorded input."""
@@ -402,9 +410,6 @@ class RecurrentCache(Cache):
                     states = dict(record.replay(inputs, states, lengths))
             for name, value in states.items():
                 self._restore(layer_idx, prefix + name, value)
-        for layer in self.layers:
-            if isinstance(layer, DynamicLayer):
-                layer.crop(tokens_to_remove)
         self._forget()
 
     def _restore(self, layer_idx: int, name: str, value: torch.Tensor | None) -> None:
@@ -425,12 +430,11 @@ class ArchDynamicCache(RecurrentCache, DynamicCache):
 
     Args:
         config: the model's config.
-        offloading: keep key-value layers on the CPU between uses (states are small and stay).
+        offloading: as in transformers, which offloads keys and values; states, which all layers keep here, stay.
     """
 
     def __init__(self, config: Any, offloading: bool = False):
-        DynamicCache.__init__(self, config=config, offloading=offloading)
-        self._setup(config)
+        self._setup(config, offloading)
 
     @property
     def is_compileable(self) -> bool:
@@ -449,16 +453,14 @@ class ArchStaticCache(RecurrentCache, StaticCache):
 
     is_static = True
 
-    def __init__(self, config: Any, max_cache_len: int, offloading: bool = False, **kwargs: Any):
-        StaticCache.__init__(self, config, max_cache_len, offloading=offloading, **kwargs)
+    def __init__(self, config: Any, max_cache_len: int, offloading: bool = False):
         self.max_cache_len = max_cache_len
-        self._setup(config)
+        self._setup(config, offloading)
 
     def early_initialization(
         self, batch_size: int, num_heads: Any, head_dim: Any, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Allocate every buffer now (transformers calls this before it compiles a chunked prefill)."""
-        super().early_initialization(batch_size, num_heads, head_dim, dtype, device)
         max_length = self.max_cache_len or 0  # a growing state of no columns is an empty one
         for layer_idx, specs in enumerate(self._specs):
             for name, spec in specs.items():
@@ -483,18 +485,37 @@ def _turned(value: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
 def adopt(cache: Cache, config: Any) -> RecurrentCache:
     """Make a cache that a user built from transformers' classes one of ours, in place.
 
+    Keys and values that it holds already, as those of prefix tuning, are taken over by attention to all tokens.
+
     Raises:
-        ValueError: for a cache that was made for another kind of model.
+        ValueError: for a cache that was made for another kind of model, or holds what a mixer cannot begin with.
     """
     if isinstance(cache, RecurrentCache):
         return cache
     ours = {DynamicCache: ArchDynamicCache, StaticCache: ArchStaticCache}.get(type(cache))
-    linear = [isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers]
-    if ours is None or linear != [kind == "linear_attention" for kind in config.layer_types]:
+    if ours is None or len(cache.layers) not in (0, config.num_hidden_layers):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__} that was not made for this model; "
+            f"{NAME} is a {type(cache).__name__} that was not made for this model; "
             "pass hf_archs.cache.ArchDynamicCache(model.config), or none"
         )
+    given: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    full = any(k is not None and k.numel() for k, _ in given) or any(_holds_states(layer) for layer in cache.layers)
+    if full and (ours is ArchStaticCache or set(config.layer_types) != {"full_attention"}):
+        raise ValueError(
+            f"{NAME} is a {type(cache).__name__} with something in it, as prefix tuning makes it: only a model whose "
+            "layers are all attention can begin with keys and values that others made; recurrent layers have none"
+        )
     cache.__class__ = ours
-    cache._setup(config)  # type: ignore[attr-defined]
-    return cache  # type: ignore[return-value]
+    adopted: Any = cache
+    adopted._setup(config)
+    if full:
+        for layer_idx, (k, v) in enumerate(given):
+            adopted.store(layer_idx, "key", k.mT)
+            adopted.store(layer_idx, "value", v.mT)
+            adopted.store(layer_idx, "position", torch.full((k.shape[0], 1), k.shape[2], device=k.device))
+        adopted._length = given[0][0].shape[2]
+    return adopted
+
+
+def _holds_states(layer: Any) -> bool:
+    return any(getattr(layer, "has_previous_state", {}).values())

@@ -55,8 +55,11 @@ class ComposedConfig(ArchConfig):
         if kept is not None and (torch.compiler.is_compiling() or kept[0] == (source, self.hidden_size, self.norm_eps)):
             return kept[1]
         instance = make()
-        self._instances[key] = ((_copied(source), self.hidden_size, self.norm_eps), instance)
+        self._keep(key, source, instance)
         return instance
+
+    def _keep(self, key: tuple[str, str], source: Any, instance: Instance) -> None:
+        self._instances[key] = ((_copied(source), self.hidden_size, self.norm_eps), instance)
 
     def mixer_instance(self, name: str, fields: Mapping[str, Any]) -> Instance:
         """The mixer that ``{"type": ..., ...}`` describes, checked by its own config. Raises as `make_instance`."""
@@ -83,6 +86,12 @@ class ComposedConfig(ArchConfig):
         """The most heads that any mixer has."""
         plans = [self.layer_plan(i) for i in range(self.num_hidden_layers)]
         return max((plan.mixer_config.num_heads for plan in plans if plan.mixer_config is not None), default=1)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The widest window of the layers that are ``sliding_attention``, where transformers' caches look for it."""
+        configs: list[Any] = [self.layer_plan(i).mixer_config for i in range(self.num_hidden_layers)]
+        return max((config.window for config in configs if hasattr(config, "window")), default=None)
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which depends on the fields
@@ -192,6 +201,10 @@ def expand_pattern(field: str, pattern: str | list[str], names: Collection[str],
         names: the instances there are.
         layers: number of layers.
 
+    Returns:
+        an entry for each layer, or for each of those that a longer list has: a model that is cut has the first of them,
+        as `assistant_early_exit` cuts it.
+
     Raises:
         ValueError: naming the entry and what is allowed, or the length that the list should have.
     """
@@ -215,7 +228,7 @@ def expand_pattern(field: str, pattern: str | list[str], names: Collection[str],
                 entries[i] = match["entry"]
     else:
         entries = pattern
-    if len(entries) != layers:
+    if len(entries) < layers:
         raise ValueError(f"{field} has {len(entries)} entries; allowed are num_hidden_layers = {layers}")
     placed = []
     for entry in entries:

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from hf_archs import conversion, hub, registry
+from hf_archs.cache import NEW_NAME, OLD_NAME
 
 
 def check_range(config: object, field: str, low: float, high: float) -> None:
@@ -111,7 +112,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
 
     # the registered mixer of a pure stack
     mixer_type: ClassVar[str]
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [OLD_NAME, NEW_NAME, "aux_loss", "router_logits"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}  # prompt tuning asks for it
 
     vocab_size: int = 32000
@@ -150,9 +151,9 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """The kind of cache that each layer needs, in transformers' words."""
-        mixers = [self.layer_plan(i).mixer for i in range(self.num_hidden_layers)]
-        return ["linear_attention" if m is None else registry.get_mixer(m).cache_layer_type for m in mixers]
+        """What each layer is, in transformers' words; ``moe`` stands for one without a mixer there, experts or not."""
+        plans = [self.layer_plan(i) for i in range(self.num_hidden_layers)]
+        return ["moe" if p.mixer is None else registry.get_mixer(p.mixer).layer_type(p.mixer_config) for p in plans]
 
     def __post_init__(self, **kwargs: Any) -> None:
         # first of all: others compute with these, and transformers goes through all layers here

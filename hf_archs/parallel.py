@@ -63,4 +63,10 @@ def parallel_state(config: ParallelConfig) -> dict[str, StateSpec]:
     }
 
 
-register_mixer("parallel", ParallelMixer, ParallelConfig, state=parallel_state)
+def parallel_layer_type(config: ParallelConfig) -> str:
+    """What all parts are, or ``hybrid``."""
+    kinds = {get_mixer(kind).layer_type(part) for kind, part in config.parts.values()}
+    return kinds.pop() if len(kinds) == 1 else "hybrid"
+
+
+register_mixer("parallel", ParallelMixer, ParallelConfig, state=parallel_state, layer_type=parallel_layer_type)

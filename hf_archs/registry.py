@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -63,13 +64,16 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class Mixer:
-    """A registered token mixer: its module class, its config class, and a function from config to its states."""
+    """A registered token mixer: its module class, its config class, and a function from config to its states.
+
+    ``layer_type`` says in transformers' words what a layer of it is, from its config.
+    """
 
     name: str
     module_class: type[nn.Module]
     config_class: type
     state: Callable[[Any], dict[str, StateSpec]]
-    cache_layer_type: str = "linear_attention"
+    layer_type: Callable[[Any], str]
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def register_mixer(
     config_class: type,
     *,
     state: Callable[[Any], dict[str, StateSpec]],
-    cache_layer_type: str = "linear_attention",
+    layer_type: Callable[[Any], str] = lambda config: "linear_attention",
 ) -> Mixer:
     """Make a token mixer available to every architecture under ``name``.
 
@@ -173,7 +177,7 @@ def register_mixer(
             ``module(hidden_states, state=slot, lengths=..., seq_idx=...)``; see `hf_archs.backbone.ArchBlock`.
         config_class: a subclass of `hf_archs.configuration.MixerConfig`.
         state: the mixer's states, from its config.
-        cache_layer_type: the layer type in transformers' caches that holds them.
+        layer_type: what a layer of it is, in transformers' words, from its config.
 
     Raises:
         ValueError: where the name is taken.
@@ -183,7 +187,7 @@ def register_mixer(
 
     if not (isinstance(config_class, type) and issubclass(config_class, MixerConfig)):
         raise TypeError(f"mixer {name!r}: config_class is {config_class!r}, which is no subclass of MixerConfig")
-    entry = Mixer(name, module_class, config_class, state, cache_layer_type)
+    entry = Mixer(name, module_class, config_class, state, layer_type)
     _add("mixer", _mixers, name, entry)
     return entry
 
@@ -245,15 +249,33 @@ def register(architecture: Architecture) -> Architecture:
         raise ValueError(f"architecture {architecture.name!r}: {error}") from error
     for auto_class, model_class in architecture.auto_classes().values():
         auto_class.register(config_class, model_class)  # type: ignore[attr-defined]
-    _register_lora_targets(architecture)
+    _register_names(architecture)
+    _register_adapter_targets(architecture)
     register_checkpoint_conversion_mapping(config_class.model_type, formats.expert_conversions())
     return architecture
 
 
-def _register_lora_targets(architecture: Architecture) -> None:
+def _register_names(architecture: Architecture) -> None:
+    """Enter the classes where hosts look names up: the Trainer shifts the labels of causal models by such a table, and
+    `transformers serve` takes classes from transformers itself.
+    """
+    transformers = sys.modules["transformers"]  # it makes itself anew while its processors are imported
+    setattr(transformers, architecture.config_class.__name__, architecture.config_class)
+    for auto_class, model_class in architecture.auto_classes().values():
+        setattr(transformers, model_class.__name__, model_class)
+        if auto_class is not AutoModel:
+            auto_class._model_mapping._model_mapping[architecture.model_type] = model_class.__name__  # type: ignore[attr-defined]
+
+
+def _register_adapter_targets(architecture: Architecture) -> None:
+    """Enter the default targets of every kind of adapter: those of LoRA, and the norms for the one that tunes norms."""
     from peft.utils import constants
 
-    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[architecture.model_type] = [*architecture.lora_targets]
+    feed_forward = [name for name in architecture.lora_targets if name == "down_proj"]
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING"):
+            targets = feed_forward if "FEEDFORWARD" in name else [*architecture.lora_targets]
+            table[architecture.model_type] = ["norm", "feed_forward_norm"] if "LNTUNING" in name else targets
 
 
 def architectures() -> list[str]:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from hf_archs.call import call
+
 
 class SiteLinear(nn.Linear):
     """A shared linear layer with a low-rank one beside it for each layer that uses it.
@@ -29,7 +31,6 @@ class SiteLinear(nn.Linear):
         # parameters and no layers: PEFT cannot adapt a layer inside of one that it adapts
         self.site_down = nn.Parameter(torch.empty(sites, rank, shape[0], **place))
         self.site_up = nn.Parameter(torch.empty(sites, shape[1], rank, **place))
-        self.site = 0  # of the layer that is running: the block says so
 
     def init_weights(self) -> None:
         """Every layer begins with the shared weights alone (LoRA, Hu et al. 2021, section 4.1)."""
@@ -37,18 +38,14 @@ class SiteLinear(nn.Linear):
         init.zeros_(self.site_up)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        own = F.linear(F.linear(input, self.site_down[self.site]), self.site_up[self.site])
+        own = F.linear(F.linear(input, self.site_down[call.site]), self.site_up[call.site])
         return super().forward(input) + own
 
 
-def add_sites(module: nn.Module, rank: int, sites: int) -> list[SiteLinear]:
-    """Make every linear layer in ``module`` a `SiteLinear`; gives them."""
-    linear = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-    found = []
-    for name, child in linear:
-        found.append(SiteLinear(child, rank, sites))
-        module.set_submodule(name, found[-1])
-    return found
+def add_sites(module: nn.Module, rank: int, sites: int) -> None:
+    """Make every linear layer in ``module`` a `SiteLinear`."""
+    for name, child in [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]:
+        module.set_submodule(name, SiteLinear(child, rank, sites))
 
 
 def share_layers(layers: nn.ModuleList, plans: list[Any]) -> dict[str, str]:
@@ -67,10 +64,11 @@ def share_layers(layers: nn.ModuleList, plans: list[Any]) -> dict[str, str]:
         for first, *others in groups.values():
             module: Any = getattr(layers[first], part)
             rank = getattr(plans[first], f"shared_{part}").site_rank
-            linear = add_sites(module, rank, 1 + len(others)) if rank else []
+            if rank:
+                add_sites(module, rank, 1 + len(others))
             for site, i in enumerate((first, *others)):
                 setattr(layers[i], part, module)
-                layers[i].sites.append((site, linear))  # type: ignore[union-attr, operator]
+                layers[i].sites[part] = site  # type: ignore[union-attr, operator, index]
             for i in others:
                 tied.update(
                     {f"layers.{i}.{part}.{n}": f"layers.{first}.{part}.{n}" for n, _ in module.named_parameters()}

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 
 from hf_archs.composition import NONE, ComposedConfig, Instance, expand_pattern
 from hf_archs.configuration import LayerPlan, Shared
+from hf_archs.registry import get_feed_forward
 
 
 @strict
@@ -23,6 +24,9 @@ class ArchHybridConfig(ComposedConfig):
         layer_pattern: which mixers stand in each layer, see `hf_archs.composition.expand_pattern`.
         feed_forward: the feed-forwards, likewise; empty for none.
         feed_forward_pattern: which of them stands in each layer; None for the only one there is, or none.
+
+    Where a feed-forward has a router there are, under their names in transformers, ``output_router_logits`` (True
+    unless told otherwise), ``router_aux_loss_coef``, ``num_experts`` and ``num_experts_per_tok``, those of the first.
     """
 
     model_type = "hf_archs_hybrid"
@@ -42,6 +46,13 @@ class ArchHybridConfig(ComposedConfig):
                     raise ValueError(f"{type(self).__name__}: {kind} has the name {name!r}; allowed are identifiers")
 
     def validate_layers(self) -> None:
+        for field_name in ("layer_pattern", "feed_forward_pattern"):
+            pattern, layers = getattr(self, field_name), self.num_hidden_layers
+            if isinstance(pattern, list) and len(pattern) > layers:
+                raise ValueError(
+                    f"{type(self).__name__}: {field_name} has {len(pattern)} entries; "
+                    f"allowed are num_hidden_layers = {layers}"
+                )
         for i in range(self.num_hidden_layers):
             self.layer_plan(i)
 
@@ -49,6 +60,49 @@ class ArchHybridConfig(ComposedConfig):
         mixers = {f"mixers.{n}": self.mixer_instance(n, _own(fields)) for n, fields in (self.mixers or {}).items()}
         named = (self.feed_forward or {}).items()
         return mixers | {f"feed_forward.{n}": self.feed_forward_instance(n, _own(fields)) for n, fields in named}
+
+    @property
+    def _routed(self) -> tuple[str, Any]:
+        """The name and the config of the first feed-forward with a router in some layer; `AttributeError` where there
+        is none, since other libraries tell a model with experts by what its config has.
+        """
+        placed = {name for i in range(self.num_hidden_layers) for name in self.placed(i)}
+        for name, fields in (self.feed_forward or {}).items():
+            kind, config = self.feed_forward_instance(name, _own(fields))
+            if name in placed and hasattr(get_feed_forward(kind).module_class, "routes"):
+                return name, config
+        raise AttributeError(f"{type(self).__name__}: no feed-forward has a router")
+
+    @property
+    def output_router_logits(self) -> bool:
+        self._routed  # noqa: B018 - raises where there is none
+        return self.__dict__.get("output_router_logits", True)
+
+    @output_router_logits.setter
+    def output_router_logits(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"{type(self).__name__}: output_router_logits is {value!r}; allowed are true and false")
+        self.__dict__["output_router_logits"] = value
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        return self._routed[1].router_aux_loss_coef
+
+    @router_aux_loss_coef.setter
+    def router_aux_loss_coef(self, value: float) -> None:
+        name, config = self._routed
+        config.router_aux_loss_coef = value  # layers hold this very object
+        fields = {**self.feed_forward[name], "router_aux_loss_coef": value}  # type: ignore[index]
+        self.feed_forward = {**self.feed_forward, name: fields}  # type: ignore[dict-item]
+        self._keep(("feed_forward", name), _own(fields), ("moe", config))
+
+    @property
+    def num_experts(self) -> int:
+        return self._routed[1].num_experts
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        return self._routed[1].experts_per_token
 
     def placed_by_kind(self, layer_idx: int) -> tuple[list[str], list[str]]:
         """The names of the mixers and of the feed-forward that stand in a layer."""

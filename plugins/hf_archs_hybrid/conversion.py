@@ -107,11 +107,17 @@ def _every(config: Any, name: str, layers: list[list[str]], other: str) -> tuple
     return period, found[0]
 
 
+def _read_router_logits(given: Mapping[str, Any], has_experts: bool) -> dict[str, Any]:
+    """A config without routers has no such field."""
+    return {"output_router_logits": given["output_router_logits"]} if has_experts else {}
+
+
 def _read_jamba(given: Mapping[str, Any]) -> dict[str, Any]:
     experts = "; moe every {expert_layer_period} from {expert_layer_offset}" if given["num_experts"] > 1 else ""
     return {
         "layer_pattern": "mamba; attention every {attn_layer_period} from {attn_layer_offset}".format(**given),
         "feed_forward_pattern": f"mlp{experts}".format(**given),
+        **_read_router_logits(given, bool(experts)),
     }
 
 
@@ -123,7 +129,13 @@ def _write_jamba(config: Any) -> dict[str, Any]:
     written = {"attn_layer_period": attention[0], "attn_layer_offset": attention[1], "mamba_dt_rank": mamba.dt_rank}
     if ["moe"] not in [feed_forward for _, feed_forward in placed]:
         return {**written, "num_experts": 1}
-    return {**written, "expert_layer_period": experts[0], "expert_layer_offset": experts[1]}
+    asked = config.output_router_logits
+    return {
+        **written,
+        "expert_layer_period": experts[0],
+        "expert_layer_offset": experts[1],
+        "output_router_logits": asked,
+    }
 
 
 JAMBA = HybridFormat(
@@ -305,6 +317,7 @@ def _read_nemotron_h(given: Mapping[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": len(placed),
         "layer_pattern": [mixer for mixer, _ in placed],
         "feed_forward_pattern": [feed_forward for _, feed_forward in placed],
+        **_read_router_logits(given, any(feed_forward == "moe" for _, feed_forward in placed)),
     }
 
 
@@ -320,6 +333,7 @@ def _write_nemotron_h(config: Any) -> dict[str, Any]:
     return {
         "layers_block_type": [kinds[layer[0]] for layer in placed],
         "mamba_num_heads": config.instances()["mixers.mamba2"][1].num_heads,
+        "output_router_logits": getattr(config, "output_router_logits", False),
     }
 
 
@@ -397,7 +411,7 @@ NEMOTRON_H = HybridFormat(
         "feed_forward.moe.score_function": "sigmoid",
         "feed_forward.moe.gated": False,
     },
-    unused=_PATTERNS,
+    unused=(*_PATTERNS, "feed_forward.moe.router_aux_loss_coef"),
     allowed={
         "mamba_hidden_act": ("silu", "swish"),
         "attention_dropout": (0.0,),

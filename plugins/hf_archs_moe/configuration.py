@@ -11,6 +11,8 @@ from transformers.activations import ACT2FN
 from hf_archs.composition import ComposedConfig, Instance
 from hf_archs.configuration import LayerPlan, MixerConfig, check_range
 
+BALANCED = ("top_k", "switch", "gshard")  # routers with a loss that balances their load
+
 
 @strict
 @dataclass(kw_only=True)
@@ -22,7 +24,8 @@ class MoEConfig(MixerConfig):
             Qwen3-MoE. ``switch``: Switch Transformer. ``gshard``: GShard and GLaM. ``expert_choice``: experts choose
             tokens. ``loss_free``: a correction of the scores balances the load, as in DeepSeek-V3.
         num_experts: experts of a layer.
-        num_experts_per_tok: experts that a token chooses; None for the router's own number, see `experts_per_token`.
+        num_experts_per_tok: experts that a token chooses; None becomes the router's own number, see
+            `experts_per_token`.
         moe_intermediate_size: width of an expert's hidden layer.
         hidden_act: the activation of all experts, by its name in transformers.
         gated: multiply the activation by a second projection (Shazeer 2020, the GLU variants).
@@ -38,7 +41,8 @@ class MoEConfig(MixerConfig):
             not depend on its neighbours.
         router_jitter_noise: in training the router's input is multiplied by random numbers that are at most so far
             from one (Fedus et al. 2022, section 2.4).
-        router_aux_loss_coef: of the loss that balances the load of ``top_k``, ``switch`` and ``gshard``.
+        router_aux_loss_coef: of the loss that balances the load of ``top_k``, ``switch`` and ``gshard``; None becomes
+            0.01 with these, and 0.0 with the others, which have no such loss.
         router_z_loss_coef: of the loss that keeps logits small (Zoph et al. 2022, equation 5).
         bias_update_rate: with ``loss_free``, how far one step moves the correction of a score.
         shared_expert_intermediate_size: width of the expert that computes every token; 0 for none. (Several of them
@@ -63,12 +67,22 @@ class MoEConfig(MixerConfig):
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
     router_jitter_noise: float = 0.0
-    router_aux_loss_coef: float = 0.01
+    router_aux_loss_coef: float | None = None
     router_z_loss_coef: float = 0.0
     bias_update_rate: float = 1e-3
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
     causal_predictor: bool = False
+
+    def __post_init__(self) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        """Put numbers in the place of None: other libraries compute with these two."""
+        if self.router_aux_loss_coef is None:
+            self.router_aux_loss_coef = 0.01 if self.router in BALANCED else 0.0
+        if self.num_experts_per_tok is None:
+            self.num_experts_per_tok = self._own_top_k
 
     def validate_moe(self) -> None:
         check_range(self, "num_experts", 1, 2**14)
@@ -77,6 +91,8 @@ class MoEConfig(MixerConfig):
         check_range(self, "routed_scaling_factor", 1e-6, 1e6)
         check_range(self, "router_jitter_noise", 0.0, 1.0)
         check_range(self, "router_aux_loss_coef", 0.0, 1e6)
+        has_loss = self.router in BALANCED or self.router_aux_loss_coef == 0.0
+        self._allow(has_loss, "router_aux_loss_coef", f"is 0.0 with router {self.router!r}, which has no such loss")
         check_range(self, "router_z_loss_coef", 0.0, 1e6)
         check_range(self, "bias_update_rate", 0.0, 1.0)
         self._allow(self.hidden_act in ACT2FN, "hidden_act", f"are {', '.join(sorted(ACT2FN))}")
@@ -132,6 +148,7 @@ class ArchMoEConfig(ComposedConfig, MoEConfig):
         expert_layer_period: every so many layers one has experts (2 in GShard, Switch and GLaM).
         expert_layer_offset: the first layer with experts, counted from 0.
         dense_layers: layers that have none all the same.
+        output_router_logits: return the routers' logits and their loss, and add that to the loss of the predictions.
     """
 
     model_type = "hf_archs_moe"
@@ -140,10 +157,12 @@ class ArchMoEConfig(ComposedConfig, MoEConfig):
     expert_layer_period: int = 1
     expert_layer_offset: int = 0
     dense_layers: list[int] | None = None
+    output_router_logits: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.mixer is None:
             self.mixer = {"type": "attention", "num_heads": max(self.hidden_size // 64, 1)}
+        self._settle()
         super().__post_init__(**kwargs)
 
     def validate_layers(self) -> None:

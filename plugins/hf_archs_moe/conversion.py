@@ -21,6 +21,7 @@ _SAME = (
     "num_experts_per_tok",
     "initializer_range",
     "router_aux_loss_coef",
+    "output_router_logits",
     "use_cache",
     "tie_word_embeddings",
     "pad_token_id",
@@ -55,7 +56,7 @@ _COMMON: dict[str, Any] = {
         "feed_forward.experts.gate_up_proj": "mlp.experts.gate_up_proj",
         "feed_forward.experts.down_proj": "mlp.experts.down_proj",
     },
-    "ignored": ("max_position_embeddings", "output_router_logits"),
+    "ignored": ("max_position_embeddings",),
     "allowed": {"attention_dropout": (0.0,), "rope_parameters.rope_type": ("default",)},
 }
 # small ones, for tests
@@ -185,10 +186,12 @@ _NO_EXPERTS: dict[str, Any] = {
         "dense_layers",
         "expert_layer_period",
         "expert_layer_offset",
+        "output_router_logits",
     ),
 }
+_ROUTERS = ("num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
 _DENSE_FIELDS = {
-    **{name: name for name in _SAME if name not in ("num_experts_per_tok", "router_aux_loss_coef")},
+    **{name: name for name in _SAME if name not in _ROUTERS},
     **ATTENTION_FIELDS,
     "norm_eps": "rms_norm_eps",
     "intermediate_size": "intermediate_size",

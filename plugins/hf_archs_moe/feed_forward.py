@@ -54,16 +54,20 @@ class MoE(nn.Module):
         names = ("gate_up_proj" if config.gated else "up_proj", "down_proj")
         return {**{f"experts.{name}": "grouped_gemm" for name in names}, "experts": "ep_dispatch_experts"}
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None = None, count: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
             hidden_states: (b, l, d).
             mask: (b, l) bool, the real tokens; None where all are. No expert but the shared one sees others.
+            count: whether the statistics are asked for.
 
         Returns:
-            (b, l, d) in the dtype of ``hidden_states``, and the router's statistics, for `auxiliary_loss`.
+            (b, l, d) in the dtype of ``hidden_states``; the router's statistics, for `auxiliary_loss`; and its logits,
+            (b * l, e).
         """
-        index, weight, statistics = self.gate(hidden_states, mask)
+        index, weight, statistics, logits = self.gate(hidden_states, mask, count)
         everywhere = self.config.num_experts
         if (
             self.experts.num_experts < everywhere
@@ -75,19 +79,28 @@ class MoE(nn.Module):
             if self.shared_expert_gate is not None:
                 shared = torch.sigmoid(self.shared_expert_gate(hidden_states)) * shared
             output = output + shared
-        return output.to(hidden_states.dtype), statistics
+        return output.to(hidden_states.dtype), statistics, logits
+
+    def balance_loss(self, statistics: Sequence[Tensor]) -> Tensor:
+        """The loss that balances the load in all layers with this config, zero-dimensional; 0 for routers without one.
+
+        Args:
+            statistics: what `forward` of each of these layers gave, counted.
+        """
+        if self.config.router not in BALANCE_LOSSES:
+            return statistics[0].new_zeros(())
+        return BALANCE_LOSSES[self.config.router](_unpacked(statistics))
 
     def auxiliary_loss(self, statistics: Sequence[Tensor]) -> Tensor:
         """What the routers of all layers with this config add to the loss, coefficients and all; zero-dimensional.
 
         Args:
-            statistics: what `forward` of each of these layers gave.
+            statistics: as those of `balance_loss`.
         """
-        config = self.config
-        layers = [Statistics.unpack(packed.to(statistics[0].device)) for packed in statistics]
+        config, layers = self.config, _unpacked(statistics)
         loss = statistics[0].new_zeros(())
-        if config.router in BALANCE_LOSSES and config.router_aux_loss_coef:
-            loss = loss + config.router_aux_loss_coef * BALANCE_LOSSES[config.router](layers)
+        if config.router_aux_loss_coef:
+            loss = loss + config.router_aux_loss_coef * self.balance_loss(statistics)
         if config.router_z_loss_coef:
             loss = loss + config.router_z_loss_coef * z_loss(layers)
         if config.causal_predictor:
@@ -115,3 +128,7 @@ class MoE(nn.Module):
                 f"{type(self.config).__name__}: router is 'expert_choice', whose experts choose among all tokens of a "
                 "row, later ones too, so it cannot generate; allowed are causal_predictor=True and the other routers"
             )
+
+
+def _unpacked(statistics: Sequence[Tensor]) -> list[Statistics]:
+    return [Statistics.unpack(packed.to(statistics[0].device)) for packed in statistics]

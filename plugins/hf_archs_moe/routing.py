@@ -213,26 +213,31 @@ class Router(nn.Module):
                 setattr(self, name, buffer.to(moved.device))
         return self
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None = None, count: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The experts of every token.
 
         Args:
             hidden_states: (b, l, d).
             mask: (b, l) bool, the real tokens; None where all are.
+            count: whether the statistics are asked for; else they are zeros in evaluation, since counting takes longer
+                than choosing.
 
         Returns:
             index (n, k) int64, where ``num_experts`` stands for no expert, as it does for pads; weight (n, k), 0 there;
-            and `Statistics`, packed. k is the config's ``top_k``. (Rows of one token are not counted in evaluation:
-            they are steps of generation, and counting takes longer than choosing.)
+            `Statistics`, packed; and the logits (n, e). k is the config's ``top_k``.
         """
         with no_autocast(hidden_states):
             x = wide(hidden_states).flatten(0, 1)
             if self.training and self.config.router_jitter_noise:
                 noise = self.config.router_jitter_noise
                 x = x * torch.empty_like(x).uniform_(1 - noise, 1 + noise)
-            return self._route(x, mask, hidden_states.shape[:2])
+            return self._route(x, mask, hidden_states.shape[:2], count)
 
-    def _route(self, x: Tensor, mask: Tensor | None, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    def _route(
+        self, x: Tensor, mask: Tensor | None, shape: torch.Size, count: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         config = self.config
         logits = F.linear(x, cast(self.weight, x.dtype))
         scores = logits.softmax(-1) if config.score_function == "softmax" else logits.sigmoid()
@@ -256,7 +261,7 @@ class Router(nn.Module):
         kept = self._place(index, wanted, real)
         every = every and kept is wanted
 
-        if shape[1] == 1 and not self.training:
+        if not (count or self.training):
             statistics = x.new_zeros(Statistics.size(config.num_experts))
         else:
             statistics = self._count(logits, scores, guess, real, index, wanted, kept).pack()
@@ -266,7 +271,7 @@ class Router(nn.Module):
             weight = weight * config.routed_scaling_factor
         if not every:
             index, weight = index.masked_fill(~kept, config.num_experts), weight.masked_fill(~kept, 0.0)
-        return index, weight, statistics
+        return index, weight, statistics, logits
 
     def _count(
         self,

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, MambaConfig, StaticCache
 
 import hf_archs
-from hf_archs.cache import ArchDynamicCache, ArchStaticCache, adopt
+from hf_archs.cache import NAME, ArchDynamicCache, ArchStaticCache, adopt
 from hf_archs.registry import StateSpec
 from hf_archs.testing.contract.models import assert_close, lively, logits, tokens
 from hf_archs.testing.contract.padding import padded
@@ -275,6 +275,7 @@ class TestCachesOfOthers:
     def test_stock_caches_become_ours(self, model):
         for cache, ours in (
             (DynamicCache(config=model.config), ArchDynamicCache),
+            (DynamicCache(), ArchDynamicCache),
             (StaticCache(model.config, max_cache_len=40), ArchStaticCache),
         ):
             same = adopt(cache, model.config)
@@ -290,8 +291,8 @@ class TestCachesOfOthers:
             pass
 
         short = MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1)
-        for cache in (DynamicCache(), DynamicCache(config=short), Mine(config=model.config)):
-            with pytest.raises(ValueError, match=f"past_key_values is a {type(cache).__name__} that was not made for"):
+        for cache in (DynamicCache(config=short), Mine(config=model.config)):
+            with pytest.raises(ValueError, match=f"{NAME} is a {type(cache).__name__} that was not made for"):
                 adopt(cache, model.config)
 
     def test_generate_refuses_what_it_cannot_use(self, model):
@@ -302,7 +303,7 @@ class TestCachesOfOthers:
             model.generate(ids, past_key_values=cache, cache_implementation="static", **options)
         with pytest.raises(ValueError, match="quantized"):
             model.generate(ids, cache_implementation="quantized", **options)
-        with pytest.raises(ValueError, match="past_key_values is a tuple; allowed is a Cache"):
+        with pytest.raises(ValueError, match=f"{NAME} is a tuple; allowed is a Cache"):
             model.generate(ids, past_key_values=(), **options)
 
     def test_a_batch_of_another_size_is_refused(self, model):

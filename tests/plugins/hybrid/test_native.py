@@ -12,6 +12,7 @@ from transformers import (
 )
 
 import hf_archs
+from hf_archs.cache import NAME
 from hf_archs.testing.contract.models import assert_close
 from hf_archs.testing.native import SIZES, check_files, check_native, native
 from hf_archs_hybrid import ArchHybridForCausalLM, preset
@@ -81,8 +82,8 @@ def test_a_cache_continued_by_chunks(case):
     def continued(model):
         cache, found = None, []
         for piece in ids.split([17, 5, 1, 17], 1):
-            out = model(piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(piece, use_cache=True, **{NAME: cache})
+            cache = out[NAME]
             found.append(out.logits)
         return torch.cat(found, 1)
 

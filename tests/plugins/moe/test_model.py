@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 
@@ -104,17 +105,40 @@ def test_router_losses_under_accumulation(router, tmp_path):
     assert_close(found[1][0][gate] - start.state_dict()[gate], moved, "step of the router", 1e-3)
 
 
-def test_auxiliary_loss_is_part_of_the_loss_in_training_alone(model):
+@pytest.mark.parametrize("fields", [{}, {"router_z_loss_coef": 0.2}, {"router": "switch"}], ids=str)
+def test_the_routers_loss_is_a_part_of_the_loss_by_its_coefficient(fields):
+    """In training and in evaluation, as in Mixtral; other libraries multiply ``aux_loss`` themselves."""
+    model = lively(ArchMoEForCausalLM, TINY(router_aux_loss_coef=0.3, **fields))
     ids = tokens(2, 19)
-    model.train()
-    out = model(ids, labels=ids)
-    assert out.aux_loss > 0
-    plain = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert_close(out.loss, plain + out.aux_loss, "loss")
-    out = model.eval()(ids, labels=ids)
-    assert "aux_loss" not in out
-    plain = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert_close(out.loss, plain, "loss in evaluation")
+    for training in (True, False):
+        out = model.train(training)(ids, labels=ids)
+        plain = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        assert_close(out.loss, plain + 0.3 * out.aux_loss, "loss")
+        assert len(out.router_logits) == sum(model.config.has_experts(i) for i in range(2))
+        out = model(ids, labels=ids, output_router_logits=False)
+        assert "aux_loss" not in out
+        assert "router_logits" not in out
+        assert_close(out.loss, plain, "the loss of the predictions alone")
+
+
+def test_generate_leaves_the_routers_logits_alone(model):
+    out = model.generate(tokens(1, 5), max_new_tokens=3, return_dict_in_generate=True, output_logits=True)
+    seen = []
+    model.register_forward_hook(lambda module, args, output: seen.append("router_logits" in output))
+    model.generate(tokens(1, 5), max_new_tokens=3)
+    model.generate(tokens(1, 5), max_new_tokens=3, output_router_logits=True)
+    assert len(out.logits) == 3
+    assert seen == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("fields", [{"router": "loss_free"}, {"router": "expert_choice"}], ids=str)
+def test_what_other_libraries_compute_with_are_numbers(fields):
+    """TRL adds Mixtral's loss by the config's coefficient, and chooses as many experts as the config says."""
+    config = TINY(**fields)
+    assert config.router_aux_loss_coef == 0.0
+    assert config.num_experts_per_tok == {"loss_free": 2, "expert_choice": 4}[config.router]
+    with pytest.raises(StrictDataclassError, match=r"router_aux_loss_coef is 0.1; allowed is 0.0 with router"):
+        TINY(router_aux_loss_coef=0.1, **fields)
 
 
 def test_experts_that_choose_cannot_generate():

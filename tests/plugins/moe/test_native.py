@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import hf_archs
+from hf_archs.cache import NAME
 from hf_archs.testing.native import SIZES, check_files, check_native, native
 from hf_archs_moe import ArchMoEForCausalLM
 
@@ -111,7 +112,7 @@ def test_attention_weights():
     for name, model in {"theirs": theirs, "ours": ours}.items():
         with torch.no_grad():
             first = model(ids, attention_mask=mask, position_ids=places[:, :9], output_attentions=True, use_cache=True)
-            cached = {"past_key_values": first.past_key_values, "position_ids": places[:, 9:]}
+            cached = {NAME: first[NAME], "position_ids": places[:, 9:]}
             then = model(ids[:, :2], attention_mask=more, output_attentions=True, **cached)
             packed = model(ids[:1], position_ids=documents, output_attentions=True, use_cache=False)
         found[name] = (*first.attentions, *then.attentions, *packed.attentions)

@@ -52,7 +52,7 @@ def given(logits, router, training=True, mask=None, **fields):
     module = Router(MoEConfig(router=router, hidden_size=e, num_experts=e, **fields)).train(training)
     module.init_weights()
     torch.nn.init.eye_(module.weight).requires_grad_(False)
-    index, weight, statistics = module(logits, mask)
+    index, weight, statistics, _ = module(logits, mask)
     return index, weight, Statistics.unpack(statistics)
 
 
@@ -244,7 +244,7 @@ def test_checkpointing_draws_the_same_again(use_reentrant, fields):
     router.register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
     with set_checkpoint_early_stop(False):
         checkpoint(lambda t: router(t)[1], x, use_reentrant=use_reentrant).square().sum().backward()
-    (index, weight, _), (again, weight_again, _) = seen
+    (index, weight, *_), (again, weight_again, *_) = seen
     assert torch.equal(index, again)
     assert torch.equal(weight, weight_again)
 
@@ -269,7 +269,7 @@ def test_every_expert_takes_exactly_its_number_of_each_row():
     router, x = make("expert_choice", capacity_factor=1.5), torch.randn(3, 7, 12)
     mask = torch.ones(3, 7, dtype=torch.bool)
     mask[1, 2:] = mask[2, :4] = False
-    index, weight, statistics = router(x, mask)
+    index, weight, statistics, _ = router(x, mask)
     chosen = (index.view(3, 7, 6) < 6).sum(1)
     assert chosen.tolist() == [[2] * 6, [1] * 6, [1] * 6]  # ceil(1.5 t / 6) of 7, 2 and 3 tokens
     assert statistics[:6].tolist() == [4] * 6
@@ -290,13 +290,13 @@ def test_experts_choose_as_if_pads_and_neighbours_were_not_there(pads, training)
     router = make("expert_choice").train(training)
     row = torch.randn(7, 12)
     row[4] = row[1]  # a tie
-    alone, weight, _ = router(row[None])
+    alone, weight, _, _ = router(row[None])
     places = {"left": range(4, 11), "right": range(7), "interior": (0, 2, 3, 5, 8, 9, 10)}[pads]
     x, mask = torch.randn(3, 11, 12) * 5, torch.ones(3, 11, dtype=torch.bool)
     mask[1] = False
     for t, place in enumerate(places):
         x[1, place], mask[1, place] = row[t], True
-    index, weights, _ = router(x, mask)
+    index, weights, _, _ = router(x, mask)
     assert torch.equal(index.view(3, 11, 6)[1, list(places)], alone)
     torch.testing.assert_close(weights.view(3, 11, 6)[1, list(places)], weight)
     assert bool((index.view(3, 11, 6)[1, ~mask[1]] == 6).all())
@@ -304,7 +304,7 @@ def test_experts_choose_as_if_pads_and_neighbours_were_not_there(pads, training)
 
 def test_with_a_predictor_evaluation_is_causal():
     router, x = make("predicted").eval(), torch.randn(1, 9, 12)
-    whole, weight, _ = router(x)
+    whole, weight, *_ = router(x)
     assert torch.equal(torch.cat([router(x[:, t : t + 1])[0] for t in range(9)]), whole)
     expected = x[0] @ router.predictor.weight.T + router.predictor.bias > 0
     assert torch.equal(whole < 6, expected)
@@ -382,7 +382,7 @@ def test_equals_transformers(name):
     ours.load_state_dict(native.state_dict())  # of the same names
     x = torch.randn(2, 40, 12)
     _, expected_weight, expected = native(x)
-    index, weight, _ = ours(x)
+    index, weight, _, _ = ours(x)
     assert torch.equal(index.sort(-1).values, expected.sort(-1).values)
     torch.testing.assert_close(dense(index, weight, 6), dense(expected, expected_weight, 6), rtol=1e-6, atol=1e-7)
 
@@ -398,8 +398,8 @@ def test_pads_count_nowhere(kind):
     for training in (False, True):
         # the second choices of gshard are drawn, and of more tokens others would be
         router = make(kind).train(training and kind != "gshard")
-        index, weight, statistics = router(x)
-        padded, padded_weight, padded_statistics = router(torch.cat([x, pads], 1), mask)
+        index, weight, statistics, _ = router(x)
+        padded, padded_weight, padded_statistics, _ = router(torch.cat([x, pads], 1), mask)
         torch.testing.assert_close(padded_statistics, statistics)
         assert torch.equal(padded[:9], index)
         torch.testing.assert_close(padded_weight[:9], weight)
@@ -414,7 +414,7 @@ def test_pads_count_nowhere(kind):
 @pytest.mark.parametrize("training", [True, False])
 def test_only_pads_give_zeros(kind, training):
     router = make(kind).train(training)
-    index, weight, statistics = router(torch.randn(2, 3, 12), torch.zeros(2, 3, dtype=torch.bool))
+    index, weight, statistics, _ = router(torch.randn(2, 3, 12), torch.zeros(2, 3, dtype=torch.bool))
     assert bool((index == 6).all())
     assert not weight.any()
     assert not statistics.any()
@@ -432,11 +432,11 @@ def test_runs_in_float32_under_autocast_and_with_half_weights(kind):
     for module, under_autocast in ((router, True), (half, False), (half, True)):
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
-            index, weight, statistics = module(x)
+            index, weight, statistics, _ = module(x)
         assert (index.dtype, weight.dtype, statistics.dtype) == (torch.int64, torch.float32, torch.float32)
         results.append((index, weight, statistics))
     torch.manual_seed(1)
-    expected = router(x.float())
+    expected = router(x.float())[:3]
     torch.testing.assert_close(results[0], expected)
     torch.testing.assert_close(results[1], results[2])
 
@@ -444,7 +444,7 @@ def test_runs_in_float32_under_autocast_and_with_half_weights(kind):
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_float64_stays(kind):
     router = make(kind).double()
-    index, weight, statistics = router(torch.randn(2, 5, 12, dtype=torch.float64))
+    index, weight, statistics, _ = router(torch.randn(2, 5, 12, dtype=torch.float64))
     assert (index.dtype, weight.dtype, statistics.dtype) == (torch.int64, torch.float64, torch.float64)
 
 
@@ -488,15 +488,15 @@ def test_one_graph_serves_every_length(kind, training):
 
 def test_gshard_compiles_in_training():
     torch._dynamo.reset()
-    index, weight, _ = torch.compile(make("gshard"), backend="aot_eager", fullgraph=True)(torch.randn(2, 9, 12))
+    index, weight, _, _ = torch.compile(make("gshard"), backend="aot_eager", fullgraph=True)(torch.randn(2, 9, 12))
     assert bool(((index == 6) == (weight == 0)).all())
 
 
-def test_a_step_of_generation_is_not_counted():
+def test_counts_are_made_for_those_who_ask():
     router, x = make("top_k"), torch.randn(3, 1, 12)
+    assert Statistics.unpack(router(x, count=False)[2]).tokens.tolist() == 3  # in training the callback asks
+    assert not router.eval()(x, count=False)[2].any()
     assert Statistics.unpack(router(x)[2]).tokens.tolist() == 3
-    assert not router.eval()(x)[2].any()
-    assert Statistics.unpack(router(x.expand(3, 2, 12))[2]).tokens.tolist() == 6
 
 
 def test_training_counts_add_up():
@@ -553,7 +553,7 @@ def test_the_correction_chooses_and_does_not_weigh():
     router.init_weights()
     torch.nn.init.eye_(router.weight)
     router.e_score_correction_bias[2] = 5.0
-    index, weight, _ = router(logits)
+    index, weight, _, _ = router(logits)
     assert index.tolist() == [[2, 0]]
     scores = logits.sigmoid()[0, 0, [2, 0]]
     torch.testing.assert_close(weight[0], scores / scores.sum())

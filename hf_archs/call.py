@@ -1,0 +1,44 @@
+"""What a call of a model carries to the modules below it: for each thread, and never on a module.
+
+A value that a module kept would outlive a call that fails, and two threads, or the replicas of `DataParallel`, would
+write over each other's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+class _Call(threading.local):
+    """The values of this thread.
+
+    Attributes:
+        site: which of the layers that share a module is running; see `hf_archs.sharing`.
+        show: gets the weights of attention, (b, h, l, columns), and gives what stands for them; None if nobody looks.
+        generating: whether `generate` is running, so that the weights stay as they are from one token to the next.
+    """
+
+    site: int = 0
+    show: Callable[[torch.Tensor], torch.Tensor] | None = None
+    generating: bool = False
+
+
+call = _Call()
+
+
+@contextlib.contextmanager
+def during(**values: Any) -> Iterator[None]:
+    """Set values of `call` for the length of a block, whatever becomes of it."""
+    before = {name: getattr(call, name) for name in values}
+    for name, value in values.items():
+        setattr(call, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(call, name, value)
