@@ -22,6 +22,7 @@ pytest.register_assert_rewrite(
         for name in (
             "adapters",
             "caching",
+            "calls",
             "compiling",
             "configs",
             "generation",
@@ -38,6 +39,7 @@ pytest.register_assert_rewrite(
 
 from hf_archs.testing.contract.adapters import AdapterContract  # noqa: E402
 from hf_archs.testing.contract.caching import CacheContract  # noqa: E402
+from hf_archs.testing.contract.calls import CallContract  # noqa: E402
 from hf_archs.testing.contract.compiling import CompileContract  # noqa: E402
 from hf_archs.testing.contract.configs import ConfigContract  # noqa: E402
 from hf_archs.testing.contract.generation import GenerationContract  # noqa: E402
@@ -53,6 +55,7 @@ class ArchitectureContract(
     SavingContract,
     PaddingContract,
     CacheContract,
+    CallContract,
     GenerationContract,
     PackingContract,
     TrainingContract,
@@ -69,6 +72,7 @@ __all__ = [
     "AdapterContract",
     "ArchitectureContract",
     "CacheContract",
+    "CallContract",
     "CompileContract",
     "ConfigContract",
     "GenerationContract",

@@ -1,0 +1,216 @@
+"""Calls: what a forward takes and gives by name, and that nothing of a call outlives it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import types
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+
+from hf_archs.cache import ArchDynamicCache
+from hf_archs.registry import Architecture
+from hf_archs.testing.contract.generation import generate, greedy
+from hf_archs.testing.contract.models import Contract, assert_close, gradients, lively, logits, tokens
+
+
+def attributes(model: nn.Module) -> dict[str, Any]:
+    """Every attribute of every module, tensors as copies."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            tables = value if isinstance(value, dict) else {"": value}
+            for entry, item in tables.items():
+                found[f"{name}.{key}.{entry}"] = item.clone() if isinstance(item, torch.Tensor) else item
+    return found
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    return a is b or (isinstance(a, types.MethodType) and a == b) or (type(a) is type(b) and a == b)
+
+
+class CallContract(Contract):
+    """Promises about the arguments, outputs and traces of a call."""
+
+    def test_an_argument_that_nobody_knows(self, architecture: Architecture, model: Any) -> None:
+        """A misspelt one would do nothing, and nobody would know."""
+        ids = tokens(2, 5)
+        heads = [cls(architecture.tiny_config()) for _, cls in architecture.auto_classes().values()]
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM"))
+        for each in (model, model.model, adapted, *heads):
+            with pytest.raises(TypeError, match=r"has no argument 'attention_maks'"):
+                each(input_ids=ids, attention_maks=torch.ones_like(ids))
+
+    def test_what_hosts_hand_to_every_model(self, model: Any) -> None:
+        """The Trainer, collators and tokenizers do."""
+        ids = tokens(1, 6)
+        bounds = torch.tensor([0, 6], dtype=torch.int32)
+        handed = {
+            "num_items_in_batch": torch.tensor(5),
+            "return_dict": True,
+            "output_hidden_states": True,
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": 6,
+            "max_length_k": 6,
+            "is_causal": True,
+            "token_type_ids": torch.zeros_like(ids),
+        }
+        assert_close(model(ids, labels=ids, **handed).logits, logits(model, ids), "logits")
+        with pytest.raises(ValueError, match=r"is_causal is False, .*; allowed is a model that was made for that"):
+            model(ids, is_causal=False)
+
+    def test_a_cache_has_two_names(self, model: Any) -> None:
+        """transformers called it ``past_key_values`` to 5.23 and calls it ``cache`` since; users have code of both."""
+        ids = tokens(1, 9)
+        with torch.no_grad():
+            for part in (model, model.model):
+                out = part(ids[:, :5], use_cache=True)
+                assert out.cache is out.past_key_values is out["cache"] is out["past_key_values"]
+                assert "cache" in out
+                assert "past_key_values" in out
+                assert out.get("cache") is out.get("past_key_values") is out.cache
+                with pytest.raises(ValueError, match="are names of the same; allowed is one"):
+                    part(ids, cache=out.cache, past_key_values=ArchDynamicCache(model.config))
+        expected = logits(model, ids)[:, 5:]
+        for name in ("cache", "past_key_values"):
+            cache = model(ids[:, :5], use_cache=True).cache
+            assert_close(logits(model, ids[:, 5:], **{name: cache}), expected, name)
+            cache = model(ids[:, :5], use_cache=True).cache
+            assert torch.equal(generate(model, ids, **{name: cache}), greedy(model, ids))
+
+    def test_generate_says_nothing(self, model: Any, recwarn: pytest.WarningsRecorder) -> None:
+        """Warnings would stand in the text that is streamed."""
+        warnings.simplefilter("always")
+        generate(model, tokens(1, 5), max_new_tokens=3)
+        assert not [str(warning.message) for warning in recwarn]
+
+    def test_training_makes_no_cache(self, model: Any) -> None:
+        """A layer that is run again in the backward would continue its own states."""
+        ids = tokens(2, 9)
+        assert model.train()(ids).cache is None
+        assert model(ids, use_cache=True).cache is not None
+        with torch.no_grad():
+            assert model(ids).cache is not None  # an evaluation in training mode
+
+    @pytest.mark.parametrize("kind", [*CheckpointImpl])
+    def test_activation_checkpointing_by_others(self, model: Any, kind: CheckpointImpl) -> None:
+        """torch's own wrappers, which FSDP's users put around blocks."""
+        model.train()
+        model.enable_input_require_grads()
+        ids, block = tokens(2, 24), type(model.model.layers[0])
+        plain = gradients(model, model(ids, labels=ids).loss)
+        apply_activation_checkpointing(
+            model,
+            checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=kind),
+            check_fn=lambda module: isinstance(module, block),
+        )
+        again = gradients(model, model(ids, labels=ids).loss)
+        for name, gradient in again.items():
+            assert_close(gradient, plain[name.replace("_checkpoint_wrapped_module.", "")], name)
+
+    def test_a_cache_under_gradient_checkpointing(self, model: Any) -> None:
+        cache = model(tokens(1, 5), use_cache=True).cache
+        model.train().activation_checkpointing_enable()
+        with pytest.warns(UserWarning, match="in training no cache is read or made"):
+            model(tokens(1, 4), cache=cache)
+
+    def test_the_weights_may_change_under_a_cache(self, model: Any) -> None:
+        """An optimizer's step, or another adapter: the states are the old ones, and nothing else is."""
+        with torch.no_grad():
+            out = model.generate(tokens(1, 9), max_new_tokens=2, return_dict_in_generate=True)
+            cache = getattr(out, "cache", None) or out.past_key_values
+            model(tokens(1, 1, 3), cache=cache)
+            fresh = ArchDynamicCache(model.config)
+            fresh.load_state_dict(cache.state_dict())
+            for parameter in model.parameters():
+                parameter.data.mul_(1.1)
+            assert_close(
+                logits(model, tokens(1, 1, 4), cache=cache), logits(model, tokens(1, 1, 4), cache=fresh), "next"
+            )
+
+    def test_a_snapshot_is_nobodys(self, model: Any) -> None:
+        """Two caches that are made of one share nothing, and leave it as it is."""
+        with torch.no_grad():
+            snapshot = model(tokens(1, 9), use_cache=True).cache.state_dict()
+        kept = {name: tensor.clone() for name, tensor in snapshot.items()}
+        one, two, three = (ArchDynamicCache(model.config) for _ in range(3))
+        for cache in (one, two, three):
+            cache.load_state_dict(snapshot)
+        expected = logits(model, tokens(1, 3, 4), cache=three)
+        one.reset()
+        assert torch.equal(logits(model, tokens(1, 3, 4), cache=two), expected)
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in snapshot.items())
+
+    def test_recording_ends_with_assisted_decoding(self, model: Any) -> None:
+        """The cache that comes back would keep the inputs of all that follows."""
+        ids = tokens(1, 9)
+        mine = ArchDynamicCache(model.config)
+        generate(model, ids, prompt_lookup_num_tokens=3, cache=mine)
+        out = generate(model, ids, prompt_lookup_num_tokens=3, return_dict_in_generate=True)
+        for cache in (mine, getattr(out, "cache", None) or out.past_key_values):
+            model(tokens(1, 2), cache=cache)
+            assert not cache.segments
+
+    def test_a_draft_by_the_first_layers(self, architecture: Architecture) -> None:
+        """``assistant_early_exit``: transformers lowers the config's number of layers for a while."""
+        model = lively(architecture.causal_lm_class, architecture.tiny_config(num_hidden_layers=4))
+        ids, before = tokens(1, 9), model.config.to_dict()
+        assert torch.equal(generate(model, ids, assistant_early_exit=1), greedy(model, ids))
+        assert model.config.to_dict() == before
+        hook = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(model, ids, assistant_early_exit=1)
+        hook.remove()
+        assert model.config.to_dict() == before
+        assert torch.equal(generate(model, ids), greedy(model, ids))
+
+    def test_threads(self, model: Any) -> None:
+        """Four at once generate what each generates alone."""
+        prompts = [tokens(1, 5 + i, seed=i) for i in range(4)]
+        expected = [generate(model, prompt) for prompt in prompts]
+        found: dict[int, Any] = {}
+
+        def run(i: int) -> None:
+            found[i] = [generate(model, prompts[i]) for _ in range(3)]
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i, wanted in enumerate(expected):
+            assert all(torch.equal(one, wanted) for one in found[i]), f"thread {i}"
+
+    def test_a_forward_that_fails_leaves_nothing(self, model: Any) -> None:
+        """Whatever a module keeps of a call would be found by the next one."""
+        ids = tokens(2, 7)
+        model.set_attn_implementation("eager")
+        asked = {"output_hidden_states": True, "output_attentions": True}
+        expected = model(ids, **asked).logits
+        before = attributes(model)
+        for place in (model.model.layers[-1], *model.model.layers[-1].children()):
+            for fail in (place.register_forward_pre_hook, place.register_forward_hook):
+                hook = fail(lambda *_: 1 / 0)
+                for options in ({}, asked, {"labels": ids}):
+                    with contextlib.suppress(ZeroDivisionError):
+                        model(ids, **options)
+                hook.remove()
+        assert torch.equal(model(ids, **asked).logits, expected)
+        after = attributes(model)
+        assert before.keys() == after.keys()
+        assert not [name for name, value in before.items() if not same(value, after[name])]
