@@ -1,16 +1,19 @@
-"""Push a model with its adapter to a Hub, and pull them back: each in a process of its own.
+"""Push a model with its adapter to a Hub, and pull them back into an empty cache, in a process of its own.
 
-huggingface_hub reads its endpoint and its cache folder when it is imported, so `run` starts this module anew for a Hub
-or a cache that is not this process's: ``python -m hf_archs.publish push|pull JSON``.
+huggingface_hub reads its endpoint when it is imported, so `run` starts this module anew for a Hub that is not this
+process's: ``python -m hf_archs.publish JSON``. One process does both, since importing the libraries takes longer than
+all the rest.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import hf_archs  # noqa: F401  (the Auto classes know our models)
 from hf_archs import errors
 from hf_archs.checkpoints import load_adapter, quiet_peft
 from hf_archs.model_card import model_card
+from hf_archs.progress import working
 
 
 def repositories(name: str) -> dict[str, str]:
@@ -73,7 +77,7 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
         return model.eval()(input_ids=tokens.to(model.device)).logits.cpu().contiguous()
 
 
-def pull(names: Mapping[str, str], text: str, tokens: str, output: str) -> dict[str, bool]:
+def pull(names: Mapping[str, str], text: str, tokens: str, output: str, cache: str) -> dict[str, bool]:
     """Load model, tokenizer and any adapter from the Hub, and write the logits of each model into ``output``.
 
     Args:
@@ -81,37 +85,66 @@ def pull(names: Mapping[str, str], text: str, tokens: str, output: str) -> dict[
         text: what the tokenizer has to make ``tokens`` of.
         tokens: a safetensors file with ``tokens``, (1, length).
         output: the safetensors file to write, with ``model`` and ``adapter``.
+        cache: a new folder for what is downloaded, so that nothing but the Hub is read.
     """
+    Path(cache).mkdir()
     given = load_file(tokens)["tokens"]
-    encoded = AutoTokenizer.from_pretrained(names["model"])(text, add_special_tokens=False, return_tensors="pt")
-    model: Any = AutoModelForCausalLM.from_pretrained(names["model"])
+    encoded = AutoTokenizer.from_pretrained(names["model"], cache_dir=cache)(
+        text, add_special_tokens=False, return_tensors="pt"
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(names["model"], cache_dir=cache)
     found = {"model": logits(model, given)}
     if "adapter" in names:
         with quiet_peft():
-            found["adapter"] = logits(PeftModel.from_pretrained(model, names["adapter"]), given)
+            found["adapter"] = logits(PeftModel.from_pretrained(model, names["adapter"], cache_dir=cache), given)
     save_file(found, output)
     return {"tokenizer": torch.equal(encoded["input_ids"], given)}
 
 
-def run(action: str, environment: Mapping[str, str], **arguments: Any) -> Any:
-    """Call `push` or `pull` in a new process with these additions to the environment.
+def run(environment: Mapping[str, str], push: Mapping[str, Any], pull: Mapping[str, Any]) -> dict[str, Any]:
+    """Call `push` and then `pull` in a new process with these additions to the environment.
+
+    Args:
+        push, pull: their arguments; the names to pull are those that were pushed.
+
+    Returns:
+        ``names``, of the repositories, and ``same``, of `pull`.
 
     Raises:
         OSError: with the sentence of what went wrong there.
     """
-    command = [sys.executable, "-m", "hf_archs.publish", action, json.dumps(arguments)]
+    command = [sys.executable, "-m", "hf_archs.publish", json.dumps({"push": push, "pull": pull})]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the sums' order, and so their last bit, depends on it
-    done = subprocess.run(command, env={**os.environ, **threads, **environment}, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
-        raise OSError(f"the {action} failed: {said}")
-    return json.loads(done.stdout.strip().rpartition("\n")[2])
+    with tempfile.TemporaryFile("w+") as said, working("starting a fresh process to push and pull") as bar:
+        process = subprocess.Popen(
+            command, env={**os.environ, **threads, **environment}, stdout=subprocess.PIPE, stderr=said, text=True
+        )
+        assert process.stdout is not None
+        line = ""
+        with process:
+            for line in process.stdout:
+                if not line.startswith("{"):
+                    bar.next(line.strip())
+        if process.returncode:
+            said.seek(0)
+            last = said.read().strip().rpartition("\n")[2].removeprefix("error: ")
+            raise OSError(f"{bar.what} failed: {last}")
+    return json.loads(line)
+
+
+def main() -> None:
+    """What `run` starts: a line on stdout before each part, and the answer as JSON in the last one."""
+    gc.freeze()  # looking for garbage among the imported takes a second or two when the process ends
+    arguments = json.loads(sys.argv[1])
+    print("pushing", flush=True)
+    names = push(**arguments["push"])
+    print("pulling", flush=True)
+    same = pull(names=names, **arguments["pull"])
+    print(json.dumps({"names": names, "same": same}))
 
 
 if __name__ == "__main__":
     try:
-        actions: dict[str, Callable[..., Any]] = {"push": push, "pull": pull}
-        answer = actions[sys.argv[1]](**json.loads(sys.argv[2]))
+        main()
     except errors.EXPECTED as error:
         sys.exit(errors.report(error))
-    print(json.dumps(answer))

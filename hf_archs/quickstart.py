@@ -6,37 +6,51 @@ classes and the client of huggingface_hub.
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import json
 import math
 import platform
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedTokenizerBase,
-    ProgressCallback,
+    PrinterCallback,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
+from transformers.generation.streamers import BaseStreamer
 
-from hf_archs import checkpoints, dna, publish, text
-from hf_archs.errors import CheckFailed
+import hf_archs
+from hf_archs import checkpoints, dna, publish, text, versions
+from hf_archs.errors import CheckFailed, needs
+from hf_archs.progress import Bar, working
 from hf_archs.registry import get_architecture
 from hf_archs.training import ArchTrainer, add_lora
 
+T = TypeVar("T")
+
 MERGE_TOLERANCE = 1e-4  # of the largest logit: float32 rounds W x + B A x and (W + B A) x differently
-PROMPTS = {"code": "def read_file(path):\n", "english": "The function returns"}
+CODE_PROMPT, ENGLISH_PROMPT = "def read_file(path):\n", "The function returns"
+SAMPLE = 2**17  # characters of each held-out text that are measured
+NEW_TOKENS = 60  # of a generated text
+SAVE_EVERY = 30.0  # seconds between two checkpoints of a training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +61,8 @@ class Options:
         arch: name of the architecture.
         size: one of its sizes; None takes the one with the task's name, or the first.
         overrides: config fields that differ from the size.
-        output: folder for ``model/``, ``loss.png`` and ``summary.json``.
+        output: folder for ``model/``, ``loss.png`` and ``summary.json``; until they are there, what is done lies in its
+            ``unfinished/``, from where the same options go on after an interruption.
         hub: push to huggingface.co (``HF_ENDPOINT``) instead of to an embedded Hub.
         public: whether the repositories can be seen by everybody.
         data: what to pretrain on.
@@ -88,6 +103,7 @@ class TextOptions(Options):
     Attributes:
         data: see `hf_archs.text.read_corpus`; the standard library's source, unless something else is named.
         lora_steps, lora_learning_rate: optimizer steps of LoRA, and their rate; the adapter goes to ``adapter/``.
+        full: measure with all held-out text, not with `SAMPLE` characters of each (`hf_archs.text.sample`).
     """
 
     task = "text"
@@ -97,6 +113,7 @@ class TextOptions(Options):
     block: int = 512
     lora_steps: int = 70
     lora_learning_rate: float = 4e-3
+    full: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,29 +152,85 @@ def make_options(task: str, **given: Any) -> Options:
     return TASKS[task](**given)
 
 
-class _Progress(ProgressCallback):
-    """The loss of every step beside the progress bar, not in a line of its own, and kept."""
+class _Run:
+    """What a run has done so far, kept in ``unfinished/`` of its output folder until it ends, so that it can go on.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.losses: list[float] = []
+    ``state.json`` there holds the options and the figures of every stage that is done; beside it lie the models, the
+    tokenizer and checkpoints. `_going_on` opens it.
+    """
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.losses.append(logs["loss"])
-            if self.training_bar is not None:
-                self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+    def __init__(self, options: Options, data: bytes, console: Console):
+        self.options, self.console = options, console
+        self.output = Path(options.output).expanduser()
+        self.folder = self.output / "unfinished"
+        self.began = time.perf_counter()
+        elsewhere = ("output", "hub", "public")  # none of them changes a model
+        given = {name: value for name, value in asdict(options).items() if name not in elsewhere}
+        given |= {"task": options.task, "data": f"{options.data}, sha256 {hashlib.sha256(data).hexdigest()}"}
+        self.state: dict[str, Any] = {"made_by": json.loads(json.dumps(given)), "seconds": 0.0, "done": {}}
+        if self.folder.exists():
+            self._go_on()
+        self._write()
 
+    def _go_on(self) -> None:
+        try:
+            found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FileExistsError(
+                f"{str(self.folder)!r} is no unfinished quickstart ({error}); move it away"
+            ) from error
+        ours, theirs = self.state["made_by"], found["made_by"]
+        if ours == theirs:
+            self.state = found
+            if found["done"]:
+                self._say(f"going on from {self.folder}: {self._done()}")
+            return
+        differ = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+        told = (f"{name} was {theirs.get(name)}, and is {ours.get(name)} now" for name in sorted(differ))
+        self._say(f"{self.folder} was made with other options ({'; '.join(told)}): starting anew")
+        shutil.rmtree(self.folder)
 
-def _train(
-    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, options: Options, steps: int, rate: float
-) -> tuple[list[float], float]:
-    """Train on rows of ``input_ids`` and ``labels``, and give the loss of every step and the seconds."""
-    with tempfile.TemporaryDirectory() as scratch:
+    def _write(self) -> None:
+        now = time.perf_counter()
+        self.state["seconds"] += now - self.began
+        self.began = now
+        with checkpoints.replacing(self.folder) as folder:
+            (folder / "state.json").write_text(json.dumps(self.state), encoding="utf-8")
+
+    def _say(self, sentence: str) -> None:
+        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+    def _done(self) -> str:
+        stages = {place.parent for place in self.folder.glob("*/checkpoint-*")}
+        steps = [f"{stage.name} up to step {_step(_checkpoints(stage)[-1])}" for stage in stages if _checkpoints(stage)]
+        return ", ".join([*self.state["done"], *steps])
+
+    @property
+    def seconds(self) -> float:
+        """Of all its parts."""
+        return self.state["seconds"] + time.perf_counter() - self.began
+
+    def once(self, stage: str, compute: Callable[[], T]) -> T:
+        """The figures of a stage, as JSON keeps them: computed, unless an interrupted run came so far."""
+        done = self.state["done"]
+        if stage not in done:
+            done[stage] = compute()
+            self._write()
+        return done[stage]
+
+    def train(
+        self, stage: str, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, steps: int, rate: float
+    ) -> dict[str, Any]:
+        """Train on rows of ``input_ids`` and ``labels``, from the last checkpoint of ``stage`` on where there is one.
+
+        Returns:
+            ``losses``, in nats per token at every step, and ``tokens_per_second``.
+        """
+        scratch = self.folder / stage
         arguments = TrainingArguments(
-            output_dir=scratch,
+            output_dir=str(scratch),
             max_steps=steps,
-            per_device_train_batch_size=options.batch,
+            per_device_train_batch_size=self.options.batch,
             learning_rate=rate,
             lr_scheduler_type="cosine",
             warmup_steps=math.ceil(steps / 10),
@@ -165,10 +238,11 @@ def _train(
             adam_beta2=0.95,
             logging_steps=1,
             logging_strategy="steps",
-            save_strategy="no",
-            disable_tqdm=False,
+            save_strategy="no",  # `_Steps` says when
+            save_total_limit=1,
+            disable_tqdm=True,
             report_to="none",
-            seed=options.seed,
+            seed=self.options.seed,
             dataloader_pin_memory=torch.accelerator.is_available(),
         )
         trainer = ArchTrainer(
@@ -178,25 +252,114 @@ def _train(
             data_collator=default_data_collator,
             processing_class=tokenizer,
         )
-        progress = _Progress()
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(progress)
+        trainer.remove_callback(PrinterCallback)
+        whole = _checkpoints(scratch)
+        before = _step(whole[-1]) if whole else 0
         began = time.perf_counter()
-        trainer.train()
-        return progress.losses, time.perf_counter() - began
+        with working(stage) as bar:
+            trainer.add_callback(_Steps(bar))
+            trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+        tokens = (steps - before) * self.options.batch * self.options.block
+        speed = tokens / (time.perf_counter() - began)
+        shutil.rmtree(scratch, ignore_errors=True)
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        return {"losses": losses, "tokens_per_second": speed}
+
+    def finish(self, summary: dict[str, Any], table: Callable[[Mapping[str, Any]], Table]) -> dict[str, Any]:
+        """Move what was made into the output folder, and write and print the summary.
+
+        Raises:
+            CheckFailed: where one of its checks failed.
+        """
+        summary["seconds"] = self.seconds
+        with checkpoints.replacing(self.output) as folder:
+            for name in ("model", "adapter", "loss.png"):
+                if (self.folder / name).exists():
+                    shutil.move(self.folder / name, folder / name)
+            (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(self.folder)
+        self.console.print(table(summary))
+        self._say(f"written to {self.output}")
+        for check in ("merged_equals_unmerged", "pulled_equals_pushed"):
+            if not summary.get(check, True):
+                raise CheckFailed(f"{check} is false, see {self.output / 'summary.json'}")
+        return summary
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The whole ones, the last one last; one whose saving was interrupted has no state, which is its last file."""
+    return sorted((file.parent for file in folder.glob("checkpoint-*/trainer_state.json")), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+@contextmanager
+def _going_on(options: Options, data: bytes, console: Console) -> Iterator[_Run]:
+    """A run; where it is interrupted, it says what is kept."""
+    run = _Run(options, data, console)
+    try:
+        yield run
+    except BaseException:
+        if run.folder.exists():  # else it came to its end, and a check failed
+            with suppress(OSError):
+                run._write()
+            kept = run._done() or "nothing yet"
+            run._say(f"stopped; kept in {run.folder}: {kept}. The same command goes on from there.")
+        raise
+
+
+class _Steps(TrainerCallback):
+    """The bar of a training, and checkpoints now and then."""
+
+    def __init__(self, bar: Bar) -> None:
+        self.bar = bar
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = time.perf_counter()
+        self.bar(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # after the last step the model itself is saved
+        if time.perf_counter() - self.saved > SAVE_EVERY and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
+
+
+class _Tokens(BaseStreamer):
+    """The bar of a generation."""
+
+    def __init__(self, bar: Bar) -> None:
+        self.bar, self.count = bar, -1  # the prompt comes first
+
+    def put(self, value: Any) -> None:
+        self.count += 1
+        self.bar(self.count, NEW_TOKENS)
+
+    def end(self) -> None:
+        pass
 
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, seed: int) -> str:
     set_seed(seed)
     start = [text.start_token(tokenizer), *text.encode(tokenizer, prompt)]
-    output = model.generate(
-        torch.tensor([start], device=model.device),
-        max_new_tokens=60,
-        do_sample=True,
-        temperature=0.7,
-        top_k=50,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    with working("generating") as bar:
+        output = model.generate(
+            torch.tensor([start], device=model.device),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=True,
+            temperature=0.7,
+            top_k=50,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=_Tokens(bar),
+        )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
@@ -217,21 +380,37 @@ def _prepare(options: Options, overrides: Mapping[str, Any]) -> tuple[Any, int, 
     size = options.task if options.size is None and options.task in architecture.sizes else options.size
     config = checkpoints.sized_config(architecture, size, {**overrides, **options.overrides})
     parameters = checkpoints.check_memory(config, copies=4)
+    # the model, and for a moment two checkpoints with AdamW's two moments
+    checkpoints.check_output(options.output, parameters * 4 * (1 + 2 * 3))
     repository = f"hf-archs-quickstart-{options.arch}"
-    _needs("matplotlib", "the plot of the losses")
-    if options.hub:
-        publish.repositories(repository)
-    else:
-        _embedded_hub()
+    with working("looking for matplotlib and a Hub"):
+        needs("matplotlib", "the picture of the losses", "quickstart")
+        if options.hub:
+            publish.repositories(repository)
+        else:
+            _embedded_hub()
     return config, parameters, repository
+
+
+def _embedded_hub() -> Any:
+    return needs("hf_archs.testing.hub", "the embedded Hub", "quickstart").EmbeddedHub
+
+
+def _to_device(model: Any) -> Any:
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model
 
 
 def _new_model(config: Any, seed: int) -> Any:
     set_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(config)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    return model
+    return _to_device(AutoModelForCausalLM.from_config(config))
+
+
+def _save(folder: Path, *parts: Any) -> None:
+    with checkpoints.replacing(folder) as partial:
+        for part in parts:
+            part.save_pretrained(partial)
 
 
 def _text(options: TextOptions, console: Console) -> dict[str, Any]:
@@ -244,69 +423,108 @@ def _text(options: TextOptions, console: Console) -> dict[str, Any]:
     5. They are pulled into an empty cache, and their logits compared with those of what was pushed.
     6. A table is printed; ``loss.png``, ``model/`` (before LoRA), ``adapter/`` and ``summary.json`` are written.
     """
-    began = time.perf_counter()
     config, parameters, repository = _prepare(options, {})
-    code, held_out_code = text.split(text.read_corpus(options.data))
-    english, held_out_english = text.split(text.read_corpus("topics"))
-    output = Path(options.output).expanduser()
-    output.mkdir(parents=True, exist_ok=True)
+    with working(f"reading {options.data}"):
+        code, held_out_code = text.split(text.read_corpus(options.data))
+        english, held_out_english = text.split(text.read_corpus("topics"))
+        data = json.dumps([code, held_out_code]).encode()
+    held_out = {"code": held_out_code, "english": held_out_english}
+    measured = held_out if options.full else {name: text.sample(texts, SAMPLE) for name, texts in held_out.items()}
+    characters = {name: {"measured": _size(measured[name]), "held_out": _size(held_out[name])} for name in held_out}
 
-    console.print(f"[bold]1[/] tokenizer and {options.arch} of {parameters:,} parameters on {options.data}")
-    tokenizer = text.train_tokenizer(code.values(), config.vocab_size)
-    model: Any = _new_model(config, options.seed)
-    bits: dict[str, dict[str, float]] = {"code": {}, "english": {}}
-    bits["code"]["before"] = text.bits_per_byte(model, tokenizer, held_out_code.values())
-    rows = text.token_blocks(tokenizer, code.values(), options.block)
-    losses, seconds = _train(model, tokenizer, rows, options, options.steps, options.learning_rate)
-    tokens_per_second = options.steps * options.batch * options.block / seconds
-    bits["code"]["after"] = text.bits_per_byte(model, tokenizer, held_out_code.values())
-    bits["english"]["before_lora"] = text.bits_per_byte(model, tokenizer, held_out_english.values())
-    samples = {"model": _generate(model, tokenizer, PROMPTS["code"], options.seed)}
-    with checkpoints.replacing(output / "model") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    prompt = next(iter(held_out_english.values()))[:500]
-    tokens = torch.tensor([text.encode(tokenizer, prompt)])
-    pushed = {"model": publish.logits(model, tokens)}
+    with _going_on(options, data, console) as run:
+        labels = {"code": _label(options.data), "english": "English"}
 
-    console.print("[bold]2[/] LoRA on English")
-    model.name_or_path = str((output / "model").resolve())  # where the adapter's config says its base model is
-    model = add_lora(model, rank=32, alpha=128)
-    rows = text.token_blocks(tokenizer, english.values(), options.block)
-    lora_losses, _ = _train(model, tokenizer, rows, options, options.lora_steps, options.lora_learning_rate)
-    bits["english"]["after_lora"] = text.bits_per_byte(model, tokenizer, held_out_english.values())
-    bits["code"]["after_lora"] = text.bits_per_byte(model, tokenizer, held_out_code.values())
-    pushed["adapter"] = publish.logits(model, tokens)
-    with checkpoints.replacing(output / "adapter") as folder:
-        model.save_pretrained(folder)
+        def load() -> Any:
+            return _to_device(AutoModelForCausalLM.from_pretrained(run.folder / "model"))
 
-    console.print("[bold]3[/] generated text")
-    samples["adapter"] = _generate(model, tokenizer, PROMPTS["english"], options.seed)
-    for sample in samples.values():
-        console.print(sample, style="dim", markup=False, highlight=False)
-    merged = publish.logits(model.merge_and_unload(safe_merge=False), tokens)
-    difference = (merged - pushed["adapter"]).abs().max().item()
-    agrees = difference <= MERGE_TOLERANCE * pushed["adapter"].abs().max().item()
+        def measure(name: str, model: Any, what: str) -> float:
+            with working(f"measuring {what} on held-out {labels[name]}") as bar:
+                return text.bits_per_byte(model, tokenizer, measured[name].values(), progress=bar)
 
-    summary: dict[str, Any] = {
-        "arch": options.arch,
-        "parameters": parameters,
-        "seconds": 0.0,
-        "tokens_per_second": tokens_per_second,
-        "bits_per_byte": bits,
-        "merged_equals_unmerged": agrees,
-        "merged_largest_difference": difference,
-    }
-    console.print(f"[bold]4[/] push to {'the Hub' if options.hub else 'an embedded Hub'}, [bold]5[/] and pull")
-    summary |= _share(options, repository, output, prompt, tokens, pushed, _cards(options, bits))
-    summary |= {
-        "steps": {"code": options.steps, "lora": options.lora_steps},
-        "losses": {"code": losses, "lora": lora_losses},
-        "samples": samples,
-        "machine": _machine(),
-    }
-    _draw({"pretraining": losses, "LoRA on English": lora_losses}, output / "loss.png")
-    return _finish(summary, _table, began, output, console)
+        def train(stage: str, model: Any, texts: Mapping[str, str], steps: int, rate: float) -> dict[str, Any]:
+            with working(f"encoding the text for {stage}") as bar:
+                # no more than a multiple of what the steps will see
+                enough = text.sample(texts, 16 * steps * options.batch * options.block, longest=_size(texts))
+                rows = text.token_blocks(tokenizer, enough.values(), options.block, bar)
+            trained = run.train(stage, model, tokenizer, rows, steps, rate)
+            return {**trained, "bytes_per_token": _bytes_per_token(tokenizer, rows)}
+
+        console.print(f"[bold]1[/] tokenizer and {options.arch} of {parameters:,} parameters on {escape(options.data)}")
+
+        def train_tokenizer() -> None:
+            with working("training the tokenizer"):
+                _save(run.folder / "tokenizer", text.train_tokenizer(code.values(), config.vocab_size))
+
+        run.once("tokenizer", train_tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
+        untrained = run.once("before", lambda: measure("code", _new_model(config, options.seed), "the untrained model"))
+
+        def pretrain() -> dict[str, Any]:
+            model = _new_model(config, options.seed)
+            trained = train("pretraining", model, code, options.steps, options.learning_rate)
+            _save(run.folder / "model", model, tokenizer)
+            return trained
+
+        pretrained = run.once("model", pretrain)
+        model = load()
+        after = run.once("after", lambda: {name: measure(name, model, "the model") for name in labels})
+        samples = {"model": run.once("text", lambda: _generate(model, tokenizer, _prompts(options)[0], options.seed))}
+        prompt = next(iter(held_out_english.values()))[:500]
+        tokens = torch.tensor([text.encode(tokenizer, prompt)])
+        pushed = {"model": publish.logits(model, tokens)}
+
+        console.print("[bold]2[/] LoRA on English")
+
+        def adapt() -> dict[str, Any]:
+            set_seed(options.seed)
+            adapted = add_lora(load(), rank=32, alpha=128)
+            trained = train("LoRA", adapted, english, options.lora_steps, options.lora_learning_rate)
+            _save(run.folder / "adapter", adapted)
+            about = run.folder / "adapter" / "adapter_config.json"
+            base = {"base_model_name_or_path": str((run.output / "model").resolve())}  # where it will be
+            about.write_text(json.dumps(json.loads(about.read_text()) | base, indent=2), encoding="utf-8")
+            return trained
+
+        adapter = run.once("adapter", adapt)
+        model = checkpoints.load_adapter(model, str((run.folder / "adapter").resolve()))
+        with_lora = run.once("with LoRA", lambda: {name: measure(name, model, "the adapter") for name in labels})
+        pushed["adapter"] = publish.logits(model, tokens)
+        bits = {
+            "code": {"before": untrained, "after": after["code"], "after_lora": with_lora["code"]},
+            "english": {"before_lora": after["english"], "after_lora": with_lora["english"]},
+        }
+
+        console.print("[bold]3[/] generated text")
+        samples["adapter"] = run.once(
+            "text with LoRA", lambda: _generate(model, tokenizer, ENGLISH_PROMPT, options.seed)
+        )
+        for sample in samples.values():
+            console.print(sample, style="dim", markup=False, highlight=False)
+        merged = publish.logits(model.merge_and_unload(safe_merge=False), tokens)
+        difference = (merged - pushed["adapter"]).abs().max().item()
+        agrees = difference <= MERGE_TOLERANCE * pushed["adapter"].abs().max().item()
+
+        summary = {
+            "arch": options.arch,
+            "parameters": parameters,
+            "seconds": 0.0,
+            "tokens_per_second": pretrained["tokens_per_second"],
+            "data": options.data,
+            "bits_per_byte": bits,
+            "characters": characters,
+            "merged_equals_unmerged": agrees,
+            "merged_largest_difference": difference,
+            **_share(run, repository, prompt, tokens, pushed, _cards(options, bits, characters)),
+            "steps": {"code": options.steps, "lora": options.lora_steps},
+            "losses": {"code": pretrained["losses"], "lora": adapter["losses"]},
+            "bytes_per_token": {"code": pretrained["bytes_per_token"], "lora": adapter["bytes_per_token"]},
+            "samples": samples,
+            **_ran(),
+        }
+        curves = {f"pretraining on {labels['code']}": pretrained, "LoRA on English": adapter}
+        _draw({what: _bits(t["losses"], t["bytes_per_token"]) for what, t in curves.items()}, "byte", run.folder)
+        return run.finish(summary, _table)
 
 
 def _genome(options: GenomeOptions, console: Console) -> dict[str, Any]:
@@ -315,96 +533,96 @@ def _genome(options: GenomeOptions, console: Console) -> dict[str, Any]:
     The first nine tenths of the bases are trained on, on both strands; all of the rest is scored, every window from an
     empty context. The model is pushed to a Hub, pulled into an empty cache, and its logits compared.
     """
-    began = time.perf_counter()
-    tokenizer = dna.dna_tokenizer()
+    tokenizer = dna.dna_tokenizer(add_bos=True)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config, parameters, repository = _prepare(options, {"vocab_size": len(tokenizer), **special})
-    bases, held_out = dna.split(dna.read_fasta(options.data))
-    rows = dna.Windows(bases, options.block, options.steps * options.batch, options.seed)
-    output = Path(options.output).expanduser()
-    output.mkdir(parents=True, exist_ok=True)
+    with working(f"reading {options.data}"):
+        bases, held_out = dna.split(dna.read_fasta(options.data))
+        rows = dna.Windows(bases, options.block, options.steps * options.batch, options.seed)
 
-    console.print(f"[bold]1[/] Markov models on {len(bases):,} bases")
-    markov = {str(order): dna.markov_bits(bases, held_out, order) for order in range(1, 13)}
-    console.print(f"[bold]2[/] {options.arch} of {parameters:,} parameters on both strands of them")
-    model = _new_model(config, options.seed)
-    losses, seconds = _train(model, tokenizer, rows, options, options.steps, options.learning_rate)
-    bits = {
-        "model": dna.bits_per_base(model, held_out, options.block),
-        "best_markov": min(markov.values()),
-        "markov": markov,
-    }
-    with checkpoints.replacing(output / "model") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    prompt = "".join(dna.BASES[base] for base in held_out[:500])
-    tokens = torch.tensor([text.encode(tokenizer, prompt)])
-    pushed = {"model": publish.logits(model, tokens)}
+    with _going_on(options, np.concatenate([bases, held_out]).tobytes(), console) as run:
+        console.print(f"[bold]1[/] Markov models on {len(bases):,} bases")
 
-    console.print("[bold]3[/] generated bases")
-    sample = _generate(model, tokenizer, prompt[:60], options.seed)
-    console.print(sample, style="dim", markup=False, highlight=False)
-    console.print(f"[bold]4[/] push to {'the Hub' if options.hub else 'an embedded Hub'}, [bold]5[/] and pull")
-    card = {
-        "training": f"{options.steps:,} steps of {options.batch} x {options.block} bases, from both strands of "
-        f"`{Path(options.data).name}`, by {_command(options)}. A demonstration: too small to be of use.",
-        "results": {
-            "held-out bases": f"{bits['model']:.3f} bits per base",
-            "the best Markov model of them": f"{bits['best_markov']:.3f} bits per base",
-        },
-        "prompt": prompt[:20],
-    }
-    summary: dict[str, Any] = {
-        "arch": options.arch,
-        "task": options.task,
-        "parameters": parameters,
-        "seconds": 0.0,
-        "tokens_per_second": options.steps * options.batch * options.block / seconds,
-        "bits_per_base": bits,
-        "bases": {"trained_on": len(bases), "held_out": len(held_out)},
-        **_share(options, repository, output, prompt, tokens, pushed, {"model": card}),
-        "steps": options.steps,
-        "losses": losses,
-        "samples": {"model": sample},
-        "machine": _machine(),
-    }
-    _draw({"pretraining": losses}, output / "loss.png")
-    return _finish(summary, _genome_table, began, output, console)
+        def fit(order: int) -> float:
+            with working(f"counting for the Markov model of order {order}"):
+                return dna.markov_bits(bases, held_out, order)
 
+        markov = run.once("Markov models", lambda: {str(order): fit(order) for order in range(1, 13)})
+        console.print(f"[bold]2[/] {options.arch} of {parameters:,} parameters on both strands of them")
 
-def _finish(
-    summary: dict[str, Any], table: Callable[[Mapping[str, Any]], Table], began: float, output: Path, console: Console
-) -> dict[str, Any]:
-    """Write and print the summary.
+        def pretrain() -> dict[str, Any]:
+            model = _new_model(config, options.seed)
+            trained = run.train("pretraining", model, tokenizer, rows, options.steps, options.learning_rate)
+            _save(run.folder / "model", model, tokenizer)
+            return trained
 
-    Raises:
-        CheckFailed: where one of its checks failed.
-    """
-    summary["seconds"] = time.perf_counter() - began
-    with checkpoints.replacing(output) as folder:
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    console.print(table(summary))
-    console.print(f"written to {output}", highlight=False)
-    for check in ("merged_equals_unmerged", "pulled_equals_pushed"):
-        if not summary.get(check, True):
-            raise CheckFailed(f"{check} is false, see {output / 'summary.json'}")
-    return summary
+        pretrained = run.once("model", pretrain)
+        model = _to_device(AutoModelForCausalLM.from_pretrained(run.folder / "model"))
+
+        def measure() -> float:
+            with working("measuring the model on held-out bases") as bar:
+                return dna.bits_per_base(model, held_out, options.block, progress=bar)
+
+        bits = {"model": run.once("after", measure), "best_markov": min(markov.values()), "markov": markov}
+        prompt = "".join(dna.BASES[base] for base in held_out[:500])
+        tokens = torch.tensor([text.encode(tokenizer, prompt)])
+        pushed = {"model": publish.logits(model, tokens)}
+
+        console.print("[bold]3[/] generated bases")
+        sample = run.once("bases", lambda: _generate(model, tokenizer, prompt[:60], options.seed))
+        console.print(sample, style="dim", markup=False, highlight=False)
+        card = {
+            "training": f"{options.steps:,} steps of {options.batch} x {options.block} bases, from both strands of "
+            f"`{Path(options.data).name}`, by {_command(options)}. A demonstration: too small to be of use.",
+            "results": {
+                "held-out bases": f"{bits['model']:.3f} bits per base",
+                "the best Markov model of them": f"{bits['best_markov']:.3f} bits per base",
+            },
+            "prompt": prompt[:20],
+        }
+        summary = {
+            "arch": options.arch,
+            "task": options.task,
+            "parameters": parameters,
+            "seconds": 0.0,
+            "tokens_per_second": pretrained["tokens_per_second"],
+            "data": options.data,
+            "bits_per_base": bits,
+            "bases": {"trained_on": len(bases), "held_out": len(held_out)},
+            **_share(run, repository, prompt, tokens, pushed, {"model": card}),
+            "steps": options.steps,
+            "losses": pretrained["losses"],
+            "samples": {"model": sample},
+            **_ran(),
+        }
+        _draw({"pretraining": _bits(pretrained["losses"], 1)}, "base", run.folder)
+        return run.finish(summary, _genome_table)
 
 
-def _machine() -> str:
+def _size(texts: Mapping[str, str]) -> int:
+    return sum(map(len, texts.values()))
+
+
+def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, rows: Any) -> float:
+    """The mean over some of the rows, from all over them."""
+    some = [rows[i]["input_ids"] for i in range(0, len(rows), math.ceil(len(rows) / 256))]
+    size = sum(len(str(tokenizer.decode(row, skip_special_tokens=True)).encode()) for row in some)
+    return size / sum(map(len, some))
+
+
+def _bits(losses: list[float], size: float) -> list[float]:
+    """Nats per token as bits for each unit of the data, of which a token has ``size``."""
+    return [loss / math.log(2) / size for loss in losses]
+
+
+def _ran() -> dict[str, Any]:
+    """Where it ran, and with what."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
-
-
-def _needs(module: str, purpose: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{purpose} needs the package {error.name}: pip install 'hf-archs[dev]'") from error
-
-
-def _embedded_hub() -> Any:
-    return _needs("hf_archs.testing.hub", "the embedded Hub").EmbeddedHub
+    installed = {library.name: library.found for library in versions.compare() if library.found}
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
+        "versions": {"python": platform.python_version(), "hf-archs": hf_archs.__version__, **installed},
+    }
 
 
 def _command(options: Options) -> str:
@@ -412,92 +630,111 @@ def _command(options: Options) -> str:
     told = ("output", "hub", "public", "overrides", "learning_rate", "lora_learning_rate")  # elsewhere, or no flags
     names = [f.name for f in fields(options) if f.name not in told and getattr(options, f.name) != f.default]
     words = [] if isinstance(options, TextOptions) else [f"--task {options.task}"]
-    words += [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names]
+    flags = {name: f"--{name.replace('_', '-')}" for name in names}
+    words += [
+        flag if getattr(options, name) is True else f"{flag} {getattr(options, name)}" for name, flag in flags.items()
+    ]
     words += [f"--set {name}={value}" for name, value in options.overrides.items()]
     command = " ".join(["hf-archs quickstart", *words])
     return f"`{command}` on {platform.machine()} with {torch.get_num_threads()} threads"
 
 
-def _cards(options: TextOptions, bits: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    corpus = "the source of Python's standard library" if options.data == "stdlib" else f"`{options.data}`"
+def _label(data: str) -> str:
+    """What the data is, in a word."""
+    known = {"stdlib": "code", "topics": "English"}
+    return known.get(data) or (Path(data).expanduser().resolve().name if Path(data).expanduser().exists() else data)
+
+
+def _prompts(options: TextOptions) -> tuple[str, str]:
+    """What the model goes on from here, and in its card; of other data nothing is known."""
+    return (CODE_PROMPT, "import ") if options.data == "stdlib" else ("", "")
+
+
+def _cards(
+    options: TextOptions, bits: Mapping[str, Mapping[str, float]], characters: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, Any]]:
+    ours = options.data == "stdlib"  # of other data nobody said under which licence its model may go on
+    corpus = "the source of Python's standard library" if ours else f"`{options.data}`"
+    license = "apache-2.0" if ours else None
     code, english = bits["code"], bits["english"]
+    label = {
+        name: f"held-out {what} ({sizes['measured']:,} of {sizes['held_out']:,} characters)"
+        for (name, sizes), what in zip(characters.items(), (_label(options.data), "English"))
+    }
     return {
         "model": {
             "training": f"{options.steps:,} steps of {options.batch} x {options.block} tokens on {corpus}, by "
             f"{_command(options)}. A demonstration: too small to be of use.",
             "results": {
-                "held-out code, before training": f"{code['before']:.3f} bits per byte",
-                "held-out code, after": f"{code['after']:.3f} bits per byte",
+                f"{label['code']}, before training": f"{code['before']:.3f} bits per byte",
+                f"{label['code']}, after": f"{code['after']:.3f} bits per byte",
             },
-            "license": "apache-2.0",
+            "license": license,
+            "prompt": _prompts(options)[1],
         },
         "adapter": {
             "training": f"{options.lora_steps:,} steps of {options.batch} x {options.block} tokens on the topics of "
             f"Python's `help()`, by {_command(options)}.",
             "results": {
-                "held-out English, without the adapter": f"{english['before_lora']:.3f} bits per byte",
-                "held-out English, with it": f"{english['after_lora']:.3f} bits per byte",
-                "held-out code, without it": f"{code['after']:.3f} bits per byte",
-                "held-out code, with it": f"{code['after_lora']:.3f} bits per byte",
+                f"{label['english']}, without the adapter": f"{english['before_lora']:.3f} bits per byte",
+                f"{label['english']}, with it": f"{english['after_lora']:.3f} bits per byte",
+                f"{label['code']}, without it": f"{code['after']:.3f} bits per byte",
+                f"{label['code']}, with it": f"{code['after_lora']:.3f} bits per byte",
             },
-            "license": "apache-2.0",
+            "license": license,
         },
     }
 
 
 def _share(
-    options: Options,
+    run: _Run,
     repository: str,
-    output: Path,
     prompt: str,
     tokens: torch.Tensor,
     pushed: Mapping[str, torch.Tensor],
     cards: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Push, pull into an empty cache, compare."""
+    hub = "the Hub" if run.options.hub else "an embedded Hub"
+    run.console.print(f"[bold]4[/] push to {hub}, [bold]5[/] and pull")
     with tempfile.TemporaryDirectory() as scratch:
-        save_file({"tokens": tokens}, f"{scratch}/tokens.safetensors")
-
-        def exchange(push_from: Mapping[str, str], pull_to: Mapping[str, str]) -> dict[str, Any]:
-            names = publish.run(
-                "push", push_from, folder=str(output), name=repository, private=not options.public, cards=cards
-            )
-            found = publish.run(
-                "pull",
-                pull_to,
-                names=names,
-                text=prompt,
-                tokens=f"{scratch}/tokens.safetensors",
-                output=f"{scratch}/logits.safetensors",
-            )
-            logits = load_file(f"{scratch}/logits.safetensors")
-            same = {part: torch.equal(logits[part], pushed[part]) for part in pushed} | found
-            return {"repositories": names, "pulled_equals_pushed": all(same.values()), "pulled": same}
-
-        if options.hub:
-            empty = {"HF_HUB_CACHE": f"{scratch}/hub", "HF_XET_CACHE": f"{scratch}/xet"}
-            return exchange({}, empty)
-        with _embedded_hub()() as hub:
-            return exchange(hub.environment(f"{scratch}/pusher"), hub.environment(f"{scratch}/puller"))
+        files = {name: f"{scratch}/{name}.safetensors" for name in ("tokens", "logits")}
+        save_file({"tokens": tokens}, files["tokens"])
+        push = {"folder": str(run.folder), "name": repository, "private": not run.options.public, "cards": cards}
+        pull = {"text": prompt, "tokens": files["tokens"], "output": files["logits"], "cache": f"{scratch}/pulled"}
+        if run.options.hub:
+            answer = publish.run({"HF_XET_CACHE": f"{scratch}/xet"}, push, pull)
+        else:
+            with _embedded_hub()() as server:
+                answer = publish.run(server.environment(f"{scratch}/home"), push, pull)
+        pulled = load_file(files["logits"])
+    same = {part: torch.equal(pulled[part], pushed[part]) for part in pushed} | answer["same"]
+    return {"repositories": answer["names"], "pulled_equals_pushed": all(same.values()), "pulled": same}
 
 
-def _draw(curves: Mapping[str, list[float]], path: Path) -> None:
-    import matplotlib
+def _draw(curves: Mapping[str, list[float]], unit: str, folder: Path) -> None:
+    """``loss.png``: the training loss of every step, in bits for each ``unit`` of the data."""
+    with working("drawing the losses"):
+        import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        matplotlib.use("Agg")
+        from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    begin = 1
-    for label, losses in curves.items():
-        axes.plot(range(begin, begin + len(losses)), losses, label=label)
-        begin += len(losses)
-    axes.set(xlabel="step", ylabel="training loss (nats per token)", title="hf-archs quickstart")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with checkpoints.replacing(path.parent) as folder:
-        figure.savefig(folder / path.name, dpi=120)
-    pyplot.close(figure)
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        begin = 1
+        for label, bits in curves.items():
+            axes.plot(range(begin, begin + len(bits)), bits, label=label)
+            begin += len(bits)
+        last = max(begin - 1, 2)
+        inner = ticker.MaxNLocator(8, integer=True).tick_values(1, last)
+        axes.set_xticks(sorted({1, *(int(tick) for tick in inner if 1 < tick <= last)}))
+        axes.set_xlim(1, last)
+        axes.set_ylim(bottom=math.floor(min(min(bits) for bits in curves.values())))
+        axes.set(xlabel="step", ylabel=f"training loss (bits per {unit})", title="hf-archs quickstart")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(folder / "loss.png", dpi=120)
+        pyplot.close(figure)
 
 
 _YES = {True: "[green]yes", False: "[red]no"}
@@ -505,10 +742,17 @@ _YES = {True: "[green]yes", False: "[red]no"}
 
 def _table(summary: Mapping[str, Any]) -> Table:
     table = Table(title=f"{summary['arch']}, {summary['parameters']:,} parameters: bits per byte of held-out text")
+    table.caption = "; ".join(
+        f"{'English' if name == 'english' else _label(summary['data'])}: {sizes['measured']:,} of "
+        f"{sizes['held_out']:,} held-out characters"
+        for name, sizes in summary["characters"].items()
+    )
     for heading in ("text", "untrained", "trained", "with LoRA"):
         table.add_column(heading, justify="left" if heading == "text" else "right")
     code, english = summary["bits_per_byte"]["code"], summary["bits_per_byte"]["english"]
-    table.add_row("code", f"{code['before']:.3f}", f"{code['after']:.3f}", f"{code['after_lora']:.3f}")
+    table.add_row(
+        escape(_label(summary["data"])), f"{code['before']:.3f}", f"{code['after']:.3f}", f"{code['after_lora']:.3f}"
+    )
     change = english["after_lora"] / english["before_lora"] - 1
     table.add_row("English", "", f"{english['before_lora']:.3f}", f"{english['after_lora']:.3f} ({change:+.0%})")
     table.add_section()
