@@ -25,6 +25,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
+# Multiply-adds are one instruction. Every launch says so: Triton's own default will be the opposite from 3.10 on, and
+# 3.9 warns of that.
+FUSED = {"enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class KernelSpec:
@@ -124,7 +128,7 @@ def compile_spec(spec: KernelSpec, target: Target) -> Any:
         if divisor or kind.startswith("*"):
             attributes[(place,)] = [["tt.divisibility", int(divisor or 16)]]
     source = ASTSource(spec.kernel, signature, spec.constexprs, attributes)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **FUSED}
     return triton.compile(source, GPUTarget(target.backend, target.arch, target.warp_size), options)
 
 
@@ -133,15 +137,15 @@ def _registers_and_spills(asm: dict[str, str]) -> tuple[int, int]:
     if "amdgcn" in asm:
         notes = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", asm["amdgcn"]))
         return int(notes["vgpr_count"]), 4 * int(notes["vgpr_spill_count"])
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
     chip = re.search(r"\.target (sm_(\d+)a?)", asm["ptx"])
     assert chip is not None
-    assembler = knobs.nvidia.ptxas_blackwell if int(chip[2]) >= 100 else knobs.nvidia.ptxas
+    assembler = get_ptxas(int(chip[2])).path
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.ptx").write_text(asm["ptx"])
         # the last option is Triton's own
-        command = [assembler.path, "-v", f"--gpu-name={chip[1]}", "kernel.ptx", "-o", "out", "--regAllocOptLevel=2"]
+        command = [assembler, "-v", f"--gpu-name={chip[1]}", "kernel.ptx", "-o", "out", "--regAllocOptLevel=2"]
         log = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stderr
     used = re.search(r"(\d+) bytes spill stores.*Used (\d+) registers", log, re.DOTALL)
     assert used is not None, log

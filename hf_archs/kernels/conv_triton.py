@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_archs.kernels.aot import KernelSpec
+from hf_archs.kernels.aot import FUSED, KernelSpec
 
 # Which config runs follows from the shape alone, so results are the same from run to run and nothing is tuned at run
 # time. A row of 128 bf16 channels is 16 threads of 16 bytes each; 16 elements a thread keep enough reads in flight. The
@@ -235,6 +235,7 @@ def causal_conv1d_fwd(
             WIDTH=width,
             SILU=silu,
             **config,
+            **FUSED,
         )
     return y
 
@@ -279,6 +280,7 @@ def causal_conv1d_bwd(
             SILU=silu,
             SPAN=SPAN,
             **config,
+            **FUSED,
         )
     total = sums.sum(0)
     return grad_x, total[:width].t(), total[width], None if grad_state is None else grad_state.transpose(1, 2)

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from hf_archs.kernels.aot import KernelSpec
+from hf_archs.kernels.aot import FUSED, KernelSpec
 
 CHUNK = 128  # tokens between two kept states
 ROWS = 64  # tokens of a tile; `_grad_scores_kernel` and `_grad_decays_kernel` rely on two tiles a chunk
@@ -261,12 +261,14 @@ def _pass_states_kernel(
         for ahead in tl.static_range(AHEAD):
             c = begin + ahead
             there = c < chunks
+            # not `inside & there`: a scalar spread into a mask is none to the interpreter of Triton 3.9
+            mask = tl.where(there, inside, False)
             if REVERSED:
                 c = chunks - 1 - c
             place = (c * batch * heads + row) * STATE + element
-            news += (tl.load(added + place, inside & there, 0),)  # type: ignore[assignment]
+            news += (tl.load(added + place, mask, 0),)  # type: ignore[assignment]
             if across is not None:
-                olds += (tl.load(starts + place, inside & there, 0),)  # type: ignore[assignment]
+                olds += (tl.load(starts + place, mask, 0),)  # type: ignore[assignment]
             end = c * CHUNK + CHUNK - 1
             decay = tl.exp2(tl.load(high + end, there, 0) + tl.load(low + end, there, 0))
             if documents is not None:
@@ -279,7 +281,7 @@ def _pass_states_kernel(
             if REVERSED:
                 c = chunks - 1 - c
             place = (c * batch * heads + row) * STATE + element
-            tl.store(passed + place, state, inside & there)
+            tl.store(passed + place, state, tl.where(there, inside, False))
             if across is not None:
                 part = tl.sum(state * olds[ahead]) * decays[ahead]
                 tl.store(across + (tile * batch * heads + row) * chunks + c, part, there)
@@ -715,8 +717,8 @@ class _Launch:
         rows = v.new_empty(3 if scale is not None else 2, b, h, self.padded, dtype=torch.float32)
         self.high, self.low, self.scales = rows[0], rows[1], None if scale is None else rows[2]
         _decay_sums_kernel[(b * triton.cdiv(h, HEADS), self.chunks)](
-            log_decay, scale, self.high, self.low, self.scales, l, self.padded, h,
-            *log_decay.stride(), *(scale.stride() if scale is not None else (0, 0, 0)), CHUNK=CHUNK, HEADS=HEADS,
+            log_decay, scale, self.high, self.low, self.scales, l, self.padded, h, *log_decay.stride(),
+            *(scale.stride() if scale is not None else (0, 0, 0)), CHUNK=CHUNK, HEADS=HEADS, **FUSED,
         )  # fmt: skip
 
     def chunk_states(self, keys: Tensor, values: Tensor, reads: bool) -> Tensor:
@@ -727,7 +729,7 @@ class _Launch:
         tiles = triton.cdiv(n, blocks["BLOCK_N"]) * triton.cdiv(p, blocks["BLOCK_P"])
         _chunk_states_kernel[(tiles * b * h, self.chunks)](
             keys, values, self.high, self.low, None if reads else self.scales, self.documents, out, l, self.padded,
-            b, h, h // g, *keys.stride()[:3], *values.stride()[:3], READS=reads, **self.common, **blocks,
+            b, h, h // g, *keys.stride()[:3], *values.stride()[:3], READS=reads, **self.common, **blocks, **FUSED,
         )  # fmt: skip
         return out
 
@@ -737,7 +739,7 @@ class _Launch:
         first = None if first is None else first.contiguous()
         _pass_states_kernel[(triton.cdiv(state, PASSED) * b * h,)](
             added, passed, first, last, starts, across, self.high, self.low, self.documents, l, self.padded,
-            self.chunks, b, h, STATE=state, REVERSED=starts is not None, CHUNK=CHUNK, PASSED=PASSED,
+            self.chunks, b, h, STATE=state, REVERSED=starts is not None, CHUNK=CHUNK, PASSED=PASSED, **FUSED,
         )  # fmt: skip
 
 
@@ -761,7 +763,7 @@ def decay_scan_fwd(
     y = v.new_empty(b, l, h, p)
     _outputs_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
         x.q, x.k, x.v, x.high, x.low, x.scales, x.documents, starts, y, l, x.padded, b, h, h // g,
-        *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], **x.over_values,
+        *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], **x.over_values, **FUSED,
     )  # fmt: skip
     return y, final_state, starts.flatten() if keep_states else starts.new_empty(0)
 
@@ -795,7 +797,7 @@ def decay_scan_bwd(
     grad_v = v.new_empty(b, l, h, p)
     _grad_values_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
         x.q, x.k, grad_y, x.high, x.low, x.scales, x.documents, grad_ends, grad_v, l, x.padded, b, h, r,
-        *of_q, *of_k, *of_y, **x.over_values,
+        *of_q, *of_k, *of_y, **x.over_values, **FUSED,
     )  # fmt: skip
 
     # The heads of a group take turns in one program; where that leaves a large GPU idle, they are split among several.
@@ -808,7 +810,7 @@ def decay_scan_bwd(
     grad_scores = x.high.new_empty(x.chunks, splits, b, g, 3, ROWS, ROWS)
     _grad_scores_kernel[(3 * splits * b * g, x.chunks)](
         x.q, x.k, x.v, grad_y, x.high, x.low, x.scales, x.documents, grad_scores, inside, crossing, columns,
-        l, x.padded, b, h, r, splits, *of_q, *of_k, *of_v, *of_y, **x.over_pairs,
+        l, x.padded, b, h, r, splits, *of_q, *of_k, *of_v, *of_y, **x.over_pairs, **FUSED,
     )  # fmt: skip
 
     grads = []
@@ -819,7 +821,7 @@ def decay_scan_bwd(
         _grad_keys_kernel[(x.tiles_n * (CHUNK // ROWS) * splits * b * g, x.chunks)](
             key, other, value, x.high, x.low, None if reads else x.scales, x.documents, starts if reads else grad_ends,
             grad_scores, grad, None if along is None else along[0 if reads else 1], l, x.padded, b, h, r, splits,
-            *key.stride()[:3], *other.stride()[:3], *value.stride()[:3], READS=reads, **x.over_keys,
+            *key.stride()[:3], *other.stride()[:3], *value.stride()[:3], READS=reads, **x.over_keys, **FUSED,
         )  # fmt: skip
         grads.append(grad[0] if splits == 1 else grad.sum(0))
 
@@ -829,7 +831,7 @@ def decay_scan_bwd(
     grad_scale = None if scale is None else torch.empty_like(grad_decay)
     _grad_decays_kernel[(b * triton.cdiv(h, HEADS), x.chunks)](
         inside, crossing, columns, along[0], along[1], across, x.scales, grad_decay, grad_scale, l, x.padded, x.chunks,
-        b, h, across.shape[0], TILES_N=x.tiles_n, CHUNK=CHUNK, ROWS=ROWS, HEADS=HEADS,
+        b, h, across.shape[0], TILES_N=x.tiles_n, CHUNK=CHUNK, ROWS=ROWS, HEADS=HEADS, **FUSED,
     )  # fmt: skip
     return grads[0], grads[1], grad_v, grad_decay, grad_scale, grad_initial
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_archs.kernels.aot import KernelSpec
+from hf_archs.kernels.aot import FUSED, KernelSpec
 
 # Rows that one program of the backward walks through. It sums the gradient of the weight in registers meanwhile and
 # writes it once, so this is what keeps that traffic at a few hundredths of the rest; every ROWS below divides it.
@@ -136,6 +136,7 @@ def rms_norm_gated_fwd(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_s
             eps,
             GROUP=group_size,
             **config,
+            **FUSED,
         )
     return y
 
@@ -168,6 +169,7 @@ def rms_norm_gated_bwd(
             GROUP=group_size,
             SPAN=SPAN,
             **config,
+            **FUSED,
         )
     return grad_x, sums.sum(0).to(weight.dtype), grad_z
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_archs.kernels.aot import KernelSpec
+from hf_archs.kernels.aot import FUSED, KernelSpec
 from hf_archs_hyena import modal_portable as portable
 
 CHUNK = 64  # half the states of 32, and still less work within chunks than between them
@@ -67,25 +67,26 @@ def _pass_kernel(
         reals, imaginaries, keeps = (), (), ()
         for ahead in tl.static_range(AHEAD):
             q = begin + ahead
-            there = q < chunks
+            # not `inside & (q < chunks)`: a scalar spread into a mask is none to the interpreter of Triton 3.9
+            there = tl.where(q < chunks, inside, False)
             if REVERSED:
                 q = chunks - 1 - q
             place = states + tl.cast(q, tl.int64) * row * 2
-            reals += (tl.load(place, inside & there, 0),)
-            imaginaries += (tl.load(place + 1, inside & there, 0),)
+            reals += (tl.load(place, there, 0),)
+            imaginaries += (tl.load(place + 1, there, 0),)
             if keep is not None:
-                keeps += (tl.load(keep + q * batch + b, inside & there, 1),)
+                keeps += (tl.load(keep + q * batch + b, there, 1),)
         for ahead in tl.static_range(AHEAD):
             q = begin + ahead
-            there = q < chunks
+            there = tl.where(q < chunks, inside, False)
             if REVERSED:
                 q = chunks - 1 - q
             if keep is not None and not REVERSED:
                 state_r *= keeps[ahead]
                 state_i *= keeps[ahead]
             place = states + tl.cast(q, tl.int64) * row * 2
-            tl.store(place, state_r, inside & there)
-            tl.store(place + 1, state_i, inside & there)
+            tl.store(place, state_r, there)
+            tl.store(place + 1, state_i, there)
             new_r = reals[ahead] + factor_r * state_r - factor_i * state_i
             new_i = imaginaries[ahead] + factor_r * state_i + factor_i * state_r
             if keep is not None and REVERSED:
@@ -103,7 +104,7 @@ def _launch(states: Tensor, over: Tensor, first: Tensor | None, keep: Tensor | N
     config = CONFIGS[0]
     grid = (c, triton.cdiv(b * n, config["BLOCK"]))
     with torch.accelerator.device_index(states.device.index):
-        _pass_kernel[grid](states, over, first, keep, q, b, n, backwards, **config)
+        _pass_kernel[grid](states, over, first, keep, q, b, n, backwards, **config, **FUSED)
 
 
 def pass_states(states: Tensor, over: Tensor, initial_state: Tensor | None, keep: Tensor | None) -> None:

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from hf_archs.kernels.aot import KernelSpec
+from hf_archs.kernels.aot import FUSED, KernelSpec
 
 SHARED = 16  # channels of a filter from which on tensor cores pay
 # Which config runs follows from the shape and dtype alone: nothing is tuned at run time. The first of each is for 16
@@ -322,7 +322,7 @@ def _convolve(
     if c // groups < SHARED:
         config = _config(SHIFT_CONFIGS, rows.dtype, config)
         grid = (b * triton.cdiv(outputs, config["BLOCK_T"]), triton.cdiv(c, config["BLOCK_C"]))
-        _shift_kernel[grid](rows, taps.t().contiguous(), bias, *common, groups, k, backwards, **config)
+        _shift_kernel[grid](rows, taps.t().contiguous(), bias, *common, groups, k, backwards, **config, **FUSED)
         return out
     config = _config(MATRIX_CONFIGS, rows.dtype, config)
     wide = min(config["COLUMNS"], triton.next_power_of_2(c // groups))
@@ -341,6 +341,7 @@ def _convolve(
         wide,
         PRECISION=_precision(rows.dtype),
         **config,
+        **FUSED,
     )
     return out
 
@@ -389,7 +390,9 @@ def toeplitz_conv_bwd(
         span = _span(l, b * parts[0] * parts[1])
         spans = b * triton.cdiv(l, span)
         sums = torch.empty(spans, k, c, dtype=torch.float32, device=x.device)
-        _shift_sums_kernel[spans, *parts](rows, grad_y, documents, sums, l, inputs, before, c, span, k, **sum_config)
+        _shift_sums_kernel[spans, *parts](
+            rows, grad_y, documents, sums, l, inputs, before, c, span, k, **sum_config, **FUSED
+        )
         by_channel = sums.sum(0)  # (k, c)
         grad_taps = by_channel.unflatten(1, (groups, -1)).sum(2).t()
         grad_bias = by_channel[0]
@@ -416,6 +419,7 @@ def toeplitz_conv_bwd(
             wide,
             PRECISION=_precision(x.dtype),
             **sum_config,
+            **FUSED,
         )
         grad_taps = _diagonals(sums.sum(0), k)
         if bias is not None:

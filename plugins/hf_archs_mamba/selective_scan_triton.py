@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_archs.kernels.aot import KernelSpec
+from hf_archs.kernels.aot import FUSED, KernelSpec
 from hf_archs_mamba.selective_scan_portable import BLOCK
 
 CHUNK = BLOCK  # tokens between two states that are kept for the backward
@@ -75,6 +75,13 @@ def _softplus(v):
 @triton.jit
 def _load(pointers, mask):
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _here(in_c, t, length):
+    """The channels of token t: none beyond the end."""
+    # not `in_c & (t < length)`: a scalar spread into a mask is none to the interpreter of Triton 3.9
+    return tl.where(t < length, in_c, False)
 
 
 @triton.jit
@@ -197,7 +204,7 @@ def _selective_scan_fwd_kernel(
         outputs = ()
         goes_on = ()
         for i in tl.static_range(T):
-            here = in_c & (t0 + i < length)
+            here = _here(in_c, t0 + i, length)
             delta = _delta(dt_tile + i * dt_l, t0 + i < limit, here)
             value = _load(x_tile + i * x_l, here)
             deltas += (delta,)
@@ -213,8 +220,8 @@ def _selective_scan_fwd_kernel(
             C_row = C + n * C_n + t0
             h = _load(running + n * channels, in_c)
             if kept is not None:
-                boundary = t0 % CHUNK == 0
-                tl.store(kept + ((t0 // CHUNK) * batch + b) * row + n * channels + c, h, mask=in_c & boundary)
+                boundary = tl.where(t0 % CHUNK == 0, in_c, False)
+                tl.store(kept + ((t0 // CHUNK) * batch + b) * row + n * channels + c, h, mask=boundary)
             news = ()
             for i in tl.static_range(T):
                 a = _decay(deltas[i], A_n_row, goes_on[i], PACKED)
@@ -225,7 +232,7 @@ def _selective_scan_fwd_kernel(
                 outputs = news
             tl.store(running + n * channels, h, mask=in_c)
         for i in tl.static_range(T):
-            here = in_c & (t0 + i < length)
+            here = _here(in_c, t0 + i, length)
             if SUMMARY:
                 total += deltas[i]
                 if PACKED:
@@ -375,7 +382,7 @@ def _selective_scan_bwd_kernel(
                 grads = ()  # of C h + D x
                 outputs = ()  # C h + D x
                 for i in tl.static_range(T):
-                    here = in_c & (t0 + i < length)
+                    here = _here(in_c, t0 + i, length)
                     delta = _delta(dt + at * dt_l + i * dt_l, t0 + i < limit, here)
                     value = _load(x + at * x_l + i * x_l, here)
                     deltas += (delta,)
@@ -412,7 +419,7 @@ def _selective_scan_bwd_kernel(
                     tl.store(starts + (tile + 1) * row + n * channels, h, mask=in_c)
                 if z is not None:
                     for i in tl.static_range(T):
-                        here = in_c & (t0 + i < length)
+                        here = _here(in_c, t0 + i, length)
                         gate = _load(z + at * z_l + i * z_l, here)
                         sigmoid = tl.sigmoid(gate)
                         d_gate = outputs[i] * sigmoid * (1.0 + gate * (1.0 - sigmoid))
@@ -435,7 +442,7 @@ def _selective_scan_bwd_kernel(
             d_inputs = ()  # of delta x
             d_deltas = ()  # by way of the decay
             for i in tl.static_range(T):
-                here = in_c & (t0 + i < length)
+                here = _here(in_c, t0 + i, length)
                 delta = _delta(dt + at * dt_l + i * dt_l, t0 + i < limit, here)
                 deltas += (delta,)
                 if dy is not None:
@@ -490,7 +497,7 @@ def _selective_scan_bwd_kernel(
                 tl.store(running + n * channels, q, mask=in_c)
 
             for i in tl.static_range(T):
-                here = in_c & (t0 + i < length)
+                here = _here(in_c, t0 + i, length)
                 if SUMMARY:
                     total += deltas[i]
                     if PACKED:
@@ -596,7 +603,7 @@ def selective_scan_fwd(
             **_strides(
                 "x_of_blc dt_of_blc z_of_blc B_of_bn C_of_bn A_of_cn initial_of_bcn", x, dt, z, B, C, A, initial_state
             ),
-            SUMMARY=summary, CHUNK=CHUNK, **config,
+            SUMMARY=summary, CHUNK=CHUNK, **config, **FUSED,
         )  # fmt: skip
 
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -654,7 +661,7 @@ def selective_scan_bwd(
                 "x_of_blc dt_of_blc z_of_blc B_of_bn C_of_bn A_of_cn d_final_of_bcn",
                 x, dt, z, B, C, A, grad_final_state,
             ),
-            SUMMARY=summary, CHUNK=CHUNK, **config,
+            SUMMARY=summary, CHUNK=CHUNK, **config, **FUSED,
         )  # fmt: skip
 
     with torch.cuda.device_of(x):  # Triton launches on the current device

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_archs.kernels.aot import KernelSpec
+from hf_archs.kernels.aot import FUSED, KernelSpec
 
 # ROWS are pairs, COLUMNS those of a result (half as many of the inner layer, whose activation takes registers of its
 # own), STEP what a product sums over at once. The first is for 16 bits, the second for experts with few pairs, as in a
@@ -322,11 +322,12 @@ def expert_mlp_fwd(
     if p:
         narrow = _narrow(config)
         _up_kernel[len(pairs.tiles), triton.cdiv(i, narrow["COLUMNS"])](
-            x, *pairs, up, pre if keep else None, inner, index.shape[1], e, h, i, gated, activation, **narrow
+            x, *pairs, up, pre if keep else None, inner, index.shape[1], e, h, i, gated, activation, **narrow, **FUSED
         )
         _pairs_kernel[len(pairs.tiles), triton.cdiv(h, config["COLUMNS"])](
-            inner, *pairs, down, weight, outputs, e, i, h, down.stride(0), down.stride(2), down.stride(1), **config
-        )
+            inner, *pairs, down, weight, outputs, e, i, h, down.stride(0), down.stride(2), down.stride(1),
+            **config, **FUSED,
+        )  # fmt: skip
     return outputs.view(*index.shape, h).sum(1), pre
 
 
@@ -356,10 +357,11 @@ def expert_mlp_bwd(
     grad_pairs = x.new_zeros(p, h)
     if p:
         _grad_inner_kernel[len(pairs.tiles), blocks](
-            grad_y, *pairs, down, pre, weight, inner, grad_pre, grad_weight, k, e, p, h, i, gated, activation, **narrow
-        )
+            grad_y, *pairs, down, pre, weight, inner, grad_pre, grad_weight, k, e, p, h, i, gated, activation,
+            **narrow, **FUSED,
+        )  # fmt: skip
         _pairs_kernel[len(pairs.tiles), triton.cdiv(h, config["COLUMNS"])](
-            grad_pre, *pairs, up, None, grad_pairs, e, up.shape[1], h, *up.stride(), **config
+            grad_pre, *pairs, up, None, grad_pairs, e, up.shape[1], h, *up.stride(), **config, **FUSED
         )
     del config["ROWS"]
 
@@ -368,7 +370,7 @@ def expert_mlp_bwd(
         grid = (*(triton.cdiv(n, config["COLUMNS"]) for n in (rows.shape[1], h)), e)
         strides = grad.stride(0), grad.stride(by_rows), grad.stride(by_tokens)
         _grad_matrix_kernel[grid](
-            rows, of_tokens, pairs.order, pairs.offsets, grad, k, rows.shape[1], h, *strides, **config
+            rows, of_tokens, pairs.order, pairs.offsets, grad, k, rows.shape[1], h, *strides, **config, **FUSED
         )
         return grad
 

@@ -1,5 +1,6 @@
 """Every Triton kernel compiles for every chip we name, and what is wrong with one is found."""
 
+import ast
 import importlib
 import itertools
 import json
@@ -25,6 +26,7 @@ def report(tmp_path_factory):
     # the script drops the variable itself
     run = subprocess.run(command, env={**ENVIRONMENT, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+    assert "Warning" not in run.stderr, run.stderr
     return json.loads(file.read_text())
 
 
@@ -49,6 +51,15 @@ def test_every_kernel_in_the_source_is_there(report):
         launched = set(re.findall(r"(\w+_kernel)\[", file.read_text()))
         assert launched, file
         assert launched <= listed
+
+
+def test_every_launch_says_that_multiply_adds_are_fused():
+    """As every compilation ahead of time does; Triton's own default changes with 3.10."""
+    for file in aot.kernel_modules().values():
+        for call in ast.walk(ast.parse(file.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript):
+                given = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None]
+                assert "FUSED" in given, f"{file.name}:{call.lineno}"
 
 
 def test_every_config_is_there(report):
