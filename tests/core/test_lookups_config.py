@@ -1,0 +1,170 @@
+"""Attributes of configs and models that other libraries look up, and their tables by model type."""
+
+import copy
+from dataclasses import fields
+
+import pytest
+import torch
+from accelerate import big_modeling
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, get_peft_model
+from peft.utils import constants
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
+from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import TransformersKwargs
+
+import hf_archs
+from hf_archs.testing.contract.models import assert_close, lively, logits, state_parameters, tokens
+
+ARCHITECTURES = hf_archs.architectures()
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    return hf_archs.get_architecture(request.param)
+
+
+@pytest.fixture
+def model(architecture):
+    return lively(architecture.causal_lm_class, architecture.tiny_config())
+
+
+def test_every_table_knows_our_layer_types(architecture):
+    """The kinds of caches, of masks, and those that a config may have."""
+    config = architecture.tiny_config()
+    assert len(config.layer_types) == config.num_hidden_layers
+    for table in (
+        ALLOWED_ATTN_LAYER_TYPES,
+        DYNAMIC_LAYER_TYPE_MAPPING,
+        STATIC_LAYER_TYPE_MAPPING,
+        LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    ):
+        assert set(config.layer_types) <= set(table)
+
+
+def test_sequences_that_are_cut_between_processes_are_refused(model):
+    """A recurrent state would begin anew on each: accelerate goes by the layer types, transformers has a switch."""
+    assert not model.supports_context_parallel
+    if "linear_attention" in model.config.layer_types:
+        for prepare in (
+            big_modeling._refuse_recurrent_layers_under_sequence_parallelism,
+            big_modeling._attach_context_parallel_hooks,
+        ):
+            with pytest.raises(ValueError, match="linear_attention"):
+                prepare(model)
+
+
+def test_forwards_take_every_argument_of_transformers(model):
+    """`TransformersKwargs` names what transformers may hand to any model, a base model or one with a head."""
+    nothing = dict.fromkeys(TransformersKwargs.__optional_keys__)
+    ids = tokens(1, 5)
+    assert torch.equal(logits(model, ids, **nothing), logits(model, ids))
+    with torch.no_grad():
+        assert torch.equal(model.model(ids, **nothing).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_predictions_are_the_logits(model, tmp_path):
+    """The Trainer collects every output that `keys_to_ignore_at_inference` does not name: caches, router logits."""
+    rows = [{"input_ids": row, "labels": row} for row in tokens(3, 8)]
+    found = Trainer(model, TrainingArguments(tmp_path, use_cpu=True, report_to=[])).predict(rows)
+    assert found.predictions.shape == (3, 8, 128)
+
+
+def test_quantisers_leave_the_states_alone(model):
+    """By the names in `_keep_in_fp32_modules`, as every quantiser that reads them compares them."""
+    left_out = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    inside = {name.rpartition(".")[0] for name in state_parameters(model)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            assert should_convert_module(name, left_out) == (name not in inside), name
+
+
+def test_every_tuner_has_default_targets(architecture):
+    """In a table of its own, by model type: copies of LoRA's, which PEFT makes when it is imported."""
+    with torch.device("meta"):
+        model = architecture.causal_lm_class(architecture.tiny_config())
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()} | {"feed_forward_norm"}
+    tables = [name for name in vars(constants) if name.endswith("_TARGET_MODULES_MAPPING")]
+    assert len(tables) > 30
+    for table in tables:
+        found = getattr(constants, table)[architecture.model_type]
+        assert found, table
+        assert set(found) <= names, table
+
+
+# PEFT says so of Llama's norms and sizes too
+@pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:Invalid `oft_block_size`")
+@pytest.mark.parametrize("tuner", ["ADALORA", "FOURIERFT", "IA3", "LN_TUNING", "LOHA", "OFT", "VBLORA", "VERA"])
+def test_tuners_train_their_default_targets(tuner, model):
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[tuner]
+    options = {"total_step": 4, "n_frequency": 8, "vector_length": 4, "num_vectors": 16}
+    known = {field.name for field in fields(config_class)}
+    own = {name: value for name, value in options.items() if name in known}
+    wrapped = get_peft_model(model, config_class(task_type="CAUSAL_LM", **own)).train()
+    ids = tokens(2, 9)
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+def prefixed(model, tuner):
+    """With a cache of keys and values that PEFT learns and hands to the model."""
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[tuner](task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return get_peft_model(copy.deepcopy(model), config)
+
+
+@pytest.mark.parametrize("tuner", ["PREFIX_TUNING", "CARTRIDGE"])
+def test_prefixes_are_refused_by_recurrent_layers(tuner, model):
+    if set(model.config.layer_types) == {"full_attention"}:
+        return
+    with pytest.raises((ValueError, AttributeError), match="keys and values"):
+        prefixed(model, tuner)(input_ids=tokens(2, 9))
+
+
+@pytest.mark.xfail(strict=True, reason="PEFT looks for num_key_value_heads in the config's dict")
+@pytest.mark.parametrize("tuner", ["PREFIX_TUNING", "CARTRIDGE"])
+def test_prefixes_of_attention(tuner):
+    architecture = hf_archs.get_architecture("moe")  # 4 heads over 2 of keys and values
+    model = lively(architecture.causal_lm_class, architecture.tiny_config())
+    ids = tokens(2, 9)
+    wrapped = prefixed(model, tuner)
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in wrapped.prompt_encoder.parameters() if p.requires_grad)
+    assert (logits(wrapped.eval(), ids) - logits(model, ids)).abs().max() > 1e-3
+
+
+@pytest.mark.xfail(strict=True, reason="layer_types has no setter")
+def test_shadow_networks(model):
+    """PEFT copies the config, with fewer layers, and writes its `layer_types` anew."""
+    wrapped = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING["SHADOW"](task_type="CAUSAL_LM"))
+    ids = tokens(2, 9)
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in wrapped.parameters())
+    with pytest.raises(ValueError, match=r"layer_types is \['conv'\]; allowed is"):
+        model.config.layer_types = ["conv"]
+
+
+@pytest.mark.xfail(strict=True, reason="no sentence of ours yet")
+def test_continuous_batching_is_refused(model):
+    """Its cache goes by the layer types, and has pages for keys and values alone; `generate_batch` begins with this."""
+    with pytest.raises(ValueError, match="continuous batching"):
+        model.init_continuous_batching()
+
+
+def test_layers_that_peft_repeats(architecture):
+    """`layer_replication` finds the layers by the names of attributes, and tells the config how many there are."""
+    if len({architecture.tiny_config().layer_plan(i).mixer for i in range(2)}) > 1:
+        return  # a pattern does not know which of its layers was repeated
+    model = lively(architecture.causal_lm_class, architecture.tiny_config())
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", layer_replication=[[0, 2], [1, 2]])).eval()
+    assert len(wrapped.config.layer_types) == 3
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        first = wrapped(input_ids=ids[:, :5], use_cache=True)
+        second = wrapped(input_ids=ids[:, 5:], past_key_values=first.past_key_values)
+    assert_close(second.logits, logits(wrapped, ids, use_cache=False)[:, 5:], "continued")
