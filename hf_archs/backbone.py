@@ -398,9 +398,11 @@ def _check_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
 
 def _one_cache(cache: Any, past_key_values: Any) -> Any:
     """The cache, under whichever of its names it was passed. Raises `ValueError` where two are passed."""
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("cache and past_key_values were both passed, and are names of the same; allowed is one")
-    return past_key_values if cache is None else cache
+    if cache is None or past_key_values is None or cache is past_key_values:
+        return past_key_values if cache is None else cache
+    if isinstance(cache, RecurrentCache) and cache.is_empty:
+        return past_key_values  # PEFT puts that of its prefix in the place of the one that `generate` has made
+    raise ValueError("cache and past_key_values were both passed, and are names of the same; allowed is one")
 
 
 class ArchModel(ArchPreTrainedModel):
@@ -506,7 +508,7 @@ class ArchModel(ArchPreTrainedModel):
         length = inputs_embeds.shape[1]
         mask = _real_tokens(attention_mask, length)
         # positions restart after left pads and differ from zero in a continuation too: they mark documents only alone
-        alone = attention_mask is None and (cache is None or cache.batch_size < 0)
+        alone = attention_mask is None and (cache is None or cache.is_empty)
         seq_idx = _documents(seq_idx, cu_seq_lens_q, position_ids if alone else None, inputs_embeds)
         if cache is not None:
             cache.begin(length, mask, inputs_embeds.device)
@@ -709,12 +711,30 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             if self.config.num_hidden_layers != layers:
                 self.config.num_hidden_layers = layers
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if NAME in inputs:
+            inputs[OLD_NAME] = inputs[NAME]  # where PEFT looks, whatever the release of transformers
+        return inputs
+
     def _assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
         finally:  # the cache may outlive this, and would record every token to come
             if isinstance(kwargs.get(NAME), RecurrentCache):
                 kwargs[NAME].stop_recording()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what ``generate_batch`` and a server's continuous batching begin with.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"continuous batching (generate_batch) keeps pages of keys and values, and a {type(self).__name__} has "
+            "states in a cache of its own; allowed is generate, with a batch at a time"
+        )
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Any = None, **kwargs: Any) -> Any:

@@ -210,6 +210,11 @@ class RecurrentCache(Cache):
         """The batch size of the states, -1 before the first token."""
         return next((tensor.shape[0] for _, tensor in self.held()), -1)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token has been read yet."""
+        return self.batch_size < 0
+
     # -- states ------------------------------------------------------------------------------------------------
 
     def slot(self, layer_idx: int) -> Slot:

@@ -87,6 +87,22 @@ class ComposedConfig(ArchConfig):
         plans = [self.layer_plan(i) for i in range(self.num_hidden_layers)]
         return max((plan.mixer_config.num_heads for plan in plans if plan.mixer_config is not None), default=1)
 
+    def _attention(self) -> Any:
+        """The config of the attention in every layer; `AttributeError` where one has something else."""
+        if set(self.layer_types) != {"full_attention"}:
+            raise AttributeError
+        return self.layer_plan(0).mixer_config
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Where all layers are attention; prefix tuning makes keys and values of that shape."""
+        return self._attention().key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Where all layers are attention, channels of a head."""
+        return self._attention().head_size
+
     @property
     def sliding_window(self) -> int | None:
         """The widest window of the layers that are ``sliding_attention``, where transformers' caches look for it."""

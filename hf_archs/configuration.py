@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig
 from hf_archs import conversion, hub, registry
 from hf_archs.cache import NEW_NAME, OLD_NAME
 
+FOLLOW = ("num_heads", "num_key_value_heads")  # what PEFT's prompt and prefix tuning look for in a config's dict
+
 
 def check_range(config: object, field: str, low: float, high: float) -> None:
     """Raise a `ValueError` that names field, value and what is allowed, unless ``low <= value <= high``."""
@@ -155,24 +157,42 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         plans = [self.layer_plan(i) for i in range(self.num_hidden_layers)]
         return ["moe" if p.mixer is None else registry.get_mixer(p.mixer).layer_type(p.mixer_config) for p in plans]
 
+    @layer_types.setter
+    def layer_types(self, value: list[str]) -> None:  # which PEFT's shadow networks set once more
+        if list(value) != self.layer_types:
+            raise ValueError(
+                f"{type(self).__name__}: layer_types is {list(value)}; allowed is {self.layer_types}, which follows "
+                "from the other fields"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "num_key_value_heads":
+            raise AttributeError(
+                f"{type(self).__name__} has no num_key_value_heads: its layers are {', '.join(set(self.layer_types))}, "
+                "and prefix tuning, quantised and paged caches need keys and values of all tokens in every layer"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __post_init__(self, **kwargs: Any) -> None:
         # first of all: others compute with these, and transformers goes through all layers here
         self.validate_mixer_sizes()
         self.validate_sizes()
-        # where it is no field it follows from others, and stands in the file for those who read only that
-        heads = None if "num_heads" in self.__dataclass_fields__ else kwargs.pop("num_heads", None)
+        # where they are no fields they follow from others, and stand in the file for those who read only that
+        follow = {name: kwargs.pop(name, None) for name in FOLLOW if name not in self.__dataclass_fields__}
         super().__post_init__(**kwargs)
-        if heads is not None:
+        for name, given in follow.items():
+            if given is None:
+                continue
             self.validate()  # type: ignore[attr-defined]
-            if heads != self.num_heads:
+            if given != getattr(self, name, None):
                 raise ValueError(
-                    f"{type(self).__name__}: num_heads is {heads}; allowed is {self.num_heads}, "
+                    f"{type(self).__name__}: {name} is {given}; allowed is {getattr(self, name, None)}, "
                     "which follows from the other fields"
                 )
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        output["num_heads"] = self.num_heads  # PEFT's prompt tuning looks for it here
+        output.update({name: getattr(self, name) for name in FOLLOW if getattr(self, name, None) is not None})
         auto_map = hub.auto_map(type(self))
         if auto_map:
             output["auto_map"] = auto_map

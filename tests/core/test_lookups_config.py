@@ -126,7 +126,6 @@ def test_prefixes_are_refused_by_recurrent_layers(tuner, model):
         prefixed(model, tuner)(input_ids=tokens(2, 9))
 
 
-@pytest.mark.xfail(strict=True, reason="PEFT looks for num_key_value_heads in the config's dict")
 @pytest.mark.parametrize("tuner", ["PREFIX_TUNING", "CARTRIDGE"])
 def test_prefixes_of_attention(tuner):
     architecture = hf_archs.get_architecture("moe")  # 4 heads over 2 of keys and values
@@ -138,7 +137,6 @@ def test_prefixes_of_attention(tuner):
     assert (logits(wrapped.eval(), ids) - logits(model, ids)).abs().max() > 1e-3
 
 
-@pytest.mark.xfail(strict=True, reason="layer_types has no setter")
 def test_shadow_networks(model):
     """PEFT copies the config, with fewer layers, and writes its `layer_types` anew."""
     wrapped = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING["SHADOW"](task_type="CAUSAL_LM"))
@@ -149,7 +147,6 @@ def test_shadow_networks(model):
         model.config.layer_types = ["conv"]
 
 
-@pytest.mark.xfail(strict=True, reason="no sentence of ours yet")
 def test_continuous_batching_is_refused(model):
     """Its cache goes by the layer types, and has pages for keys and values alone; `generate_batch` begins with this."""
     with pytest.raises(ValueError, match="continuous batching"):
