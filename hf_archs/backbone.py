@@ -35,12 +35,12 @@ from hf_archs import conversion
 from hf_archs.cache import NAME, NEW_NAME, OLD_NAME, ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
 from hf_archs.call import during
 from hf_archs.configuration import ArchConfig
-from hf_archs.decay import watch_trainers
 from hf_archs.errors import CheckFailed
 from hf_archs.kernels.numerics import below_autograd, wide
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
 from hf_archs.sharing import share_layers
+from hf_archs.watching import watch_trainers
 
 logger = logging.get_logger(__name__)
 

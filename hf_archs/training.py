@@ -10,6 +10,7 @@ import argparse
 import difflib
 import json
 import math
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,11 +33,13 @@ from transformers import (
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from hf_archs import checkpoints, errors, text
 from hf_archs.model_card import model_card
+from hf_archs.watching import PlainTrainerWarning
 
 UNTOLD_REPORTERS = ("azure_ml", "flyte")  # transformers does not always tell that they are installed
 MEASURED = 2**20  # characters of the held-out text that `train` measures with
@@ -87,8 +90,27 @@ def callbacks(model: nn.Module) -> list[TrainerCallback]:
     return list(found.values())
 
 
+@dataclass
+class _RouterLabelSmoother(LabelSmoother):
+    """transformers' smoothed loss, with that of the routers beside it."""
+
+    config: Any = None
+
+    def __call__(
+        self, model_output: Any, labels: torch.Tensor, shift_labels: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        loss = super().__call__(model_output, labels, shift_labels, num_items_in_batch)
+        auxiliary = model_output.get("aux_loss")
+        if auxiliary is None:
+            return loss
+        targets = labels[:, 1:] if shift_labels else labels
+        share = 1.0 if num_items_in_batch is None else (targets != self.ignore_index).sum() / num_items_in_batch
+        return loss + self.config.router_aux_loss_coef * share * auxiliary.to(loss.device)
+
+
 class ArchTrainer(Trainer):
-    """transformers' Trainer with `callbacks` and the weight decay of `parameter_groups`; it saves whole or not at all.
+    """transformers' Trainer with `callbacks`, the weight decay of `parameter_groups` and the loss of routers beside a
+    smoothed one; it saves whole or not at all.
 
     Args:
         card: arguments of `model_card` for the card that is saved and pushed.
@@ -97,7 +119,11 @@ class ArchTrainer(Trainer):
     def __init__(self, model: Any, args: TrainingArguments, *, card: dict[str, Any] | None = None, **kwargs: Any):
         self.card = card or {"training": "Not described.", "results": {}}
         given = kwargs.pop("callbacks", None) or []
-        super().__init__(model, args, callbacks=given, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PlainTrainerWarning)  # of what is done here
+            super().__init__(model, args, callbacks=given, **kwargs)
+        if self.label_smoother is not None:
+            self.label_smoother = _RouterLabelSmoother(args.label_smoothing_factor, config=model.config)
         for callback in reversed(callbacks(model)):
             self.add_callback(callback)
             # before those that report, so that they see what it adds to the logs

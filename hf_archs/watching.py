@@ -1,0 +1,53 @@
+"""A word to users of a Trainer that does not know these models: what it would do to them in silence.
+
+`hf_archs.ArchTrainer` does neither.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+
+class PlainTrainerWarning(UserWarning):
+    """A Trainer is about to train something else than its user thinks."""
+
+
+def watch_trainers() -> None:
+    """Have every `Trainer` that is made from now on looked at."""
+    trainer: Any = sys.modules.get("transformers.trainer")  # which is slow to import, and not imported for this
+    if trainer is not None and _Watch not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(_Watch)
+
+
+class _Watch(TrainerCallback):
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        decayed = decayed_states(model) if args.weight_decay and kwargs.get("optimizer") is None else []
+        if decayed:
+            _warn(
+                f"weight_decay {args.weight_decay} will be applied to {', '.join(decayed)} of the recurrences, which "
+                "are no matrices and lose what they learnt; use hf_archs.ArchTrainer in place of Trainer, or pass "
+                "optimizers=(torch.optim.AdamW(hf_archs.parameter_groups(model)), None)"
+            )
+        if args.label_smoothing_factor and getattr(model.config, "router_aux_loss_coef", 0.0):
+            _warn(
+                f"label_smoothing_factor {args.label_smoothing_factor}: the smoothed loss is made of the logits alone, "
+                "so the loss of the routers is no part of it; use hf_archs.ArchTrainer in place of Trainer"
+            )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, PlainTrainerWarning, stacklevel=6)
+
+
+def decayed_states(model: nn.Module) -> list[str]:
+    """The names, without their modules', of the trainable parameters in ``ssm`` that a plain `Trainer` decays."""
+    named = sys.modules["transformers.trainer"].Trainer.get_decay_parameter_names(None, model)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    states = [name for name in named if name in trainable and "ssm" in name.split(".")]
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in states))
