@@ -26,6 +26,7 @@ from hf_archs.registry import (
 )
 
 __all__ = [
+    "ArchTrainer",
     "Architecture",
     "architectures",
     "callbacks",
@@ -44,7 +45,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("callbacks", "parameter_groups"):  # transformers' Trainer is slow to import, and few need it
+    if name in (
+        "ArchTrainer",
+        "callbacks",
+        "parameter_groups",
+    ):  # transformers' Trainer is slow to import, and few need it
         from hf_archs import training
 
         return getattr(training, name)
