@@ -52,6 +52,8 @@ class _ShownCommand(_Command):
         assert spec.loader is not None
         progress = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(progress)
+        # threads that wait by spinning take the cores from whatever else runs, and then wait for it: ten times the time
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         with progress.working("importing torch, transformers and PEFT"):
             import hf_archs.quickstart  # noqa: F401
         gc.freeze()  # nothing of it will be garbage, and looking through it takes a second or two when the program ends
