@@ -109,8 +109,8 @@ def check_memory(config: PreTrainedConfig, copies: int = 1) -> int:
         use = "training it needs" if copies > 1 else "its weights need"
         raise ValueError(
             f"{type(config).__name__}: a model with hidden_size {config.hidden_size}, {config.num_hidden_layers} "
-            f"layers and vocab_size {config.vocab_size} has {parameters:,} parameters; {use} {_gib(needed)}, and "
-            f"{_gib(free)} are free here: choose a smaller size"
+            f"layers and vocab_size {config.vocab_size} has {parameters:,} parameters; {use} {_size(needed)}, and "
+            f"{_size(free)} are free here: choose a smaller size"
         )
     return parameters
 
@@ -144,13 +144,13 @@ def check_output(folder: str | Path, size: float = 0) -> None:
     needed, free = size * 1.05, shutil.disk_usage(there).free
     if needed > free:
         raise OSError(
-            f"the output folder is {str(folder)!r}: {_gib(needed)} are to be written there, and {_gib(free)} are free; "
-            "make room, or choose another folder or a smaller size"
+            f"the output folder is {str(folder)!r}: {_size(needed)} are to be written there, and {_size(free)} are "
+            "free; make room, or choose another folder or a smaller size"
         )
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:,.1f} GiB"
+def _size(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**29 else f"{count / 2**20:,.1f} MiB"
 
 
 def _architecture_of(config: PreTrainedConfig) -> registry.Architecture:

@@ -96,7 +96,7 @@ def read_corpus(data: str) -> Corpus:
     elif path.is_file():
         _refuse_rows(data, path)
         corpus = {path.name: _read(path)}
-    elif path.suffix == ".txt" or looks_local(data):
+    elif path.suffix.lower() in {".txt", *ROWS} or looks_local(data):
         raise FileNotFoundError(
             f"data is {data!r}, which does not exist; allowed is a text file, a folder or a dataset"
         )

@@ -377,7 +377,7 @@ def test_init_refuses(refused, tmp_path, arguments, said):
         ["quickstart", "--arch", "mambaa"],
         ["bench", "--arch", "mambaa"],
         ["describe", "mambaa"],
-        ["describe", "mambaa:4m"],
+        ["describe", "mambaa:griffin-like"],
         ["generate", "mambaa"],
         ["generate", "mamba"],
         ["convert", "mambaa", "-o", "new"],
@@ -431,7 +431,7 @@ def test_the_output_folder_is_looked_at_first(refused, monkeypatch, trained, tmp
     if command == "train":  # the model is read, and then the room looked for: see test_training
         return
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert "are to be written there, and 0.0 GiB are free; make room" in refused(*start, "new/folder")
+    assert "are to be written there, and 0.0 MiB are free; make room" in refused(*start, "new/folder")
     assert not (tmp_path / "new").exists()
 
 

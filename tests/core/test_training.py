@@ -89,7 +89,7 @@ def test_rows_are_no_text(tmp_path, name):
     assert "book.txt" in text.read_corpus(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "./missing", "a/b/c", "~/no-such-folder-here"])
+@pytest.mark.parametrize("name", ["missing.txt", "missing.CSV", "./missing", "a/b/c", "~/no-such-folder-here"])
 def test_a_path_that_is_not_there(name):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         text.read_corpus(name)
@@ -458,7 +458,7 @@ def test_room_is_looked_for_before_anything_is_read(runs, monkeypatch):
     assert needed(model=adapted) == own + 3 * own
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * size))
-    with pytest.raises(OSError, match=r"GiB are to be written there, and .* GiB are free; make room"):
+    with pytest.raises(OSError, match=r"MiB are to be written there, and .* MiB are free; make room"):
         run(runs / "m", runs / "data", runs / "new", "--max_steps", "1")
     assert not (runs / "new").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * size))
