@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig
 
 import hf_archs
+from hf_archs.cache import NAME
 from hf_archs.testing.ops import relative_distance
 from hf_archs.testing.parity import check_parity, enliven
 from hf_archs_mamba2 import ArchMamba2Config, ArchMamba2ForCausalLM
@@ -68,11 +69,12 @@ def test_cached_steps_equal_transformers(case):
     native = make(case)
     ours = hf_archs.from_native(native)
     ids = torch.randint(2, 40, (2, 12))  # generate would take 1 for a pad
+    name = "cache" if NAME == "cache" else "cache_params"
     with torch.no_grad():
         theirs, mine = native(ids[:, :6], use_cache=True), ours(ids[:, :6], use_cache=True)
         for t in range(6, 12):
-            theirs = native(ids[:, t : t + 1], cache_params=theirs.cache_params, use_cache=True)
-            mine = ours(ids[:, t : t + 1], past_key_values=mine.past_key_values)
+            theirs = native(ids[:, t : t + 1], use_cache=True, **{name: theirs[name]})
+            mine = ours(ids[:, t : t + 1], cache=mine.cache)
             assert relative_distance(mine.logits, theirs.logits) < 1e-5
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     assert torch.equal(ours.generate(ids, **options), native.generate(ids, **options))
