@@ -458,7 +458,9 @@ def _text(options: TextOptions, console: Console) -> dict[str, Any]:
 
         run.once("tokenizer", train_tokenizer)
         tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
-        untrained = run.once("before", lambda: measure("code", _new_model(config, options.seed), "the untrained model"))
+        untrained = run.once(
+            "figures before", lambda: measure("code", _new_model(config, options.seed), "the untrained model")
+        )
 
         def pretrain() -> dict[str, Any]:
             model = _new_model(config, options.seed)
@@ -468,7 +470,7 @@ def _text(options: TextOptions, console: Console) -> dict[str, Any]:
 
         pretrained = run.once("model", pretrain)
         model = load()
-        after = run.once("after", lambda: {name: measure(name, model, "the model") for name in labels})
+        after = run.once("figures after", lambda: {name: measure(name, model, "the model") for name in labels})
         samples = {"model": run.once("text", lambda: _generate(model, tokenizer, _prompts(options)[0], options.seed))}
         prompt = next(iter(held_out_english.values()))[:500]
         tokens = torch.tensor([text.encode(tokenizer, prompt)])
@@ -488,7 +490,9 @@ def _text(options: TextOptions, console: Console) -> dict[str, Any]:
 
         adapter = run.once("adapter", adapt)
         model = checkpoints.load_adapter(model, str((run.folder / "adapter").resolve()))
-        with_lora = run.once("with LoRA", lambda: {name: measure(name, model, "the adapter") for name in labels})
+        with_lora = run.once(
+            "figures with LoRA", lambda: {name: measure(name, model, "the adapter") for name in labels}
+        )
         pushed["adapter"] = publish.logits(model, tokens)
         bits = {
             "code": {"before": untrained, "after": after["code"], "after_lora": with_lora["code"]},
@@ -563,7 +567,7 @@ def _genome(options: GenomeOptions, console: Console) -> dict[str, Any]:
             with working("measuring the model on held-out bases") as bar:
                 return dna.bits_per_base(model, held_out, options.block, progress=bar)
 
-        bits = {"model": run.once("after", measure), "best_markov": min(markov.values()), "markov": markov}
+        bits = {"model": run.once("figures after", measure), "best_markov": min(markov.values()), "markov": markov}
         prompt = "".join(dna.BASES[base] for base in held_out[:500])
         tokens = torch.tensor([text.encode(tokenizer, prompt)])
         pushed = {"model": publish.logits(model, tokens)}

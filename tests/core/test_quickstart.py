@@ -1,9 +1,11 @@
 """The main job in miniature: every step of it, the push and the pull included."""
 
 import dataclasses
+import gc
 import io
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,9 +20,10 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import hf_archs
-from hf_archs import checkpoints, publish, text
+from hf_archs import checkpoints, cli, publish, text
 from hf_archs import quickstart as job
 from hf_archs.errors import CheckFailed
 from hf_archs.quickstart import GenomeOptions, TextOptions, make_options, quickstart
@@ -171,7 +174,7 @@ def test_an_interrupted_run_goes_on(done, data, tmp_path, monkeypatch):
         on_step_end(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(job._Steps, "on_step_end", interrupt)
-    for kept in ("tokenizer, before, pretraining up to step 6", "text, LoRA up to step 2"):
+    for kept in ("tokenizer, figures before, pretraining up to step 6", "text, LoRA up to step 2"):
         console = recorder()
         with pytest.raises(KeyboardInterrupt):
             quickstart(options, console)
@@ -396,6 +399,19 @@ def test_the_genome_job(tmp_path):
 def test_wrong_options(options, said):
     with pytest.raises(ValueError, match=said):
         make_options(**options)
+
+
+def test_the_command_shows_that_it_imports(monkeypatch):
+    """And its threads do not spin: beside other work that costs ten times the time."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    monkeypatch.setattr(cli, "_only_ours", lambda: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    result = CliRunner().invoke(cli.app, ["quickstart", "--task", "proteins"])
+    assert "importing torch, transformers and PEFT ..." in result.stderr
+    assert "task is 'proteins'" in str(result.exception)
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
 
 
 def test_a_missing_genome_is_named_before_anything_is_trained(tmp_path):
