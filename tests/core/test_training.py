@@ -252,6 +252,17 @@ def test_a_failed_save_leaves_the_old_files(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_folder_that_is_there_is_written_within(tmp_path):
+    """It may be a disk of its own, to which no file can be renamed, or stand where nothing else may be written."""
+    with checkpoints.replacing(tmp_path) as partial:
+        assert partial.parent == tmp_path
+        (partial / "config.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    with checkpoints.replacing(tmp_path / "new" / "folder") as partial:
+        assert partial.parent == tmp_path / "new"
+    assert (tmp_path / "new" / "folder").is_dir()
+
+
 def test_new_weights_replace_old_shards_and_nothing_else(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path / "m", max_shard_size="100KB")
