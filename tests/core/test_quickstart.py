@@ -159,36 +159,38 @@ def test_a_card_begins_a_text_as_training_did(done):
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_an_interrupted_run_goes_on(done, data, tmp_path, monkeypatch):
-    """Twice: in the pretraining, then in LoRA. What comes out is what an uninterrupted run gives."""
+    """In the pretraining, then in LoRA before and after a checkpoint; it gives what an uninterrupted run gives."""
     _, expected, _ = done
     monkeypatch.setattr(publish, "run", exchange)
     monkeypatch.setattr(job, "SAVE_EVERY", 0.0)
     options = miniature(data, tmp_path / "out")
-    stops = {"pretraining": 7, "LoRA": 3}
+    steps = []
     on_step_end = job._Steps.on_step_end
 
     def interrupt(self, args, state, control, **kwargs):
-        if stops.get(self.bar.what) == state.global_step:
-            del stops[self.bar.what]
+        steps.append((self.bar.what, state.global_step))
+        if steps[-1] == stop:
             raise KeyboardInterrupt
         on_step_end(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(job._Steps, "on_step_end", interrupt)
-    for kept in ("tokenizer, figures before, pretraining up to step 6", "text, LoRA up to step 2"):
-        console = recorder()
+    stops = {
+        ("pretraining", 7): "tokenizer, figures before, pretraining up to step 6",
+        ("LoRA", 1): "model, figures after, text",
+        ("LoRA", 3): "text, LoRA up to step 2",
+    }
+    for at, kept in stops.items():
+        stop, console = at, recorder()
         with pytest.raises(KeyboardInterrupt):
             quickstart(options, console)
         printed = console.export_text()
         assert f"{kept}. The same command goes on from there." in printed
     assert "going on from" in printed
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["unfinished"]
-    trained = []
-    train = job._Run.train
-    monkeypatch.setattr(
-        job._Run, "train", lambda run, stage, *given: trained.append(stage) or train(run, stage, *given)
-    )
+    stop = None
     summary = quickstart(options, recorder())
-    assert trained == ["LoRA"]
+    pretrained = [("pretraining", step) for step in (*range(1, 8), *range(7, 13))]
+    assert steps == pretrained + [("LoRA", step) for step in (1, 1, 2, 3, 3, 4, 5, 6)]
     for what in ("losses", "bits_per_byte", "samples", "bytes_per_token", "merged_largest_difference"):
         assert summary[what] == expected[what], what
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model", "adapter", "loss.png", "summary.json"}
