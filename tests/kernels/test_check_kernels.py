@@ -112,7 +112,7 @@ def aot_specs():
     return [
         KernelSpec(good, n, {"N": 128}, 4, 3, "a label"),
         KernelSpec(wrong, {"p": "*fp16"}, {}, 4, 3),
-        KernelSpec(greedy, n, {"N": 64}, 4, 14),
+        KernelSpec(greedy, n, {"N": 128}, 4, 4),
     ]
 """
 
