@@ -26,14 +26,14 @@ from transformers.generation import GenerationMode
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_tracing, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_archs import conversion
-from hf_archs.cache import NAME, NEW_NAME, OLD_NAME, ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
-from hf_archs.call import during
+from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
+from hf_archs.call import NAME, NEW_NAME, OLD_NAME, during
 from hf_archs.configuration import ArchConfig
 from hf_archs.errors import CheckFailed
 from hf_archs.kernels.numerics import below_autograd, wide
@@ -230,8 +230,11 @@ class ArchPreTrainedModel(PreTrainedModel):
         kept: Any = set(self._keep_in_fp32_modules_strict or ()) & names
         self._keep_in_fp32_modules_strict = kept
         # quantisers ask for modules to leave alone, and match their whole names
-        spared: Any = {name for name, _ in self.named_modules() if name.rpartition(".")[2] == "ssm"}
-        self._keep_in_fp32_modules = spared.union(self._keep_in_fp32_modules or ())
+        states = {name: module for name, module in self.named_modules() if name.rpartition(".")[2] == "ssm"}
+        self._keep_in_fp32_modules = {*states, *(self._keep_in_fp32_modules or ())}
+        for module in states.values():  # a model that is made in half precision has them wide as well
+            if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
+                module.float()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers passes over modules without parameters of their own (mixers, blocks) in code outside of it, lest
@@ -333,7 +336,7 @@ setattr(CacheNames, OLD_NAME if NAME == NEW_NAME else NEW_NAME, property(lambda 
 
 
 @dataclass
-class ArchModelOutput(CacheNames, MoeModelOutputWithPast):
+class ArchModelOutput(CacheNames, BaseModelOutputWithPast):
     """What the backbone gives.
 
     Attributes:
@@ -341,17 +344,22 @@ class ArchModelOutput(CacheNames, MoeModelOutputWithPast):
         router_statistics: for each layer with a router the statistics of this forward, where they were asked for.
     """
 
+    router_logits: tuple[torch.Tensor, ...] | None = None
     router_statistics: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
-class ArchCausalLMOutput(CacheNames, MoeCausalLMOutputWithPast):
-    """What the causal language model gives; names and order are those of Mixtral.
+class ArchCausalLMOutput(CacheNames, CausalLMOutputWithPast):
+    """What the causal language model gives; the names are Mixtral's. (A tuple of it begins with loss and logits.)
 
     Attributes:
         aux_loss: the routers' own losses, where their logits were asked for; ``loss`` holds it times the config's
             ``router_aux_loss_coef``.
+        router_logits: for each layer with a router its logits ``(b * l, experts)``, where they were asked for.
     """
+
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -737,9 +745,15 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         )
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: Any = None, **kwargs: Any) -> Any:
-        """The mask as it is: each mixer makes its own of where the real tokens are."""
-        return attention_mask
+    def create_masks_for_generate(
+        config: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor | None:
+        """Of the mask that `generate` keeps, what is of these tokens: a mixer makes its own of where the real ones are.
+
+        (One token is a real one, or nobody looks at what comes of it.)
+        """
+        length = inputs_embeds.shape[1]
+        return None if attention_mask is None or length == 1 else attention_mask[:, -length:]
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -18,14 +18,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, LinearAttentionLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import is_torchdynamo_compiling
 
-from hf_archs.call import call
+from hf_archs.call import NAME, call
 from hf_archs.registry import StateSpec
-
-OLD_NAME, NEW_NAME = "past_key_values", "cache"  # of a cache in forwards and outputs of transformers, to 5.23 and since
-NAME = NEW_NAME if NEW_NAME in BaseModelOutputWithPast.__dataclass_fields__ else OLD_NAME  # in the installed one
 
 KINDS = ("conv", "recurrent")  # of states in transformers' layers
 States = dict[str, torch.Tensor]

@@ -1,4 +1,5 @@
-"""What a call of a model carries to the modules below it: for each thread, and never on a module.
+"""What a call of a model carries: the names of its cache, and values for the modules below it, for each thread and
+never on a module.
 
 A value that a module kept would outlive a call that fails, and two threads, or the replicas of `DataParallel`, would
 write over each other's.
@@ -12,6 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+OLD_NAME, NEW_NAME = "past_key_values", "cache"  # of a cache in forwards and outputs of transformers, to 5.23 and since
+NAME = NEW_NAME if NEW_NAME in BaseModelOutputWithPast.__dataclass_fields__ else OLD_NAME  # in the installed release
 
 
 class _Call(threading.local):

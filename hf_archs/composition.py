@@ -104,10 +104,13 @@ class ComposedConfig(ArchConfig):
         return self._attention().head_size
 
     @property
-    def sliding_window(self) -> int | None:
-        """The widest window of the layers that are ``sliding_attention``, where transformers' caches look for it."""
+    def sliding_window(self) -> int:
+        """The widest window, where there is one: transformers' caches for ``sliding_attention`` look for it."""
         configs: list[Any] = [self.layer_plan(i).mixer_config for i in range(self.num_hidden_layers)]
-        return max((config.window for config in configs if hasattr(config, "window")), default=None)
+        windows = [config.window for config in configs if hasattr(config, "window")]
+        if not windows:
+            raise AttributeError(f"{type(self).__name__}: no layer has a window")
+        return max(windows)
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which depends on the fields

@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from hf_archs import conversion, hub, registry
-from hf_archs.cache import NEW_NAME, OLD_NAME
+from hf_archs.call import NEW_NAME, OLD_NAME
 
 FOLLOW = ("num_heads", "num_key_value_heads")  # what PEFT's prompt and prefix tuning look for in a config's dict
 

@@ -19,9 +19,10 @@ BELOW = {
     "hf_archs.registry": ("hf_archs.configuration", "hf_archs.formats"),  # for types, and inside functions
     "hf_archs.norm": ("hf_archs.kernels", "hf_archs.backend"),
     "hf_archs.convolution": ("hf_archs.kernels", "hf_archs.backend", "hf_archs.cache"),  # what a mixer hands it
-    "hf_archs.cache": ("hf_archs.registry",),
+    "hf_archs.call": (),
+    "hf_archs.cache": ("hf_archs.registry", "hf_archs.call"),
     "hf_archs.hub": ("hf_archs.registry",),
-    "hf_archs.configuration": ("hf_archs.registry", "hf_archs.hub", "hf_archs.conversion"),
+    "hf_archs.configuration": ("hf_archs.registry", "hf_archs.hub", "hf_archs.conversion", "hf_archs.call"),
     "hf_archs.formats": ("hf_archs.registry",),
     "hf_archs.conversion": ("hf_archs.registry", "hf_archs.formats"),
 }
@@ -30,8 +31,8 @@ MODEL_FILES = ("__init__", "configuration", "mixer", "modeling", "conversion", "
 MODEL_FILES += ("routing", "expert_layer", "feed_forward", "callbacks", "upcycling", "presets", "switch_layers")
 # programs over the library: which architecture they take where none is named, and which peers they measure
 PROGRAMS = {"cli.py", "quickstart.py"}
-# a value that a foreign checkpoint format leaves out
-FOREIGN = {("formats.py", "Mamba1")}
+# a value that a foreign checkpoint format leaves out, and what transformers calls a layer
+FOREIGN = {("formats.py", "Mamba1"), ("configuration.py", "moe"), ("parallel.py", "hybrid")}
 
 
 def module_of(file: Path, root: Path) -> str:

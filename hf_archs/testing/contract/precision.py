@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from hf_archs.testing.contract.models import Contract, logits, tokens
+from hf_archs.registry import Architecture
+from hf_archs.testing.contract.models import Contract, logits, state_parameters, tokens
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -78,6 +80,13 @@ class PrecisionContract(Contract):
             model(ids[:, :1], past_key_values=cache)
         for name, tensor in cache.tensors():
             assert tensor.dtype == specified(model.config, dtype)[name], name
+
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    def test_states_of_a_model_made_in_half(self, architecture: Architecture, dtype: torch.dtype) -> None:
+        """Their parameters are wide as those of a loaded one are."""
+        model = AutoModelForCausalLM.from_config(architecture.tiny_config(), dtype=dtype)
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == (torch.float32 if name in state_parameters(model) else dtype), name
 
     def test_bf16_weights_at_length_2048(self, model: Any, tmp_path: Any) -> None:
         """The error of bf16 arithmetic does not grow with the length, and a state carried along adds nothing.
