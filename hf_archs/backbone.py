@@ -791,7 +791,10 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         if generation_config.use_cache is False:
             return
         if implementation == "quantized":
-            raise ValueError("cache_implementation='quantized' needs keys and values, and a recurrent state has none")
+            raise ValueError(
+                "cache_implementation='quantized' is for keys and values alone, and this model keeps states in a cache "
+                "of its own; allowed are dynamic, offloaded and static"
+            )
         if implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
             length = max(max_cache_length, generation_config.max_cache_len or 0, getattr(self, "_longest_cache", 0))
             self._longest_cache = length  # one size for all calls, so that a shorter one does not compile again
