@@ -374,15 +374,17 @@ class ArchMaskedLMOutput(MaskedLMOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
-# what transformers, its Trainer and its tokenizers hand to any model, beside the arguments that our forwards name.
-# The first of them are read where the loss is computed or outputs are recorded; the others mean nothing here: positions
-# in the cache are counted, there is one segment, and boundaries of keys and queries are the same
+# What transformers, its Trainer and its tokenizers hand to any model, beside the arguments that our forwards name. Some
+# are read where the loss is computed or outputs are recorded; the others mean nothing here: positions in the cache are
+# counted, there is one segment, boundaries of keys and queries are the same, and stop strings are for `generate`.
 HOST_ARGUMENTS = frozenset(TransformersKwargs.__optional_keys__) | {
     "return_dict",
     "shift_labels",
     "ignore_index",
     "cache_position",
     "token_type_ids",
+    "tokenizer",
+    "assistant_tokenizer",
 }
 
 

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -259,10 +260,13 @@ def _register_names(architecture: Architecture) -> None:
     """Enter the classes where hosts look names up: the Trainer shifts the labels of causal models by such a table, and
     `transformers serve` takes classes from transformers itself.
     """
-    transformers = sys.modules["transformers"]  # it makes itself anew while its processors are imported
-    setattr(transformers, architecture.config_class.__name__, architecture.config_class)
+    # it makes itself anew while its processors are imported, and who imported it before holds the first one
+    held = (vars(module).get("transformers") for module in [*sys.modules.values()] if hasattr(module, "__dict__"))
+    hosts = {id(host): host for host in (sys.modules["transformers"], *held) if isinstance(host, ModuleType)}
+    for host in hosts.values():
+        for named in (architecture.config_class, *(cls for _, cls in architecture.auto_classes().values())):
+            setattr(host, named.__name__, named)
     for auto_class, model_class in architecture.auto_classes().values():
-        setattr(transformers, model_class.__name__, model_class)
         if auto_class is not AutoModel:
             auto_class._model_mapping._model_mapping[architecture.model_type] = model_class.__name__  # type: ignore[attr-defined]
 

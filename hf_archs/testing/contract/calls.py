@@ -71,6 +71,8 @@ class CallContract(Contract):
             "token_type_ids": torch.zeros_like(ids),
         }
         assert_close(model(ids, labels=ids, **handed).logits, logits(model, ids), "logits")
+        found = generate(model, ids, tokenizer=object())  # as for `stop_strings`
+        assert torch.equal(found, greedy(model, ids))
         with pytest.raises(ValueError, match=r"is_causal is False, .*; allowed is a model that was made for that"):
             model(ids, is_causal=False)
 
