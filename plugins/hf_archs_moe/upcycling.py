@@ -86,7 +86,7 @@ def _with_experts(config: Any, router: dict[str, Any]) -> Any:
             raise ValueError("upcycle: every layer of this model has experts already; allowed is one with dense layers")
         if any(config.has_experts(i) for i in range(config.num_hidden_layers)):
             raise ValueError("upcycle: some layers of this model have experts; allowed is a model where none has")
-        whole = {"dense_layers": None, "expert_layer_period": 1, "expert_layer_offset": 0}
+        whole = {"dense_layers": None, "expert_layer_period": 1, "expert_layer_offset": 0, "router_aux_loss_coef": None}
         fields |= {**whole, "moe_intermediate_size": config.intermediate_size, **router}
         found = type(config).from_dict(fields)
         _check(found, found)

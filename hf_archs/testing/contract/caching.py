@@ -155,6 +155,10 @@ class CacheContract(Contract):
 
     def test_a_cache_made_for_another_model_is_refused(self, model: Any, architecture: Architecture) -> None:
         config = architecture.tiny_config(num_hidden_layers=model.config.num_hidden_layers + 1)
-        for cache in (DynamicCache(config=config), DynamicCache()):
-            with pytest.raises(ValueError, match="not made for this model"):
-                model(tokens(1, 3), past_key_values=cache)
+        with pytest.raises(ValueError, match="not made for this model"):
+            model(tokens(1, 3), cache=DynamicCache(config=config))
+
+    def test_a_cache_made_for_no_model_is_taken(self, model: Any) -> None:
+        ids, cache = tokens(1, 9), DynamicCache()
+        logits(model, ids[:, :4], cache=cache)
+        assert_close(logits(model, ids[:, 4:], cache=cache), logits(model, ids)[:, 4:], "continued")

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import hf_archs
+from hf_archs.call import during
 from hf_archs.testing.contract.caching import continued
 from hf_archs.testing.contract.configs import REFUSED
 from hf_archs.testing.contract.generation import generate, greedy
@@ -124,17 +125,17 @@ class TestGeneration:
         assert found[0] == found[1]
 
     def test_taps_are_not_computed_for_every_token(self):
-        """An implicit step runs the filters' network only when there are too few taps; no step transforms."""
+        """In `generate` an implicit step runs the filters' network when there are too few taps; no step transforms."""
         model = model_of("implicit")
         calls = []
         model.model.layers[0].mixer.ssm.layers[0].register_forward_hook(lambda *_: calls.append(0))
-        with torch.no_grad():
+        with torch.no_grad(), during(generating=True):
             cache = model(tokens(1, 200), use_cache=True).past_key_values
             calls.clear()
             for _ in range(40):
                 model(tokens(1, 1), past_key_values=cache)
-        assert len(calls) == 1
-        names = operators(lambda: model(tokens(1, 1), past_key_values=cache))
+            assert len(calls) == 1
+            names = operators(lambda: model(tokens(1, 1), past_key_values=cache))
         assert not [name for name in names if "fft" in name or "sin" in name]
 
     def test_a_changed_filter_is_used_at_once(self):
