@@ -7,7 +7,6 @@ all the rest.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -134,7 +133,6 @@ def run(environment: Mapping[str, str], push: Mapping[str, Any], pull: Mapping[s
 
 def main() -> None:
     """What `run` starts: a line on stdout before each part, and the answer as JSON in the last one."""
-    gc.freeze()  # looking for garbage among the imported takes a second or two when the process ends
     arguments = json.loads(sys.argv[1])
     print("pushing", flush=True)
     names = push(**arguments["push"])
