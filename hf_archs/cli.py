@@ -51,8 +51,8 @@ class _ShownCommand(_Command):
         assert spec.loader is not None
         progress = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(progress)
-        # threads that wait by spinning take the cores from what else runs, and then wait for it: ten times the time; those
-        # that sleep at once take twice as long where nothing else runs. So they spin for a third of the usual time
+        # threads that wait by spinning take the cores from what else runs, and then wait for it: ten times the time.
+        # Those that sleep at once take twice as long where nothing else runs: so they spin for a third of the usual time
         os.environ.setdefault("GOMP_SPINCOUNT", "100000")
         with progress.working("importing torch, transformers and PEFT"):
             import hf_archs.quickstart  # noqa: F401

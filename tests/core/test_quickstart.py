@@ -403,7 +403,7 @@ def test_wrong_options(options, said):
 
 
 def test_the_command_shows_that_it_imports(monkeypatch):
-    """And its threads do not spin: beside other work that costs ten times the time."""
+    """And its threads do not spin for long: beside other work that costs ten times the time."""
     monkeypatch.setenv("GOMP_SPINCOUNT", "")
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setattr(cli, "_only_ours", lambda: None)
