@@ -52,7 +52,7 @@ class _ShownCommand(_Command):
         progress = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(progress)
         # threads that wait by spinning take the cores from what else runs, and then wait for it: ten times the time.
-        # Those that sleep at once take twice as long where nothing else runs: so they spin for a third of the usual time
+        # Those that sleep at once take twice as long where nothing else runs. So they spin a third of the usual time
         os.environ.setdefault("GOMP_SPINCOUNT", "100000")
         with progress.working("importing torch, transformers and PEFT"):
             import hf_archs.quickstart  # noqa: F401
