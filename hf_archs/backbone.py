@@ -706,7 +706,9 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         )
 
     @wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def generate(  # type: ignore[override]  # by the types of 5.23
+        self: Any, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any
+    ) -> Any:
         given = _one_cache(cache, past_key_values)
         if given is not None:
             kwargs[NAME] = given
@@ -715,15 +717,17 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         layers = self.config.num_hidden_layers
         try:
             with during(generating=True):
-                return super().generate(*args, **kwargs)
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             # which transformers lowers for the drafts of `assistant_early_exit`, and not back where one fails
             if self.config.num_hidden_layers != layers:
                 self.config.num_hidden_layers = layers
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         if NAME in inputs:
             inputs[OLD_NAME] = inputs[NAME]  # where PEFT looks, whatever the release of transformers
         return inputs
