@@ -54,6 +54,8 @@ class _ShownCommand(_Command):
         # threads that wait by spinning take the cores from what else runs, and then wait for it: ten times the time.
         # Those that sleep at once take twice as long where nothing else runs. So they spin a third of the usual time
         os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+        if ctx.params.get("size") == "tiny":
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # its operators are too short to be worth a second thread
         with progress.working("importing torch, transformers and PEFT"):
             import hf_archs.quickstart  # noqa: F401
         return super().invoke(ctx)

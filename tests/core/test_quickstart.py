@@ -407,11 +407,13 @@ def test_the_command_shows_that_it_imports(monkeypatch):
     monkeypatch.setenv("GOMP_SPINCOUNT", "")
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setattr(cli, "_only_ours", lambda: None)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    result = CliRunner().invoke(cli.app, ["quickstart", "--task", "proteins"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    result = CliRunner().invoke(cli.app, ["quickstart", "--task", "proteins", "--size", "tiny"])
     assert "importing torch, transformers and PEFT ..." in result.stderr
     assert "task is 'proteins'" in str(result.exception)
     assert os.environ["GOMP_SPINCOUNT"] == "100000"
+    assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_missing_genome_is_named_before_anything_is_trained(tmp_path):
