@@ -350,7 +350,7 @@ class ArchModelOutput(CacheNames, BaseModelOutputWithPast):
 
 @dataclass
 class ArchCausalLMOutput(CacheNames, CausalLMOutputWithPast):
-    """What the causal language model gives; the names are Mixtral's. (A tuple of it begins with loss and logits.)
+    """Output of the causal language model, under Mixtral's names. (As a tuple it begins with loss and logits.)
 
     Attributes:
         aux_loss: the routers' own losses, where their logits were asked for; ``loss`` holds it times the config's
@@ -364,7 +364,7 @@ class ArchCausalLMOutput(CacheNames, CausalLMOutputWithPast):
 
 @dataclass
 class ArchMaskedLMOutput(MaskedLMOutput):
-    """What the masked language model gives.
+    """Output of the masked language model.
 
     Attributes:
         aux_loss, router_logits: as those of `ArchCausalLMOutput`.
@@ -374,7 +374,7 @@ class ArchMaskedLMOutput(MaskedLMOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
-# What transformers, its Trainer and its tokenizers hand to any model, beside the arguments that our forwards name. Some
+# Arguments of transformers, its Trainer and its tokenizers to any model, beside those that our forwards name. Some
 # are read where the loss is computed or outputs are recorded; the others mean nothing here: positions in the cache are
 # counted, there is one segment, boundaries of keys and queries are the same, and stop strings are for `generate`.
 HOST_ARGUMENTS = frozenset(TransformersKwargs.__optional_keys__) | {
@@ -424,7 +424,7 @@ class ArchModel(ArchPreTrainedModel):
         self.layers = nn.ModuleList(ArchBlock(config, i) for i in range(config.num_hidden_layers))
         self._tied_weights_keys = share_layers(self.layers, [config.layer_plan(i) for i in range(len(self.layers))])
         self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
-        self.has_routers = any(hasattr(layer.feed_forward, "routes") for layer in self.layers)
+        self.has_routers = bool(self.routers())
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -547,15 +547,18 @@ class ArchModel(ArchPreTrainedModel):
             fields["router_statistics"] = tuple(statistics)
         return ArchModelOutput(last_hidden_state=self.norm(hidden_states), **fields)
 
+    def routers(self) -> dict[int, Any]:
+        """The feed-forwards with a router, by their layers."""
+        return {i: layer.feed_forward for i, layer in enumerate(self.layers) if hasattr(layer.feed_forward, "routes")}
+
     def auxiliary_losses(self, statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The routers' own losses, from the statistics of one forward, those of one config together.
 
         Returns:
             ``aux_loss``, which the config's ``router_aux_loss_coef`` multiplies, and the product.
         """
-        routers: list[Any] = [layer.feed_forward for layer in self.layers if hasattr(layer.feed_forward, "routes")]
         groups: dict[int, tuple[Any, list[torch.Tensor]]] = {}
-        for router, counted in zip(routers, statistics):
+        for router, counted in zip(self.routers().values(), statistics):
             groups.setdefault(id(router.config), (router, []))[1].append(counted)
 
         def summed(loss: str) -> torch.Tensor:

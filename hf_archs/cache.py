@@ -76,7 +76,7 @@ class Slot:
         return value
 
     def once(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What follows from the weights alone: computed at the first token of a `generate`, and kept until its end.
+        """A value that follows from the weights alone: computed at the first token of a `generate`, kept until its end.
 
         Everywhere else it is computed every time: an optimizer, or another adapter, may have changed the weights since
         the last token.

@@ -1,5 +1,5 @@
-"""What a call of a model carries: the names of its cache, and values for the modules below it, for each thread and
-never on a module.
+"""One call of a model: the names of its cache, and values for the modules below it, for each thread and never on a
+module.
 
 A value that a module kept would outlive a call that fails, and two threads, or the replicas of `DataParallel`, would
 write over each other's.

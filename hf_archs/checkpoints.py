@@ -116,7 +116,7 @@ def check_memory(config: PreTrainedConfig, copies: int = 1) -> int:
 
 
 def weight_bytes(config: PreTrainedConfig) -> int:
-    """What the weights of a causal language model take on a disk, in the dtype that ``config`` names, or float32."""
+    """Bytes of the weights of a causal language model on a disk, in the dtype that ``config`` names, or float32."""
     return count_parameters(config) * (getattr(config, "dtype", None) or torch.float32).itemsize
 
 

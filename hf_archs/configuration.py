@@ -153,7 +153,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What each layer is, in transformers' words; ``moe`` stands for one without a mixer there, experts or not."""
+        """The kind of each layer in transformers' words; ``moe`` stands for one without a mixer, experts or not."""
         plans = [self.layer_plan(i) for i in range(self.num_hidden_layers)]
         return ["moe" if p.mixer is None else registry.get_mixer(p.mixer).layer_type(p.mixer_config) for p in plans]
 

@@ -23,9 +23,7 @@ def router_figures(model: Any, batches: Iterable[torch.Tensor]) -> dict[int, dic
     Raises:
         ValueError: for a model without routers.
     """
-    routers = {
-        i: layer.feed_forward for i, layer in enumerate(model.model.layers) if hasattr(layer.feed_forward, "routes")
-    }
+    routers = model.model.routers()
     if not routers:
         raise ValueError(f"inspect: a {type(model).__name__} without routers; allowed is a model with experts")
     total: list[torch.Tensor] = []

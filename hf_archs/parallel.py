@@ -64,7 +64,7 @@ def parallel_state(config: ParallelConfig) -> dict[str, StateSpec]:
 
 
 def parallel_layer_type(config: ParallelConfig) -> str:
-    """What all parts are, or ``hybrid``."""
+    """The kind of all parts, or ``hybrid`` where they are of several."""
     kinds = {get_mixer(kind).layer_type(part) for kind, part in config.parts.values()}
     return kinds.pop() if len(kinds) == 1 else "hybrid"
 
