@@ -757,7 +757,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         config: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor | None:
-        """Of the mask that `generate` keeps, what is of these tokens: a mixer makes its own of where the real ones are.
+        """The part of `generate`'s mask for these tokens: a mixer makes its own of where the real ones are.
 
         (One token is a real one, or nobody looks at what comes of it.)
         """

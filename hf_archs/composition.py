@@ -88,10 +88,12 @@ class ComposedConfig(ArchConfig):
         return max((plan.mixer_config.num_heads for plan in plans if plan.mixer_config is not None), default=1)
 
     def _attention(self) -> Any:
-        """The config of the attention in every layer; `AttributeError` where one has something else."""
-        if set(self.layer_types) != {"full_attention"}:
-            raise AttributeError
-        return self.layer_plan(0).mixer_config
+        """The config of attention, where every layer has it with heads of one shape; else an `AttributeError`."""
+        configs: list[Any] = [self.layer_plan(i).mixer_config for i in range(self.num_hidden_layers)]
+        full = set(self.layer_types) == {"full_attention"}
+        if not full or len({(config.key_value_heads, config.head_size) for config in configs}) > 1:
+            raise AttributeError(f"{type(self).__name__}: its layers have no keys of one shape")
+        return configs[0]
 
     @property
     def num_key_value_heads(self) -> int:

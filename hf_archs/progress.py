@@ -25,7 +25,7 @@ EVERY = 1.5  # seconds between two lines where there is no terminal
 
 
 class Bar:
-    """What `working` gives: called with how much is done of how much, and perhaps a word beside it.
+    """The line of `working`: called with how much is done of how much, and perhaps a word beside it.
 
     Attributes:
         what: is being done.

@@ -132,7 +132,7 @@ def run(environment: Mapping[str, str], push: Mapping[str, Any], pull: Mapping[s
 
 
 def main() -> None:
-    """What `run` starts: a line on stdout before each part, and the answer as JSON in the last one."""
+    """The process that `run` starts: a line on stdout before each part, and the answer as JSON in the last one."""
     arguments = json.loads(sys.argv[1])
     print("pushing", flush=True)
     names = push(**arguments["push"])

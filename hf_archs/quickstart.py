@@ -42,7 +42,7 @@ from hf_archs import checkpoints, dna, publish, text, versions
 from hf_archs.errors import CheckFailed, needs
 from hf_archs.progress import Bar, working
 from hf_archs.registry import get_architecture
-from hf_archs.training import ArchTrainer, add_lora
+from hf_archs.training import ArchTrainer, add_lora, checkpoint_folders, newest_whole
 
 T = TypeVar("T")
 
@@ -61,8 +61,8 @@ class Options:
         arch: name of the architecture.
         size: one of its sizes; None takes the one with the task's name, or the first.
         overrides: config fields that differ from the size.
-        output: folder for ``model/``, ``loss.png`` and ``summary.json``; until they are there, what is done lies in its
-            ``unfinished/``, from where the same options go on after an interruption.
+        output: folder for ``model/``, ``loss.png`` and ``summary.json``; until they are there, finished stages lie in
+            its ``unfinished/``, from where the same options go on after an interruption.
         hub: push to huggingface.co (``HF_ENDPOINT``) instead of to an embedded Hub.
         public: whether the repositories can be seen by everybody.
         data: what to pretrain on.
@@ -153,7 +153,7 @@ def make_options(task: str, **given: Any) -> Options:
 
 
 class _Run:
-    """What a run has done so far, kept in ``unfinished/`` of its output folder until it ends, so that it can go on.
+    """The finished stages of a run, kept in ``unfinished/`` of its output folder until it ends, so that it can go on.
 
     ``state.json`` there holds the options and the figures of every stage that is done; beside it lie the models, the
     tokenizer and checkpoints. `_going_on` opens it.
@@ -201,8 +201,8 @@ class _Run:
         self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def _done(self) -> str:
-        stages = {place.parent for place in self.folder.glob("*/checkpoint-*")}
-        steps = [f"{stage.name} up to step {_step(_checkpoints(stage)[-1])}" for stage in stages if _checkpoints(stage)]
+        stages = {place: _newest(place) for place in self.folder.glob("*") if place.is_dir()}
+        steps = [f"{stage.name} up to step {step}" for stage, (_, step) in stages.items() if step]
         return ", ".join([*self.state["done"], *steps])
 
     @property
@@ -253,12 +253,11 @@ class _Run:
             processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
-        whole = _checkpoints(scratch)
-        before = _step(whole[-1]) if whole else 0
+        newest, before = _newest(scratch)
         began = time.perf_counter()
         with working(stage) as bar:
             trainer.add_callback(_Steps(bar))
-            trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+            trainer.train(resume_from_checkpoint=newest)
         tokens = (steps - before) * self.options.batch * self.options.block
         speed = tokens / (time.perf_counter() - began)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -286,13 +285,11 @@ class _Run:
         return summary
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """The whole ones, the last one last; one whose saving was interrupted has no state, which is its last file."""
-    return sorted((file.parent for file in folder.glob("checkpoint-*/trainer_state.json")), key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _newest(stage: Path) -> tuple[str | None, int]:
+    """The newest whole checkpoint of a stage, and the steps behind it; None and 0 where there is none."""
+    steps = checkpoint_folders(stage)
+    newest, _ = newest_whole(steps)
+    return (None, 0) if newest is None else (str(newest), steps[newest])
 
 
 @contextmanager
@@ -644,13 +641,13 @@ def _command(options: Options) -> str:
 
 
 def _label(data: str) -> str:
-    """What the data is, in a word."""
+    """A word for the data."""
     known = {"stdlib": "code", "topics": "English"}
     return known.get(data) or (Path(data).expanduser().resolve().name if Path(data).expanduser().exists() else data)
 
 
 def _prompts(options: TextOptions) -> tuple[str, str]:
-    """What the model goes on from here, and in its card; of other data nothing is known."""
+    """The beginnings of the text that is generated here, and of that in the card; empty for data that is not ours."""
     return (CODE_PROMPT, "import ") if options.data == "stdlib" else ("", "")
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -120,7 +120,7 @@ class ArchTrainer(Trainer):
         self.card = card or {"training": "Not described.", "results": {}}
         given = kwargs.pop("callbacks", None) or []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PlainTrainerWarning)  # of what is done here
+            warnings.simplefilter("ignore", PlainTrainerWarning)  # it says what to do, and here that is done
             super().__init__(model, args, callbacks=given, **kwargs)
         if self.label_smoother is not None:
             self.label_smoother = _RouterLabelSmoother(args.label_smoothing_factor, config=model.config)
@@ -264,16 +264,9 @@ def standing(arguments: TrainingArguments) -> Standing:
     if wanted.lower() in ("false", "no", "0"):
         return Standing()
     asked = None if wanted.lower() in ("true", "yes", "1") else Path(wanted).expanduser()
-    chosen: Path | None = None
-    skipped: list[str] = []
     if asked is not None and not asked.is_dir():
         raise OSError(f"resume_from_checkpoint is {wanted!r}, which does not exist; allowed is a checkpoint folder")
-    for folder in [asked] if asked else _checkpoint_folders(output):
-        why = why_not_whole(folder)
-        if why is None:
-            chosen = folder
-            break
-        skipped.append(f"{str(folder)!r}, which is not whole: {why}")
+    chosen, skipped = newest_whole([asked] if asked else checkpoint_folders(output))
     if asked is not None and skipped:
         raise OSError(f"resume_from_checkpoint is {skipped[0]}")
     steps, reached = _done(chosen, arguments) if chosen else (0, False)
@@ -289,10 +282,22 @@ def standing(arguments: TrainingArguments) -> Standing:
     return Standing(str(chosen) if chosen else None, (*skipped,), steps, reached)
 
 
-def _checkpoint_folders(output: Path) -> list[Path]:
-    """Those of the Trainer, the newest first."""
+def checkpoint_folders(output: Path) -> dict[Path, int]:
+    """The Trainer's checkpoints and their steps, the newest first."""
     found = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in output.glob("*") if path.is_dir()}
-    return sorted((path for path, step in found.items() if step.isdigit()), key=lambda p: int(found[p]), reverse=True)
+    steps = {path: int(step) for path, step in found.items() if step.isdigit()}
+    return dict(sorted(steps.items(), key=lambda pair: pair[1], reverse=True))
+
+
+def newest_whole(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
+    """The first of some checkpoints that is whole, and each before it with its fault."""
+    skipped: list[str] = []
+    for folder in folders:
+        why = why_not_whole(folder)
+        if why is None:
+            return folder, skipped
+        skipped.append(f"{str(folder)!r}, which is not whole: {why}")
+    return None, skipped
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -308,7 +313,7 @@ def _done(folder: Path, arguments: TrainingArguments) -> tuple[int, bool]:
 
 
 def why_not_whole(folder: Path) -> str | None:
-    """What is wrong with a checkpoint of the Trainer whose saving was interrupted; None where it is whole.
+    """The fault of a checkpoint of the Trainer whose saving was interrupted; None where it is whole.
 
     Its state is written last, and each file of torch's is an archive whose list of contents stands at its end.
     """
@@ -417,7 +422,7 @@ def _bytes_to_write(model: nn.Module, arguments: TrainingArguments, steps: int) 
     kept = arguments.save_total_limit or 1
     if arguments.max_steps > 0 and arguments.save_steps >= 1:
         kept = min(kept, math.ceil((arguments.max_steps - steps) / arguments.save_steps))
-    there = len(_checkpoint_folders(Path(str(arguments.output_dir)).expanduser()))
+    there = len(checkpoint_folders(Path(str(arguments.output_dir)).expanduser()))
     return weights + (weights + states) * max(kept - there, 1)
 
 

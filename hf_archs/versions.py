@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-# of what hf-archs requires, as in constraints.txt, which no wheel brings along
+# of the requirements of hf-archs, as in constraints.txt, which no wheel brings along
 TESTED = {
     "torch": "2.13.0",
     "transformers": "5.24.0",
@@ -47,7 +47,7 @@ class Comparison:
 
 
 def requirements() -> dict[str, Requirement]:
-    """What the installed hf-archs says that it requires, by name; of several lines the one that binds everybody."""
+    """The requirements of the installed hf-archs, by name; of several lines the one that binds everybody."""
     lines = [Requirement(line) for line in importlib.metadata.requires("hf-archs") or ()]
     return {line.name: line for line in sorted(lines, key=lambda line: line.marker is None)}
 

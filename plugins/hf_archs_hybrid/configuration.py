@@ -94,7 +94,7 @@ class ArchHybridConfig(ComposedConfig):
         config.router_aux_loss_coef = value  # layers hold this very object
         fields = {**self.feed_forward[name], "router_aux_loss_coef": value}  # type: ignore[index]
         self.feed_forward = {**self.feed_forward, name: fields}  # type: ignore[dict-item]
-        self._keep(("feed_forward", name), _own(fields), ("moe", config))
+        self._keep(("feed_forward", name), _own(fields), (fields["type"], config))
 
     @property
     def num_experts(self) -> int:

@@ -144,7 +144,7 @@ def test_list_names_every_architecture(run):
 @pytest.mark.parametrize("width", [20, 60, 90, 130, 1000])
 @pytest.mark.parametrize("terminal", [False, True])
 def test_tables_never_cut_a_name(monkeypatch, capsys, width, terminal):
-    """Whatever the width: a terminal gets its own where the words fit, and a pipe each row in one line."""
+    """At any width: a terminal gets its own where the words fit, and a pipe each row in one line."""
     names = [
         "hf_archs_mamba2",
         "a, b, qwen3-next-like, falcon-h1, griffin-like",

@@ -5,9 +5,8 @@ import logging
 import pytest
 import torch
 from peft import AutoPeftModel, LoraConfig, TaskType, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, pipeline
+from transformers import Trainer, TrainingArguments, pipeline
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import Modality
 from transformers.loss import loss_utils
@@ -26,15 +25,6 @@ TABLES = {
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "<mask>", *map(str, range(60))])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", "mask_token": "<mask>"}
-    return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -108,7 +98,7 @@ def test_norms_are_known_by_their_class_names(name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_pipelines_know_our_classes(name, tokenizer):
+def test_pipelines_know_our_classes(name, word_tokenizer):
     """They say of a class that is in none of their tables that it is not supported, and go on."""
     architecture = hf_archs.get_architecture(name)
     tasks = {
@@ -124,7 +114,7 @@ def test_pipelines_know_our_classes(name, tokenizer):
     logger.addHandler(handler)
     try:
         for task, model_class in tasks.items():
-            pipeline(task, model=model_class(architecture.tiny_config()), tokenizer=tokenizer, device="cpu")
+            pipeline(task, model=model_class(architecture.tiny_config()), tokenizer=word_tokenizer, device="cpu")
     finally:
         logger.removeHandler(handler)
     assert not [line for line in said if "not supported" in line]
@@ -148,12 +138,12 @@ def test_the_card_of_the_trainer_names_the_task(name, tmp_path):
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def folder(request, tokenizer, tmp_path_factory):
+def folder(request, word_tokenizer, tmp_path_factory):
     """A saved model with its tokenizer; the class that it is of."""
     path = tmp_path_factory.mktemp(request.param)
     architecture = hf_archs.get_architecture(request.param)
     lively(architecture.causal_lm_class, architecture.tiny_config()).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    word_tokenizer.save_pretrained(path)
     return str(path), architecture.causal_lm_class
 
 

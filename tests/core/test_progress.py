@@ -11,7 +11,7 @@ from hf_archs import progress
 
 
 def shown(monkeypatch, terminal):
-    """What a console shows of a job of two parts; it waits until it was told of the half."""
+    """The lines of a console about a job of two parts; it waits until it was told of the half."""
     monkeypatch.setattr(progress, "EVERY", 0.01)
     seen = threading.Event()
 

@@ -231,9 +231,11 @@ def test_half_a_checkpoint_is_none(tmp_path):
     for step, whole in ((9, True), (10, True), (11, False)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
         if whole:
-            (folder / "trainer_state.json").touch()
-    assert [path.name for path in job._checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert job._newest(tmp_path) == (str(tmp_path / "checkpoint-10"), 10)
+    assert job._newest(tmp_path / "none") == (None, 0)
 
 
 def test_checkpoints_come_now_and_then_and_not_at_the_end(monkeypatch):

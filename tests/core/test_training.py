@@ -125,7 +125,7 @@ def test_the_tokenizer_writes_any_text(tmp_path):
 
 
 def test_a_prompt_begins_as_a_document_does(tmp_path):
-    """Whatever calls the tokenizer (a pipeline, a server, README): the start token stands before the text, once."""
+    """By any caller (a pipeline, a server, README): the start token stands before the text, once."""
     text.train_tokenizer(["some words"], 300).save_pretrained(tmp_path)
     tokenizer = checkpoints.load_tokenizer(str(tmp_path))
     own = text.encode(tokenizer, "some words")

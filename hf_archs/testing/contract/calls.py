@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 import types
 import warnings
 from functools import partial
@@ -22,7 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from hf_archs.cache import ArchDynamicCache
 from hf_archs.registry import Architecture
-from hf_archs.testing.contract.generation import generate, greedy
+from hf_archs.testing.contract.generation import generate, generate_in_threads, greedy
 from hf_archs.testing.contract.models import Contract, assert_close, gradients, lively, logits, tokens
 
 
@@ -182,24 +181,14 @@ class CallContract(Contract):
         assert torch.equal(generate(model, ids), greedy(model, ids))
 
     def test_threads(self, model: Any) -> None:
-        """Four at once generate what each generates alone."""
+        """Four at once generate the tokens that each generates alone."""
         prompts = [tokens(1, 5 + i, seed=i) for i in range(4)]
         expected = [generate(model, prompt) for prompt in prompts]
-        found: dict[int, Any] = {}
-
-        def run(i: int) -> None:
-            found[i] = [generate(model, prompts[i]) for _ in range(3)]
-
-        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for i, wanted in enumerate(expected):
-            assert all(torch.equal(one, wanted) for one in found[i]), f"thread {i}"
+        for i, found in enumerate(generate_in_threads(model, prompts, 3)):
+            assert all(torch.equal(one, expected[i]) for one in found), f"thread {i}"
 
     def test_a_forward_that_fails_leaves_nothing(self, model: Any) -> None:
-        """Whatever a module keeps of a call would be found by the next one."""
+        """A value that a module kept of a call would be found by the next one."""
         ids = tokens(2, 7)
         model.set_attn_implementation("eager")
         asked = {"output_hidden_states": True, "output_attentions": True}

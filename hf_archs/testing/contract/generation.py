@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -28,6 +29,21 @@ def greedy(model: Any, ids: torch.Tensor, new: int = NEW) -> torch.Tensor:
     for _ in range(new):
         ids = torch.cat([ids, logits(model, ids, use_cache=False)[:, -1:].argmax(-1)], 1)
     return ids
+
+
+def generate_in_threads(model: Any, prompts: list[torch.Tensor], times: int) -> list[list[torch.Tensor]]:
+    """The tokens of `generate` for each prompt, so many times, while the others run."""
+    found: dict[int, list[torch.Tensor]] = {}
+
+    def run(i: int) -> None:
+        found[i] = [generate(model, prompts[i]) for _ in range(times)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[i] for i in range(len(prompts))]
 
 
 class Passes:
