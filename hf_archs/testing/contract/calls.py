@@ -23,6 +23,7 @@ from hf_archs.cache import ArchDynamicCache
 from hf_archs.registry import Architecture
 from hf_archs.testing.contract.generation import generate, generate_in_threads, greedy
 from hf_archs.testing.contract.models import Contract, assert_close, gradients, lively, logits, tokens
+from hf_archs.testing.contract.padding import padded
 
 
 def attributes(model: nn.Module) -> dict[str, Any]:
@@ -194,14 +195,15 @@ class CallContract(Contract):
         asked = {"output_hidden_states": True, "output_attentions": True}
         expected = model(ids, **asked).logits
         before = attributes(model)
+        other, mask = padded([tokens(1, n, seed=n)[0] for n in (9, 4, 1)], "left", 9)  # of another kind in every way
         for place in (model.model.layers[-1], *model.model.layers[-1].children()):
             for fail in (place.register_forward_pre_hook, place.register_forward_hook):
                 hook = fail(lambda *_: 1 / 0)
-                for options in ({}, asked, {"labels": ids}):
+                for options in ({}, asked, {"labels": other}):
                     with contextlib.suppress(ZeroDivisionError):
-                        model(ids, **options)
+                        model(other, attention_mask=mask, **options)
                 hook.remove()
-        assert torch.equal(model(ids, **asked).logits, expected)
         after = attributes(model)
+        assert torch.equal(model(ids, **asked).logits, expected)
         assert before.keys() == after.keys()
         assert not [name for name, value in before.items() if not same(value, after[name])]
