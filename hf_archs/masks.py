@@ -107,14 +107,14 @@ def read_mask(attention_mask: Any, batch: int, length: int, cache: RecurrentCach
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns for {length} new tokens; allowed are {length} or more"
         )
-    if mask.numel() == 0:
-        return Mask()
-    if mask.dtype == torch.bool:
-        return Mask(mask if not _can_be_asked(mask) or not bool(mask.all()) else None)
     if not _can_be_asked(mask):
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        if mask.dtype != torch.bool and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             torch._assert_async((mask <= 1).all(), "attention_mask numbers documents; compiled forwards take seq_idx")
         return Mask(mask.bool())
+    if bool((mask == 1).all()):
+        return Mask()
+    if mask.dtype == torch.bool:
+        return Mask(mask)
     low, high = torch.stack(mask.aminmax()).tolist()
     if not low >= 0 or (mask.is_floating_point() and bool((mask != mask.round()).any())):
         wrong = low if not low >= 0 else mask[mask != mask.round()][0].item()
