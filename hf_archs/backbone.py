@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, NamedTuple
@@ -425,6 +426,47 @@ def _one_cache(cache: Any, past_key_values: Any) -> Any:
     raise ValueError("cache and past_key_values were both passed, and are names of the same; allowed is one")
 
 
+def _also_without_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A batch of no rows runs as one of pads, of which no row is kept: no mixer has to know it, and every parameter has
+    a gradient, zero, which processes that share out rows wait for.
+
+    Raises:
+        ValueError: for rows of no tokens; and for no rows beside a cache that has some.
+    """
+
+    @wraps(forward)
+    def wrapper(self: Any, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        if given is None or torch.compiler.is_compiling() or given.numel() > 0:
+            return forward(self, input_ids, *args, **kwargs)
+        if given.shape[1] == 0:
+            raise ValueError(f"the input has shape {tuple(given.shape[:2])}; allowed are rows of one token or more")
+        options = inspect.signature(forward).bind(self, input_ids, *args, **kwargs).arguments
+        options = {**options.pop("kwargs", {}), **options, "return_dict": True}
+        del options["self"]
+        cache = _one_cache(options.pop(NEW_NAME, None), options.pop(OLD_NAME, None))
+        if cache is not None:
+            cache = options[NAME] = adopt(cache, self.config)
+            if cache.batch_size > 0:
+                raise ValueError(f"the input has no rows, and the cache holds {cache.batch_size}; allowed is as many")
+            cache._map_rows(lambda t: t.new_zeros(1, *t.shape[1:]))
+        for name in ("input_ids", "inputs_embeds"):
+            if options.get(name) is not None:
+                options[name] = torch.cat([options[name], given.new_zeros(1, *given.shape[1:])])
+        for name in ("seq_idx", "cu_seq_lens_q", "position_ids"):
+            options[name] = None
+        options["attention_mask"] = torch.zeros(1, given.shape[1], dtype=torch.bool, device=given.device)
+        outputs = forward(self, **options)
+        for name, value in outputs.items():
+            if isinstance(value, RecurrentCache):
+                value.batch_select_indices(torch.zeros(0, dtype=torch.int64))
+            elif name != "router_statistics":  # zeros, of the layer
+                outputs[name] = value[:0] if isinstance(value, torch.Tensor) else tuple(t[:0] for t in value)
+        return outputs if kwargs.get("return_dict", self.config.return_dict) is not False else outputs.to_tuple()
+
+    return wrapper
+
+
 class ArchModel(ArchPreTrainedModel):
     """Embedding, blocks and final norm."""
 
@@ -445,6 +487,7 @@ class ArchModel(ArchPreTrainedModel):
         """
         return dict(self._tied_weights_keys or {})
 
+    @_also_without_rows
     @capture_outputs
     @auto_docstring
     def forward(
