@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -28,7 +30,8 @@ def _compare(model: Any, alone: Any) -> dict[str, float]:
     worst = 0.0
     for (name, p), (other, q) in zip(model.named_parameters(), alone.named_parameters(), strict=True):
         assert name == other
-        worst = max(worst, float((_whole(p.grad) - q.grad).abs().max() / q.grad.abs().max()))
+        difference = float((_whole(p.grad) - q.grad).abs().max() / q.grad.abs().max().clamp(min=1e-30))
+        worst = max(worst, difference if math.isfinite(difference) else math.inf)
     return {"gradients": worst, "spread": sum(isinstance(p, DTensor) for p in model.parameters())}
 
 
@@ -81,6 +84,20 @@ def fully_sharded(folder: str, ids: torch.Tensor, dtype: torch.dtype) -> dict[st
     return _compare(model, alone)
 
 
+def data_parallel(folder: str, ids: torch.Tensor) -> dict[str, float]:
+    """Each process has its own row, twice, with a loss of the logits alone: a parameter without a gradient stops the
+    second time.
+    """
+    alone = AutoModelForCausalLM.from_pretrained(folder).train()
+    model = DistributedDataParallel(AutoModelForCausalLM.from_pretrained(folder).train())
+    mine = ids[dist.get_rank() :: dist.get_world_size()]
+    for _ in range(2):
+        model.zero_grad()
+        model(mine).logits.square().mean().backward()
+    alone(ids).logits.square().mean().backward()
+    return _compare(model.module, alone)
+
+
 def main(folders: Path, output: Path) -> None:
     dist.init_process_group("gloo")
     ids = torch.randint(3, 128, (2, 33), generator=torch.Generator().manual_seed(0))
@@ -89,6 +106,7 @@ def main(folders: Path, output: Path) -> None:
         folder = str(path)
         found[path.name] = {
             "tensor_parallel": tensor_parallel(folder, ids),
+            "data_parallel": data_parallel(folder, ids),
             "fsdp_float32": fully_sharded(folder, ids, torch.float32),
             "fsdp_bfloat16": fully_sharded(folder, ids, torch.bfloat16),
         }

@@ -95,6 +95,8 @@ class TestCapacities(PaddingContract, CacheContract, GenerationContract, Packing
     def architecture(cls, request):
         return variant("moe", **CAPACITIES[request.param])
 
+    test_every_parameter_has_a_gradient = TrainingContract.test_every_parameter_has_a_gradient
+
     @pytest.fixture(scope="class")
     @classmethod
     def shared_model(cls, architecture):

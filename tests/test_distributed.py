@@ -1,4 +1,4 @@
-"""Tensor parallelism and FSDP2 on two real processes equal one process, for every architecture."""
+"""Tensor parallelism, data parallelism and FSDP2 on two real processes equal one process, for every architecture."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ CONFIGS["shared"] = hf_archs.get_architecture("hybrid").tiny_config(
     },
     feed_forward_pattern="moe mlp",
     initializer_range=0.2,
+)
+CONFIGS["expert_choice"] = hf_archs.get_architecture("moe").tiny_config(
+    router="expert_choice", causal_predictor=True, initializer_range=0.2
 )
 
 
@@ -65,9 +68,10 @@ def test_two_processes_equal_one(measured, name):
     assert found["tensor_parallel"]["spread"] > 1  # more than the head
     assert found["tensor_parallel"]["logits"] < 1e-5
     assert found["tensor_parallel"]["gradients"] < 1e-5
+    assert found["data_parallel"]["gradients"] < 1e-5
     assert found["fsdp_float32"]["gradients"] < 1e-5
     assert found["fsdp_bfloat16"]["gradients"] < 4 * torch.finfo(torch.bfloat16).eps
-    if name in ("moe", "hybrid", "shared"):
+    if name in ("moe", "hybrid", "shared", "expert_choice"):
         assert found["tensor_parallel"]["experts"] > 0  # each of them sharded in its inner layer
         assert found["expert_parallel"]["experts"] > 0
         assert found["expert_parallel"]["logits"] < 1e-5

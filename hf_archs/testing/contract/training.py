@@ -21,6 +21,7 @@ from hf_archs.testing.contract.models import (
     lively,
     logits,
     tokens,
+    total,
     weighed,
 )
 from hf_archs.testing.contract.padding import padded
@@ -88,6 +89,21 @@ class TrainingContract(Contract):
             scale = found[name].norm() * direction.norm() / direction.numel() ** 0.5
             assert scale > 0, f"{name} has no gradient"
             assert (slope - expected).abs() < 1e-5 * scale, f"{name}: autograd {expected}, difference {slope}"
+
+    def test_every_parameter_has_a_gradient(self, architecture: Architecture) -> None:
+        """Of every head, whatever the tokens and with no loss of the model's own: processes that share out rows wait
+        for each.
+        """
+        batches = {"tokens": (tokens(2, 9), None), "one token": (tokens(2, 1), None)}
+        batches |= {"pads": (tokens(2, 9), torch.zeros(2, 9)), "no rows": (tokens(2, 9)[:0], None)}
+        for name, (_, model_class) in architecture.auto_classes().items():
+            model = lively(model_class, architecture.tiny_config(num_labels=2)).train()
+            for what, (ids, mask) in batches.items():
+                outputs = model(ids, attention_mask=mask)
+                values = [value for value in outputs.to_tuple() if isinstance(value, torch.Tensor)]
+                gradients(model, total(value.sum() for value in values[:1]))
+                if what == "tokens" and name == "AutoModelForCausalLM" and model.model.has_routers:
+                    gradients(model, model(ids, labels=ids, output_router_logits=False).loss)
 
     def test_routes_agree(self, architecture: Architecture) -> None:
         """Reference, portable and Triton: the same logits, states and gradients of a padded and packed batch."""
