@@ -224,6 +224,28 @@ class TrainingContract(Contract):
         # a step is a small difference of large numbers: the last bits of the parameters show in it
         assert_all_close(found[1][0], found[0][0], "step", 1e-3)
 
+    @pytest.mark.parametrize("head", ["AutoModelForCausalLM", "AutoModelForMaskedLM"])
+    def test_accumulated_losses_of_routers(self, architecture: Architecture, head: str, tmp_path: Path) -> None:
+        """They count once in a step, in however many pieces it comes: of one row four times, since they balance batches."""
+        _, model_class = architecture.auto_classes()[head]
+        rows, found = examples([9]) * 4, []
+        for batch in (4, 1):
+            model = lively(model_class, architecture.tiny_config())
+            if not model.model.has_routers:
+                return
+            for router in model.model.routers().values():
+                router.config.router_aux_loss_coef = 1.0
+            options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch, "max_steps": 1}
+            trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=rows)
+            trainer.train()
+            found.append(losses(trainer)[0])
+            with torch.no_grad():
+                example = {name: tensor[None] for name, tensor in rows[0].items()}
+                out = lively(model_class, model.config).train()(**example)
+            assert out.aux_loss > 0.1, "nothing to see"
+            assert abs(found[-1] - out.loss) < 1e-4 * out.loss
+        assert abs(found[0] - found[1]) < 1e-4 * found[0]
+
     def test_num_items_in_batch(self, model: Any) -> None:
         ids = tokens(2, 9)
         with torch.no_grad():
