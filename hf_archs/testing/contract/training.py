@@ -226,7 +226,7 @@ class TrainingContract(Contract):
 
     @pytest.mark.parametrize("head", ["AutoModelForCausalLM", "AutoModelForMaskedLM"])
     def test_accumulated_losses_of_routers(self, architecture: Architecture, head: str, tmp_path: Path) -> None:
-        """They count once in a step, in however many pieces it comes: of one row four times, since they balance batches."""
+        """They count once in a step, in however many pieces it comes: four times one row, as they balance batches."""
         _, model_class = architecture.auto_classes()[head]
         rows, found = examples([9]) * 4, []
         for batch in (4, 1):
