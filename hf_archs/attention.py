@@ -23,6 +23,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_archs.backend import is_transformed
 from hf_archs.cache import Slot, States
 from hf_archs.call import call
 from hf_archs.configuration import MixerConfig, check_range
@@ -497,7 +498,8 @@ class Attention(nn.Module):
         """The implementation that the model's config names, (b, h, l, n) to (b, l, h, n); ``extra`` columns come first
         that are not the direct ones.
         """
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
+        named = "eager" if is_transformed() else self.config._attn_implementation or "sdpa"  # which torch can transform
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(named, eager_attention)
         options: dict[str, Any] = {"dropout": 0.0, "scaling": self.scaling, "is_causal": mask is None}
         show = call.show
         if show is not None and attend is eager_attention:
