@@ -11,7 +11,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, NamedTuple
@@ -149,6 +149,12 @@ class ArchBlock(GradientCheckpointingLayer):
             output, statistics, logits = self.feed_forward(normed, mask=layout.mask(), count=count)
         return (residual + output, statistics, logits) if count else residual + output
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Without the parts that are another layer's: tools that go from child to child would change those twice, as
+        torchao's ``quantize_`` does. (Lists of all modules name a shared one once in any case.)
+        """
+        return ((name, child) for name, child in super().named_children() if not self.sites.get(name))
+
     def _site(self, part: str) -> contextlib.AbstractContextManager:
         site = self.sites.get(part, 0)
         return during(site=site) if site else contextlib.nullcontext()
@@ -250,6 +256,16 @@ class ArchPreTrainedModel(PreTrainedModel):
         # transformers passes over modules without parameters of their own (mixers, blocks) in code outside of it, lest
         # they overwrite what was loaded; ours all use `transformers.initialization`, which never does
         super()._initialize_weights(module)
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        """As in transformers, which compares weights that a file has under both names; those of layers that share a
+        module are one already, and quantised ones cannot be compared.
+        """
+        if missing_keys is not None:
+            weights = dict(self.named_parameters(remove_duplicate=False))
+            pairs = self.all_tied_weights_keys.items()
+            missing_keys |= {name for name, first in pairs if name in weights and weights[name] is weights.get(first)}
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
