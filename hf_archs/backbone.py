@@ -39,6 +39,7 @@ from hf_archs.errors import CheckFailed
 from hf_archs.kernels.numerics import below_autograd, wide
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
+from hf_archs.sharding import Shardable
 from hf_archs.sharing import share_layers
 from hf_archs.watching import watch_trainers
 
@@ -88,7 +89,7 @@ class AttentionWeights(nn.Identity):
     """
 
 
-class ArchBlock(GradientCheckpointingLayer):
+class ArchBlock(Shardable, GradientCheckpointingLayer):
     """One layer: ``x + mixer(norm(x))`` and ``x + feed_forward(norm(x))``, as far as the plan has them.
 
     A mixer is called as ``mixer(hidden_states, state=slot, lengths=lengths, seq_idx=seq_idx)`` with real tokens
@@ -207,7 +208,18 @@ def _reverse_real(rows: torch.Tensor, lengths: torch.Tensor | None) -> torch.Ten
     return rows.gather(1, torch.where(position < lengths[:, None], lengths[:, None] - 1 - position, position))
 
 
-class ArchPreTrainedModel(PreTrainedModel):
+class ScaledEmbedding(nn.Embedding):
+    """An embedding times ``embed_scale``, by which PEFT multiplies its adapters too."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, embed_scale: float):
+        super().__init__(num_embeddings, embedding_dim)
+        self.embed_scale = embed_scale
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+class ArchPreTrainedModel(Shardable, PreTrainedModel):
     """Base of every model class of this library."""
 
     config_class = ArchConfig
@@ -310,6 +322,20 @@ class ArchPreTrainedModel(PreTrainedModel):
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model._weight_conversions = get_model_conversion_mapping(model)
         return loaded
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: where a pipeline would part layers that share weights.
+        """
+        if mesh_manager is not None and distributed_config.pp_size > 1 and model.base_model._tied_weights_keys:
+            raise ValueError(
+                f"pp_size is {distributed_config.pp_size}, and layers of this {cls.__name__} share weights, which one "
+                "stage of a pipeline would hold and another use; allowed is 1"
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -420,7 +446,9 @@ class ArchModel(ArchPreTrainedModel):
 
     def __init__(self, config: ArchConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        scale, sizes = config.embedding_multiplier, (config.vocab_size, config.hidden_size)
+        # in the embedding, since inputs_embeds may be what the stage of a pipeline before this one leaves
+        self.embed_tokens = nn.Embedding(*sizes) if scale == 1.0 else ScaledEmbedding(*sizes, scale)
         self.layers = nn.ModuleList(ArchBlock(config, i) for i in range(config.num_hidden_layers))
         self._tied_weights_keys = share_layers(self.layers, [config.layer_plan(i) for i in range(len(self.layers))])
         self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
@@ -467,6 +495,7 @@ class ArchModel(ArchPreTrainedModel):
             Whether to return what the routers of the layers counted, for the losses that balance their load; None for
             where their logits are asked for.
         """
+        kwargs |= kwargs.pop("kwargs", {})  # where transformers' pipelines put what a forward does not name
         _check_arguments(self, kwargs)
         cache = _one_cache(cache, past_key_values)
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -477,10 +506,10 @@ class ArchModel(ArchPreTrainedModel):
         if use_cache is None:  # transformers' merge_with_config_defaults takes 20 microseconds a token for it
             # a layer that is run again in the backward, by whatever checkpoints activations, would find its own states
             use_cache = self.config.use_cache and not training
-        if self.config.embedding_multiplier != 1.0:
-            inputs_embeds = inputs_embeds * self.config.embedding_multiplier
         asked = kwargs.get("output_attentions", self.config.output_attentions)
-        output_attentions = bool(asked) and any(layer.attention_weights is not None for layer in self.layers)
+        output_attentions = bool(asked) and any(
+            getattr(layer, "attention_weights", None) is not None for layer in self.layers
+        )
         if output_attentions:
             implementation = self.config._attn_implementation
             if implementation != "eager":
@@ -548,8 +577,9 @@ class ArchModel(ArchPreTrainedModel):
         return ArchModelOutput(last_hidden_state=self.norm(hidden_states), **fields)
 
     def routers(self) -> dict[int, Any]:
-        """The feed-forwards with a router, by their layers."""
-        return {i: layer.feed_forward for i, layer in enumerate(self.layers) if hasattr(layer.feed_forward, "routes")}
+        """The feed-forwards with a router, by their layers. (A stage of a pipeline has other modules for the rest.)"""
+        parts = {i: getattr(layer, "feed_forward", None) for i, layer in enumerate(self.layers)}
+        return {i: part for i, part in parts.items() if hasattr(part, "routes")}
 
     def auxiliary_losses(self, statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The routers' own losses, from the statistics of one forward, those of one config together.
@@ -640,6 +670,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
     _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     _model_class: type[ArchModel]
 
@@ -679,6 +710,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             Whether to return the logits of the routers and their own loss, which is then part of ``loss``; None for
             the config's, which is True unless a checkpoint of another model says otherwise.
         """
+        kwargs |= kwargs.pop("kwargs", {})  # see the backbone's
         cache = _one_cache(cache, past_key_values)
         if isinstance(cache, RecurrentCache) and isinstance(logits_to_keep, int):
             # assisted decoding keeps the logits of all candidates, and takes back no more than those and one
@@ -781,9 +813,9 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: where a layer cannot generate, or the cache asked for cannot be made.
         """
-        for layer in self.model.layers:
-            if hasattr(layer.feed_forward, "check_generation"):
-                layer.feed_forward.check_generation()
+        for router in self.model.routers().values():
+            if hasattr(router, "check_generation"):
+                router.check_generation()
         implementation = generation_config.cache_implementation
         cache = model_kwargs.get(NAME)
         if cache is not None:
@@ -822,6 +854,8 @@ class ArchForMaskedLM(ArchPreTrainedModel):
     """The backbone with a masked-language-model head; it reads in both directions."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     _model_class: type[ArchModel]
 
     def __init__(self, config: ArchConfig):

@@ -209,5 +209,8 @@ def test_layer_norm_and_embedding_multiplier_are_read(architecture):
     torch.nn.init.zeros_(model.norm.bias)
     ids = tokens(1, 9)
     outputs = model(ids, output_hidden_states=True)
-    assert torch.equal(outputs.hidden_states[0], 8 * model.embed_tokens(ids))
+    embedded = torch.nn.functional.embedding(ids, model.embed_tokens.weight)
+    assert torch.equal(outputs.hidden_states[0], 8 * embedded)
+    # what is handed in is what the embedding gives, as for every other model of transformers
+    assert torch.equal(model(inputs_embeds=8 * embedded).last_hidden_state, outputs.last_hidden_state)
     assert outputs.last_hidden_state.mean(-1).abs().max() < 1e-6  # an RMSNorm leaves the mean
