@@ -306,9 +306,11 @@ class ArchPreTrainedModel(PreTrainedModel):
             model._weight_conversions = get_model_conversion_mapping(model)
         return loaded
 
-    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        super()._adjust_missing_and_unexpected_keys(loading_info)
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        super().mark_tied_weights_as_initialized(loading_info)
+        # here, before memory is taken for tensors that a wrong config asks for
         if call.reading is not None and getattr(self, "hf_quantizer", None) is None:  # which stores weights in parts
+            self._adjust_missing_and_unexpected_keys(loading_info)
             call.reading.check(self, loading_info)
 
     @classmethod

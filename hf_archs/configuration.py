@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from huggingface_hub.dataclasses import strict
 from packaging.version import InvalidVersion, Version
 from transformers import PreTrainedConfig
@@ -14,7 +15,7 @@ from transformers.utils import logging
 
 from hf_archs import __version__, conversion, hub, registry
 from hf_archs.call import NEW_NAME, OLD_NAME
-from hf_archs.formats import IDLE
+from hf_archs.formats import IDLE, MOST_LAYERS
 
 logger = logging.get_logger(__name__)
 
@@ -146,9 +147,18 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
 
+    def _check_host_fields(self) -> None:
+        """Those that transformers computes with before it looks at their types."""
+        dtype: Any = self.dtype
+        known = (
+            dtype is None or isinstance(dtype, torch.dtype) or isinstance(getattr(torch, str(dtype), 0), torch.dtype)
+        )
+        self._allow(known, "dtype", "are torch's, such as 'bfloat16', and None")
+        self._allow(isinstance(self.id2label, dict | None), "id2label", "is a dict of numbers and labels, and None")
+
     def validate_sizes(self) -> None:
         check_range(self, "vocab_size", 1, 2**24)
-        check_range(self, "num_hidden_layers", 1, 2**12)
+        check_range(self, "num_hidden_layers", 1, MOST_LAYERS)
         check_range(self, "initializer_range", 0.0, 10.0)
         check_range(self, "embedding_multiplier", 1e-6, 1e6)
 
@@ -192,6 +202,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         # first of all: others compute with these, and transformers goes through all layers here
         self.validate_mixer_sizes()
         self.validate_sizes()
+        self._check_host_fields()
         # where they are no fields they follow from others, and stand in the file for those who read only that
         follow = {name: kwargs.pop(name, None) for name in FOLLOW if name not in self.__dataclass_fields__}
         self._check_names(kwargs, kwargs.pop("hf_archs_version", None))

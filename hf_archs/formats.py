@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 
 from hf_archs.registry import Architecture
 
+MOST_LAYERS = 2**12
 OURS = "model"  # `base_model_prefix` of every class of this library
 
 # Fields that stand in the config.json of any model and change no result: what transformers 4 wrote into every one of
@@ -152,6 +153,10 @@ class NativeFormat(ABC):
                 "stand; allowed are the weights before they were quantised (quantise them while loading: "
                 "from_pretrained(..., quantization_config=...))"
             )
+        layers = raw.get(self.fields.get("num_hidden_layers", ""), 1)
+        if isinstance(layers, int) and layers > MOST_LAYERS:  # or a list of them fills the memory
+            name = self.fields["num_hidden_layers"]
+            raise ValueError(f"{name} is {layers} in this {self.name} checkpoint; allowed are 1 to {MOST_LAYERS}")
         given, defaults = self.expand(raw)
         common = _common(given)
         fields = {ours: given[theirs] for ours, theirs in self.fields.items() if theirs in given}

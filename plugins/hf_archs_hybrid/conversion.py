@@ -43,8 +43,8 @@ class HybridFormat(TransformersFormat):
         return theirs
 
     def read_config(self, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-        given, _ = self.expand(raw)
-        return {**super().read_config(raw, config_class), **self.read_pattern(given)}
+        fields = super().read_config(raw, config_class)
+        return {**fields, **self.read_pattern(self.expand(raw)[0])}
 
     def write_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {**super().write_fields(config), **self.write_pattern(config)}

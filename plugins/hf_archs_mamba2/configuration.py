@@ -43,10 +43,13 @@ class Mamba2MixerConfig(MixerConfig):
     time_step_floor: float = 1e-4
     time_step_limit: tuple[float, float] | list[float] = (0.0, float("inf"))
 
+    def validate_mixer_sizes(self) -> None:
+        super().validate_mixer_sizes()
+        check_range(self, "head_dim", 1, 2**12)  # heads are counted with it
+
     def validate_mamba2(self) -> None:
         check_range(self, "state_size", 1, 2**12)
         check_range(self, "expand", 1, 64)
-        check_range(self, "head_dim", 1, 2**12)
         check_range(self, "conv_kernel", 2, 8)
         check_range(self, "time_step_max", 1e-9, 1e3)
         check_range(self, "time_step_min", 1e-9, self.time_step_max)
