@@ -174,7 +174,7 @@ FLA = FlaFormat(
     fields={ours: _EARLIER.get(theirs, theirs) for ours, theirs in _FIELDS.items()},
     constants={"bcdt_norm": "none"},
     allowed={"hidden_act": ("silu", "swish")},
-    ignored=("model_type", *_FLA_KERNELS),
+    ignored=_FLA_KERNELS,
     unused=("bcdt_norm_eps",),
 )
 

@@ -168,7 +168,7 @@ FLA = FlaFormat(
     fields={ours: _EARLIER.get(theirs, theirs) for ours, theirs in _FIELDS.items()},
     allowed={"hidden_act": ("silu", "swish")},
     # a step rank stood in its config before April 2026, and in nothing else
-    ignored=("model_type", "num_heads", "chunk_size", "time_step_rank", *_FLA_KERNELS, *_FLA_INITIAL),
+    ignored=("num_heads", "chunk_size", "time_step_rank", *_FLA_KERNELS, *_FLA_INITIAL),
 )
 
 STATE_SPACES = StateSpacesFormat(

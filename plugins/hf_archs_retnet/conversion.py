@@ -172,7 +172,16 @@ FLA = FlaFormat(
         "bidirectional": False,
     },
     # which kernels run; and what only attention layers have
-    ignored=("model_type", "attn_mode", "fuse_norm", "max_position_embeddings", "conv_size"),
+    ignored=(
+        "attn_mode",
+        "fuse_norm",
+        "fuse_swiglu",
+        "fuse_cross_entropy",
+        "fuse_linear_cross_entropy",
+        "use_l2warp",
+        "max_position_embeddings",
+        "conv_size",
+    ),
     assumed=_ASSUMED,
 )
 
@@ -232,7 +241,17 @@ TORCHSCALE = TorchscaleFormat(
         "norm_type": "rms_norm",
         "bidirectional": False,
     },
-    ignored=("decoder_value_embed_dim", "no_scale_embedding"),  # read above
+    ignored=(
+        "decoder_value_embed_dim",
+        "no_scale_embedding",
+        "dropout",
+        "activation_dropout",
+        "drop_path_rate",
+        "subln",
+        "no_output_layer",
+        "chunkwise_recurrent",
+        "recurrent_chunk_size",
+    ),
     unused=("hidden_ratio", "initializer_range", "use_cache"),
     assumed={**_ASSUMED, "bos_token_id": None, "eos_token_id": None},
 )
