@@ -188,6 +188,7 @@ def _from_checkpoint(checkpoint: NativeCheckpoint) -> PreTrainedModel:
         for name, tensor in checkpoint.state_dict.items()
         if not (isinstance(form, StateDictFormat) and form.is_buffer(name))
     }
+    state = form.convert(state, config)
     embedding = state.get(f"{OURS}.embed_tokens.weight")
     if config.tie_word_embeddings and embedding is not None:  # files leave one of the two out
         state.setdefault("lm_head.weight", embedding)

@@ -2,7 +2,7 @@
 
 from hf_archs.registry import Architecture, register, register_mixer
 from hf_archs_retnet.configuration import ArchRetNetConfig, RetNetMixerConfig, retnet_state
-from hf_archs_retnet.conversion import FLA, TORCHSCALE
+from hf_archs_retnet.conversion import FLA, SYNCDOTH, TORCHSCALE
 from hf_archs_retnet.mixer import RetNetMixer
 from hf_archs_retnet.modeling import (
     ArchRetNetForCausalLM,
@@ -30,10 +30,11 @@ __all__ = [
     "retention_reference",
 ]
 
-# what the paper's models have in common (section 3.1): heads of 256 keys and 512 values, a plain feed-forward
+# what the paper's models have in common (sections 2.4 and 3.1): heads of 256 keys and 512 values, a plain feed-forward
 _PAPER = {
     "rotary": "interleaved",
     "elementwise_affine": False,
+    "normalize_decay": True,
     "norm_type": "layer_norm",
     "hidden_act": "gelu",
     "gated": False,
@@ -53,7 +54,7 @@ register(
         mixer_class=RetNetMixer,
         lora_targets=("q_proj", "k_proj", "v_proj", "g_proj", "out_proj"),
         tiny={"num_heads": 2},
-        native_formats=(FLA, TORCHSCALE),
+        native_formats=(FLA, TORCHSCALE, SYNCDOTH),
         sizes={
             "4m": {
                 "hidden_size": 256,

@@ -28,6 +28,9 @@ class RetNetMixerConfig(MixerConfig):
             turns by ``10000 ** (-2c / n)`` a token (flash-linear-attention). ``interleaved``: channels 2c and 2c + 1
             are, and the exponents are spaced evenly from 0 to 1 with both ends (the authors' torchscale).
         elementwise_affine: whether the norm of each head has a weight.
+        normalize_decay: divide the scores of token t by the square root of the sum of its decays, ``(1 - gamma^t) /
+            (1 - gamma)``, as torchscale does (section 2.4, the second factor). The norm of each head takes such a
+            factor out again, but for its eps, which then weighs more in the first tokens of a document.
     """
 
     num_heads: int = 8
@@ -36,6 +39,7 @@ class RetNetMixerConfig(MixerConfig):
     gate_fn: Literal["swish", "gelu"] = "swish"
     rotary: Literal["half", "interleaved"] = "half"
     elementwise_affine: bool = True
+    normalize_decay: bool = False
 
     def validate_retnet(self) -> None:
         check_range(self, "num_heads", 1, 2**10)

@@ -13,7 +13,7 @@ from torch import nn
 from hf_archs.cache import Slot, States
 from hf_archs_retnet.configuration import RetNetMixerConfig
 from hf_archs_retnet.norm_gate import norm_gate
-from hf_archs_retnet.retention import retention
+from hf_archs_retnet.retention import multi_scale_log_decay, retention
 
 
 class GatedHeadRMSNorm(nn.Module):
@@ -105,6 +105,24 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary: str) -
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
+def decay_norm(position: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """One over the root of the sum of token t's decays, ``sqrt((1 - gamma) / (1 - gamma^t))`` (section 2.4).
+
+    Args:
+        position: integer, (b or 1, l), from 0; t is one more.
+        heads: each has its own gamma, see `multi_scale_log_decay`.
+        dtype: of the result.
+
+    Returns:
+        (b or 1, l, heads, 1), from 1 downwards.
+    """
+    # where a far head decays by less than float32 can hold, t decays sum to t, and so they do at the smallest one here
+    log_decay = multi_scale_log_decay(heads, position.device, dtype).clamp(max=-1e-30)
+    # exp(x) - 1 = 2 tanh(x / 2) / (1 - tanh(x / 2)), which keeps its digits where an exporter has no expm1
+    all_decays, last = ((x / 2).tanh() for x in (log_decay * (position + 1).unsqueeze(-1), log_decay))
+    return (all_decays / (1 - all_decays) * ((1 - last) / last)).rsqrt().unsqueeze(-1)
+
+
 class RetNetMixer(nn.Module):
     """Projections, rotation, retention, norm of each head, gate, projection (equation 8)."""
 
@@ -144,7 +162,10 @@ class RetNetMixer(nn.Module):
         """Both rotated, and q scaled."""
         rotary, dtype = self.config.rotary, torch.promote_types(q.dtype, torch.float32)
         by = angles(position, q.shape[-1], rotary, dtype)
-        cos, sin, scale = by.cos(), by.sin(), q.shape[-1] ** -0.5
+        cos, sin = by.cos(), by.sin()
+        scale: torch.Tensor | float = q.shape[-1] ** -0.5
+        if self.config.normalize_decay:
+            scale = scale * decay_norm(position, self.config.num_heads, dtype)
         return rotate(q, cos * scale, sin * scale, rotary), rotate(k, cos, sin, rotary)
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
