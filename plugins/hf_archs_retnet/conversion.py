@@ -351,6 +351,7 @@ _DECODER_IGNORED = (
     "dropout",
     "activation_dropout",
     "drop_path_rate",
+    "z_loss_coeff",
     # which of its three forms computes
     "recurrent_chunk_size",
     # norms in a feed-forward that has no gate
@@ -428,10 +429,9 @@ SYNCDOTH = SyncdothFormat(
         "forward_impl",
         # what comes out beside the logits
         "output_retentions",
-        # a term of the loss in training
-        "z_loss_coeff",
         # which the tokenizer has
         "unk_token_id",
+        # what transformers 4 wrote into every file
         "is_decoder",
     ),
     unused=("hidden_ratio",),
