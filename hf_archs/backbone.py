@@ -33,9 +33,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_archs import conversion
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
-from hf_archs.call import NAME, NEW_NAME, OLD_NAME, during
+from hf_archs.call import NAME, NEW_NAME, OLD_NAME, call, during
 from hf_archs.configuration import ArchConfig
-from hf_archs.errors import CheckFailed
 from hf_archs.kernels.numerics import below_autograd, wide
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
@@ -283,23 +282,19 @@ class ArchPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
-            CheckFailed: a RuntimeError, where a tensor has another shape than the config asks for.
+            CheckFailed: a RuntimeError, where a tensor has another shape than the config asks for, is missing, or is
+                left over; see `hf_archs.conversion.Reading.check`.
             SafetensorError: where a weights file is corrupt or truncated.
         """
         native = conversion.prepare(cls, pretrained_model_name_or_path, kwargs)
+        reading = None
+        if kwargs.get("state_dict") is None:  # which a caller may have made of some weights alone
+            reading = conversion.Reading(
+                pretrained_model_name_or_path, native is not None, kwargs.get("ignore_mismatched_sizes", False)
+            )
         try:
-            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
-                raise
-            # transformers has put the names into a table and not into the error
-            kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            name, found, expected = min(loaded[1]["mismatched_keys"])
-            raise CheckFailed(
-                f"{name} has shape {tuple(found)} in {pretrained_model_name_or_path}, and its config asks for "
-                f"{tuple(expected)}; allowed is a checkpoint that fits its config"
-            ) from error
+            with during(reading=reading):
+                loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise SafetensorError(
                 f"the weights of {pretrained_model_name_or_path} are corrupt or truncated ({error}); "
@@ -310,6 +305,11 @@ class ArchPreTrainedModel(PreTrainedModel):
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model._weight_conversions = get_model_conversion_mapping(model)
         return loaded
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        if call.reading is not None and getattr(self, "hf_quantizer", None) is None:  # which stores weights in parts
+            call.reading.check(self, loading_info)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

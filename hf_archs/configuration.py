@@ -1,15 +1,22 @@
 """The fields that every architecture and every mixer shares, and how a layer finds its mixer."""
 
+import difflib
 import inspect
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from huggingface_hub.dataclasses import strict
+from packaging.version import InvalidVersion, Version
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
-from hf_archs import conversion, hub, registry
+from hf_archs import __version__, conversion, hub, registry
 from hf_archs.call import NEW_NAME, OLD_NAME
+from hf_archs.formats import IDLE
+
+logger = logging.get_logger(__name__)
 
 FOLLOW = ("num_heads", "num_key_value_heads")  # what PEFT's prompt and prefix tuning look for in a config's dict
 
@@ -19,6 +26,14 @@ def check_range(config: object, field: str, low: float, high: float) -> None:
     value = getattr(config, field)
     if not low <= value <= high:
         raise ValueError(f"{type(config).__name__}: {field} is {value}; allowed are {low} to {high}")
+
+
+def _is_newer(version: object) -> bool:
+    """Whether this is a version of hf-archs after the installed one."""
+    try:
+        return isinstance(version, str) and Version(version) > Version(__version__)
+    except InvalidVersion:
+        return False
 
 
 @strict
@@ -181,6 +196,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         self.validate_sizes()
         # where they are no fields they follow from others, and stand in the file for those who read only that
         follow = {name: kwargs.pop(name, None) for name in FOLLOW if name not in self.__dataclass_fields__}
+        self._check_names(kwargs, kwargs.pop("hf_archs_version", None))
         super().__post_init__(**kwargs)
         for name, given in follow.items():
             if given is None:
@@ -192,8 +208,34 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
                     "which follows from the other fields"
                 )
 
+    def _check_names(self, given: Collection[str], written_by: object) -> None:
+        """Look at the names that are no fields: tools add some of their own, and a misspelt one has no effect.
+
+        Args:
+            given: the names.
+            written_by: the version of hf-archs that wrote the file that they stand in, if one did.
+
+        Raises:
+            ValueError: for a name that is nearly that of a field.
+        """
+        unknown = [name for name in given if not (hasattr(type(self), name) or name in IDLE or name[0] == "_")]
+        if unknown and _is_newer(written_by):
+            logger.warning(
+                f"hf-archs {written_by} wrote this config, and the installed one, {__version__}, does not know "
+                f"{', '.join(unknown)}: the model may be another one; pip install -U hf-archs"
+            )
+            return
+        own = [name for name in self.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
+        for name in unknown:
+            words = set(name.split("_"))
+            inside = [field for field in own if len(words) > 1 and words < set(field.split("_"))]
+            near = difflib.get_close_matches(name, own, n=1, cutoff=0.8) or inside
+            if near:
+                raise ValueError(f"{type(self).__name__} has no field {name!r}; did you mean {' or '.join(near)}?")
+
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
+        output["hf_archs_version"] = __version__
         output.update({name: getattr(self, name) for name in FOLLOW if getattr(self, name, None) is not None})
         auto_map = hub.auto_map(type(self))
         if auto_map:

@@ -10,7 +10,9 @@ import copy
 import inspect
 import json
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_archs import registry
+from hf_archs.errors import CheckFailed
 from hf_archs.formats import (
     OURS,
     NativeCheckpoint,
@@ -33,7 +36,7 @@ from hf_archs.registry import Architecture
 def find_format(
     raw: Mapping[str, Any], config_class: type[PreTrainedConfig], source: object, reader: str | None = None
 ) -> NativeFormat | None:
-    """The native format of a ``config.json``; None where it is ours, or says nothing of its type.
+    """The native format of a ``config.json``; None where it is ours.
 
     Args:
         raw: the content of ``config.json``.
@@ -42,7 +45,9 @@ def find_format(
         reader: the class that reads it, for the error.
 
     Raises:
-        ValueError: where the checkpoint is of another architecture.
+        ValueError: where the checkpoint is of another architecture, or its ``config.json`` says nothing of its type and
+            is of no format.
+        OSError: where there is no ``config.json``.
     """
     architecture = registry.find_architecture(config_class)
     if architecture is None or raw.get("model_type") == config_class.model_type:
@@ -53,11 +58,17 @@ def find_format(
     kind, layer = raw.get("model_type"), state_spaces_layer(raw)
     if layer is not None:
         kind = f"state-spaces {layer}"
-    if kind is None:
-        return None
     *others, last = [config_class.model_type, *map(str, architecture.native_formats)]
-    readable = f"{', '.join(others)} and {last}" if others else last
-    raise ValueError(f"{source} is a {kind!r} checkpoint; {reader or config_class.__name__} reads {readable}")
+    readable = f"{reader or config_class.__name__} reads {', '.join(others) + ' and ' if others else ''}{last}"
+    if not raw:
+        raise OSError(f"{source} has no config.json, or an empty one; {readable}")
+    if kind is None:
+        fields = ", ".join(sorted(raw)[:5])
+        raise ValueError(
+            f"the config.json of {source} has no model_type, and its fields ({fields}, ...) are of no known "
+            f"format; {readable}"
+        )
+    raise ValueError(f"{source} is a {kind!r} checkpoint; {readable}")
 
 
 def read_config(
@@ -110,6 +121,64 @@ def prepare(
     if native is not None:
         kwargs["key_mapping"] = {**native.key_mapping(), **(kwargs.get("key_mapping") or {})}
     return native
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A checkpoint while ``from_pretrained`` reads it.
+
+    Attributes:
+        source: folder or repository.
+        native: whether it is of a native format.
+        any_shape: whether tensors may have other shapes than the config asks for, and are made anew then.
+    """
+
+    source: Any
+    native: bool
+    any_shape: bool
+
+    def check(self, model: PreTrainedModel, found: Any) -> None:
+        """Hold the names and shapes in the files against the model.
+
+        Everything below the heads has to be there, and nothing else. A head may be missing, and is a new one then; that
+        of another class of model may be left over. Other tensors beside both are, in our own files, their writer's.
+
+        Args:
+            found: transformers' report on what it read.
+
+        Raises:
+            CheckFailed: naming a tensor and how many others there are.
+        """
+        base = "" if model.base_model is model else f"{OURS}."
+        missing = sorted(name for name in found.missing_keys if name.startswith(base))
+        below, heads = (
+            rf"(?:{OURS}\.)?(?:embed_tokens|embed_norm|layers|norm)\.",
+            r"(?:lm_head|score|classifier|qa_outputs)\.",
+        )
+        left = sorted(
+            name
+            for name in found.unexpected_keys
+            if re.match(below, name) or (self.native and not re.match(heads, name))
+        )
+        if found.conversion_errors:
+            name = min(found.conversion_errors)
+            wrong = f"the parts of {name} in {self.source} do not fit each other, or one is missing"
+        elif found.mismatched_keys and not self.any_shape:
+            name, given, expected = min(found.mismatched_keys)
+            wrong = f"{name} has shape {tuple(given)} in {self.source}, and its config asks for {tuple(expected)}"
+        elif missing:
+            wrong = f"{missing[0]}{_and_others(missing)} is missing in {self.source}, whose config asks for it"
+        elif left:
+            wrong = f"{left[0]}{_and_others(left)} stands in {self.source}, whose config has no place for it"
+        else:
+            return
+        for names in (found.conversion_errors, found.mismatched_keys, found.missing_keys, found.unexpected_keys):
+            names.clear()  # or transformers says it once more, in a table
+        raise CheckFailed(f"{wrong}; allowed is a checkpoint that fits its config")
+
+
+def _and_others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _formats() -> list[tuple[Architecture, TransformersFormat]]:

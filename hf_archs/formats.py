@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -29,6 +29,37 @@ from transformers.core_model_loading import (
 from hf_archs.registry import Architecture
 
 OURS = "model"  # `base_model_prefix` of every class of this library
+
+# Fields that stand in the config.json of any model and change no result: what transformers 4 wrote into every one of
+# them (how to generate, what a head was, how an encoder is a decoder), and where and by which tool a file was made.
+IDLE = frozenset(GenerationConfig._get_default_generation_params()) | {
+    "_commit_hash",
+    "_name_or_path",
+    "add_cross_attention",
+    "architectures",
+    "attn_implementation",
+    "auto_map",
+    "bad_words_ids",
+    "cross_attention_hidden_size",
+    "decoder_start_token_id",
+    "finetuning_task",
+    "is_decoder",
+    "model_type",
+    "name_or_path",
+    "prefix",
+    "pruned_heads",
+    "sep_token_id",
+    "task_specific_params",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +79,7 @@ class NativeFormat(ABC):
             ``mixer.num_heads``; see `ComposedConfig.instances`.
         constants: our config fields and the only value that the format stands for.
         allowed: their config fields that must have one of these values, or the checkpoint is no such model.
-        ignored: their config fields that do not change the result.
+        ignored: their config fields that do not change the result, beside those in `IDLE`.
         conversions: how several parameters of theirs are several of ours, for files; see `convert`.
         unused: our config fields that the format does not have and that do not change the result.
         assumed: the same, with the values that they get when reading.
@@ -116,14 +147,27 @@ class NativeFormat(ABC):
         """A ``config.json`` of this format as the fields of ``config_class``.
 
         Raises:
-            ValueError: for an option that ours cannot represent, naming field, value and what is allowed.
+            ValueError: for an option that ours cannot represent, naming field, value and what is allowed; for a field
+                that neither the format nor `IDLE` knows; for quantised weights.
         """
+        quantised = raw.get("quantization_config") or raw.get("quantization")
+        if quantised:
+            method = quantised.get("quant_method", quantised) if isinstance(quantised, Mapping) else quantised
+            raise ValueError(
+                f"quantization_config is {method!r} in this {self.name} checkpoint, and its weights are read as they "
+                "stand; allowed are the weights before they were quantised (quantise them while loading: "
+                "from_pretrained(..., quantization_config=...))"
+            )
         given, defaults = self.expand(raw)
         common = _common(given)
         fields = {ours: given[theirs] for ours, theirs in self.fields.items() if theirs in given}
-        known = {*common, *self.fields.values(), *self.ignored, "architectures", "transformers_version"}
+        known = {*common, *self.fields.values(), *self.ignored, *IDLE, "quantization_config", "quantization"}
+        unknown = []
         for name, value in given.items():
-            if name in known or (name not in self.allowed and name not in defaults):
+            if name in known:
+                continue
+            if name not in self.allowed and name not in defaults:
+                unknown.append(name)
                 continue
             allowed = self.allowed.get(name, (defaults.get(name),))
             if value not in allowed:
@@ -131,6 +175,11 @@ class NativeFormat(ABC):
                     f"{name} is {value!r} in this {self.name} checkpoint, which {config_class.__name__} cannot "
                     f"represent; allowed: {', '.join(map(repr, allowed))}"
                 )
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]} is {given[unknown[0]]!r} in this {self.name} checkpoint, and no field of that format is "
+                "known by this name: it may change the result; allowed is a file without it"
+            )
         found = {**common, "model_type": config_class.model_type}
         for path, value in {**fields, **self.constants, **self.assumed}.items():
             *parents, name = path.split(".")
@@ -355,7 +404,7 @@ def _rename(name: str, prefixes: tuple[str, str], table: Mapping[str, str], laye
 
 
 def _common(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that every config of transformers has: labels, dtype, quantisation and the like."""
-    names = {*PreTrainedConfig().to_dict(), "quantization_config"}
+    """The fields that every config of transformers has: labels, dtype and the like."""
+    names = {*PreTrainedConfig().to_dict(), "torch_dtype", "num_labels"}
     names -= {"architectures", "model_type", "transformers_version", "auto_map"}
     return {name: value for name, value in config.items() if name in names}

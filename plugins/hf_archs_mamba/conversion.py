@@ -43,7 +43,7 @@ _TRANSFORMERS: dict[str, Any] = {
     "renames": {"embed_tokens.weight": "embeddings.weight", "norm.weight": "norm_f.weight"},
     "layer_renames": LAYER_RENAMES,
     "allowed": {"hidden_act": ("silu", "swish")},
-    "ignored": ("use_mambapy", "use_associative_scan"),  # which of its scans transformers runs
+    "ignored": ("use_mambapy", "use_associative_scan", "intermediate_size"),  # which of its scans transformers runs
     "derived": {"time_step_rank": "dt_rank"},
 }
 

@@ -46,7 +46,7 @@ MAMBA2 = TransformersFormat(
     fields={**{name: name for name in _SAME}, "norm_eps": "layer_norm_epsilon"},
     allowed={"hidden_act": ("silu", "swish")},
     # num_heads is expand * hidden_size / head_dim, which Mamba2Config checks; nothing in Mamba-2 has a step rank
-    ignored=("num_heads", "time_step_rank", "chunk_size"),
+    ignored=("num_heads", "time_step_rank", "chunk_size", "intermediate_size"),
     derived={"num_heads": "num_heads"},
 )
 

@@ -431,8 +431,6 @@ SYNCDOTH = SyncdothFormat(
         "output_retentions",
         # which the tokenizer has
         "unk_token_id",
-        # what transformers 4 wrote into every file
-        "is_decoder",
     ),
     unused=("hidden_ratio",),
     assumed=_ASSUMED,

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import hf_archs
 from hf_archs.cli import app
+from hf_archs.errors import CheckFailed
 from hf_archs.formats import NativeCheckpoint
 from hf_archs.testing.ops import relative_distance
 from hf_archs_retnet import ArchRetNetConfig, ArchRetNetForCausalLM, ArchRetNetModel
@@ -550,7 +551,7 @@ def test_one_matrix_of_other_rows(rows, tmp_path):
     both = fla_checkpoint()
     both.state_dict[name] = fused(both).state_dict[name]
     both.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"gate_proj\.weight has shape \(40, 24\)"):
+    with pytest.raises(CheckFailed, match=r"gate_proj\.weight has shape \(40, 24\)"):
         ArchRetNetForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"does not fit its config.*gate_proj"):
         hf_archs.from_native(both)
@@ -631,6 +632,9 @@ def test_torchscale_before_september_2023(make, tmp_path):
     checkpoint.state_dict[name.replace("weight", "bias")] = torch.zeros(WIDTH)
     with pytest.raises(ValueError, match=r"does not fit its config.*q_proj\.bias"):
         hf_archs.from_native(checkpoint)
+    checkpoint.save_pretrained(tmp_path)
+    with pytest.raises(CheckFailed, match=r"q_proj\.bias stands in .*whose config has no place for it"):
+        ArchRetNetForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_model_of_the_package_itself():
