@@ -18,6 +18,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from hf_archs.formats import StateDictFormat
 
+# what later versions of all have
+_RMS_NORMS = {"projection_bias": False, "head_norm": "rms_norm", "head_norm_eps": None, "inner_norm": False}
 # none of them has these, and they change nothing but the rounding and the initial weights
 _ASSUMED = {"residual_in_fp32": False, "rescale_prenorm_residual": False}
 
@@ -120,12 +122,6 @@ class DecoderFormat(StateDictFormat):
     """
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        if "decoder_value_embed_dim" not in raw:
-            raise ValueError(
-                f"decoder_value_embed_dim is missing in this {self.name} checkpoint, as in all from before 2023-09-29, "
-                "whose projections have biases and whose norms subtract the mean, with an eps that the file does not "
-                "say; allowed is a checkpoint of a later version, with that field"
-            )
         given, defaults = super().expand(raw)
         width = given["decoder_embed_dim"]
         # under names of our own: what they say in other units
@@ -167,13 +163,21 @@ class SyncdothFormat(DecoderFormat):
     def detect(self, raw: Mapping[str, Any]) -> bool:
         return raw.get("model_type") == "retnet" and _is_decoder(raw)
 
+    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        if "decoder_value_embed_dim" not in raw:
+            raise ValueError(
+                f"decoder_value_embed_dim is missing in this {self.name} checkpoint, as in those from before 2 October "
+                "2023, whose projections have biases; allowed is a checkpoint of a later version, with that field"
+            )
+        return super().expand(raw)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TorchscaleFormat(DecoderFormat):
     """The options of torchscale's ``RetNetConfig``, and the state dict of a ``RetNetDecoder``."""
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
-        return "model_type" not in raw and "decoder_retention_heads" in raw
+        return "model_type" not in raw and "decoder_retention_heads" in raw and "decoder_value_embed_dim" in raw
 
     def theirs(self, name: str) -> str:
         return super().theirs(name).removeprefix(f"{self.prefix}.")
@@ -187,9 +191,49 @@ class TorchscaleFormat(DecoderFormat):
     def key_mapping(self) -> dict[str, str]:
         prefix = rf"^(?:{self.prefix}\.)?"
         head = rf"{prefix}output_projection\.weight$"
-        return {head: "lm_head.weight", rf"{prefix}(?=embed_tokens\.|layers\.|layer_norm\.)": "model."} | {
-            theirs: ours for theirs, ours in super().key_mapping().items() if "output_projection" not in theirs
-        }
+        return {
+            head: "lm_head.weight",
+            rf"{prefix}(?=embed_tokens\.|layernorm_embedding\.|layers\.|layer_norm\.)": "model.",
+        } | {theirs: ours for theirs, ours in super().key_mapping().items() if "output_projection" not in theirs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Torchscale2023Format(TorchscaleFormat):
+    """The same before 29 September 2023: no ``decoder_value_embed_dim``, values twice as wide as the model, biases,
+    LayerNorms, and a plain feed-forward with one more of them.
+
+    The eps of the norm of each head was ``layernorm_eps`` at first, 1e-6 from 2 August (commit 2c29de0) to 27 September
+    (commit d1fefe9), and ``layernorm_eps`` again. Nothing in a file tells which, so it has to stand in the
+    ``config.json`` under our name, ``head_norm_eps``, unless it is the same.
+    """
+
+    def __str__(self) -> str:
+        return "torchscale before 29 September 2023"
+
+    def detect(self, raw: Mapping[str, Any]) -> bool:
+        return "model_type" not in raw and "decoder_retention_heads" in raw and not super().detect(raw)
+
+    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        width = raw.get("decoder_embed_dim", self.defaults["decoder_embed_dim"])
+        given, defaults = super().expand({**raw, "decoder_value_embed_dim": 2 * width})
+        if given["head_norm_eps"] is None and given["layernorm_eps"] != 1e-6:
+            raise ValueError(
+                "head_norm_eps is missing in this torchscale checkpoint, which has no decoder_value_embed_dim and is "
+                "thus from before 29 September 2023; allowed is a config.json with it, 1e-6 for versions from 2 August "
+                f"to 27 September, and layernorm_eps, {given['layernorm_eps']!r}, for those before and after"
+            )
+        return given, defaults
+
+    def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
+        written = super().write_config(config)
+        if written.pop("decoder_value_embed_dim") != 2 * written["decoder_embed_dim"]:
+            raise ValueError(
+                f"{type(config).__name__}: expand_v is {config.expand_v!r}, which a {self.name} model cannot "  # type: ignore[attr-defined]
+                "represent; allowed: 2.0"
+            )
+        if written["head_norm_eps"] is None:
+            written["head_norm_eps"] = written["layernorm_eps"]
+        return written
 
 
 FLA = FlaFormat(
@@ -260,6 +304,7 @@ FLA = FlaFormat(
     # hidden_act is the activation of the gate as well
     constants={
         "rotary": "half",
+        **_RMS_NORMS,
         "gate_fn": "swish",
         "hidden_act": "swish",
         "gated": True,
@@ -311,6 +356,7 @@ _DECODER: dict[str, Any] = {
         "gate_fn": "swish",
         "elementwise_affine": False,
         "normalize_decay": True,
+        **_RMS_NORMS,
         "gated": True,
         "bias": False,
         "norm_type": "rms_norm",
@@ -354,51 +400,97 @@ _DECODER_IGNORED = (
     "z_loss_coeff",
     # which of its three forms computes
     "recurrent_chunk_size",
-    # norms in a feed-forward that has no gate
-    "subln",
-    "use_ffn_rms_norm",
+)
+# norms in a feed-forward that has no gate
+_UNGATED = ("subln", "use_ffn_rms_norm")
+_TORCHSCALE_DEFAULTS = {
+    "moe_freq": 0,
+    "use_xmoe": False,
+    "multiway": False,
+    "share_decoder_input_output_embed": False,
+    "vocab_size": -1,
+    "pad_token_id": 0,
+}
+_TORCHSCALE: dict[str, Any] = {
+    "prefix": "decoder",
+    "unused": ("hidden_ratio", "initializer_range", "use_cache"),
+    "assumed": {**_ASSUMED, "bos_token_id": None, "eos_token_id": None},
+}
+_TORCHSCALE_FIELDS = {**_DECODER_FIELDS, "tie_word_embeddings": "share_decoder_input_output_embed"}
+_TORCHSCALE_IGNORED = (
+    *_DECODER_IGNORED,
+    "chunkwise_recurrent",
+    # its weights say it
+    "no_output_layer",
+    # of experts, of which there are none where moe_freq is 0
+    "moe_top1_expert",
+    "moe_expert_count",
+    "moe_gating_use_fp32",
+    "moe_eval_capacity_token_fraction",
+    "moe_second_expert_policy",
+    "moe_normalize_gate_prob_before_dropping",
+    # options of torchscale's other decoders, which RetNetDecoder never reads
+    "rel_pos_buckets",
+    "max_rel_pos",
+    "max_target_positions",
+    "xpos_rel_pos",
+    "xpos_scale_base",
+    # how it is trained
+    "checkpoint_activations",
+    "fsdp",
+    "ddp_rank",
 )
 
 TORCHSCALE = TorchscaleFormat(
     name="torchscale",
-    prefix="decoder",
     renames={**_DECODER_RENAMES, "lm_head.weight": "output_projection.weight"},
-    defaults={
-        **_DECODER_DEFAULTS,
-        "moe_freq": 0,
-        "use_xmoe": False,
-        "multiway": False,
-        "share_decoder_input_output_embed": False,
-        "vocab_size": -1,
-        "pad_token_id": 0,
-    },
-    fields={**_DECODER_FIELDS, "tie_word_embeddings": "share_decoder_input_output_embed"},
-    ignored=(
-        *_DECODER_IGNORED,
-        "chunkwise_recurrent",
-        # its weights say it
-        "no_output_layer",
-        # of experts, of which there are none where moe_freq is 0
-        "moe_top1_expert",
-        "moe_expert_count",
-        "moe_gating_use_fp32",
-        "moe_eval_capacity_token_fraction",
-        "moe_second_expert_policy",
-        "moe_normalize_gate_prob_before_dropping",
-        # options of torchscale's other decoders, which RetNetDecoder never reads
-        "rel_pos_buckets",
-        "max_rel_pos",
-        "max_target_positions",
-        "xpos_rel_pos",
-        "xpos_scale_base",
-        # how it is trained
-        "checkpoint_activations",
-        "fsdp",
-        "ddp_rank",
-    ),
-    unused=("hidden_ratio", "initializer_range", "use_cache"),
-    assumed={**_ASSUMED, "bos_token_id": None, "eos_token_id": None},
+    defaults=_DECODER_DEFAULTS | _TORCHSCALE_DEFAULTS,
+    fields=_TORCHSCALE_FIELDS,
+    ignored=(*_TORCHSCALE_IGNORED, *_UNGATED),
     **_DECODER,
+    **_TORCHSCALE,
+)
+
+TORCHSCALE_2023 = Torchscale2023Format(
+    name="torchscale-2023",
+    renames={
+        f"{ours}.{kind}": f"{theirs}.{kind}"
+        for ours, theirs in (("norm", "layer_norm"), ("embed_norm", "layernorm_embedding"))
+        for kind in ("weight", "bias")
+    }
+    | {"lm_head.weight": "output_projection.weight"},
+    layer_renames={
+        f"{ours}.{kind}": f"{theirs}.{kind}"
+        for ours, theirs in (
+            ("norm", "retention_layer_norm"),
+            *((f"mixer.{x}_proj", f"retention.{x}_proj") for x in ("q", "k", "v", "g", "out")),
+            ("feed_forward_norm", "final_layer_norm"),
+            ("feed_forward.up_proj", "ffn.fc1"),
+            ("feed_forward.norm", "ffn.ffn_layernorm"),
+            ("feed_forward.down_proj", "ffn.fc2"),
+        )
+        for kind in ("weight", "bias")
+    },
+    defaults={
+        **{name: value for name, value in _DECODER_DEFAULTS.items() if name != "decoder_value_embed_dim"},
+        **_TORCHSCALE_DEFAULTS,
+        "decoder_ffn_embed_dim": 1536,
+        "layernorm_eps": 1e-5,
+        "subln": True,
+        "use_glu": False,
+        "head_norm_eps": None,
+    },
+    fields={**_TORCHSCALE_FIELDS, "inner_norm": "subln", "head_norm_eps": "head_norm_eps"},
+    constants={
+        **{name: value for name, value in _DECODER["constants"].items() if name not in _RMS_NORMS},
+        "projection_bias": True,
+        "head_norm": "layer_norm",
+        "gated": False,
+        "bias": True,
+        "norm_type": "layer_norm",
+    },
+    ignored=_TORCHSCALE_IGNORED,
+    **_TORCHSCALE,
 )
 
 SYNCDOTH = SyncdothFormat(
@@ -426,6 +518,7 @@ SYNCDOTH = SyncdothFormat(
     },
     ignored=(
         *_DECODER_IGNORED,
+        *_UNGATED,
         "forward_impl",
         # what comes out beside the logits
         "output_retentions",

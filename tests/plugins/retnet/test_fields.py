@@ -6,7 +6,7 @@ import pytest
 
 from hf_archs.formats import IDLE
 from hf_archs_retnet import ArchRetNetConfig
-from hf_archs_retnet.conversion import FLA, SYNCDOTH, TORCHSCALE
+from hf_archs_retnet.conversion import FLA, SYNCDOTH, TORCHSCALE, TORCHSCALE_2023
 
 # Every field with another value than the checkpoints of the tests have.
 # fla-org/flash-linear-attention a1a6bb1 (18 August 2026), fla/models/retnet/configuration_retnet.py: RetNetConfig
@@ -90,6 +90,12 @@ TORCHSCALE_FIELDS = {
 TORCHSCALE_OTHER_FIELDS = {"pad_token_id": 3, "use_lm_decay": True, "use_glu": False, "use_ffn_rms_norm": True}
 TORCHSCALE_OTHER_FIELDS |= {"z_loss_coeff": 1e-4}
 
+# microsoft/torchscale d1fefe9 (27 September 2023), the same file; head_norm_eps is ours
+TORCHSCALE_2023_FIELDS = {
+    **{name: value for name, value in TORCHSCALE_FIELDS.items() if name != "decoder_value_embed_dim"},
+    "head_norm_eps": 1e-3,
+}
+
 # syncdoth/RetNet 2634bbf (3 January 2024), retnet/configuration_retnet.py: RetNetConfig
 SYNCDOTH_FIELDS = {
     "vocab_size": 50,
@@ -136,6 +142,11 @@ DECODER_BASE = {
 PACKAGES = {
     "fla": (FLA, FLA_BASE, FLA_FIELDS | FLA_OLDER_FIELDS),
     "torchscale": (TORCHSCALE, DECODER_BASE, TORCHSCALE_FIELDS | TORCHSCALE_OTHER_FIELDS),
+    "torchscale-2023": (
+        TORCHSCALE_2023,
+        {name: value for name, value in DECODER_BASE.items() if "value" not in name} | {"head_norm_eps": 1e-6},
+        TORCHSCALE_2023_FIELDS | {"pad_token_id": 3, "use_lm_decay": True, "use_glu": True, "z_loss_coeff": 1e-4},
+    ),
     "syncdoth": (SYNCDOTH, DECODER_BASE | {"model_type": "retnet"}, SYNCDOTH_FIELDS | SYNCDOTH_OTHER_FIELDS),
 }
 

@@ -17,7 +17,7 @@ from hf_archs.errors import CheckFailed
 from hf_archs.formats import NativeCheckpoint
 from hf_archs.testing.ops import relative_distance
 from hf_archs_retnet import ArchRetNetConfig, ArchRetNetForCausalLM, ArchRetNetModel
-from hf_archs_retnet.conversion import FLA, SYNCDOTH, TORCHSCALE
+from hf_archs_retnet.conversion import FLA, SYNCDOTH, TORCHSCALE, TORCHSCALE_2023
 from hf_archs_retnet.mixer import decay_norm
 
 WIDTH, LAYERS, VOCAB = 24, 2, 40
@@ -90,33 +90,53 @@ def torchscale_scores(q, k, mask, form):
 
 
 def torchscale_logits(config, state, ids, form):
-    """torchscale: neighbours are pairs, 10000^-linspace(0, 1), scores over row sums, no weight in each head's norm."""
+    """torchscale: neighbours are pairs, 10000^-linspace(0, 1), scores over row sums, no weight in each head's norm.
+
+    Until September 2023 (commits bf65397 to d1fefe9) linear layers had biases, every norm was a LayerNorm, and the
+    feed-forward had no gate and one norm more.
+    """
     eps, count, act = config["layernorm_eps"], config["decoder_retention_heads"], config["activation_fn"]
     act = {"swish": F.silu, "gelu": F.gelu, "relu": F.relu}[act]
     # syncdoth's package has the same under names of its own
     state = {n.removeprefix("model."): t for n, t in state.items()}
     head = state["lm_head.weight" if "lm_head.weight" in state else "output_projection.weight"]
+
+    def norm(x, name, at):
+        if f"{name}.bias" in at:
+            return F.layer_norm(x, x.shape[-1:], at[f"{name}.weight"], at[f"{name}.bias"], eps)
+        return rms_norm(x, eps, at[f"{name}.weight"])
+
+    def linear(x, name, at):
+        return F.linear(x, at[f"{name}.weight"], at.get(f"{name}.bias"))
+
     x = state["embed_tokens.weight"][ids]
     if not config["no_scale_embedding"]:
         x = x * math.sqrt(config["decoder_embed_dim"])
     if config["layernorm_embedding"]:
-        x = rms_norm(x, eps, state["layernorm_embedding.weight"])
+        x = norm(x, "layernorm_embedding", state)
     for i in range(config["decoder_layers"]):
         at = {n.removeprefix(f"layers.{i}."): t for n, t in state.items() if n.startswith(f"layers.{i}.")}
-        y = rms_norm(x, eps, at["retention_layer_norm.weight"])
-        q, k, v = (heads(F.linear(y, at[f"retention.{name}_proj.weight"]), count) for name in "qkv")
+        y = norm(x, "retention_layer_norm", at)
+        q, k, v = (heads(linear(y, f"retention.{name}_proj", at), count) for name in "qkv")
         n, length = q.shape[-1], ids.shape[1]
         exponents = torch.linspace(0, 1, n // 2, dtype=torch.float64)
         angle = (torch.arange(length)[:, None] * 10000**-exponents).to(x.dtype)
         q, k = (torch.stack(turned(t, angle, lambda t: (t[..., ::2], t[..., 1::2])), -1).flatten(-2) for t in (q, k))
-        scores = torchscale_scores(q, k * n**-0.5, decays(count, length).to(x.dtype), form)
-        out = rms_norm(scores @ v, eps).transpose(1, 2).flatten(2)
-        gate = F.silu(F.linear(y, at["retention.g_proj.weight"]))
-        x = x + F.linear(gate * out, at["retention.out_proj.weight"])
-        y = rms_norm(x, eps, at["final_layer_norm.weight"])
-        inner = act(F.linear(y, at["ffn.fc1.weight"])) * F.linear(y, at["ffn.gate.weight"])
-        x = x + F.linear(inner, at["ffn.fc2.weight"])
-    return F.linear(rms_norm(x, eps, state["layer_norm.weight"]), head)
+        out = torchscale_scores(q, k * n**-0.5, decays(count, length).to(x.dtype), form) @ v
+        if "retention.q_proj.bias" in at:
+            out = F.layer_norm(out, out.shape[-1:], eps=config.get("head_norm_eps", eps))
+        else:
+            out = rms_norm(out, eps)
+        gate = F.silu(linear(y, "retention.g_proj", at))
+        x = x + linear(gate * out.transpose(1, 2).flatten(2), "retention.out_proj", at)
+        y = norm(x, "final_layer_norm", at)
+        inner = act(linear(y, "ffn.fc1", at))
+        if "ffn.gate.weight" in at:
+            inner = inner * linear(y, "ffn.gate", at)
+        if "ffn.ffn_layernorm.weight" in at:
+            inner = norm(inner, "ffn.ffn_layernorm", at)
+        x = x + linear(inner, "ffn.fc2", at)
+    return F.linear(norm(x, "layer_norm", state), head)
 
 
 # -- their checkpoints, with random weights under which everything matters ---------------------------------------------
@@ -285,6 +305,27 @@ def syncdoth_checkpoint(dtype=torch.float32, **changes):
     return NativeCheckpoint(config, {n if n == "lm_head.weight" else f"model.{n}": t for n, t in state.items()})
 
 
+def torchscale_2023_checkpoint(dtype=torch.float32, **changes):
+    """As torchscale was until September 2023, with the head norm's eps from August on."""
+    checkpoint = torchscale_checkpoint(dtype, **{"layernorm_eps": 1e-5, "head_norm_eps": 1e-6, **changes})
+    config, state = checkpoint.config, checkpoint.state_dict
+    del config["decoder_value_embed_dim"]
+    shapes = {"layer_norm.bias": (WIDTH,)}
+    if config["layernorm_embedding"]:
+        shapes["layernorm_embedding.bias"] = (WIDTH,)
+    for name, tensor in list(state.items()):
+        if ".ffn.gate." in name:
+            del state[name]
+        elif name.startswith("layers."):
+            shapes[name.replace("weight", "bias")] = tensor.shape[:1]
+        if ".fc1." in name and config["subln"]:
+            norm = name.replace("fc1", "ffn_layernorm")
+            shapes |= {norm: tensor.shape[:1], norm.replace("weight", "bias"): tensor.shape[:1]}
+    found = filled(shapes, dtype)
+    state.update({name: tensor - 1 if "bias" in name else tensor for name, tensor in found.items()})
+    return NativeCheckpoint(config, state)
+
+
 def initial(checkpoint):
     """A checkpoint of torchscale with the weights that its modules begin with, in float64."""
     torch.manual_seed(5)
@@ -360,6 +401,21 @@ def test_the_mathematics_of_syncdoths_package(changes, dtype, tolerance):
     checkpoint = syncdoth_checkpoint(dtype, **changes)
     logits_of = functools.partial(torchscale_logits, form="recurrent")
     compare(hf_archs.from_native(checkpoint), logits_of, checkpoint, SYNCDOTH, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"subln": False, "no_scale_embedding": False, "layernorm_embedding": True, "activation_fn": "relu"},
+        {"layernorm_eps": 1e-2, "head_norm_eps": 3e-2, "share_decoder_input_output_embed": True},
+    ],
+)
+def test_the_mathematics_of_torchscale_before_september_2023(changes, dtype, tolerance):
+    checkpoint = torchscale_2023_checkpoint(dtype, **changes)
+    logits_of = functools.partial(torchscale_logits, form="recurrent")
+    compare(hf_archs.from_native(checkpoint), logits_of, checkpoint, TORCHSCALE_2023, tolerance)
 
 
 def test_the_parallel_form_of_torchscale():
@@ -460,6 +516,8 @@ def assert_same(found, expected):
         (torchscale_checkpoint, {}, "torchscale"),
         (torchscale_checkpoint, {"share_decoder_input_output_embed": True, "no_scale_embedding": False}, "torchscale"),
         (torchscale_checkpoint, {"layernorm_embedding": True}, "torchscale"),
+        (torchscale_2023_checkpoint, {}, "torchscale-2023"),
+        (torchscale_2023_checkpoint, {"subln": False, "layernorm_embedding": True}, "torchscale-2023"),
         (syncdoth_checkpoint, {}, "syncdoth"),
         (syncdoth_checkpoint, {"tie_word_embeddings": True}, "syncdoth"),
     ],
@@ -482,10 +540,22 @@ def test_there_and_back(make, changes, form, dtype):
         assert_same(hf_archs.to_native(ours).state_dict, checkpoint.state_dict)
 
 
-@pytest.mark.parametrize("make", [fla_checkpoint, torchscale_checkpoint, syncdoth_checkpoint])
+FROM_FOLDERS = [
+    fla_checkpoint,
+    torchscale_checkpoint,
+    functools.partial(torchscale_checkpoint, layernorm_embedding=True),
+    syncdoth_checkpoint,
+    torchscale_2023_checkpoint,
+    functools.partial(torchscale_2023_checkpoint, layernorm_embedding=True),
+]
+
+
+@pytest.mark.parametrize("make", FROM_FOLDERS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_from_a_folder(make, tied, tmp_path):
-    name = "share_decoder_input_output_embed" if make is torchscale_checkpoint else "tie_word_embeddings"
+    name = (
+        "tie_word_embeddings" if make in (fla_checkpoint, syncdoth_checkpoint) else "share_decoder_input_output_embed"
+    )
     checkpoint = make(**{name: tied})
     checkpoint.save_pretrained(tmp_path)
     expected = hf_archs.from_native(checkpoint)
@@ -617,16 +687,7 @@ def test_the_sizes_of_syncdoths_package(width, values, layers, heads, inner):
 
 
 @pytest.mark.parametrize("make", [torchscale_checkpoint, syncdoth_checkpoint])
-def test_torchscale_before_september_2023(make, tmp_path):
-    """Its RetNetConfig had no decoder_value_embed_dim, and its weights had biases."""
-    checkpoint = make()
-    del checkpoint.config["decoder_value_embed_dim"]
-    checkpoint.save_pretrained(tmp_path)
-    message = r"decoder_value_embed_dim is missing in this (torchscale|syncdoth) checkpoint.*before 2023-09-29"
-    with pytest.raises(ValueError, match=message):
-        hf_archs.from_native(checkpoint)
-    with pytest.raises(ValueError, match=message):
-        ArchRetNetForCausalLM.from_pretrained(tmp_path)
+def test_weights_of_before_september_2023_with_a_config_of_later(make, tmp_path):
     checkpoint = make()
     name = next(name for name in checkpoint.state_dict if name.endswith("q_proj.weight"))
     checkpoint.state_dict[name.replace("weight", "bias")] = torch.zeros(WIDTH)
@@ -635,6 +696,21 @@ def test_torchscale_before_september_2023(make, tmp_path):
     checkpoint.save_pretrained(tmp_path)
     with pytest.raises(CheckFailed, match=r"q_proj\.bias stands in .*whose config has no place for it"):
         ArchRetNetForCausalLM.from_pretrained(tmp_path)
+
+
+def test_what_files_of_before_september_2023_do_not_say():
+    """The eps of the norm of each head was changed twice, and no field has it."""
+    checkpoint = torchscale_2023_checkpoint()
+    del checkpoint.config["head_norm_eps"]
+    message = "head_norm_eps is missing in this torchscale checkpoint.*allowed is .* 1e-6 .* 1e-05, for those before"
+    with pytest.raises(ValueError, match=message):
+        hf_archs.from_native(checkpoint)
+    checkpoint.config["layernorm_eps"] = 1e-6  # the same as that of August
+    assert hf_archs.from_native(checkpoint).model.layers[0].mixer.norm.eps == 1e-6
+    checkpoint = syncdoth_checkpoint()
+    del checkpoint.config["decoder_value_embed_dim"]
+    with pytest.raises(ValueError, match="decoder_value_embed_dim is missing in this syncdoth checkpoint"):
+        hf_archs.from_native(checkpoint)
 
 
 def test_a_model_of_the_package_itself():
@@ -704,6 +780,7 @@ def test_what_ours_lacks_is_refused(make, changes, message, tmp_path):
         ArchRetNetForCausalLM.from_pretrained(tmp_path)
 
 
+OLDER = {"projection_bias": True, "head_norm": "layer_norm", "gated": False, "bias": True, "norm_type": "layer_norm"}
 TORCHSCALES = {"rotary": "interleaved", "elementwise_affine": False, "normalize_decay": True}
 
 
@@ -716,6 +793,12 @@ TORCHSCALES = {"rotary": "interleaved", "elementwise_affine": False, "normalize_
         ({"rotary": "interleaved"}, "rotary is 'interleaved'.*elementwise_affine is True, which a torchscale"),
         ({"normalize_decay": True}, "normalize_decay is True, which a retnet"),
         ({"embedding_norm": True}, "embedding_norm is True, which a retnet"),
+        ({"projection_bias": True}, "projection_bias is True, which a retnet"),
+        ({"head_norm": "layer_norm"}, "head_norm is 'layer_norm', which a retnet"),
+        ({"head_norm_eps": 1e-3}, "head_norm_eps is 0.001, which a retnet"),
+        ({**TORCHSCALES, "gated": False, "inner_norm": True}, "gated is False, which a torchscale"),
+        ({**TORCHSCALES, **OLDER, "expand_v": 1.0}, "expand_v is 1.0, which a torchscale-2023 model"),
+        ({**TORCHSCALES, **OLDER, "norm_type": "rms_norm"}, "norm_type is 'rms_norm', which a torchscale-2023 model"),
         ({**TORCHSCALES, "normalize_decay": False}, "normalize_decay is False, which a torchscale"),
         ({**TORCHSCALES, "expand_k": 2.0}, "expand_k is 2.0.*torchscale"),
         ({**TORCHSCALES, "embedding_multiplier": 3.0}, "embedding_multiplier is 3.0.*torchscale"),
@@ -743,6 +826,9 @@ def test_parameters_that_do_not_fit():
         ({"expand_v": 1.1}, "expand_v is 1.1; allowed"),
         ({"num_heads": 64}, "expand_k is 1.0; allowed"),  # one channel a head is no pair
         ({"hidden_act": "tanh"}, "hidden_act"),
+        ({"inner_norm": True}, "inner_norm is True; allowed is False where gated is True"),
+        ({"head_norm_eps": 2.0}, "head_norm_eps is 2.0; allowed are 0.0 to 1.0"),
+        ({"head_norm": "batch_norm"}, "head_norm"),
     ],
 )
 def test_a_wrong_config(fields, message):
@@ -754,3 +840,27 @@ def test_the_width_of_the_feed_forward():
     config = ArchRetNetConfig(hidden_size=2048)
     assert config.intermediate_size == 2816  # two thirds of 4096, up to a multiple of 256
     assert ArchRetNetConfig(hidden_size=2048, hidden_ratio=4.0).intermediate_size == 5632
+
+
+def test_a_norm_inside_the_feed_forward():
+    """It goes over the whole hidden layer: no process may have a part of that. In a hybrid it has a name of its own."""
+    tiny = hf_archs.get_architecture("retnet").tiny_config
+    for fields in ({}, {"gated": False}, {"gated": False, "inner_norm": True}):
+        config = tiny(**fields)
+        assert "base_model_tp_plan" not in config.to_dict()
+        linear = {n for n, m in ArchRetNetModel(config).named_modules() if isinstance(m, torch.nn.Linear)}
+        plan = config.base_model_tp_plan
+        assert {f"layers.0.{name.removeprefix('layers.*.')}" for name in plan} == {n for n in linear if ".0." in n}
+        inner = plan["layers.*.feed_forward.up_proj"], plan["layers.*.feed_forward.down_proj"]
+        assert inner == (("colwise_gather_output",) * 2 if config.inner_norm else ("colwise", "rowwise"))
+    hybrid = hf_archs.get_architecture("hybrid")
+    pattern = {"mixers": {"a": {"type": "retnet", "num_heads": 2}}, "layer_pattern": "a", "num_hidden_layers": 1}
+    pattern["feed_forward_pattern"] = None
+    config = hybrid.tiny_config(**pattern, feed_forward={"f": {"type": "sub_ln_mlp"}})
+    feed_forward = hybrid.model_class(config).layers[0].feed_forward
+    x = torch.randn(2, 5, config.hidden_size)
+    inner = F.silu(feed_forward.up_proj(x))
+    expected = feed_forward.down_proj(F.layer_norm(inner, inner.shape[-1:], eps=config.norm_eps))
+    torch.testing.assert_close(feed_forward(x), expected)
+    with pytest.raises((ValueError, StrictDataclassError), match="gated is True; allowed is False"):
+        hybrid.tiny_config(**pattern, feed_forward={"f": {"type": "sub_ln_mlp", "gated": True}})
