@@ -423,6 +423,9 @@ class ArchModel(ArchPreTrainedModel):
     def __init__(self, config: ArchConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = None
+        if config.embedding_norm:
+            self.embed_norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
         self.layers = nn.ModuleList(ArchBlock(config, i) for i in range(config.num_hidden_layers))
         self._tied_weights_keys = share_layers(self.layers, [config.layer_plan(i) for i in range(len(self.layers))])
         self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
@@ -481,6 +484,8 @@ class ArchModel(ArchPreTrainedModel):
             use_cache = self.config.use_cache and not training
         if self.config.embedding_multiplier != 1.0:
             inputs_embeds = inputs_embeds * self.config.embedding_multiplier
+        if self.embed_norm is not None:
+            inputs_embeds = self.embed_norm(inputs_embeds)
         asked = kwargs.get("output_attentions", self.config.output_attentions)
         output_attentions = bool(asked) and any(layer.attention_weights is not None for layer in self.layers)
         if output_attentions:

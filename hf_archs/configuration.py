@@ -120,6 +120,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         norm_eps: added to the mean square, or the variance, in every norm.
         norm_type: the norm before every mixer and feed-forward and at the end, ``rms_norm`` or ``layer_norm``.
         embedding_multiplier: what the embeddings are multiplied by; the square root of hidden_size in some models.
+        embedding_norm: whether a norm of ``norm_type`` follows them (torchscale's ``layernorm_embedding``).
         residual_in_fp32: keep the residual stream in (at least) float32 whatever the weights' dtype.
         initializer_range: standard deviation of embeddings and linear layers at initialisation.
         rescale_prenorm_residual: divide the initial output projections by the square root of the number of
@@ -137,6 +138,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
     num_hidden_layers: int = 24
     norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
     embedding_multiplier: float = 1.0
+    embedding_norm: bool = False
     residual_in_fp32: bool = True
     initializer_range: float = 0.02
     rescale_prenorm_residual: bool = True

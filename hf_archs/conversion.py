@@ -195,7 +195,10 @@ class Reading:
         """
         base = "" if model.base_model is model else f"{OURS}."
         missing = sorted(name for name in found.missing_keys if name.startswith(base))
-        below, heads = rf"(?:{OURS}\.)?(?:embed_tokens|layers|norm)\.", r"(?:lm_head|score|classifier|qa_outputs)\."
+        below, heads = (
+            rf"(?:{OURS}\.)?(?:embed_tokens|embed_norm|layers|norm)\.",
+            r"(?:lm_head|score|classifier|qa_outputs)\.",
+        )
         left = sorted(
             name
             for name in found.unexpected_keys
@@ -298,6 +301,7 @@ def _from_checkpoint(checkpoint: NativeCheckpoint) -> PreTrainedModel:
         for name, tensor in checkpoint.state_dict.items()
         if not (isinstance(form, StateDictFormat) and form.is_buffer(name))
     }
+    state = form.convert(state, config)
     embedding = state.get(f"{OURS}.embed_tokens.weight")
     if config.tie_word_embeddings and embedding is not None:  # files leave one of the two out
         state.setdefault("lm_head.weight", embedding)

@@ -81,6 +81,7 @@ class NativeFormat(ABC):
         constants: our config fields and the only value that the format stands for.
         allowed: their config fields that must have one of these values, or the checkpoint is no such model.
         ignored: their config fields that do not change the result, beside those in `IDLE`.
+        conversions: how several parameters of theirs are several of ours, for files; see `convert`.
         unused: our config fields that the format does not have and that do not change the result.
         assumed: the same, with the values that they get when reading.
     """
@@ -98,6 +99,7 @@ class NativeFormat(ABC):
     ignored: Collection[str] = ()
     unused: Collection[str] = ()
     assumed: Mapping[str, Any] = field(default_factory=dict)
+    conversions: Collection[WeightConverter] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -135,6 +137,10 @@ class NativeFormat(ABC):
         for theirs, ours in self.layer_patterns.items():
             mapping[rf"^((?:{OURS}\.)?layers\.\d+\.){theirs}$"] = rf"\1{ours}"
         return mapping
+
+    def convert(self, state: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+        """Their parameters under our names as ours for a model with this config, as ``conversions`` does in files."""
+        return state
 
     # -- config ------------------------------------------------------------------------------------------------
 
