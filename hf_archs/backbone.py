@@ -38,6 +38,7 @@ from hf_archs.configuration import ArchConfig
 from hf_archs.kernels.numerics import below_autograd, wide
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
+from hf_archs.sharding import Shardable
 from hf_archs.sharing import share_layers
 from hf_archs.watching import watch_trainers
 
@@ -87,7 +88,7 @@ class AttentionWeights(nn.Identity):
     """
 
 
-class ArchBlock(GradientCheckpointingLayer):
+class ArchBlock(Shardable, GradientCheckpointingLayer):
     """One layer: ``x + mixer(norm(x))`` and ``x + feed_forward(norm(x))``, as far as the plan has them.
 
     A mixer is called as ``mixer(hidden_states, state=slot, lengths=lengths, seq_idx=seq_idx)`` with real tokens
@@ -206,7 +207,18 @@ def _reverse_real(rows: torch.Tensor, lengths: torch.Tensor | None) -> torch.Ten
     return rows.gather(1, torch.where(position < lengths[:, None], lengths[:, None] - 1 - position, position))
 
 
-class ArchPreTrainedModel(PreTrainedModel):
+class ScaledEmbedding(nn.Embedding):
+    """An embedding times ``embed_scale``, by which PEFT multiplies its adapters too."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, embed_scale: float):
+        super().__init__(num_embeddings, embedding_dim)
+        self.embed_scale = embed_scale
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+class ArchPreTrainedModel(Shardable, PreTrainedModel):
     """Base of every model class of this library."""
 
     config_class = ArchConfig
@@ -312,6 +324,20 @@ class ArchPreTrainedModel(PreTrainedModel):
         if call.reading is not None and getattr(self, "hf_quantizer", None) is None:  # which stores weights in parts
             self._adjust_missing_and_unexpected_keys(loading_info)
             call.reading.check(self, loading_info)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: where a pipeline would part layers that share weights.
+        """
+        if mesh_manager is not None and distributed_config.pp_size > 1 and model.base_model._tied_weights_keys:
+            raise ValueError(
+                f"pp_size is {distributed_config.pp_size}, and layers of this {cls.__name__} share weights, which one "
+                "stage of a pipeline would hold and another use; allowed is 1"
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -422,7 +448,9 @@ class ArchModel(ArchPreTrainedModel):
 
     def __init__(self, config: ArchConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        scale, sizes = config.embedding_multiplier, (config.vocab_size, config.hidden_size)
+        # in the embedding, since inputs_embeds may be what the stage of a pipeline before this one leaves
+        self.embed_tokens = nn.Embedding(*sizes) if scale == 1.0 else ScaledEmbedding(*sizes, scale)
         self.embed_norm = None
         if config.embedding_norm:
             self.embed_norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
@@ -472,6 +500,7 @@ class ArchModel(ArchPreTrainedModel):
             Whether to return what the routers of the layers counted, for the losses that balance their load; None for
             where their logits are asked for.
         """
+        kwargs |= kwargs.pop("kwargs", {})  # where transformers' pipelines put what a forward does not name
         _check_arguments(self, kwargs)
         cache = _one_cache(cache, past_key_values)
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -482,12 +511,14 @@ class ArchModel(ArchPreTrainedModel):
         if use_cache is None:  # transformers' merge_with_config_defaults takes 20 microseconds a token for it
             # a layer that is run again in the backward, by whatever checkpoints activations, would find its own states
             use_cache = self.config.use_cache and not training
-        if self.config.embedding_multiplier != 1.0:
-            inputs_embeds = inputs_embeds * self.config.embedding_multiplier
-        if self.embed_norm is not None:
+        if self.embed_norm is not None and not isinstance(
+            self.embed_tokens, nn.Identity
+        ):  # as in a pipeline's later stage
             inputs_embeds = self.embed_norm(inputs_embeds)
         asked = kwargs.get("output_attentions", self.config.output_attentions)
-        output_attentions = bool(asked) and any(layer.attention_weights is not None for layer in self.layers)
+        output_attentions = bool(asked) and any(
+            getattr(layer, "attention_weights", None) is not None for layer in self.layers
+        )
         if output_attentions:
             implementation = self.config._attn_implementation
             if implementation != "eager":
@@ -555,8 +586,9 @@ class ArchModel(ArchPreTrainedModel):
         return ArchModelOutput(last_hidden_state=self.norm(hidden_states), **fields)
 
     def routers(self) -> dict[int, Any]:
-        """The feed-forwards with a router, by their layers."""
-        return {i: layer.feed_forward for i, layer in enumerate(self.layers) if hasattr(layer.feed_forward, "routes")}
+        """The feed-forwards with a router, by their layers. (A stage of a pipeline has other modules for the rest.)"""
+        parts = {i: getattr(layer, "feed_forward", None) for i, layer in enumerate(self.layers)}
+        return {i: part for i, part in parts.items() if hasattr(part, "routes")}
 
     def auxiliary_losses(self, statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The routers' own losses, from the statistics of one forward, those of one config together.
@@ -647,6 +679,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
     _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     _model_class: type[ArchModel]
 
@@ -686,6 +719,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             Whether to return the logits of the routers and their own loss, which is then part of ``loss``; None for
             the config's, which is True unless a checkpoint of another model says otherwise.
         """
+        kwargs |= kwargs.pop("kwargs", {})  # see the backbone's
         cache = _one_cache(cache, past_key_values)
         if isinstance(cache, RecurrentCache) and isinstance(logits_to_keep, int):
             # assisted decoding keeps the logits of all candidates, and takes back no more than those and one
@@ -788,9 +822,9 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: where a layer cannot generate, or the cache asked for cannot be made.
         """
-        for layer in self.model.layers:
-            if hasattr(layer.feed_forward, "check_generation"):
-                layer.feed_forward.check_generation()
+        for router in self.model.routers().values():
+            if hasattr(router, "check_generation"):
+                router.check_generation()
         implementation = generation_config.cache_implementation
         cache = model_kwargs.get(NAME)
         if cache is not None:
@@ -829,6 +863,8 @@ class ArchForMaskedLM(ArchPreTrainedModel):
     """The backbone with a masked-language-model head; it reads in both directions."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     _model_class: type[ArchModel]
 
     def __init__(self, config: ArchConfig):

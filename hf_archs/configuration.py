@@ -133,6 +133,12 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
     mixer_type: ClassVar[str]
     keys_to_ignore_at_inference: ClassVar[list[str]] = [OLD_NAME, NEW_NAME, "aux_loss", "router_logits"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}  # prompt tuning asks for it
+    # of each module that a stage of a pipeline may hold, the names of what its forward is given and gives
+    base_model_pp_plan: ClassVar[dict[str, Any]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "layout"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 32000
     num_hidden_layers: int = 24
