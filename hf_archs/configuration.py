@@ -5,10 +5,11 @@ import inspect
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from packaging.version import InvalidVersion, Version
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -35,6 +36,12 @@ def _is_newer(version: object) -> bool:
         return isinstance(version, str) and Version(version) > Version(__version__)
     except InvalidVersion:
         return False
+
+
+def _check_token_id(field: str, value: Any) -> None:
+    """Refuse a negative one when it is set: transformers only warns, and -1 would be the last row of the embedding."""
+    if any(isinstance(token, int) and token < 0 for token in (value if isinstance(value, list) else [value])):
+        raise ValueError(f"{field} is {value}; allowed are 0 to vocab_size - 1, and None")
 
 
 @strict
@@ -151,16 +158,14 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
     bidirectional: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = True
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = validated_field(partial(_check_token_id, "pad_token_id"), default=0)
+    bos_token_id: int | None = validated_field(partial(_check_token_id, "bos_token_id"), default=0)
+    eos_token_id: int | list[int] | None = validated_field(partial(_check_token_id, "eos_token_id"), default=0)
 
     def _check_host_fields(self) -> None:
         """Those that transformers computes with before it looks at their types."""
         dtype: Any = self.dtype
-        known = (
-            dtype is None or isinstance(dtype, torch.dtype) or isinstance(getattr(torch, str(dtype), 0), torch.dtype)
-        )
+        known = dtype is None or isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype)
         self._allow(known, "dtype", "are torch's, such as 'bfloat16', and None")
         self._allow(isinstance(self.id2label, dict | None), "id2label", "is a dict of numbers and labels, and None")
 
@@ -174,7 +179,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)
             for token in value if isinstance(value, list) else [value]:
-                if token is not None and not 0 <= token < self.vocab_size:
+                if token is not None and token >= self.vocab_size:
                     raise ValueError(
                         f"{type(self).__name__}: {field} is {value}; allowed are 0 to vocab_size - 1 = "
                         f"{self.vocab_size - 1}, and None"
@@ -261,6 +266,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in transformers; beside ``config.json`` stands the stub that lets Auto classes find this library."""
+        self.validate()  # type: ignore[attr-defined]  # before anything is written
         if not os.path.isfile(save_directory):  # transformers has its own sentence for that
             hub.write_stub(type(self), save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
