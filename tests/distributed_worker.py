@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.distributed import DistributedConfig
 
@@ -40,7 +42,8 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     found, expected = _whole(found.detach()), expected.detach()
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    distance = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return distance if math.isfinite(distance) else math.inf
 
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -289,6 +292,19 @@ def pipeline_of_transformers(folder: str, ids: torch.Tensor) -> dict[str, Any]:
     return {"logits": _apart(found, expected), "generated": same}
 
 
+def data_parallel(folder: str, ids: torch.Tensor) -> dict[str, float]:
+    """Each process has its own row, twice, with a loss of the logits alone: a parameter without a gradient stops the
+    second time.
+    """
+    alone, model = _load(folder).train(), DistributedDataParallel(_load(folder).train())
+    mine = ids[dist.get_rank() :: dist.get_world_size()]
+    for _ in range(2):
+        model.zero_grad()
+        model(mine).logits.square().mean().backward()
+    alone(ids).logits.square().mean().backward()
+    return _compare(model.module, alone)
+
+
 def main(folders: Path, output: Path) -> None:
     dist.init_process_group("gloo")
     ids = torch.randint(3, 128, (2, 33), generator=torch.Generator().manual_seed(0))
@@ -296,6 +312,7 @@ def main(folders: Path, output: Path) -> None:
     for path in sorted(path for path in folders.iterdir() if path.is_dir()):
         folder, found = str(path), measured.setdefault(path.name, {})
         found["tensor_parallel"] = tensor_parallel(folder, ids)
+        found["data_parallel"] = data_parallel(folder, ids)
         if AutoConfig.from_pretrained(folder).base_model_ep_plan:
             found["expert_parallel"] = expert_parallel(folder, ids)
         found["pipeline"] = pipeline(folder, ids)

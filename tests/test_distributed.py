@@ -1,4 +1,4 @@
-"""Tensor and expert parallelism, pipelines and FSDP2 on two real processes equal one, for every architecture."""
+"""Tensor, expert and data parallelism, pipelines and FSDP2 on two real processes equal one, for every architecture."""
 
 from __future__ import annotations
 
@@ -32,9 +32,16 @@ CONFIGS["shared"] = hf_archs.get_architecture("hybrid").tiny_config(
     },
     feed_forward_pattern="moe mlp",
 )
+CONFIGS["expert_choice"] = hf_archs.get_architecture("moe").tiny_config(
+    router="expert_choice", causal_predictor=True, initializer_range=0.2
+)
 
 
-OF = {"masked": "mamba2", "shared": "hybrid"}  # the architectures of those that are called otherwise
+OF = {
+    "masked": "mamba2",
+    "shared": "hybrid",
+    "expert_choice": "moe",
+}  # the architectures of those that are called otherwise
 BFLOAT16 = torch.finfo(torch.bfloat16).eps
 
 
@@ -66,7 +73,8 @@ def test_tensor_parallel(measured, name):
     assert found["tensor_parallel"]["spread"] > 1  # more than the head
     assert found["tensor_parallel"]["logits"] < 1e-5
     assert found["tensor_parallel"]["gradients"] < 3e-5
-    if name in ("moe", "hybrid", "shared"):
+    assert found["data_parallel"]["gradients"] < 3e-5
+    if name in ("moe", "hybrid", "shared", "expert_choice"):
         assert found["tensor_parallel"]["experts"] > 0  # each of them sharded in its inner layer
         assert found["expert_parallel"]["experts"] > 0
         assert found["expert_parallel"]["logits"] < 1e-5
