@@ -194,7 +194,8 @@ class Reading:
             CheckFailed: naming a tensor and how many others there are.
         """
         base = "" if model.base_model is model else f"{OURS}."
-        missing = sorted(name for name in found.missing_keys if name.startswith(base))
+        tied: Any = model.all_tied_weights_keys  # which files hold once
+        missing = sorted(name for name in found.missing_keys if name.startswith(base) and name not in tied)
         below, heads = (
             rf"(?:{OURS}\.)?(?:embed_tokens|embed_norm|layers|norm)\.",
             r"(?:lm_head|score|classifier|qa_outputs)\.",
