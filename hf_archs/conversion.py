@@ -6,6 +6,7 @@ from disk; `hf_archs.formats` says what a format is.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
@@ -16,12 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_archs import registry
-from hf_archs.errors import CheckFailed
+from hf_archs.errors import CheckFailed, sentence
 from hf_archs.formats import (
     OURS,
     NativeCheckpoint,
@@ -79,9 +81,51 @@ def read_config(
     if native is None:
         return raw
     try:
-        return native.read_config(raw, config_class)
+        return translate(native, raw, config_class)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def translate(form: NativeFormat, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """A ``config.json`` of a native format as sound fields of ``config_class``.
+
+    Raises:
+        ValueError: see `NativeFormat.read_config`, and for a value that no such config may have: naming the field of
+            theirs without which the file would do, where the error speaks of one of ours or of none.
+    """
+    try:
+        fields = form.read_config(raw, config_class)
+        config_class(**fields)
+    except Exception as error:  # transformers' own configs compute with a value before they look at its type
+        said = sentence(error)
+        if not isinstance(error, ValueError | StrictDataclassError):
+            said = f"{type(error).__name__}: {said}"
+        if not any(_speaks_of(said, name) for name in raw):
+            blamed = _blamed(form, raw, config_class, said)
+            said = f"{', '.join(f'{name} is {raw[name]!r}' for name in blamed)} in this {form.name} checkpoint: {said}"
+        raise ValueError(said) from error
+    return fields
+
+
+def _speaks_of(said: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", said) is not None
+
+
+def _blamed(form: NativeFormat, raw: Mapping[str, Any], config_class: type[PreTrainedConfig], said: str) -> list[str]:
+    """Fields of theirs that may be why a file cannot be read, where the error names none of them."""
+
+    def reads(part: Mapping[str, Any]) -> bool:
+        with contextlib.suppress(Exception):
+            return bool(config_class(**form.read_config(part, config_class)))
+        return False
+
+    ours = [theirs for ours, theirs in form.fields.items() if theirs in raw and _speaks_of(said, ours.split(".")[-1])]
+    alone = {"model_type": raw.get("model_type")}
+    return (
+        list(dict.fromkeys(ours))
+        or [name for name in raw if reads({k: v for k, v in raw.items() if k != name})]
+        or [name for name, value in raw.items() if not reads({**alone, name: value})]
+    )
 
 
 def prepare(
@@ -216,7 +260,7 @@ def from_native(model: PreTrainedModel | NativeCheckpoint) -> PreTrainedModel:
         raise ValueError(f"from_native: a {type(model).__name__} cannot be converted; allowed are {names}")
     form, ours, _ = match
     config_class: Any = ours.config_class
-    config = config_class(**form.read_config(model.config.to_dict(), config_class))
+    config = config_class(**translate(form, model.config.to_dict(), config_class))
     state = {form.ours(name): tensor for name, tensor in model.state_dict().items()}
     return _take_over(_build(ours, config, _widened(ours, state), model.device, model.dtype), model)
 
@@ -251,7 +295,7 @@ def _from_checkpoint(checkpoint: NativeCheckpoint) -> PreTrainedModel:
         )
     architecture, form = found
     config_class: Any = architecture.config_class
-    config = config_class(**form.read_config(checkpoint.config, config_class))
+    config = config_class(**translate(form, checkpoint.config, config_class))
     state = {
         form.ours(name): tensor
         for name, tensor in checkpoint.state_dict.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -224,6 +225,19 @@ class ConfigContract(Contract):
                 assert type(found) is architecture.config_class
                 assert found.to_dict() == config.to_dict()
                 break
+
+    @pytest.mark.parametrize("field", ["pad_token_id", "bos_token_id", "eos_token_id"])
+    def test_token_ids(self, architecture: Architecture, field: str, tmp_path: Path) -> None:
+        """Wrong ones are refused when they are set, or before anything of the model is written."""
+        model = architecture.causal_lm_class(architecture.tiny_config())
+        values: list[Any] = [-1] if field != "eos_token_id" else [-1, [3, -1]]
+        for value in values:
+            with pytest.raises(REFUSED, match=rf"{field} is {re.escape(str(value))}; allowed are 0 to vocab_size - 1"):
+                setattr(model.config, field, value)
+        setattr(model.config, field, 128)
+        with pytest.raises(REFUSED, match=rf"{field} is 128; allowed are 0 to vocab_size - 1 = 127, and None"):
+            model.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
         "fields",
