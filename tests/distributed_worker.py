@@ -75,7 +75,7 @@ def _loss(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> to
 
 
 def tensor_parallel(folder: str, ids: torch.Tensor) -> dict[str, float]:
-    model, alone = _load(folder, tp_plan="auto"), _load(folder)
+    model, alone = _load(folder, distributed_config=DistributedConfig(tp_size=2)), _load(folder)
     out, expected = model(ids, labels=ids), alone(ids, labels=ids)
     out.loss.backward()
     expected.loss.backward()
