@@ -361,7 +361,9 @@ def to_native(model: PreTrainedModel, format: str | None = None) -> PreTrainedMo
             continue
         state = _narrow(form, model)
         if isinstance(form, StateDictFormat):
-            return NativeCheckpoint(config, {**state, **form.buffers(model.config)})
+            prefix = f"{form.prefix}." if model.base_model is model else ""
+            state.update({name.removeprefix(prefix): t for name, t in form.buffers(model.config).items()})
+            return NativeCheckpoint(config, state)
         return _take_over(_build(theirs, config, state, model.device, model.dtype), model)
     raise ValueError("; ".join(refusals))
 

@@ -1,4 +1,4 @@
-"""RetNet against the published mathematics of its two dialects, written here once more, and their checkpoints."""
+"""RetNet against the published mathematics of three packages, written here once more, and their checkpoints."""
 
 import functools
 import json
@@ -538,6 +538,24 @@ def test_there_and_back(make, changes, form, dtype):
         hf_archs.to_native(ours, "torchscale" if form == "retnet" else "retnet")
     if form != "syncdoth":  # whose options are torchscale's too
         assert_same(hf_archs.to_native(ours).state_dict, checkpoint.state_dict)
+
+
+@pytest.mark.parametrize(
+    "make", [fla_checkpoint, torchscale_checkpoint, torchscale_2023_checkpoint, syncdoth_checkpoint]
+)
+def test_a_base_model_has_no_prefix(make):
+    """Neither have the tensors that are no parameters."""
+    checkpoint = make()
+    ours = hf_archs.from_native(checkpoint)
+    form = next(form for form in hf_archs.get_architecture("retnet").native_formats if form.detect(checkpoint.config))
+    state = {
+        name.removeprefix("model."): tensor
+        for name, tensor in checkpoint.state_dict.items()
+        if name not in ("lm_head.weight", "output_projection.weight")
+    }
+    found = hf_archs.to_native(ours.model, form.name)
+    assert_same(found.state_dict, state)
+    assert_same(hf_archs.from_native(found).state_dict(), ours.model.state_dict())
 
 
 FROM_FOLDERS = [
