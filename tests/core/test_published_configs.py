@@ -1,7 +1,7 @@
 """Every published ``config.json`` at hand is read by one architecture, or refused by name by all of them.
 
-The files in ``tests/data/configs`` are as they were published, as far as their source shows; tests of the plugins compare
-those that are read with their native classes.
+The files in ``tests/data/configs`` are as they were published, as far as their source shows; tests of the plugins
+compare those that are read with their native classes.
 """
 
 import json
