@@ -282,13 +282,20 @@ class ArchPreTrainedModel(PreTrainedModel):
         """As in transformers; native checkpoints are read as well, see `hf_archs.conversion`.
 
         Raises:
-            ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
+            ValueError: for a checkpoint of another architecture, or an option that ours cannot represent; for weights
+                in a pickle, unless ``use_safetensors=False`` asks for them.
             CheckFailed: a RuntimeError, where a tensor has another shape than the config asks for.
             SafetensorError: where a weights file is corrupt or truncated.
         """
         native = conversion.prepare(cls, pretrained_model_name_or_path, kwargs)
+        with conversion.unpickled(native, pretrained_model_name_or_path, kwargs) as folder:
+            if folder is not None:
+                loaded: Any = cls.from_pretrained(folder, *model_args, **kwargs)
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                model.config.name_or_path = str(pretrained_model_name_or_path)
+                return loaded
         try:
-            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise

@@ -51,6 +51,7 @@ class NativeFormat(ABC):
         ignored: their config fields that do not change the result.
         unused: our config fields that the format does not have and that do not change the result.
         assumed: the same, with the values that they get when reading.
+        pickle: the pickle that its repositories have in place of safetensors, if they do; see `hf_archs.pickles`.
     """
 
     name: str
@@ -66,6 +67,7 @@ class NativeFormat(ABC):
     ignored: Collection[str] = ()
     unused: Collection[str] = ()
     assumed: Mapping[str, Any] = field(default_factory=dict)
+    pickle: str | None = None
 
     def __str__(self) -> str:
         return self.name
