@@ -26,11 +26,13 @@ class _Call(threading.local):
         site: which of the layers that share a module is running; see `hf_archs.sharing`.
         show: gets the weights of attention, (b, h, l, columns), and gives what stands for them; None if nobody looks.
         generating: whether `generate` is running, so that the weights stay as they are from one token to the next.
+        card: the user's own in the folder that a model is saved into, as long as it is pushed from there.
     """
 
     site: int = 0
     show: Callable[[torch.Tensor], torch.Tensor] | None = None
     generating: bool = False
+    card: bytes | None = None
 
 
 call = _Call()
