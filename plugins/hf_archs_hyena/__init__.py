@@ -47,6 +47,7 @@ register(
         question_answering_class=ArchHyenaForQuestionAnswering,
         mixer_class=HyenaMixer,
         lora_targets=("in_proj", "out_proj", "up_proj", "down_proj"),
+        even_targets=("in_proj", "out_proj"),
         # a low frequency: at high ones the slope of a filter changes too fast for finite differences
         tiny={"max_positions": 16384, "filter_size": 16, "filter_frequency": 1.0},
         native_formats=(HYENADNA, ORIGINAL),
