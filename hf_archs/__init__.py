@@ -25,6 +25,7 @@ from hf_archs.registry import (
     register_feed_forward,
     register_mixer,
 )
+from hf_archs.sharding import fully_shard
 
 __all__ = [
     "ArchTrainer",
@@ -34,6 +35,7 @@ __all__ = [
     "callbacks",
     "failed_plugins",
     "from_native",
+    "fully_shard",
     "get_architecture",
     "get_feed_forward",
     "get_mixer",

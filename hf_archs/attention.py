@@ -23,11 +23,13 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_archs.backend import is_transformed
 from hf_archs.cache import Slot, States
 from hf_archs.call import call
 from hf_archs.configuration import MixerConfig, check_range
 from hf_archs.kernels.arguments import last_inputs, number_documents
 from hf_archs.kernels.numerics import cast, made_once, no_autocast, wide
+from hf_archs.masks import Pairs, limited, sees_nothing
 from hf_archs.norm import ArchRMSNorm
 from hf_archs.registry import StateSpec, register_mixer
 
@@ -232,7 +234,8 @@ def eager_attention(
     Args:
         query: (b, h, l, n).
         key, value: (b, k, columns, n).
-        attention_mask: what each query sees, bool, (b or 1, 1, l, columns); None for causal attention.
+        attention_mask: what each query sees, bool, or floats that are added to scores, (b or 1, 1, l, columns); None
+            for causal attention.
         show: gets the weights, and gives what stands for them.
 
     Returns:
@@ -244,7 +247,11 @@ def eager_attention(
         scores = wide(query) @ key.mT * scaling
         if attention_mask is None:
             attention_mask = torch.ones_like(scores[:1, :1], dtype=torch.bool).tril()
-        weights = scores.masked_fill(~attention_mask, -math.inf).softmax(-1)
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, -math.inf)
+        else:
+            scores = scores + attention_mask
+        weights = scores.softmax(-1)
         if show is not None:
             weights = show(weights)
         return cast((weights @ value).transpose(1, 2), query.dtype), weights
@@ -298,6 +305,7 @@ class Attention(nn.Module):
 
     is_causal = True
     reach: int | None = None  # the most direct columns that a query sees; None for all
+    follows_pairs = True  # a mask of four dimensions, `hf_archs.call.call.pairs`
     shows_weights = True  # those of the direct columns, from `eager` attention, to `hf_archs.call.call.show`
 
     def __init__(self, config: AttentionConfig):
@@ -335,7 +343,9 @@ class Attention(nn.Module):
             return self.out_proj(self._in_place(q, k, v, start, state))
         before = {name: None if state is None else state.get(name) for name in self.states}
         columns = self._columns(k, v, start, before)
-        if before["key"] is None and seq_idx is None and self._sees_all(k.shape[2]):
+        if call.pairs is not None:
+            y = self._follow(q, columns, call.pairs)
+        elif before["key"] is None and seq_idx is None and self._sees_all(k.shape[2]):
             y = self._interface(q, k, v, None).flatten(2)
         else:
             y = self._attend(q, columns)
@@ -354,8 +364,30 @@ class Attention(nn.Module):
         keys, values = (cast(held[name], q.dtype).mT for name in ("key", "value"))
         column = torch.arange(keys.shape[2], device=q.device)
         first = (place[0] + start).unsqueeze(2)  # (b or 1, 1, 1)
+        if call.pairs is not None:
+            return self._masked(q, keys, values, call.pairs.columns(column))
         seen = (column <= place.unsqueeze(1)) & (column >= first)
         return self._interface(q, keys, values, seen.unsqueeze(1)).flatten(2)
+
+    def _follow(self, q: torch.Tensor, columns: Columns, pairs: Pairs) -> torch.Tensor:
+        """Attention to what a mask of four dimensions shows, (b, l, h * n). Of that a window hides what is more than so
+        many positions before a token.
+        """
+        key = torch.arange(-columns.past, columns.length, device=q.device)
+        seen = pairs.columns(pairs.past + key)
+        if self.reach is not None:
+            query = key[columns.past :].unsqueeze(0)
+            if pairs.positions is not None and columns.past == 0:
+                query = key = pairs.positions
+            seen = limited(seen, (key.unsqueeze(-2) > query.unsqueeze(2) - self.reach).unsqueeze(1))
+        return self._masked(q, columns.k, columns.v, seen)
+
+    def _masked(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Attention by such a mask, (b, l, h * n); of a query that sees nothing comes 0."""
+        blank = sees_nothing(seen)
+        seen = seen.masked_fill(blank, seen.dtype == torch.bool)  # else its softmax would be not-a-number
+        seen = seen if seen.dtype == torch.bool else cast(seen, q.dtype)
+        return self._interface(q, k, v, seen).masked_fill(blank.transpose(1, 2), 0).flatten(2)
 
     def _project(
         self, hidden_states: torch.Tensor, start: torch.Tensor
@@ -373,7 +405,8 @@ class Attention(nn.Module):
             q, k, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (q, k, v))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if config.rope_theta is not None:
-            position = torch.arange(q.shape[2], device=q.device) - start
+            given = None if call.pairs is None else call.pairs.positions
+            position = torch.arange(q.shape[2], device=q.device) - start if given is None else given
             wider = torch.promote_types(dtype, torch.float32)
             cos, sin = rotary(position, config.rotary_size, config.rope_theta, wider)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -465,7 +498,8 @@ class Attention(nn.Module):
         """The implementation that the model's config names, (b, h, l, n) to (b, l, h, n); ``extra`` columns come first
         that are not the direct ones.
         """
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
+        named = "eager" if is_transformed() else self.config._attn_implementation or "sdpa"  # which torch can transform
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(named, eager_attention)
         options: dict[str, Any] = {"dropout": 0.0, "scaling": self.scaling, "is_causal": mask is None}
         show = call.show
         if show is not None and attend is eager_attention:
@@ -546,6 +580,11 @@ class SlidingAttention(Attention):
 
     def _state_specs(self) -> dict[str, StateSpec]:
         return sliding_attention_state(self.config)
+
+    @property
+    def follows_pairs(self) -> bool:  # type: ignore[override]
+        """Not where the first tokens of every document are seen, since such a mask does not say where one begins."""
+        return not self.config.global_tokens
 
     def _sees_all(self, length: int) -> bool:
         return length <= self.config.window

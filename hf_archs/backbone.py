@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -30,17 +31,18 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_tracing, logging
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_archs import conversion, model_card
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
 from hf_archs.call import NAME, NEW_NAME, OLD_NAME, call, during
 from hf_archs.configuration import ArchConfig
-from hf_archs.errors import CheckFailed
 from hf_archs.kernels.numerics import below_autograd, wide
+from hf_archs.masks import Pairs, read_documents, read_mask, read_pairs
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
+from hf_archs.sharding import Shardable
 from hf_archs.sharing import share_layers
 from hf_archs.watching import watch_trainers
 
@@ -58,6 +60,7 @@ class Layout(NamedTuple):
     restore: torch.Tensor | None = None  # (b, l)
     lengths: torch.Tensor | None = None  # (b,)
     seq_idx: torch.Tensor | None = None  # (b, l), in mixer order: the document of each token
+    pairs: Pairs | None = None  # of a mask of four dimensions, beside which there is nothing else
 
     @classmethod
     def build(cls, mask: torch.Tensor | None, seq_idx: torch.Tensor | None) -> Layout:
@@ -70,6 +73,8 @@ class Layout(NamedTuple):
 
     def mask(self) -> torch.Tensor | None:
         """The real tokens in the user's order, ``(b, l)`` bool; None where nothing is padded."""
+        if self.pairs is not None:
+            return self.pairs.real
         if self.restore is None or self.lengths is None:
             return None
         return self.restore < self.lengths[:, None]
@@ -90,7 +95,7 @@ class AttentionWeights(nn.Identity):
     """
 
 
-class ArchBlock(GradientCheckpointingLayer):
+class ArchBlock(Shardable, GradientCheckpointingLayer):
     """One layer: ``x + mixer(norm(x))`` and ``x + feed_forward(norm(x))``, as far as the plan has them.
 
     A mixer is called as ``mixer(hidden_states, state=slot, lengths=lengths, seq_idx=seq_idx)`` with real tokens
@@ -155,13 +160,14 @@ class ArchBlock(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, layout: Layout, state: Slot | None, output_attentions: bool
     ) -> torch.Tensor:
         assert self.mixer is not None
-        order, restore, lengths, seq_idx = layout
+        order, restore, lengths, seq_idx, pairs = layout
         recorder = self.attention_weights
         looked_at: contextlib.AbstractContextManager = contextlib.nullcontext()
         if output_attentions and recorder is not None:
             total = None if state is None or state.cache.is_static else state.cache.get_seq_length()
             looked_at = during(show=partial(_show, recorder=recorder, layout=layout, total=total))
-        with looked_at:
+        forwards = pairs if pairs is None or not self.bidirectional else pairs.in_direction(backwards=False)
+        with looked_at, _following(forwards):
             mixed = self.mixer(_permute(hidden_states, order), state=state, lengths=lengths, seq_idx=seq_idx)
         mixed = _permute(mixed, restore)
         if self.bidirectional:
@@ -176,10 +182,15 @@ class ArchBlock(GradientCheckpointingLayer):
             )
             if seq_idx is not None:
                 seq_idx = _reverse_real(seq_idx, lengths) if lengths is not None else seq_idx.flip(1)
-            backward = self.mixer(_permute(hidden_states, back), state=None, lengths=lengths, seq_idx=seq_idx)
+            with _following(pairs if pairs is None else pairs.in_direction(backwards=True)):
+                backward = self.mixer(_permute(hidden_states, back), state=None, lengths=lengths, seq_idx=seq_idx)
             mixed = mixed + _permute(backward, torch.argsort(back, dim=1))
         mask = layout.mask()
         return mixed if mask is None else mixed.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def _following(pairs: Pairs | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if pairs is None else during(pairs=pairs)
 
 
 def _show(weights: torch.Tensor, recorder: Any, layout: Layout, total: int | None) -> torch.Tensor:
@@ -209,7 +220,18 @@ def _reverse_real(rows: torch.Tensor, lengths: torch.Tensor | None) -> torch.Ten
     return rows.gather(1, torch.where(position < lengths[:, None], lengths[:, None] - 1 - position, position))
 
 
-class ArchPreTrainedModel(PreTrainedModel):
+class ScaledEmbedding(nn.Embedding):
+    """An embedding times ``embed_scale``, by which PEFT multiplies its adapters too."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, embed_scale: float):
+        super().__init__(num_embeddings, embedding_dim)
+        self.embed_scale = embed_scale
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+class ArchPreTrainedModel(Shardable, PreTrainedModel):
     """Base of every model class of this library."""
 
     config_class = ArchConfig
@@ -287,7 +309,8 @@ class ArchPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for a checkpoint of another architecture, or an option that ours cannot represent; for weights
                 in a pickle, unless ``use_safetensors=False`` asks for them.
-            CheckFailed: a RuntimeError, where a tensor has another shape than the config asks for.
+            CheckFailed: a RuntimeError, where a tensor has another shape than the config asks for, is missing, or is
+                left over; see `hf_archs.conversion.Reading.check`.
             SafetensorError: where a weights file is corrupt or truncated.
         """
         native = conversion.prepare(cls, pretrained_model_name_or_path, kwargs)
@@ -297,19 +320,14 @@ class ArchPreTrainedModel(PreTrainedModel):
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
                 model.config.name_or_path = str(pretrained_model_name_or_path)
                 return loaded
+        reading = None
+        if kwargs.get("state_dict") is None:  # which a caller may have made of some weights alone
+            reading = conversion.Reading(
+                pretrained_model_name_or_path, native is not None, kwargs.get("ignore_mismatched_sizes", False)
+            )
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
-                raise
-            # transformers has put the names into a table and not into the error
-            kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            name, found, expected = min(loaded[1]["mismatched_keys"])
-            raise CheckFailed(
-                f"{name} has shape {tuple(found)} in {pretrained_model_name_or_path}, and its config asks for "
-                f"{tuple(expected)}; allowed is a checkpoint that fits its config"
-            ) from error
+            with during(reading=reading):
+                loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise SafetensorError(
                 f"the weights of {pretrained_model_name_or_path} are corrupt or truncated ({error}); "
@@ -352,6 +370,27 @@ class ArchPreTrainedModel(PreTrainedModel):
         elif not getattr(self, "_hf_peft_config_loaded", False):
             model_card.save_card(self, working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        super().mark_tied_weights_as_initialized(loading_info)
+        # here, before memory is taken for tensors that a wrong config asks for
+        if call.reading is not None and getattr(self, "hf_quantizer", None) is None:  # which stores weights in parts
+            self._adjust_missing_and_unexpected_keys(loading_info)
+            call.reading.check(self, loading_info)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: where a pipeline would part layers that share weights.
+        """
+        if mesh_manager is not None and distributed_config.pp_size > 1 and model.base_model._tied_weights_keys:
+            raise ValueError(
+                f"pp_size is {distributed_config.pp_size}, and layers of this {cls.__name__} share weights, which one "
+                "stage of a pipeline would hold and another use; allowed is 1"
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -457,12 +496,58 @@ def _one_cache(cache: Any, past_key_values: Any) -> Any:
     raise ValueError("cache and past_key_values were both passed, and are names of the same; allowed is one")
 
 
+def _also_without_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A batch of no rows runs as one of pads, of which no row is kept: no mixer has to know it, and every parameter has
+    a gradient, zero, which processes that share out rows wait for.
+
+    Raises:
+        ValueError: for rows of no tokens; and for no rows beside a cache that has some.
+    """
+
+    @wraps(forward)
+    def wrapper(self: Any, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        if given is None or torch.compiler.is_compiling() or given.numel() > 0:
+            return forward(self, input_ids, *args, **kwargs)
+        if given.shape[1] == 0:
+            raise ValueError(f"the input has shape {tuple(given.shape[:2])}; allowed are rows of one token or more")
+        options = inspect.signature(forward).bind(self, input_ids, *args, **kwargs).arguments
+        options = {**options.pop("kwargs", {}), **options, "return_dict": True}
+        del options["self"]
+        cache = _one_cache(options.pop(NEW_NAME, None), options.pop(OLD_NAME, None))
+        if cache is not None:
+            cache = options[NAME] = adopt(cache, self.config)
+            if cache.batch_size > 0:
+                raise ValueError(f"the input has no rows, and the cache holds {cache.batch_size}; allowed is as many")
+            cache._map_rows(lambda t: t.new_zeros(1, *t.shape[1:]))
+        for name in ("input_ids", "inputs_embeds"):
+            if options.get(name) is not None:
+                options[name] = torch.cat([options[name], given.new_zeros(1, *given.shape[1:])])
+        for name in ("seq_idx", "cu_seq_lens_q", "position_ids"):
+            options[name] = None
+        options["attention_mask"] = torch.zeros(1, given.shape[1], dtype=torch.bool, device=given.device)
+        outputs = forward(self, **options)
+        for name, value in outputs.items():
+            if isinstance(value, RecurrentCache):
+                value.batch_select_indices(torch.zeros(0, dtype=torch.int64))
+            elif name != "router_statistics":  # zeros, of the layer
+                outputs[name] = value[:0] if isinstance(value, torch.Tensor) else tuple(t[:0] for t in value)
+        return outputs if kwargs.get("return_dict", self.config.return_dict) is not False else outputs.to_tuple()
+
+    return wrapper
+
+
 class ArchModel(ArchPreTrainedModel):
     """Embedding, blocks and final norm."""
 
     def __init__(self, config: ArchConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        scale, sizes = config.embedding_multiplier, (config.vocab_size, config.hidden_size)
+        # in the embedding, since inputs_embeds may be what the stage of a pipeline before this one leaves
+        self.embed_tokens = nn.Embedding(*sizes) if scale == 1.0 else ScaledEmbedding(*sizes, scale)
+        self.embed_norm = None
+        if config.embedding_norm:
+            self.embed_norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
         self.layers = nn.ModuleList(ArchBlock(config, i) for i in range(config.num_hidden_layers))
         self._tied_weights_keys = share_layers(self.layers, [config.layer_plan(i) for i in range(len(self.layers))])
         self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
@@ -477,6 +562,7 @@ class ArchModel(ArchPreTrainedModel):
         """
         return dict(self._tied_weights_keys or {})
 
+    @_also_without_rows
     @capture_outputs
     @auto_docstring
     def forward(
@@ -509,6 +595,7 @@ class ArchModel(ArchPreTrainedModel):
             Whether to return what the routers of the layers counted, for the losses that balance their load; None for
             where their logits are asked for.
         """
+        kwargs |= kwargs.pop("kwargs", {})  # where transformers' pipelines put what a forward does not name
         _check_arguments(self, kwargs)
         cache = _one_cache(cache, past_key_values)
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -519,10 +606,14 @@ class ArchModel(ArchPreTrainedModel):
         if use_cache is None:  # transformers' merge_with_config_defaults takes 20 microseconds a token for it
             # a layer that is run again in the backward, by whatever checkpoints activations, would find its own states
             use_cache = self.config.use_cache and not training
-        if self.config.embedding_multiplier != 1.0:
-            inputs_embeds = inputs_embeds * self.config.embedding_multiplier
+        if self.embed_norm is not None and not isinstance(
+            self.embed_tokens, nn.Identity
+        ):  # as in a pipeline's later stage
+            inputs_embeds = self.embed_norm(inputs_embeds)
         asked = kwargs.get("output_attentions", self.config.output_attentions)
-        output_attentions = bool(asked) and any(layer.attention_weights is not None for layer in self.layers)
+        output_attentions = bool(asked) and any(
+            getattr(layer, "attention_weights", None) is not None for layer in self.layers
+        )
         if output_attentions:
             implementation = self.config._attn_implementation
             if implementation != "eager":
@@ -558,13 +649,18 @@ class ArchModel(ArchPreTrainedModel):
             output_router_statistics = output_router_logits
 
         length = inputs_embeds.shape[1]
-        mask = _real_tokens(attention_mask, length)
+        batch = inputs_embeds.shape[0]
+        mask, pairs = read_mask(attention_mask, batch, length, cache), None
         # positions restart after left pads and differ from zero in a continuation too: they mark documents only alone
         alone = attention_mask is None and (cache is None or cache.is_empty)
-        seq_idx = _documents(seq_idx, cu_seq_lens_q, position_ids if alone else None, inputs_embeds)
+        marks = position_ids if alone else None
+        seq_idx = read_documents(seq_idx, cu_seq_lens_q, mask.documents, marks, inputs_embeds)
+        if mask.seen is not None:
+            windows = self._check_following()
+            pairs = read_pairs(mask.seen, batch, length, cache, seq_idx, position_ids, windows)
         if cache is not None:
-            cache.begin(length, mask, inputs_embeds.device)
-        layout = Layout.build(mask, seq_idx)
+            cache.begin(length, mask.real, inputs_embeds.device)
+        layout = Layout.build(mask.real, seq_idx)._replace(pairs=pairs)
 
         hidden_states: Any = inputs_embeds
         statistics: list[torch.Tensor] = []
@@ -589,9 +685,24 @@ class ArchModel(ArchPreTrainedModel):
             fields["router_statistics"] = tuple(statistics)
         return ArchModelOutput(last_hidden_state=self.norm(hidden_states), **fields)
 
+    def _check_following(self) -> bool:
+        """Whether any of the mixers has a window; a `ValueError` unless all can follow a mask of four dimensions."""
+        windows = False
+        for i, layer in enumerate(self.layers):
+            for mixer in getattr(layer.mixer, "parts", {"": layer.mixer}).values():
+                if mixer is not None and not getattr(mixer, "follows_pairs", False):
+                    raise ValueError(
+                        f"attention_mask has four dimensions, and layer {i}, a {type(mixer).__name__}, cannot follow "
+                        "it; allowed are masks of two dimensions, and documents are marked by seq_idx, position_ids, "
+                        "cu_seq_lens_q, or numbers from 1 on in such a mask"
+                    )
+                windows = windows or getattr(mixer, "reach", None) is not None
+        return windows
+
     def routers(self) -> dict[int, Any]:
-        """The feed-forwards with a router, by their layers."""
-        return {i: layer.feed_forward for i, layer in enumerate(self.layers) if hasattr(layer.feed_forward, "routes")}
+        """The feed-forwards with a router, by their layers. (A stage of a pipeline has other modules for the rest.)"""
+        parts = {i: getattr(layer, "feed_forward", None) for i, layer in enumerate(self.layers)}
+        return {i: part for i, part in parts.items() if hasattr(part, "routes")}
 
     def auxiliary_losses(self, statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The routers' own losses, from the statistics of one forward, those of one config together.
@@ -608,51 +719,6 @@ class ArchModel(ArchPreTrainedModel):
 
         added, coefficient = summed("auxiliary_loss"), getattr(self.config, "router_aux_loss_coef", 0.0)
         return (added / coefficient if coefficient else summed("balance_loss")), added
-
-
-def _real_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
-    """The mask of real tokens in this segment, ``(b, length)`` bool; None where no token is padding.
-
-    generate hands compiled forwards a dict with a mask for each layer type; masks of other ranks are attention's.
-    """
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("linear_attention")
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None
-    mask = attention_mask[:, -length:].bool()
-    if mask.shape[1] < length:
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns for {length} new tokens; allowed are {length} or more"
-        )
-    if not is_tracing(mask) and bool(mask.all()):
-        return None  # outside a graph, spare an unpadded batch the sorting
-    return mask
-
-
-def _documents(
-    seq_idx: torch.Tensor | None,
-    cu_seq_lens: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor,
-) -> torch.Tensor | None:
-    """The document of each token, ``(b, l)``, from whichever of the three signals is there, in this order."""
-    batch, length = inputs_embeds.shape[:2]
-    if seq_idx is not None:
-        if seq_idx.shape != (batch, length):
-            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; allowed is {(batch, length)}")
-        return seq_idx
-    if cu_seq_lens is not None:
-        if batch != 1:
-            raise ValueError(f"cu_seq_lens describes one packed row, but the batch has {batch}; pass seq_idx instead")
-        positions = torch.arange(length, device=inputs_embeds.device)
-        return torch.bucketize(positions, cu_seq_lens[1:].to(positions), right=True).unsqueeze(0)
-    if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] == length:
-        restarts = torch.zeros_like(position_ids)
-        restarts[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).to(restarts.dtype)
-        if not is_tracing(restarts) and not bool(restarts.any()):
-            return None
-        return restarts.cumsum(1).expand(batch, length)
-    return None
 
 
 def _with_router_losses(
@@ -682,6 +748,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
     _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     _model_class: type[ArchModel]
 
@@ -721,6 +788,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             Whether to return the logits of the routers and their own loss, which is then part of ``loss``; None for
             the config's, which is True unless a checkpoint of another model says otherwise.
         """
+        kwargs |= kwargs.pop("kwargs", {})  # see the backbone's
         cache = _one_cache(cache, past_key_values)
         if isinstance(cache, RecurrentCache) and isinstance(logits_to_keep, int):
             # assisted decoding keeps the logits of all candidates, and takes back no more than those and one
@@ -823,9 +891,15 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: where a layer cannot generate, or the cache asked for cannot be made.
         """
-        for layer in self.model.layers:
-            if hasattr(layer.feed_forward, "check_generation"):
-                layer.feed_forward.check_generation()
+        for router in self.model.routers().values():
+            if hasattr(router, "check_generation"):
+                router.check_generation()
+        mask = model_kwargs.get("attention_mask")
+        if generation_config.prefill_chunk_size is not None and mask is not None and bool((mask > 1).any()):
+            raise ValueError(
+                f"attention_mask numbers documents, and prefill_chunk_size is {generation_config.prefill_chunk_size}, "
+                "which may cut between two of them; allowed is None"
+            )
         implementation = generation_config.cache_implementation
         cache = model_kwargs.get(NAME)
         if cache is not None:
@@ -864,6 +938,8 @@ class ArchForMaskedLM(ArchPreTrainedModel):
     """The backbone with a masked-language-model head; it reads in both directions."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     _model_class: type[ArchModel]
 
     def __init__(self, config: ArchConfig):

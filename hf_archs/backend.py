@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "portable", "triton")
 
@@ -52,9 +53,18 @@ def _automatic(device_type: str) -> str:
     return "portable"
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is at work. Both pass an op of the library by
+    or stop at it, and take one that is made of PyTorch's own operators.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def backend_for(x: torch.Tensor) -> str:
-    """The name of the implementation that serves ``x``: one of `BACKENDS`."""
-    return _override or _automatic(x.device.type)
+    """The name of the implementation that serves ``x``: one of `BACKENDS`, ``reference`` where `is_transformed`."""
+    return "reference" if is_transformed() else _override or _automatic(x.device.type)
 
 
 @contextlib.contextmanager

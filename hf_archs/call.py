@@ -24,15 +24,19 @@ class _Call(threading.local):
 
     Attributes:
         site: which of the layers that share a module is running; see `hf_archs.sharing`.
+        pairs: which tokens see each other, a `hf_archs.masks.Pairs`; None for all that are before them.
         show: gets the weights of attention, (b, h, l, columns), and gives what stands for them; None if nobody looks.
         generating: whether `generate` is running, so that the weights stay as they are from one token to the next.
         card: the user's own in the folder that a model is saved into, as long as it is pushed from there.
+        reading: the checkpoint that ``from_pretrained`` is reading, where every weight of it has to find its place.
     """
 
     site: int = 0
+    pairs: Any = None
     show: Callable[[torch.Tensor], torch.Tensor] | None = None
     generating: bool = False
     card: bytes | None = None
+    reading: Any = None
 
 
 call = _Call()

@@ -220,25 +220,14 @@ def load_model(source: str, *, copies: int = 1, **kwargs: Any) -> PreTrainedMode
         kwargs: for ``from_pretrained``.
 
     Raises:
-        OSError, ValueError, SafetensorError: see `read_config`, `check_memory` and `check_weights`; `ValueError` too
-            where the file lacks weights that the config promises.
+        OSError, ValueError, CheckFailed, SafetensorError: see `read_config`, `check_memory`, `check_weights` and
+            ``from_pretrained``; `ValueError` too where there is no language-model head.
     """
     architecture, config = read_config(source)
     check_memory(config, copies)
     check_weights(Path(source).expanduser())
-    try:
-        model_class: Any = architecture.causal_lm_class
-        model, loading = model_class.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-    except RuntimeError as error:
-        raise ValueError(f"the weights of {source!r} do not fit its config.json: {error}") from error
-    if wrong := sorted(loading["mismatched_keys"]):
-        name, found, expected = wrong[0]
-        raise ValueError(
-            f"the weights of {source!r} do not fit its config.json: {name} has shape {tuple(found)}, and by the config "
-            f"it has {tuple(expected)}"
-        )
+    model_class: Any = architecture.causal_lm_class
+    model, loading = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{source!r} lacks {len(missing)} of the model's weights, {missing[0]} among them")
     return model

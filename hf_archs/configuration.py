@@ -1,15 +1,24 @@
 """The fields that every architecture and every mixer shares, and how a layer finds its mixer."""
 
+import difflib
 import inspect
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
-from huggingface_hub.dataclasses import strict
+import torch
+from huggingface_hub.dataclasses import strict, validated_field
+from packaging.version import InvalidVersion, Version
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
-from hf_archs import conversion, hub, registry
+from hf_archs import __version__, conversion, hub, registry
 from hf_archs.call import NEW_NAME, OLD_NAME
+from hf_archs.formats import IDLE, MOST_LAYERS
+
+logger = logging.get_logger(__name__)
 
 FOLLOW = ("num_heads", "num_key_value_heads")  # what PEFT's prompt and prefix tuning look for in a config's dict
 
@@ -19,6 +28,20 @@ def check_range(config: object, field: str, low: float, high: float) -> None:
     value = getattr(config, field)
     if not low <= value <= high:
         raise ValueError(f"{type(config).__name__}: {field} is {value}; allowed are {low} to {high}")
+
+
+def _is_newer(version: object) -> bool:
+    """Whether this is a version of hf-archs after the installed one."""
+    try:
+        return isinstance(version, str) and Version(version) > Version(__version__)
+    except InvalidVersion:
+        return False
+
+
+def _check_token_id(field: str, value: Any) -> None:
+    """Refuse a negative one when it is set: transformers only warns, and -1 would be the last row of the embedding."""
+    if any(isinstance(token, int) and token < 0 for token in (value if isinstance(value, list) else [value])):
+        raise ValueError(f"{field} is {value}; allowed are 0 to vocab_size - 1, and None")
 
 
 @strict
@@ -104,6 +127,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         norm_eps: added to the mean square, or the variance, in every norm.
         norm_type: the norm before every mixer and feed-forward and at the end, ``rms_norm`` or ``layer_norm``.
         embedding_multiplier: what the embeddings are multiplied by; the square root of hidden_size in some models.
+        embedding_norm: whether a norm of ``norm_type`` follows them (torchscale's ``layernorm_embedding``).
         residual_in_fp32: keep the residual stream in (at least) float32 whatever the weights' dtype.
         initializer_range: standard deviation of embeddings and linear layers at initialisation.
         rescale_prenorm_residual: divide the initial output projections by the square root of the number of
@@ -116,24 +140,38 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
     mixer_type: ClassVar[str]
     keys_to_ignore_at_inference: ClassVar[list[str]] = [OLD_NAME, NEW_NAME, "aux_loss", "router_logits"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}  # prompt tuning asks for it
+    # of each module that a stage of a pipeline may hold, the names of what its forward is given and gives
+    base_model_pp_plan: ClassVar[dict[str, Any]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "layout"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 32000
     num_hidden_layers: int = 24
     norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
     embedding_multiplier: float = 1.0
+    embedding_norm: bool = False
     residual_in_fp32: bool = True
     initializer_range: float = 0.02
     rescale_prenorm_residual: bool = True
     bidirectional: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = True
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = validated_field(partial(_check_token_id, "pad_token_id"), default=0)
+    bos_token_id: int | None = validated_field(partial(_check_token_id, "bos_token_id"), default=0)
+    eos_token_id: int | list[int] | None = validated_field(partial(_check_token_id, "eos_token_id"), default=0)
+
+    def _check_host_fields(self) -> None:
+        """Those that transformers computes with before it looks at their types."""
+        dtype: Any = self.dtype
+        known = dtype is None or isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype)
+        self._allow(known, "dtype", "are torch's, such as 'bfloat16', and None")
+        self._allow(isinstance(self.id2label, dict | None), "id2label", "is a dict of numbers and labels, and None")
 
     def validate_sizes(self) -> None:
         check_range(self, "vocab_size", 1, 2**24)
-        check_range(self, "num_hidden_layers", 1, 2**12)
+        check_range(self, "num_hidden_layers", 1, MOST_LAYERS)
         check_range(self, "initializer_range", 0.0, 10.0)
         check_range(self, "embedding_multiplier", 1e-6, 1e6)
 
@@ -141,7 +179,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)
             for token in value if isinstance(value, list) else [value]:
-                if token is not None and not 0 <= token < self.vocab_size:
+                if token is not None and token >= self.vocab_size:
                     raise ValueError(
                         f"{type(self).__name__}: {field} is {value}; allowed are 0 to vocab_size - 1 = "
                         f"{self.vocab_size - 1}, and None"
@@ -177,8 +215,10 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         # first of all: others compute with these, and transformers goes through all layers here
         self.validate_mixer_sizes()
         self.validate_sizes()
+        self._check_host_fields()
         # where they are no fields they follow from others, and stand in the file for those who read only that
         follow = {name: kwargs.pop(name, None) for name in FOLLOW if name not in self.__dataclass_fields__}
+        self._check_names(kwargs, kwargs.pop("hf_archs_version", None))
         super().__post_init__(**kwargs)
         for name, given in follow.items():
             if given is None:
@@ -190,8 +230,34 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
                     "which follows from the other fields"
                 )
 
+    def _check_names(self, given: Collection[str], written_by: object) -> None:
+        """Look at the names that are no fields: tools add some of their own, and a misspelt one has no effect.
+
+        Args:
+            given: the names.
+            written_by: the version of hf-archs that wrote the file that they stand in, if one did.
+
+        Raises:
+            ValueError: for a name that is nearly that of a field.
+        """
+        unknown = [name for name in given if not (hasattr(type(self), name) or name in IDLE or name[0] == "_")]
+        if unknown and _is_newer(written_by):
+            logger.warning(
+                f"hf-archs {written_by} wrote this config, and the installed one, {__version__}, does not know "
+                f"{', '.join(unknown)}: the model may be another one; pip install -U hf-archs"
+            )
+            return
+        own = [name for name in self.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
+        for name in unknown:
+            words = set(name.split("_"))
+            inside = [field for field in own if len(words) > 1 and words < set(field.split("_"))]
+            near = difflib.get_close_matches(name, own, n=1, cutoff=0.8) or inside
+            if near:
+                raise ValueError(f"{type(self).__name__} has no field {name!r}; did you mean {' or '.join(near)}?")
+
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
+        output["hf_archs_version"] = __version__
         output.update({name: getattr(self, name) for name in FOLLOW if getattr(self, name, None) is not None})
         auto_map = hub.auto_map(type(self))
         if auto_map:
@@ -200,6 +266,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in transformers; beside ``config.json`` stands the stub that lets Auto classes find this library."""
+        self.validate()  # type: ignore[attr-defined]  # before anything is written
         if not os.path.isfile(save_directory):  # transformers has its own sentence for that
             hub.write_stub(type(self), save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -11,11 +11,14 @@ import copy
 import inspect
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -23,6 +26,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_archs import pickles, registry
+from hf_archs.errors import CheckFailed, sentence
 from hf_archs.formats import (
     OURS,
     NativeCheckpoint,
@@ -37,7 +41,7 @@ from hf_archs.registry import Architecture
 def find_format(
     raw: Mapping[str, Any], config_class: type[PreTrainedConfig], source: object, reader: str | None = None
 ) -> NativeFormat | None:
-    """The native format of a ``config.json``; None where it is ours, or says nothing of its type.
+    """The native format of a ``config.json``; None where it is ours.
 
     Args:
         raw: the content of ``config.json``.
@@ -46,7 +50,9 @@ def find_format(
         reader: the class that reads it, for the error.
 
     Raises:
-        ValueError: where the checkpoint is of another architecture.
+        ValueError: where the checkpoint is of another architecture, or its ``config.json`` says nothing of its type and
+            is of no format.
+        OSError: where there is no ``config.json``.
     """
     architecture = registry.find_architecture(config_class)
     if architecture is None or raw.get("model_type") == config_class.model_type:
@@ -57,11 +63,17 @@ def find_format(
     kind, layer = raw.get("model_type"), state_spaces_layer(raw)
     if layer is not None:
         kind = f"state-spaces {layer}"
-    if kind is None:
-        return None
     *others, last = [config_class.model_type, *map(str, architecture.native_formats)]
-    readable = f"{', '.join(others)} and {last}" if others else last
-    raise ValueError(f"{source} is a {kind!r} checkpoint; {reader or config_class.__name__} reads {readable}")
+    readable = f"{reader or config_class.__name__} reads {', '.join(others) + ' and ' if others else ''}{last}"
+    if not raw:
+        raise OSError(f"{source} has no config.json, or an empty one; {readable}")
+    if kind is None:
+        fields = ", ".join(sorted(raw)[:5])
+        raise ValueError(
+            f"the config.json of {source} has no model_type, and its fields ({fields}, ...) are of no known "
+            f"format; {readable}"
+        )
+    raise ValueError(f"{source} is a {kind!r} checkpoint; {readable}")
 
 
 def read_config(
@@ -72,9 +84,51 @@ def read_config(
     if native is None:
         return raw
     try:
-        return native.read_config(raw, config_class)
+        return translate(native, raw, config_class)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def translate(form: NativeFormat, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """A ``config.json`` of a native format as sound fields of ``config_class``.
+
+    Raises:
+        ValueError: see `NativeFormat.read_config`, and for a value that no such config may have: naming the field of
+            theirs without which the file would do, where the error speaks of one of ours or of none.
+    """
+    try:
+        fields = form.read_config(raw, config_class)
+        config_class(**fields)
+    except Exception as error:  # transformers' own configs compute with a value before they look at its type
+        said = sentence(error)
+        if not isinstance(error, ValueError | StrictDataclassError):
+            said = f"{type(error).__name__}: {said}"
+        if not any(_speaks_of(said, name) for name in raw):
+            blamed = _blamed(form, raw, config_class, said)
+            said = f"{', '.join(f'{name} is {raw[name]!r}' for name in blamed)} in this {form.name} checkpoint: {said}"
+        raise ValueError(said) from error
+    return fields
+
+
+def _speaks_of(said: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", said) is not None
+
+
+def _blamed(form: NativeFormat, raw: Mapping[str, Any], config_class: type[PreTrainedConfig], said: str) -> list[str]:
+    """Fields of theirs that may be why a file cannot be read, where the error names none of them."""
+
+    def reads(part: Mapping[str, Any]) -> bool:
+        with contextlib.suppress(Exception):
+            return bool(config_class(**form.read_config(part, config_class)))
+        return False
+
+    ours = [theirs for ours, theirs in form.fields.items() if theirs in raw and _speaks_of(said, ours.split(".")[-1])]
+    alone = {"model_type": raw.get("model_type")}
+    return (
+        list(dict.fromkeys(ours))
+        or [name for name in raw if reads({k: v for k, v in raw.items() if k != name})]
+        or [name for name, value in raw.items() if not reads({**alone, name: value})]
+    )
 
 
 def prepare(
@@ -155,7 +209,70 @@ def unpickled(
         NativeCheckpoint(raw, pickles.read_state_dict(pickled)).save_pretrained(folder)
         for name in ("use_safetensors", "subfolder"):
             kwargs.pop(name, None)
-        yield folder
+        try:
+            yield folder
+        except (ValueError, CheckFailed) as error:  # which names the folder
+            error.args = tuple(str(part).replace(folder, str(source)) for part in error.args)
+            raise
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A checkpoint while ``from_pretrained`` reads it.
+
+    Attributes:
+        source: folder or repository.
+        native: whether it is of a native format.
+        any_shape: whether tensors may have other shapes than the config asks for, and are made anew then.
+    """
+
+    source: Any
+    native: bool
+    any_shape: bool
+
+    def check(self, model: PreTrainedModel, found: Any) -> None:
+        """Hold the names and shapes in the files against the model.
+
+        Everything below the heads has to be there, and nothing else. A head may be missing, and is a new one then; that
+        of another class of model may be left over. Other tensors beside both are, in our own files, their writer's.
+
+        Args:
+            found: transformers' report on what it read.
+
+        Raises:
+            CheckFailed: naming a tensor and how many others there are.
+        """
+        base = "" if model.base_model is model else f"{OURS}."
+        tied: Any = model.all_tied_weights_keys  # which files hold once
+        missing = sorted(name for name in found.missing_keys if name.startswith(base) and name not in tied)
+        below, heads = (
+            rf"(?:{OURS}\.)?(?:embed_tokens|embed_norm|layers|norm)\.",
+            r"(?:lm_head|score|classifier|qa_outputs)\.",
+        )
+        left = sorted(
+            name
+            for name in found.unexpected_keys
+            if re.match(below, name) or (self.native and not re.match(heads, name))
+        )
+        if found.conversion_errors:
+            name = min(found.conversion_errors)
+            wrong = f"the parts of {name} in {self.source} do not fit each other, or one is missing"
+        elif found.mismatched_keys and not self.any_shape:
+            name, given, expected = min(found.mismatched_keys)
+            wrong = f"{name} has shape {tuple(given)} in {self.source}, and its config asks for {tuple(expected)}"
+        elif missing:
+            wrong = f"{missing[0]}{_and_others(missing)} is missing in {self.source}, whose config asks for it"
+        elif left:
+            wrong = f"{left[0]}{_and_others(left)} stands in {self.source}, whose config has no place for it"
+        else:
+            return
+        for names in (found.conversion_errors, found.mismatched_keys, found.missing_keys, found.unexpected_keys):
+            names.clear()  # or transformers says it once more, in a table
+        raise CheckFailed(f"{wrong}; allowed is a checkpoint that fits its config")
+
+
+def _and_others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _formats() -> list[tuple[Architecture, TransformersFormat]]:
@@ -193,7 +310,7 @@ def from_native(model: PreTrainedModel | NativeCheckpoint) -> PreTrainedModel:
         raise ValueError(f"from_native: a {type(model).__name__} cannot be converted; allowed are {names}")
     form, ours, _ = match
     config_class: Any = ours.config_class
-    config = config_class(**form.read_config(model.config.to_dict(), config_class))
+    config = config_class(**translate(form, model.config.to_dict(), config_class))
     state = {form.ours(name): tensor for name, tensor in model.state_dict().items()}
     return _take_over(_build(ours, config, _widened(ours, state), model.device, model.dtype), model)
 
@@ -228,12 +345,13 @@ def _from_checkpoint(checkpoint: NativeCheckpoint) -> PreTrainedModel:
         )
     architecture, form = found
     config_class: Any = architecture.config_class
-    config = config_class(**form.read_config(checkpoint.config, config_class))
+    config = config_class(**translate(form, checkpoint.config, config_class))
     state = {
         form.ours(name): tensor
         for name, tensor in checkpoint.state_dict.items()
         if not (isinstance(form, StateDictFormat) and form.is_buffer(name))
     }
+    state = form.convert(state, config)
     embedding = state.get(f"{OURS}.embed_tokens.weight")
     if config.tie_word_embeddings and embedding is not None:  # files leave one of the two out
         state.setdefault("lm_head.weight", embedding)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -28,7 +28,39 @@ from transformers.core_model_loading import (
 
 from hf_archs.registry import Architecture
 
+MOST_LAYERS = 2**12
 OURS = "model"  # `base_model_prefix` of every class of this library
+
+# Fields that stand in the config.json of any model and change no result: what transformers 4 wrote into every one of
+# them (how to generate, what a head was, how an encoder is a decoder), and where and by which tool a file was made.
+IDLE = frozenset(GenerationConfig._get_default_generation_params()) | {
+    "_commit_hash",
+    "_name_or_path",
+    "add_cross_attention",
+    "architectures",
+    "attn_implementation",
+    "auto_map",
+    "bad_words_ids",
+    "cross_attention_hidden_size",
+    "decoder_start_token_id",
+    "finetuning_task",
+    "is_decoder",
+    "model_type",
+    "name_or_path",
+    "prefix",
+    "pruned_heads",
+    "sep_token_id",
+    "task_specific_params",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +80,8 @@ class NativeFormat(ABC):
             ``mixer.num_heads``; see `ComposedConfig.instances`.
         constants: our config fields and the only value that the format stands for.
         allowed: their config fields that must have one of these values, or the checkpoint is no such model.
-        ignored: their config fields that do not change the result.
+        ignored: their config fields that do not change the result, beside those in `IDLE`.
+        conversions: how several parameters of theirs are several of ours, for files; see `convert`.
         unused: our config fields that the format does not have and that do not change the result.
         assumed: the same, with the values that they get when reading.
         pickle: the pickle that its repositories have in place of safetensors, if they do; see `hf_archs.pickles`.
@@ -68,6 +101,7 @@ class NativeFormat(ABC):
     unused: Collection[str] = ()
     assumed: Mapping[str, Any] = field(default_factory=dict)
     pickle: str | None = None
+    conversions: Collection[WeightConverter] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -106,20 +140,41 @@ class NativeFormat(ABC):
             mapping[rf"^((?:{OURS}\.)?layers\.\d+\.){theirs}$"] = rf"\1{ours}"
         return mapping
 
+    def convert(self, state: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+        """Their parameters under our names as ours for a model with this config, as ``conversions`` does in files."""
+        return state
+
     # -- config ------------------------------------------------------------------------------------------------
 
     def read_config(self, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
         """A ``config.json`` of this format as the fields of ``config_class``.
 
         Raises:
-            ValueError: for an option that ours cannot represent, naming field, value and what is allowed.
+            ValueError: for an option that ours cannot represent, naming field, value and what is allowed; for a field
+                that neither the format nor `IDLE` knows; for quantised weights.
         """
+        quantised = raw.get("quantization_config") or raw.get("quantization")
+        if quantised:
+            method = quantised.get("quant_method", quantised) if isinstance(quantised, Mapping) else quantised
+            raise ValueError(
+                f"quantization_config is {method!r} in this {self.name} checkpoint, and its weights are read as they "
+                "stand; allowed are the weights before they were quantised (quantise them while loading: "
+                "from_pretrained(..., quantization_config=...))"
+            )
+        layers = raw.get(self.fields.get("num_hidden_layers", ""), 1)
+        if isinstance(layers, int) and layers > MOST_LAYERS:  # or a list of them fills the memory
+            name = self.fields["num_hidden_layers"]
+            raise ValueError(f"{name} is {layers} in this {self.name} checkpoint; allowed are 1 to {MOST_LAYERS}")
         given, defaults = self.expand(raw)
         common = _common(given)
         fields = {ours: given[theirs] for ours, theirs in self.fields.items() if theirs in given}
-        known = {*common, *self.fields.values(), *self.ignored, "architectures", "transformers_version"}
+        known = {*common, *self.fields.values(), *self.ignored, *IDLE, "quantization_config", "quantization"}
+        unknown = []
         for name, value in given.items():
-            if name in known or (name not in self.allowed and name not in defaults):
+            if name in known:
+                continue
+            if name not in self.allowed and name not in defaults:
+                unknown.append(name)
                 continue
             allowed = self.allowed.get(name, (defaults.get(name),))
             if value not in allowed:
@@ -127,6 +182,11 @@ class NativeFormat(ABC):
                     f"{name} is {value!r} in this {self.name} checkpoint, which {config_class.__name__} cannot "
                     f"represent; allowed: {', '.join(map(repr, allowed))}"
                 )
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]} is {given[unknown[0]]!r} in this {self.name} checkpoint, and no field of that format is "
+                "known by this name: it may change the result; allowed is a file without it"
+            )
         found = {**common, "model_type": config_class.model_type}
         for path, value in {**fields, **self.constants, **self.assumed}.items():
             *parents, name = path.split(".")
@@ -289,15 +349,23 @@ class StateSpacesFormat(NativeFormat):
         # nothing but such layers has
         defaults = {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True}
         options = {"vocab_size": 50277, "residual_in_fp32": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True}
-        given = {**defaults, **options, **{k: v for k, v in raw.items() if k != "ssm_cfg"}}
+        empty = ("attn_layer_idx", "attn_cfg")  # null is none of them
+        given = {k: v for k, v in raw.items() if k != "ssm_cfg" and not (k in empty and v is None)}
+        given = {**defaults, **options, **given}
+        for name in ("d_model", "vocab_size", "pad_vocab_size_multiple"):
+            if type(given[name]) is not int or given[name] < 1:
+                raise ValueError(
+                    f"{name} is {given[name]!r} in this {self.name} checkpoint; allowed are whole numbers above 0"
+                )
         multiple = given.pop("pad_vocab_size_multiple")
         given["vocab_size"] = -(-given["vocab_size"] // multiple) * multiple
         given.pop("fused_add_norm", None)  # the same result in another kernel
-        layer = {**self.layer_defaults, **{k: v for k, v in raw["ssm_cfg"].items() if k != "layer"}}
+        layer = {**self.layer_defaults, **{k: v for k, v in (raw.get("ssm_cfg") or {}).items() if k != "layer"}}
+        if type(layer["expand"]) is int and layer.get("d_ssm") == layer["expand"] * given["d_model"]:
+            layer["d_ssm"] = None  # all of them
         # "auto" is what ours calls None: it follows from the width
         given.update({f"ssm_cfg.{name}": None if value == "auto" else value for name, value in layer.items()})
-        # an option that nobody knows has no default: whatever it says cannot be represented
-        return given, {name: defaults.get(name, self.layer_defaults.get(name.partition(".")[2])) for name in given}
+        return given, {**defaults, **{f"ssm_cfg.{name}": value for name, value in self.layer_defaults.items()}}
 
 
 def expert_conversions() -> list[WeightConverter | WeightRenaming]:
@@ -320,10 +388,21 @@ def expert_conversions() -> list[WeightConverter | WeightRenaming]:
 
 
 def state_spaces_layer(raw: Mapping[str, Any]) -> str | None:
-    """The kind of layer in a ``config.json`` of the package mamba_ssm; None where it is of anything else."""
-    if "model_type" in raw or not {"d_model", "n_layer", "ssm_cfg"} <= set(raw):
+    """The kind of layer in a ``config.json`` of the package mamba_ssm; None where it is of anything else.
+
+    mamba_ssm has a default for all but the two sizes. A ``layer`` beside them is HyenaDNA's, whose sizes have the same
+    names.
+
+    Raises:
+        ValueError: where ``ssm_cfg`` is no dict with a name in ``layer``.
+    """
+    if "model_type" in raw or "layer" in raw or not {"d_model", "n_layer"} <= set(raw):
         return None
-    return raw["ssm_cfg"].get("layer", "Mamba1")
+    options = {} if raw.get("ssm_cfg") is None else raw["ssm_cfg"]
+    layer = options.get("layer", "Mamba1") if isinstance(options, Mapping) else None
+    if not isinstance(layer, str):
+        raise ValueError(f"ssm_cfg is {options!r} in this state-spaces checkpoint; allowed is a dict with a 'layer'")
+    return layer
 
 
 def _flat(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -351,7 +430,7 @@ def _rename(name: str, prefixes: tuple[str, str], table: Mapping[str, str], laye
 
 
 def _common(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that every config of transformers has: labels, dtype, quantisation and the like."""
-    names = {*PreTrainedConfig().to_dict(), "quantization_config"}
+    """The fields that every config of transformers has: labels, dtype and the like."""
+    names = {*PreTrainedConfig().to_dict(), "torch_dtype", "num_labels"}
     names -= {"architectures", "model_type", "transformers_version", "auto_map"}
     return {name: value for name, value in config.items() if name in names}

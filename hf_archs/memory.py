@@ -254,6 +254,7 @@ class MemoryAttention(SlidingAttention):
     """Attention to a window of tokens and to a memory of those that left it."""
 
     config: MemoryConfig
+    follows_pairs = False  # type: ignore[assignment]  # its blocks are of a document, and such a mask says of none
 
     def __init__(self, config: MemoryConfig):
         super().__init__(config)

@@ -255,7 +255,10 @@ def register(architecture: Architecture) -> Architecture:
         auto_class.register(config_class, model_class)  # type: ignore[attr-defined]
     _register_names(architecture)
     _register_adapter_targets(architecture)
-    register_checkpoint_conversion_mapping(config_class.model_type, formats.expert_conversions())
+    conversions = formats.expert_conversions()
+    for form in architecture.native_formats:
+        conversions += form.conversions
+    register_checkpoint_conversion_mapping(config_class.model_type, conversions)
     return architecture
 
 

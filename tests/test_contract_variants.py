@@ -11,6 +11,7 @@ from hf_archs.testing.contract import (
     ArchitectureContract,
     CacheContract,
     GenerationContract,
+    MaskContract,
     PackingContract,
     PaddingContract,
     PrecisionContract,
@@ -94,6 +95,8 @@ class TestCapacities(PaddingContract, CacheContract, GenerationContract, Packing
     def architecture(cls, request):
         return variant("moe", **CAPACITIES[request.param])
 
+    test_every_parameter_has_a_gradient = TrainingContract.test_every_parameter_has_a_gradient
+
     @pytest.fixture(scope="class")
     @classmethod
     def shared_model(cls, architecture):
@@ -126,6 +129,24 @@ class TestEveryMixerInAHybrid(StatesContract):
     @classmethod
     def architecture(cls, request):
         return hybrid(*request.param)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def shared_model(cls, architecture):
+        return calm(architecture)
+
+
+class TestAttentionAlone(MaskContract, CacheContract, PackingContract):
+    """A window, and two mixers side by side, under masks of four dimensions."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def architecture(cls):
+        fields = {
+            "mixers": {"attention": MIXERS["attention"], "window": {**MIXERS["sliding_attention"], "global_tokens": 0}}
+        }
+        pattern = {"layer_pattern": "attention window attention+window", "num_hidden_layers": 3}
+        return variant("hybrid", **fields, **pattern)
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_archs.backend import backend_for
 from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
-from hf_archs.kernels.numerics import cast, wide
+from hf_archs.kernels.numerics import cast, differentiates_once, wide
 
 MAX_WIDTH = 8
 
@@ -246,3 +246,4 @@ def _backward(ctx, grad_y):
 
 
 _causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
+differentiates_once(_causal_conv1d_backward)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_archs.backend import backend_for
 from hf_archs.kernels import decay_scan_portable as portable
 from hf_archs.kernels.arguments import check_shapes, number_documents
-from hf_archs.kernels.numerics import LOG2_E, cast, constant, no_autocast, wide
+from hf_archs.kernels.numerics import LOG2_E, cast, constant, differentiates_once, no_autocast, wide
 
 
 def decay_scan(
@@ -245,3 +245,4 @@ def _backward(ctx, grad_y, grad_final_state, _):
 
 
 _decay_scan.register_autograd(_backward, setup_context=_setup_context)
+differentiates_once(_decay_scan_backward)

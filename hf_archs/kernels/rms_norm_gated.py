@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.backend import backend_for
-from hf_archs.kernels.numerics import cast, inverse_rms, wide
+from hf_archs.kernels.numerics import cast, differentiates_once, inverse_rms, wide
 
 
 def rms_norm_gated(x: Tensor, weight: Tensor, z: Tensor, *, eps: float, group_size: int | None = None) -> Tensor:
@@ -100,3 +100,4 @@ def _backward(ctx, grad_y):
 
 
 _rms_norm_gated.register_autograd(_backward, setup_context=_setup_context)
+differentiates_once(_rms_norm_gated_backward)

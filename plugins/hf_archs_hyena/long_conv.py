@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_archs.backend import backend_for
 from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
-from hf_archs.kernels.numerics import no_autocast
+from hf_archs.kernels.numerics import differentiates_once, no_autocast
 from hf_archs_hyena import long_conv_fft
 
 
@@ -276,3 +276,4 @@ def _backward(ctx, grad_y):
 
 
 _long_conv.register_autograd(_backward, setup_context=_setup_context)
+differentiates_once(_long_conv_backward)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_archs.backend import backend_for
 from hf_archs.kernels.arguments import check_shapes, number_documents
-from hf_archs.kernels.numerics import no_autocast
+from hf_archs.kernels.numerics import differentiates_once, no_autocast
 from hf_archs_hyena import modal_portable as portable
 
 # tokens between two entries of the coarse table of powers; fixed, so that a longer filter has the same taps
@@ -417,3 +417,4 @@ def _backward(ctx, grad_y, grad_final_state):
 
 
 _modal_conv.register_autograd(_backward, setup_context=_setup_context)
+differentiates_once(_modal_conv_backward)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_archs.backend import backend_for
 from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
+from hf_archs.kernels.numerics import differentiates_once
 from hf_archs_hyena import toeplitz_conv_portable as portable
 
 MAX_TAPS = 128
@@ -218,3 +219,4 @@ def _backward(ctx, grad_y):
 
 
 _toeplitz_conv.register_autograd(_backward, setup_context=_setup_context)
+differentiates_once(_toeplitz_conv_backward)

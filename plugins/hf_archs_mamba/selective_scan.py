@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_archs.backend import backend_for
 from hf_archs.kernels.arguments import check_shapes
-from hf_archs.kernels.numerics import LOG2_E, cast, constant, no_autocast, wide
+from hf_archs.kernels.numerics import LOG2_E, cast, constant, differentiates_once, no_autocast, wide
 from hf_archs_mamba import selective_scan_portable as portable
 
 
@@ -303,3 +303,4 @@ def _backward(ctx, grad_y, grad_final_state, _):
 
 
 _selective_scan.register_autograd(_backward, setup_context=_setup_context)
+differentiates_once(_selective_scan_backward)

@@ -154,7 +154,11 @@ QWEN3_MOE = TransformersFormat(
     },
     constants={**_CONSTANTS, "mixer.qk_norm": "head"},
     layer_patterns=_PER_EXPERT,
-    **{**_COMMON, "layer_renames": {**_COMMON["layer_renames"], **_QK_NORMS, **_DENSE}},
+    **{
+        **_COMMON,
+        "layer_renames": {**_COMMON["layer_renames"], **_QK_NORMS, **_DENSE},
+        "ignored": (*_COMMON["ignored"], "max_window_layers"),  # which counts layers with a window, of which is none
+    },
 )
 
 

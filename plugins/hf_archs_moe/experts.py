@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_archs.backend import backend_for
+from hf_archs.backend import backend_for, is_transformed
 from hf_archs.kernels.arguments import check_shapes
-from hf_archs.kernels.numerics import cast, no_autocast, wide
+from hf_archs.kernels.numerics import cast, differentiates_once, no_autocast, wide
 from hf_archs_moe import experts_portable as portable
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -73,6 +73,8 @@ def expert_mlp(
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     x, up, down = (cast(t, dtype) for t in (x, up, down))
+    if is_transformed():
+        return _dense(x, expert_index, expert_weight, up, down, activation, gated)
     if backend_for(x) == "reference":
         return expert_mlp_reference(x, expert_index, expert_weight, up, down, activation=activation, gated=gated)
     if torch.compiler.is_exporting():
@@ -235,3 +237,4 @@ def _backward(ctx, grad_y, _):
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
+differentiates_once(_expert_mlp_backward)

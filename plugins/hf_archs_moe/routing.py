@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from hf_archs.backend import is_transformed
 from hf_archs.kernels.numerics import cast, no_autocast, wide
 from hf_archs_moe.configuration import MoEConfig
 
@@ -144,6 +145,30 @@ def _load(index: Tensor, which: Tensor, scores: Tensor) -> Tensor:
     return torch.zeros_like(scores).scatter(1, index, cast(which, scores.dtype)).sum(0)
 
 
+class _Tally(torch.autograd.Function):
+    """Adds counts to a buffer under transforms of `torch.func`, which refuse it elsewhere; under `vmap` all counts."""
+
+    @staticmethod
+    def forward(buffer: Tensor, counts: Tensor) -> Tensor:
+        buffer.add_(counts)
+        return counts.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[None, None]:
+        return None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, buffer: Tensor, counts: Tensor) -> tuple[Tensor, None]:
+        return _Tally.apply(buffer, counts if in_dims[1] is None else counts.sum(in_dims[1])), None
+
+
 class Predictor(nn.Module):
     """Guesses from each token alone which experts will choose it; trained beside the model and not through it."""
 
@@ -258,6 +283,9 @@ class Router(nn.Module):
             index, weight, drawn = self._choose_experts(scores)
             wanted = real.expand_as(index) if drawn is None else drawn & real
             every = every and drawn is None
+        if guess is not None and torch.is_grad_enabled():
+            # a gradient of 0 where no loss asks for the guesses: processes that share out rows wait for one
+            weight = weight + guess[:0].sum()
         kept = self._place(index, wanted, real)
         every = every and kept is wanted
 
@@ -266,7 +294,10 @@ class Router(nn.Module):
         else:
             statistics = self._count(logits, scores, guess, real, index, wanted, kept).pack()
         if self.training:
-            self.training_statistics.add_(statistics.detach())
+            if is_transformed():
+                _Tally.apply(self.training_statistics, statistics.detach())
+            else:
+                self.training_statistics.add_(statistics.detach())
         if config.routed_scaling_factor != 1.0:
             weight = weight * config.routed_scaling_factor
         if not every:

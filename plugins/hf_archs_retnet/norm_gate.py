@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.backend import backend_for
-from hf_archs.kernels.numerics import inverse_rms
+from hf_archs.kernels.numerics import differentiates_once, inverse_rms
 
 _BLOCK = 2**17  # entries that are worked on together
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "gelu": F.gelu}
@@ -127,3 +127,4 @@ def _backward(ctx, grad_y):
 
 
 _norm_gate.register_autograd(_backward, setup_context=_setup_context)
+differentiates_once(_norm_gate_backward)

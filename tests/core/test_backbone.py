@@ -36,7 +36,7 @@ class TestLayout:
         assert layout.seq_idx.tolist() == [[0, 0, 1, 7, 7], [0, 1, 2, 3, 4], [5, 5, 5, 5, 5]]
 
     def test_nothing_to_do(self):
-        assert Layout.build(None, None) == (None, None, None, None)
+        assert Layout.build(None, None) == (None,) * 5
 
     def test_restore_undoes_order(self):
         mask = torch.rand(20, 33) < 0.6
@@ -155,13 +155,16 @@ class TestModel:
             assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
 
     def test_masks_of_attention_and_of_compiled_generation(self, model):
-        """A dict of masks by layer type is read; masks of four dimensions are attention's own business."""
+        """A dict of masks by layer type is read: the mask of these layers, whatever stands beside it."""
         ids, mask = padded([tokens(1, 6)[0], tokens(1, 9)[0]], "left", 9)
         expected = logits(model, ids, attention_mask=mask)
-        assert torch.equal(logits(model, ids, attention_mask={"linear_attention": mask}), expected)
+        whole = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+        for others in ({}, {"full_attention": whole}):
+            assert torch.equal(logits(model, ids, attention_mask={**others, "linear_attention": mask}), expected)
         plain = logits(model, ids)
         assert torch.equal(logits(model, ids, attention_mask={"linear_attention": None}), plain)
-        assert torch.equal(logits(model, ids, attention_mask=torch.ones(2, 1, 9, 9)), plain)
+        with pytest.raises(ValueError, match=r"attention_mask has entries \['chunked'\]; allowed is one of linear_att"):
+            logits(model, ids, attention_mask={"chunked": mask})
 
     def test_an_empty_text(self, model):
         """A row with no real token at all is no error, and says the same as nothing."""
@@ -209,5 +212,23 @@ def test_layer_norm_and_embedding_multiplier_are_read(architecture):
     torch.nn.init.zeros_(model.norm.bias)
     ids = tokens(1, 9)
     outputs = model(ids, output_hidden_states=True)
-    assert torch.equal(outputs.hidden_states[0], 8 * model.embed_tokens(ids))
+    embedded = torch.nn.functional.embedding(ids, model.embed_tokens.weight)
+    assert torch.equal(outputs.hidden_states[0], 8 * embedded)
+    # what is handed in is what the embedding gives, as for every other model of transformers
+    assert torch.equal(model(inputs_embeds=8 * embedded).last_hidden_state, outputs.last_hidden_state)
     assert outputs.last_hidden_state.mean(-1).abs().max() < 1e-6  # an RMSNorm leaves the mean
+
+
+@pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
+def test_a_norm_of_the_embeddings(architecture, norm_type):
+    fields = {"norm_type": norm_type, "norm_eps": 0.1, "embedding_norm": True, "embedding_multiplier": 3.0}
+    model = lively(architecture.model_class, architecture.tiny_config(**fields))
+    ids = tokens(1, 9)
+    embedded = 3 * torch.nn.functional.embedding(ids, model.embed_tokens.weight)
+    if norm_type == "layer_norm":
+        embedded = embedded - embedded.mean(-1, keepdim=True)
+    normed = embedded / (embedded.square().mean(-1, keepdim=True) + 0.1).sqrt() * model.embed_norm.weight
+    normed = normed + getattr(model.embed_norm, "bias", 0)
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": model.embed_tokens(ids)}):
+        torch.testing.assert_close(model(**inputs, output_hidden_states=True).hidden_states[0], normed)
+    assert architecture.model_class(architecture.tiny_config()).embed_norm is None

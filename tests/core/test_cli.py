@@ -461,7 +461,11 @@ def test_damaged_configs(refused, copy):
         ('"hidden_size": 64', '"hidden_size": -1', "hidden_size is -1"),
         ('"hidden_size": 64', '"hidden_size": 131072', "GiB are free here"),
         ('"state_size": 8', '"state_size": 4', "A_log has shape (128, 8)"),
-        ('"num_hidden_layers": 2', '"num_hidden_layers": 3', "lacks 10 of the model's weights"),
+        (
+            '"num_hidden_layers": 2',
+            '"num_hidden_layers": 3',
+            "layers.2.mixer.conv1d.bias (and 9 more) is missing in",
+        ),
         ('"hf_archs_mamba"', '"gpt2"', "is a checkpoint of 'gpt2'; allowed are hf_archs_"),
         ("{", "", "not a valid JSON file"),
     ):

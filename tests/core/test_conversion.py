@@ -2,16 +2,19 @@
 
 import json
 import logging
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import hf_archs
 from hf_archs import conversion
+from hf_archs.errors import CheckFailed
 from hf_archs.registry import get_architecture
 from hf_archs.testing.parity import enliven
 
@@ -241,10 +244,79 @@ def test_a_checkpoint_of_another_architecture(name, tmp_path):
         model_class.from_pretrained(None, config=GPT2Config(), state_dict={})
 
 
-def test_nowhere_to_read_from_is_the_hosts_error(tmp_path):
+def test_nowhere_to_read_from(tmp_path):
     model_class = get_architecture("mamba").causal_lm_class
+    with pytest.raises(OSError, match=r"has no config\.json, or an empty one; ArchMambaConfig reads hf_archs_mamba, "):
+        model_class.from_pretrained(tmp_path)
+    model_class.config_class().save_pretrained(tmp_path)
     with pytest.raises(OSError, match="found in directory"):
         model_class.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(OSError, match="not a valid JSON file"):
         model_class.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"width": 32, "depth": 2}')
+    for reader in (model_class, model_class.config_class):
+        with pytest.raises(ValueError, match=r"no model_type, and its fields \(depth, width, ...\) are of no"):
+            reader.from_pretrained(tmp_path)
+
+
+# -- the rule: nothing is read wrongly in silence ----------------------------------------------------------------------
+
+
+@every_format
+def test_a_field_that_no_table_knows(architecture, form):
+    """A tool of transformers 4 wrote some of its own into every file; any other may change the result."""
+    raw = native_config(architecture, form).to_dict()
+    harmless = {
+        "torchscript": False,
+        "pruned_heads": {},
+        "num_beams": 1,
+        "unsloth_version": "2026.1",
+        "is_decoder": True,
+    }
+    expected = form.read_config(raw, architecture.config_class)
+    assert form.read_config({**raw, **harmless}, architecture.config_class) == expected
+    with pytest.raises(ValueError, match=f"attnres_block_size is 2 in this {form.name} checkpoint, and no field"):
+        form.read_config({**raw, "attnres_block_size": 2}, architecture.config_class)
+
+
+@every_format
+def test_quantised_weights_are_not_taken_for_others(architecture, form, tmp_path):
+    native, model_class = native_model(architecture, form)
+    native.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for said in ({"quant_method": "fp8"}, {"quant_method": "modelopt", "quant_algo": "NVFP4"}):
+        (tmp_path / "config.json").write_text(json.dumps({**raw, "quantization_config": said}))
+        with pytest.raises(ValueError, match=f"quantization_config is '{said['quant_method']}' in this {form.name}"):
+            model_class.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+@every_format
+def test_weights_that_are_missing_or_left_over(architecture, form, whose, tmp_path):
+    """Below the heads every weight has one place, and every place a weight."""
+    native, model_class = native_model(architecture, form)
+    (native if whose == "theirs" else hf_archs.from_native(native)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    layer = next(name for name in state if "layers.1." in name and "experts." not in name)
+    experts = [name for name in state if re.search(r"layers\.1\..*experts\.0\..*(gate_proj|w1)", name)]
+    for changed, said in (
+        ({k: v for k, v in state.items() if k != layer}, r"layers\.1\..* is missing in .*, whose config asks for it"),
+        ({**state, f"{layer}_scale": state[layer].clone()}, r"_scale stands in .*, whose config has no place for it"),
+        ({**state, layer: state[layer][:-1].clone()}, "asks for"),
+        *[
+            ({k: v for k, v in state.items() if k != name}, "the parts of .*gate_up_proj in .* do not")
+            for name in experts
+        ],
+    ):
+        save_file(changed, file, metadata={"format": "pt"})
+        with pytest.raises(CheckFailed, match=said):
+            model_class.from_pretrained(tmp_path)
+    elsewhere = {**state, "v_head.summary.weight": torch.zeros(1)}  # as TRL has it
+    save_file(elsewhere, file, metadata={"format": "pt"})
+    if whose == "ours":
+        model_class.from_pretrained(tmp_path)
+    else:
+        with pytest.raises(CheckFailed, match=r"v_head\.summary\.weight stands in"):
+            model_class.from_pretrained(tmp_path)

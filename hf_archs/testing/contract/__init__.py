@@ -26,6 +26,7 @@ pytest.register_assert_rewrite(
             "compiling",
             "configs",
             "generation",
+            "masks",
             "models",
             "packing",
             "padding",
@@ -43,6 +44,7 @@ from hf_archs.testing.contract.calls import CallContract  # noqa: E402
 from hf_archs.testing.contract.compiling import CompileContract  # noqa: E402
 from hf_archs.testing.contract.configs import ConfigContract  # noqa: E402
 from hf_archs.testing.contract.generation import GenerationContract  # noqa: E402
+from hf_archs.testing.contract.masks import MaskContract  # noqa: E402
 from hf_archs.testing.contract.packing import PackingContract  # noqa: E402
 from hf_archs.testing.contract.padding import PaddingContract  # noqa: E402
 from hf_archs.testing.contract.placement import PlacementContract  # noqa: E402
@@ -57,6 +59,7 @@ class ArchitectureContract(
     CacheContract,
     CallContract,
     GenerationContract,
+    MaskContract,
     PackingContract,
     TrainingContract,
     AdapterContract,
@@ -76,6 +79,7 @@ __all__ = [
     "CompileContract",
     "ConfigContract",
     "GenerationContract",
+    "MaskContract",
     "PackingContract",
     "PaddingContract",
     "PlacementContract",

@@ -18,8 +18,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from transformers import DynamicCache
 
-from hf_archs.cache import ArchDynamicCache
+from hf_archs.cache import ArchDynamicCache, ArchStaticCache
 from hf_archs.registry import Architecture
 from hf_archs.testing.contract.generation import generate, generate_in_threads, greedy
 from hf_archs.testing.contract.models import Contract, assert_close, gradients, lively, logits, tokens
@@ -180,6 +181,28 @@ class CallContract(Contract):
         hook.remove()
         assert model.config.to_dict() == before
         assert torch.equal(generate(model, ids), greedy(model, ids))
+
+    @pytest.mark.parametrize("kind", [ArchDynamicCache, ArchStaticCache, DynamicCache], ids=lambda kind: kind.__name__)
+    def test_no_rows(self, architecture: Architecture, model: Any, kind: Any) -> None:
+        """Empty logits, with a mask, with embeddings, and with a cache that goes on; zeros for gradients of all."""
+        none, more = tokens(2, 5)[:0], tokens(2, 1)[:0]
+        cache = kind(model.config, 20) if kind is ArchStaticCache else kind(config=model.config)
+        out = model(none, cache=cache, attention_mask=none, output_hidden_states=True, output_router_logits=None)
+        assert out.logits.shape == (0, 5, 128)
+        assert {hidden.shape for hidden in out.hidden_states} == {(0, 5, 64)}
+        assert model(more, cache=out.cache, use_cache=True).logits.shape == (0, 1, 128)
+        assert out.cache.get_seq_length() == 6
+        assert out.cache.batch_size == 0
+        with pytest.raises(ValueError, match=r"the input has no rows, and the cache holds 2; allowed is as many"):
+            model(more, cache=model(tokens(2, 5), use_cache=True).cache)
+        assert model(inputs_embeds=model.get_input_embeddings()(none), return_dict=False)[0].shape == (0, 5, 128)
+        for model_class in (architecture.causal_lm_class, architecture.masked_lm_class):
+            trained = model_class(architecture.tiny_config()).train()
+            loss = trained(none, labels=none, num_items_in_batch=torch.tensor(7)).loss
+            assert loss == 0
+            assert not any(gradient.any() for gradient in gradients(trained, loss).values())
+        with pytest.raises(ValueError, match=r"the input has shape \(2, 0\); allowed are rows of one token or more"):
+            model(tokens(2, 0))
 
     def test_threads(self, model: Any) -> None:
         """Four at once generate the tokens that each generates alone."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+import hf_archs
 from hf_archs.registry import Architecture
 from hf_archs.testing.contract.models import Contract, enliven, logits, tokens
 from hf_archs.training import callbacks
@@ -179,6 +182,35 @@ class ConfigContract(Contract):
                 assert str(value) in text, text
                 assert "allowed" in text or "expected" in text, text
 
+    @pytest.mark.parametrize("name", ["hiden_size", "hidden_sizes", "num_layers", "rms_norm_eps", "tie_embeddings"])
+    def test_a_misspelt_field(self, architecture: Architecture, name: str, tmp_path: Path) -> None:
+        """Nobody would know that it has no effect; it is refused in a file too."""
+        with pytest.raises(
+            ValueError, match=f"{architecture.config_class.__name__} has no field '{name}'; did you mean"
+        ):
+            architecture.tiny_config(**{name: 3})
+        architecture.tiny_config().save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), name: 3}))
+        with pytest.raises(ValueError, match=f"has no field '{name}'"):
+            AutoConfig.from_pretrained(tmp_path)
+
+    def test_fields_of_others_are_kept(
+        self, architecture: Architecture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Tools write fields of their own. Those of a newer release of this library are said to be unknown."""
+        theirs: dict[str, Any] = {"unsloth_version": "2026.1", "max_position_embeddings": 4096, "task_tag": {"a": [1]}}
+        architecture.tiny_config(**theirs).save_pretrained(tmp_path)
+        found = AutoConfig.from_pretrained(tmp_path)
+        assert {name: getattr(found, name) for name in theirs} == theirs
+        file = tmp_path / "config.json"
+        saved = json.loads(file.read_text())
+        assert saved["hf_archs_version"] == hf_archs.__version__
+        assert not caplog.messages
+        file.write_text(json.dumps({**saved, "hf_archs_version": "99.0", "hidden_sizes": 1}))
+        AutoConfig.from_pretrained(tmp_path)
+        assert ["hf-archs 99.0 wrote this" in said and "hidden_sizes" in said for said in caplog.messages] == [True]
+
     def test_saved_and_loaded(self, architecture: Architecture, tmp_path: Path) -> None:
         """Every field comes back, from the other values too."""
         for field, hint in own_fields(architecture.config_class).items():
@@ -193,6 +225,19 @@ class ConfigContract(Contract):
                 assert type(found) is architecture.config_class
                 assert found.to_dict() == config.to_dict()
                 break
+
+    @pytest.mark.parametrize("field", ["pad_token_id", "bos_token_id", "eos_token_id"])
+    def test_token_ids(self, architecture: Architecture, field: str, tmp_path: Path) -> None:
+        """Wrong ones are refused when they are set, or before anything of the model is written."""
+        model = architecture.causal_lm_class(architecture.tiny_config())
+        values: list[Any] = [-1] if field != "eos_token_id" else [-1, [3, -1]]
+        for value in values:
+            with pytest.raises(REFUSED, match=rf"{field} is {re.escape(str(value))}; allowed are 0 to vocab_size - 1"):
+                setattr(model.config, field, value)
+        setattr(model.config, field, 128)
+        with pytest.raises(REFUSED, match=rf"{field} is 128; allowed are 0 to vocab_size - 1 = 127, and None"):
+            model.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
         "fields",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
 from transformers import Trainer, TrainingArguments
 
 from hf_archs.backend import BACKENDS, use_backend
@@ -21,6 +22,7 @@ from hf_archs.testing.contract.models import (
     lively,
     logits,
     tokens,
+    total,
     weighed,
 )
 from hf_archs.testing.contract.padding import padded
@@ -88,6 +90,82 @@ class TrainingContract(Contract):
             scale = found[name].norm() * direction.norm() / direction.numel() ** 0.5
             assert scale > 0, f"{name} has no gradient"
             assert (slope - expected).abs() < 1e-5 * scale, f"{name}: autograd {expected}, difference {slope}"
+
+    def test_every_parameter_has_a_gradient(self, architecture: Architecture) -> None:
+        """Of every head, whatever the tokens and with no loss of the model's own: processes that share out rows wait
+        for each.
+        """
+        batches: dict[str, Any] = {"tokens": (tokens(2, 9), None), "one token": (tokens(2, 1), None)}
+        batches |= {"pads": (tokens(2, 9), torch.zeros(2, 9)), "no rows": (tokens(2, 9)[:0], None)}
+        for name, (_, model_class) in architecture.auto_classes().items():
+            model = lively(model_class, architecture.tiny_config(num_labels=2)).train()
+            for what, (ids, mask) in batches.items():
+                outputs = model(ids, attention_mask=mask)
+                values = [value for value in outputs.to_tuple() if isinstance(value, torch.Tensor)]
+                gradients(model, total(value.sum() for value in values[:1]))
+                if what == "tokens" and name == "AutoModelForCausalLM" and model.model.has_routers:
+                    gradients(model, model(ids, labels=ids, output_router_logits=False).loss)
+
+    def test_per_sample_gradients(self, model: Any) -> None:
+        """`vmap` of `grad`, with pads in some rows: for each row what it has alone, and routers have counted all.
+
+        (The loss is computed in float32.)
+        """
+        model.double().train()
+        ids, mask = padded([tokens(1, n, seed=n)[0] for n in (9, 5, 4)], "left", 9)
+        labels = ids.masked_fill(mask == 0, -100)
+        fixed = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        counts = [router.gate.training_statistics for router in model.model.routers().values()]
+
+        def loss(parameters: Any, *row: torch.Tensor) -> torch.Tensor:
+            ids, mask, labels = (part[None] for part in row)
+            return functional_call(model, parameters, (ids,), {"attention_mask": mask, "labels": labels}).loss
+
+        found = vmap(grad(loss), (None, 0, 0, 0))(fixed, ids, mask, labels)
+        counted = [count.clone() for count in counts]
+        for count in counts:
+            count.zero_()
+        for i, row in enumerate(zip(ids, mask, labels)):
+            alone = gradients(model, loss(dict(model.named_parameters()), *row))
+            assert_all_close({name: gradient[i] for name, gradient in found.items()}, alone, f"row {i}", 1e-6)
+        for again, count in zip(counted, counts):
+            assert_close(again, count, "what the routers counted")
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at the first dual number
+    def test_second_derivatives(self, model: Any) -> None:
+        """Along a direction of all parameters: `torch.func` gives the slopes of the loss and of its gradient; the ops
+        themselves can be differentiated once, and say so.
+        """
+        model.double()
+        ids = tokens(1, 9)
+        fixed = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        along = {name: torch.randn_like(parameter) for name, parameter in fixed.items()}
+
+        def loss(parameters: Any) -> torch.Tensor:
+            return weighed(functional_call(model, parameters, (ids,)).logits)
+
+        forwards: Any = jvp  # whose type knows of no dicts
+        gradient, curvature = forwards(grad(loss), (fixed,), (along,))
+        plain = gradients(model, weighed(model(ids).logits))
+        assert_all_close(gradient, plain, "gradient", 1e-9)
+        slope = total((plain[name] * along[name]).sum() for name in plain)
+        assert_close(forwards(loss, (fixed,), (along,))[1], slope, "slope", 1e-9)
+        step, beside = 1e-6, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(fixed[name]).add_(along[name], alpha=sign * step)
+            beside.append(gradients(model, weighed(model(ids).logits)))
+        differences = {name: (beside[0][name] - beside[1][name]) / (2 * step) for name in plain}
+        scale = torch.stack([difference.abs().max() for difference in differences.values()]).max()
+        worst = max((differences[name] - curvature[name]).abs().max() for name in plain)
+        assert worst < 1e-5 * scale, f"{worst:.1e} of {scale:.1e}"
+        model.set_attn_implementation("eager")
+        first = torch.autograd.grad(weighed(model(ids).logits), [*model.parameters()], create_graph=True)
+        with pytest.raises(
+            RuntimeError, match=r"hf_archs::\w+_backward: the op can be differentiated once; allowed for"
+        ):
+            total(part.square().sum() for part in first).backward()
 
     def test_routes_agree(self, architecture: Architecture) -> None:
         """Reference, portable and Triton: the same logits, states and gradients of a padded and packed batch."""
@@ -207,6 +285,28 @@ class TrainingContract(Contract):
         assert abs(found[0][1] - found[1][1]) < 1e-4 * found[0][1]
         # a step is a small difference of large numbers: the last bits of the parameters show in it
         assert_all_close(found[1][0], found[0][0], "step", 1e-3)
+
+    @pytest.mark.parametrize("head", ["AutoModelForCausalLM", "AutoModelForMaskedLM"])
+    def test_accumulated_losses_of_routers(self, architecture: Architecture, head: str, tmp_path: Path) -> None:
+        """They count once in a step, in however many pieces it comes: four times one row, as they balance batches."""
+        _, model_class = architecture.auto_classes()[head]
+        rows, found = examples([9]) * 4, []
+        for batch in (4, 1):
+            model = lively(model_class, architecture.tiny_config())
+            if not model.model.has_routers:
+                return
+            for router in model.model.routers().values():
+                router.config.router_aux_loss_coef = 1.0
+            options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch, "max_steps": 1}
+            trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=rows)
+            trainer.train()
+            found.append(losses(trainer)[0])
+            with torch.no_grad():
+                example = {name: tensor[None] for name, tensor in rows[0].items()}
+                out = lively(model_class, model.config).train()(**example)
+            assert out.aux_loss > 0.1, "nothing to see"
+            assert abs(found[-1] - out.loss) < 1e-4 * out.loss
+        assert abs(found[0] - found[1]) < 1e-4 * found[0]
 
     def test_num_items_in_batch(self, model: Any) -> None:
         ids = tokens(2, 9)

@@ -352,6 +352,19 @@ class TestFiles:
                 said = str(refusal)
             assert not said or f"{name} is {other(name, default)!r}" in said, (name, said)
 
+    @pytest.mark.parametrize(
+        ("raw", "name"),
+        [
+            ({**CONFIG, "hyena_window": 1}, "hyena_window"),
+            ({**ORIGINAL, "mlp_window": 1}, "mlp_window"),
+            ({**ORIGINAL, "layer": {**ORIGINAL["layer"], "window": 1}}, "layer.window"),
+        ],
+        ids=["published", "original", "layer"],
+    )
+    def test_a_field_that_nobody_knows_is_refused(self, raw, name):
+        with pytest.raises(ValueError, match=f"^here: {name} is 1 in this hyenadna(-original)? checkpoint"):
+            read_config(raw, ArchHyenaConfig, "here")
+
     @pytest.mark.parametrize("value", [4, 1, 2.0, None, True, "5", -5])
     def test_a_count_of_features_that_no_filter_has_is_refused(self, value):
         with pytest.raises(ValueError, match=f"emb_dim is {value!r} in this hyenadna checkpoint; allowed are"):
@@ -432,6 +445,22 @@ class TestOriginal:
         for kwargs in ({}, {"use_safetensors": True}):
             with pytest.raises(ValueError, match=r"are a pickle, weights\.ckpt, .*use_safetensors=False.*--pickle"):
                 ArchHyenaForCausalLM.from_pretrained(folder, **kwargs)
+
+    @pytest.mark.parametrize("change", ["missing", "more", "shape"])
+    def test_weights_that_do_not_fit(self, change, tmp_path):
+        state = original(parameters())
+        name = "model.backbone.layers.1.mlp.fc1.weight"
+        state |= {
+            "missing": {},
+            "more": {name.replace("fc1", "fc3"): torch.zeros(1)},
+            "shape": {name: torch.zeros(2, 2)},
+        }[change]
+        if change == "missing":
+            del state[name]
+        folder = write_original(tmp_path / "published", {"state_dict": state})
+        wrong = {"missing": "up_proj.*is missing in", "more": "fc3.* stands in", "shape": "up_proj.* has shape .* in"}
+        with pytest.raises(RuntimeError, match=f"{wrong[change]} {folder}"):
+            ArchHyenaForCausalLM.from_pretrained(folder, use_safetensors=False)
 
     def test_converted_by_the_command_line(self, ids, tmp_path):
         state = parameters()

@@ -1,0 +1,260 @@
+"""Masks and documents, as hosts say them: which tokens of a forward are real, which belong together, and which see each
+other.
+
+Letters in shapes: b batch, l length of this forward, c columns of a mask.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from transformers.utils import is_tracing
+
+from hf_archs.cache import RecurrentCache
+
+
+class Pairs(NamedTuple):
+    """Which tokens see each other, where a mask of four dimensions says it in the place of causality.
+
+    Attributes:
+        seen: (b or 1, 1, l, c), the columns of all tokens so far: bool, or floats that are added to scores.
+        real: (b, l) bool, the tokens that see any, as pads do not; None where all do.
+        past: tokens before this forward.
+        positions: (b or 1, l), by which queries and keys are rotated; None for the numbers of their columns.
+    """
+
+    seen: torch.Tensor
+    real: torch.Tensor | None
+    past: int | torch.Tensor
+    positions: torch.Tensor | None
+
+    def columns(self, column: torch.Tensor) -> torch.Tensor:
+        """``seen`` of the columns with these numbers, (count,); nothing is seen where there is none."""
+        last = self.seen.shape[3] - 1
+        inside = (column >= 0) & (column <= last)
+        return limited(self.seen.index_select(3, column.clamp(0, last)), inside)
+
+    def in_direction(self, backwards: bool) -> Pairs:
+        """One direction's part of all pairs: every token with itself and those before it, of rows that are turned round
+        where it is ``backwards``.
+        """
+        seen, positions = self.seen, self.positions
+        if backwards:
+            seen, positions = seen.flip(2, 3), None if positions is None else -positions.flip(1)
+        lower = torch.ones(seen.shape[2:], dtype=torch.bool, device=seen.device).tril()
+        return self._replace(seen=limited(seen, lower), positions=positions)
+
+
+def limited(seen: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+    """A mask, bool or of floats, in which nothing else is seen than ``to``, bool."""
+    return torch.where(to, seen, False if seen.dtype == torch.bool else -math.inf)
+
+
+def sees_nothing(seen: torch.Tensor) -> torch.Tensor:
+    """The queries, (..., 1), to which such a mask shows no column."""
+    return ~(seen if seen.dtype == torch.bool else ~seen.isneginf()).any(-1, keepdim=True)
+
+
+class Mask(NamedTuple):
+    """What an ``attention_mask`` says of the tokens of a forward.
+
+    Attributes:
+        real: (b, l) bool, the real tokens; None where no token is a pad.
+        documents: (b, l) int64, the document of each token; None where the mask does not number them.
+        seen: a mask of four dimensions as it is, for `read_pairs`.
+    """
+
+    real: torch.Tensor | None = None
+    documents: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+
+
+def read_mask(attention_mask: Any, batch: int, length: int, cache: RecurrentCache | None) -> Mask:
+    """Read a mask in any of the forms that hosts have.
+
+    Args:
+        attention_mask: (b, c) for the last l of all columns, 0 for pads and 1 for real tokens, or the number of each
+            real token's document from 1 on; or of four dimensions, see `read_pairs`; or a dict by layer type, as
+            transformers makes them for compiled forwards; or None. The first of the l tokens goes on with the document
+            in the cache.
+        cache: before this forward.
+
+    Raises:
+        ValueError: for anything else, naming the shape or the value; and where the first token begins a document after
+            one in the cache.
+    """
+    if isinstance(attention_mask, dict):
+        kinds = ("linear_attention", "full_attention", "sliding_attention")
+        known = next((kind for kind in kinds if kind in attention_mask), None)
+        if known is None:
+            raise ValueError(f"attention_mask has entries {[*attention_mask]}; allowed is one of {', '.join(kinds)}")
+        attention_mask = attention_mask[known]
+    if attention_mask is None:
+        return Mask()
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(f"attention_mask is a {type(attention_mask).__name__}; allowed is a tensor")
+    if attention_mask.ndim == 4:
+        return Mask(seen=attention_mask)
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; allowed are ({batch}, columns) and, where every "
+            f"layer is attention, ({batch} or 1, 1, {length}, columns)"
+        )
+    mask = attention_mask[:, attention_mask.shape[1] - min(length, attention_mask.shape[1]) :]
+    if mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns for {length} new tokens; allowed are {length} or more"
+        )
+    if not _can_be_asked(mask):
+        if mask.dtype != torch.bool and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            torch._assert_async((mask <= 1).all(), "attention_mask numbers documents; compiled forwards take seq_idx")
+        return Mask(mask.bool())
+    if bool((mask == 1).all()):
+        return Mask()
+    if mask.dtype == torch.bool:
+        return Mask(mask)
+    low, high = torch.stack(mask.aminmax()).tolist()
+    if not low >= 0 or (mask.is_floating_point() and bool((mask != mask.round()).any())):
+        wrong = low if not low >= 0 else mask[mask != mask.round()][0].item()
+        raise ValueError(
+            f"attention_mask, of two dimensions, has the value {wrong}; allowed are 0 for pads, 1 for real tokens, and "
+            "the numbers of documents from 1 on"
+        )
+    if high > 1:
+        if cache is not None and not cache.is_empty:
+            _check_continuation(attention_mask[:, :-length], mask)
+        return Mask(None if low > 0 else mask.bool(), mask.long())
+    return Mask(None if low > 0 else mask.bool())
+
+
+def _can_be_asked(t: torch.Tensor) -> bool:
+    """Whether its values are there: not in a graph, nor under `torch.func.vmap`.
+
+    (Outside of both an unpadded batch is spared the sorting.)
+    """
+    return not is_tracing(t) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def _check_continuation(before: torch.Tensor, mask: torch.Tensor) -> None:
+    """A cache goes on with its last document; but `generate` appends ones, whatever its number."""
+    if before.shape[1] == 0:
+        return
+    place = torch.arange(before.shape[1], device=before.device)
+    last = before.gather(1, torch.where(before != 0, place, -1).amax(1, keepdim=True).clamp(min=0))
+    first = mask.gather(1, (mask != 0).int().argmax(1, keepdim=True))
+    begins = (last != 0) & (first > 1) & (first != last)
+    if bool(begins.any()):
+        row = int(begins.int().argmax())
+        raise ValueError(
+            f"attention_mask begins document {int(first[row])} at the first new token of row {row}, and the cache "
+            f"holds document {int(last[row])}; allowed is a cut within a document, or a new cache"
+        )
+
+
+def read_pairs(
+    seen: torch.Tensor,
+    batch: int,
+    length: int,
+    cache: RecurrentCache | None,
+    seq_idx: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    windows: bool,
+) -> Pairs:
+    """Read a mask of four dimensions.
+
+    Args:
+        seen: (b or 1, 1, l, c) for the columns of all tokens so far, bool, or floats of at most 0 that are added to
+            scores.
+        cache: before this forward.
+        seq_idx: None, or an error: the mask says which tokens belong together.
+        position_ids: (b or 1, l), or None.
+        windows: whether a layer has one; of the tokens in a cache it knows no positions but those of their columns.
+
+    Raises:
+        ValueError: for anything else, naming the shape, the dtype or the value; and where the columns of the cache are
+            not its tokens, which those of pads and of earlier documents are not.
+    """
+    asked, past = _can_be_asked(seen), 0 if cache is None else cache.get_seq_length()
+    columns = [int(past) + length if asked else seen.shape[3]]  # no set: compilers would take a length for a constant
+    if cache is not None and cache.is_static and cache.max_cache_len:
+        columns.append(cache.max_cache_len)
+    if seen.shape[0] not in (batch, 1) or seen.shape[1:3] != (1, length) or seen.shape[3] not in columns:
+        raise ValueError(
+            f"attention_mask has shape {tuple(seen.shape)}; allowed are, of four dimensions, "
+            f"({batch} or 1, 1, {length}, {' or '.join(map(str, columns))})"
+        )
+    if seq_idx is not None:
+        raise ValueError(
+            "attention_mask has four dimensions, and seq_idx or cu_seq_lens_q was passed beside it; allowed is one"
+        )
+    if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)} beside an attention_mask of four dimensions; allowed "
+            f"are ({batch} or 1, {length})"
+        )
+    if windows and position_ids is not None and asked and past:
+        on = torch.arange(int(past), int(past) + length, device=position_ids.device)
+        if bool((position_ids != on).any()):
+            raise ValueError(
+                "position_ids beside an attention_mask of four dimensions jump, and layers with a window count the "
+                f"{int(past)} tokens in the cache; allowed are {int(past)} and those that follow it"
+            )
+    if cache is not None and asked:
+        for name, held in cache.held():
+            if name.endswith("position") and bool((held != past).any()):
+                raise ValueError(
+                    f"attention_mask has four dimensions, and of the {int(past)} tokens in the cache some are pads or "
+                    "belong to other documents; allowed is a cache of rows that are each one document"
+                )
+    if seen.dtype != torch.bool:
+        if not seen.is_floating_point():
+            raise ValueError(
+                f"attention_mask, of four dimensions, has dtype {seen.dtype}; allowed are torch.bool, True for what is "
+                "seen, and floats that are added to scores"
+            )
+        if asked and seen.numel() and not (high := seen.amax().item()) <= 0:
+            # ones and zeros would be added to scores, and hide nothing
+            raise ValueError(
+                f"attention_mask, of four dimensions and floats, has the value {high}; allowed are 0 for what is seen "
+                "and negative numbers down to -inf"
+            )
+        seen = seen.masked_fill(seen <= torch.finfo(seen.dtype).min / 2, -math.inf)
+    if isinstance(past, torch.Tensor):
+        past = past.clone()  # which a static cache counts on
+    real = ~sees_nothing(seen)[:, 0, :, 0].expand(batch, -1)
+    return Pairs(seen, None if asked and bool(real.all()) else real, past, position_ids)
+
+
+def read_documents(
+    seq_idx: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
+    numbers: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor,
+) -> torch.Tensor | None:
+    """The document of each token, ``(b, l)``, from whichever of the four signals is there, in this order.
+
+    Raises:
+        ValueError: for a ``seq_idx`` of another shape, and ``cu_seq_lens`` beside several rows.
+    """
+    batch, length = inputs_embeds.shape[:2]
+    if seq_idx is not None:
+        if seq_idx.shape != (batch, length):
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; allowed is {(batch, length)}")
+        return seq_idx
+    if cu_seq_lens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens describes one packed row, but the batch has {batch}; pass seq_idx instead")
+        positions = torch.arange(length, device=inputs_embeds.device)
+        return torch.bucketize(positions, cu_seq_lens[1:].to(positions), right=True).unsqueeze(0)
+    if numbers is not None:
+        return numbers
+    if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] == length:
+        restarts = torch.zeros_like(position_ids)
+        restarts[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).to(restarts.dtype)
+        if _can_be_asked(restarts) and not bool(restarts.any()):
+            return None
+        return restarts.cumsum(1).expand(batch, length)
+    return None
