@@ -11,6 +11,7 @@ import hf_archs.attention
 import hf_archs.memory
 import hf_archs.mlp
 import hf_archs.parallel  # noqa: F401 - these register mixers and feed-forwards
+from hf_archs.adapters import add_adapter
 from hf_archs.conversion import from_native, to_native
 from hf_archs.registry import (
     Architecture,
@@ -24,14 +25,17 @@ from hf_archs.registry import (
     register_feed_forward,
     register_mixer,
 )
+from hf_archs.sharding import fully_shard
 
 __all__ = [
     "ArchTrainer",
     "Architecture",
+    "add_adapter",
     "architectures",
     "callbacks",
     "failed_plugins",
     "from_native",
+    "fully_shard",
     "get_architecture",
     "get_feed_forward",
     "get_mixer",

@@ -14,9 +14,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.constants import REPOCARD_NAME
 from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -32,7 +34,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_archs import conversion
+from hf_archs import conversion, model_card
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
 from hf_archs.call import NAME, NEW_NAME, OLD_NAME, call, during
 from hf_archs.configuration import ArchConfig
@@ -40,6 +42,7 @@ from hf_archs.kernels.numerics import below_autograd, wide
 from hf_archs.masks import Pairs, read_documents, read_mask, read_pairs
 from hf_archs.norm import NORMS
 from hf_archs.registry import get_feed_forward, get_mixer
+from hf_archs.sharding import Shardable
 from hf_archs.sharing import share_layers
 from hf_archs.watching import watch_trainers
 
@@ -92,7 +95,7 @@ class AttentionWeights(nn.Identity):
     """
 
 
-class ArchBlock(GradientCheckpointingLayer):
+class ArchBlock(Shardable, GradientCheckpointingLayer):
     """One layer: ``x + mixer(norm(x))`` and ``x + feed_forward(norm(x))``, as far as the plan has them.
 
     A mixer is called as ``mixer(hidden_states, state=slot, lengths=lengths, seq_idx=seq_idx)`` with real tokens
@@ -223,7 +226,18 @@ def _reverse_real(rows: torch.Tensor, lengths: torch.Tensor | None) -> torch.Ten
     return rows.gather(1, torch.where(position < lengths[:, None], lengths[:, None] - 1 - position, position))
 
 
-class ArchPreTrainedModel(PreTrainedModel):
+class ScaledEmbedding(nn.Embedding):
+    """An embedding times ``embed_scale``, by which PEFT multiplies its adapters too."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, embed_scale: float):
+        super().__init__(num_embeddings, embedding_dim)
+        self.embed_scale = embed_scale
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+class ArchPreTrainedModel(Shardable, PreTrainedModel):
     """Base of every model class of this library."""
 
     config_class = ArchConfig
@@ -241,6 +255,7 @@ class ArchPreTrainedModel(PreTrainedModel):
 
     def post_init(self) -> None:
         super().post_init()
+        model_card.tag(self)
         # whoever reads the list may rely on every name in it to stand for something in this model
         names = {part for name in self.state_dict() for part in name.split(".")}
         kept: Any = set(self._keep_in_fp32_modules_strict or ()) & names
@@ -308,12 +323,19 @@ class ArchPreTrainedModel(PreTrainedModel):
         """As in transformers; native checkpoints are read as well, see `hf_archs.conversion`.
 
         Raises:
-            ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
+            ValueError: for a checkpoint of another architecture, or an option that ours cannot represent; for weights
+                in a pickle, unless ``use_safetensors=False`` asks for them.
             CheckFailed: a RuntimeError, where a tensor has another shape than the config asks for, is missing, or is
                 left over; see `hf_archs.conversion.Reading.check`.
             SafetensorError: where a weights file is corrupt or truncated.
         """
         native = conversion.prepare(cls, pretrained_model_name_or_path, kwargs)
+        with conversion.unpickled(native, pretrained_model_name_or_path, kwargs) as folder:
+            if folder is not None:
+                loaded: Any = cls.from_pretrained(folder, *model_args, **kwargs)
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                model.config.name_or_path = str(pretrained_model_name_or_path)
+                return loaded
         reading = None
         if kwargs.get("state_dict") is None:  # which a caller may have made of some weights alone
             reading = conversion.Reading(
@@ -321,7 +343,7 @@ class ArchPreTrainedModel(PreTrainedModel):
             )
         try:
             with during(reading=reading):
-                loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+                loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise SafetensorError(
                 f"the weights of {pretrained_model_name_or_path} are corrupt or truncated ({error}); "
@@ -333,10 +355,58 @@ class ArchPreTrainedModel(PreTrainedModel):
             model._weight_conversions = get_model_conversion_mapping(model)
         return loaded
 
-    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        super()._adjust_missing_and_unexpected_keys(loading_info)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers; a card stands beside the weights, unless the folder has one that somebody wrote."""
+        path = Path(save_directory) / REPOCARD_NAME
+        own = path.read_bytes() if path.is_file() else None
+        if own is not None and model_card.is_automatic(own.decode(errors="replace")):
+            own = None
+        with during(card=own):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
+        if not is_main_process or os.path.isfile(save_directory):
+            return
+        if own is not None:
+            path.write_bytes(own)  # transformers has written that of the repository over it
+        elif not push_to_hub and not getattr(self, "_hf_peft_config_loaded", False):
+            model_card.save_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # the card there is the repository's, or an empty one of transformers where it has none
+        path = Path(working_dir) / REPOCARD_NAME
+        if call.card is not None and model_card.is_automatic(path.read_text(encoding="utf-8")):
+            path.write_bytes(call.card)
+        elif not getattr(self, "_hf_peft_config_loaded", False):
+            model_card.save_card(self, working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        super().mark_tied_weights_as_initialized(loading_info)
+        # here, before memory is taken for tensors that a wrong config asks for
         if call.reading is not None and getattr(self, "hf_quantizer", None) is None:  # which stores weights in parts
+            self._adjust_missing_and_unexpected_keys(loading_info)
             call.reading.check(self, loading_info)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: where a pipeline would part layers that share weights.
+        """
+        if mesh_manager is not None and distributed_config.pp_size > 1 and model.base_model._tied_weights_keys:
+            raise ValueError(
+                f"pp_size is {distributed_config.pp_size}, and layers of this {cls.__name__} share weights, which one "
+                "stage of a pipeline would hold and another use; allowed is 1"
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -488,7 +558,12 @@ class ArchModel(ArchPreTrainedModel):
 
     def __init__(self, config: ArchConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        scale, sizes = config.embedding_multiplier, (config.vocab_size, config.hidden_size)
+        # in the embedding, since inputs_embeds may be what the stage of a pipeline before this one leaves
+        self.embed_tokens = nn.Embedding(*sizes) if scale == 1.0 else ScaledEmbedding(*sizes, scale)
+        self.embed_norm = None
+        if config.embedding_norm:
+            self.embed_norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
         self.layers = nn.ModuleList(ArchBlock(config, i) for i in range(config.num_hidden_layers))
         self._tied_weights_keys = share_layers(self.layers, [config.layer_plan(i) for i in range(len(self.layers))])
         self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
@@ -536,6 +611,7 @@ class ArchModel(ArchPreTrainedModel):
             Whether to return what the routers of the layers counted, for the losses that balance their load; None for
             where their logits are asked for.
         """
+        kwargs |= kwargs.pop("kwargs", {})  # where transformers' pipelines put what a forward does not name
         _check_arguments(self, kwargs)
         cache = _one_cache(cache, past_key_values)
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -546,10 +622,14 @@ class ArchModel(ArchPreTrainedModel):
         if use_cache is None:  # transformers' merge_with_config_defaults takes 20 microseconds a token for it
             # a layer that is run again in the backward, by whatever checkpoints activations, would find its own states
             use_cache = self.config.use_cache and not training
-        if self.config.embedding_multiplier != 1.0:
-            inputs_embeds = inputs_embeds * self.config.embedding_multiplier
+        if self.embed_norm is not None and not isinstance(
+            self.embed_tokens, nn.Identity
+        ):  # as in a pipeline's later stage
+            inputs_embeds = self.embed_norm(inputs_embeds)
         asked = kwargs.get("output_attentions", self.config.output_attentions)
-        output_attentions = bool(asked) and any(layer.attention_weights is not None for layer in self.layers)
+        output_attentions = bool(asked) and any(
+            getattr(layer, "attention_weights", None) is not None for layer in self.layers
+        )
         if output_attentions:
             implementation = self.config._attn_implementation
             if implementation != "eager":
@@ -636,8 +716,9 @@ class ArchModel(ArchPreTrainedModel):
         return windows
 
     def routers(self) -> dict[int, Any]:
-        """The feed-forwards with a router, by their layers."""
-        return {i: layer.feed_forward for i, layer in enumerate(self.layers) if hasattr(layer.feed_forward, "routes")}
+        """The feed-forwards with a router, by their layers. (A stage of a pipeline has other modules for the rest.)"""
+        parts = {i: getattr(layer, "feed_forward", None) for i, layer in enumerate(self.layers)}
+        return {i: part for i, part in parts.items() if hasattr(part, "routes")}
 
     def auxiliary_losses(self, statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The routers' own losses, from the statistics of one forward, those of one config together.
@@ -683,6 +764,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
     _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     _model_class: type[ArchModel]
 
@@ -722,6 +804,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             Whether to return the logits of the routers and their own loss, which is then part of ``loss``; None for
             the config's, which is True unless a checkpoint of another model says otherwise.
         """
+        kwargs |= kwargs.pop("kwargs", {})  # see the backbone's
         cache = _one_cache(cache, past_key_values)
         if isinstance(cache, RecurrentCache) and isinstance(logits_to_keep, int):
             # assisted decoding keeps the logits of all candidates, and takes back no more than those and one
@@ -824,9 +907,9 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: where a layer cannot generate, or the cache asked for cannot be made.
         """
-        for layer in self.model.layers:
-            if hasattr(layer.feed_forward, "check_generation"):
-                layer.feed_forward.check_generation()
+        for router in self.model.routers().values():
+            if hasattr(router, "check_generation"):
+                router.check_generation()
         mask = model_kwargs.get("attention_mask")
         if generation_config.prefill_chunk_size is not None and mask is not None and bool((mask > 1).any()):
             raise ValueError(
@@ -871,6 +954,8 @@ class ArchForMaskedLM(ArchPreTrainedModel):
     """The backbone with a masked-language-model head; it reads in both directions."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     _model_class: type[ArchModel]
 
     def __init__(self, config: ArchConfig):

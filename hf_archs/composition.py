@@ -136,6 +136,13 @@ class ComposedConfig(ArchConfig):
         """How experts are spread over processes."""
         return self._feed_forward_plan("ep_plan")
 
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """The units of FSDP2: what layers share is one of its own."""
+        plans = [self.layer_plan(i) for i in range(self.num_hidden_layers)]
+        parts = [part for part in ("mixer", "feed_forward") if any(getattr(p, f"shared_{part}") for p in plans)]
+        return {f"layers.*.{part}": "free_full_weight" for part in parts} | ArchConfig.base_model_fsdp_plan
+
     def _feed_forward_plan(self, kind: str) -> dict[str, str]:
         plan: dict[str, str] = {}
         for i in range(self.num_hidden_layers):

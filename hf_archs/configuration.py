@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from huggingface_hub.dataclasses import strict, validated_field
 from packaging.version import InvalidVersion, Version
 from transformers import PreTrainedConfig
@@ -15,7 +16,7 @@ from transformers.utils import logging
 
 from hf_archs import __version__, conversion, hub, registry
 from hf_archs.call import NEW_NAME, OLD_NAME
-from hf_archs.formats import IDLE
+from hf_archs.formats import IDLE, MOST_LAYERS
 
 logger = logging.get_logger(__name__)
 
@@ -126,6 +127,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         norm_eps: added to the mean square, or the variance, in every norm.
         norm_type: the norm before every mixer and feed-forward and at the end, ``rms_norm`` or ``layer_norm``.
         embedding_multiplier: what the embeddings are multiplied by; the square root of hidden_size in some models.
+        embedding_norm: whether a norm of ``norm_type`` follows them (torchscale's ``layernorm_embedding``).
         residual_in_fp32: keep the residual stream in (at least) float32 whatever the weights' dtype.
         initializer_range: standard deviation of embeddings and linear layers at initialisation.
         rescale_prenorm_residual: divide the initial output projections by the square root of the number of
@@ -138,11 +140,18 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
     mixer_type: ClassVar[str]
     keys_to_ignore_at_inference: ClassVar[list[str]] = [OLD_NAME, NEW_NAME, "aux_loss", "router_logits"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}  # prompt tuning asks for it
+    # of each module that a stage of a pipeline may hold, the names of what its forward is given and gives
+    base_model_pp_plan: ClassVar[dict[str, Any]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "layout"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 32000
     num_hidden_layers: int = 24
     norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
     embedding_multiplier: float = 1.0
+    embedding_norm: bool = False
     residual_in_fp32: bool = True
     initializer_range: float = 0.02
     rescale_prenorm_residual: bool = True
@@ -153,9 +162,16 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
     bos_token_id: int | None = validated_field(partial(_check_token_id, "bos_token_id"), default=0)
     eos_token_id: int | list[int] | None = validated_field(partial(_check_token_id, "eos_token_id"), default=0)
 
+    def _check_host_fields(self) -> None:
+        """Those that transformers computes with before it looks at their types."""
+        dtype: Any = self.dtype
+        known = dtype is None or isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype)
+        self._allow(known, "dtype", "are torch's, such as 'bfloat16', and None")
+        self._allow(isinstance(self.id2label, dict | None), "id2label", "is a dict of numbers and labels, and None")
+
     def validate_sizes(self) -> None:
         check_range(self, "vocab_size", 1, 2**24)
-        check_range(self, "num_hidden_layers", 1, 2**12)
+        check_range(self, "num_hidden_layers", 1, MOST_LAYERS)
         check_range(self, "initializer_range", 0.0, 10.0)
         check_range(self, "embedding_multiplier", 1e-6, 1e6)
 
@@ -199,6 +215,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         # first of all: others compute with these, and transformers goes through all layers here
         self.validate_mixer_sizes()
         self.validate_sizes()
+        self._check_host_fields()
         # where they are no fields they follow from others, and stand in the file for those who read only that
         follow = {name: kwargs.pop(name, None) for name in FOLLOW if name not in self.__dataclass_fields__}
         self._check_names(kwargs, kwargs.pop("hf_archs_version", None))

@@ -6,22 +6,27 @@ from disk; `hf_archs.formats` says what a format is.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
 import os
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from hf_archs import registry
-from hf_archs.errors import CheckFailed
+from hf_archs import pickles, registry
+from hf_archs.errors import CheckFailed, sentence
 from hf_archs.formats import (
     OURS,
     NativeCheckpoint,
@@ -79,9 +84,51 @@ def read_config(
     if native is None:
         return raw
     try:
-        return native.read_config(raw, config_class)
+        return translate(native, raw, config_class)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def translate(form: NativeFormat, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """A ``config.json`` of a native format as sound fields of ``config_class``.
+
+    Raises:
+        ValueError: see `NativeFormat.read_config`, and for a value that no such config may have: naming the field of
+            theirs without which the file would do, where the error speaks of one of ours or of none.
+    """
+    try:
+        fields = form.read_config(raw, config_class)
+        config_class(**fields)
+    except Exception as error:  # transformers' own configs compute with a value before they look at its type
+        said = sentence(error)
+        if not isinstance(error, ValueError | StrictDataclassError):
+            said = f"{type(error).__name__}: {said}"
+        if not any(_speaks_of(said, name) for name in raw):
+            blamed = _blamed(form, raw, config_class, said)
+            said = f"{', '.join(f'{name} is {raw[name]!r}' for name in blamed)} in this {form.name} checkpoint: {said}"
+        raise ValueError(said) from error
+    return fields
+
+
+def _speaks_of(said: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", said) is not None
+
+
+def _blamed(form: NativeFormat, raw: Mapping[str, Any], config_class: type[PreTrainedConfig], said: str) -> list[str]:
+    """Fields of theirs that may be why a file cannot be read, where the error names none of them."""
+
+    def reads(part: Mapping[str, Any]) -> bool:
+        with contextlib.suppress(Exception):
+            return bool(config_class(**form.read_config(part, config_class)))
+        return False
+
+    ours = [theirs for ours, theirs in form.fields.items() if theirs in raw and _speaks_of(said, ours.split(".")[-1])]
+    alone = {"model_type": raw.get("model_type")}
+    return (
+        list(dict.fromkeys(ours))
+        or [name for name in raw if reads({k: v for k, v in raw.items() if k != name})]
+        or [name for name, value in raw.items() if not reads({**alone, name: value})]
+    )
 
 
 def prepare(
@@ -123,6 +170,52 @@ def prepare(
     return native
 
 
+@contextlib.contextmanager
+def unpickled(
+    native: NativeFormat | None, source: str | os.PathLike | None, kwargs: dict[str, Any]
+) -> Iterator[str | None]:
+    """A folder with the checkpoint of ``source``, its weights as safetensors; None where they are no pickle.
+
+    Args:
+        native: the format of the checkpoint.
+        source, kwargs: the arguments of ``from_pretrained``, where ``use_safetensors=False`` asks for the pickle; the
+            folder needs no such argument, and it is taken out.
+
+    Raises:
+        ValueError: where the weights are a pickle, and nobody asked for it or it holds none.
+    """
+    if native is None or native.pickle is None or source is None:
+        yield None
+        return
+    where = {name: kwargs[name] for name in inspect.signature(find_adapter_config_file).parameters if name in kwargs}
+
+    def find(name: str) -> str | None:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)  # type: ignore[call-arg]
+
+    asked = kwargs.get("use_safetensors") is False
+    safe = not asked and any(map(find, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)))
+    pickled = None if safe else find(native.pickle)
+    if pickled is None:
+        yield None
+        return
+    if not asked:
+        raise ValueError(
+            f"the weights of {source} are a pickle, {native.pickle}, which is read on request only: by "
+            "from_pretrained(..., use_safetensors=False), or once by `hf-archs convert --pickle`; nothing that stands "
+            "in the file is run"
+        )
+    raw, _ = PreTrainedConfig.get_config_dict(source, **where)
+    with tempfile.TemporaryDirectory() as folder:
+        NativeCheckpoint(raw, pickles.read_state_dict(pickled)).save_pretrained(folder)
+        for name in ("use_safetensors", "subfolder"):
+            kwargs.pop(name, None)
+        try:
+            yield folder
+        except (ValueError, CheckFailed) as error:  # which names the folder
+            error.args = tuple(str(part).replace(folder, str(source)) for part in error.args)
+            raise
+
+
 @dataclass(frozen=True)
 class Reading:
     """A checkpoint while ``from_pretrained`` reads it.
@@ -150,8 +243,12 @@ class Reading:
             CheckFailed: naming a tensor and how many others there are.
         """
         base = "" if model.base_model is model else f"{OURS}."
-        missing = sorted(name for name in found.missing_keys if name.startswith(base))
-        below, heads = rf"(?:{OURS}\.)?(?:embed_tokens|layers|norm)\.", r"(?:lm_head|score|classifier|qa_outputs)\."
+        tied: Any = model.all_tied_weights_keys  # which files hold once
+        missing = sorted(name for name in found.missing_keys if name.startswith(base) and name not in tied)
+        below, heads = (
+            rf"(?:{OURS}\.)?(?:embed_tokens|embed_norm|layers|norm)\.",
+            r"(?:lm_head|score|classifier|qa_outputs)\.",
+        )
         left = sorted(
             name
             for name in found.unexpected_keys
@@ -213,7 +310,7 @@ def from_native(model: PreTrainedModel | NativeCheckpoint) -> PreTrainedModel:
         raise ValueError(f"from_native: a {type(model).__name__} cannot be converted; allowed are {names}")
     form, ours, _ = match
     config_class: Any = ours.config_class
-    config = config_class(**form.read_config(model.config.to_dict(), config_class))
+    config = config_class(**translate(form, model.config.to_dict(), config_class))
     state = {form.ours(name): tensor for name, tensor in model.state_dict().items()}
     return _take_over(_build(ours, config, _widened(ours, state), model.device, model.dtype), model)
 
@@ -248,12 +345,13 @@ def _from_checkpoint(checkpoint: NativeCheckpoint) -> PreTrainedModel:
         )
     architecture, form = found
     config_class: Any = architecture.config_class
-    config = config_class(**form.read_config(checkpoint.config, config_class))
+    config = config_class(**translate(form, checkpoint.config, config_class))
     state = {
         form.ours(name): tensor
         for name, tensor in checkpoint.state_dict.items()
         if not (isinstance(form, StateDictFormat) and form.is_buffer(name))
     }
+    state = form.convert(state, config)
     embedding = state.get(f"{OURS}.embed_tokens.weight")
     if config.tie_word_embeddings and embedding is not None:  # files leave one of the two out
         state.setdefault("lm_head.weight", embedding)
@@ -312,7 +410,9 @@ def to_native(model: PreTrainedModel, format: str | None = None) -> PreTrainedMo
             continue
         state = _narrow(form, model)
         if isinstance(form, StateDictFormat):
-            return NativeCheckpoint(config, {**state, **form.buffers(model.config)})
+            prefix = f"{form.prefix}." if model.base_model is model else ""
+            state.update({name.removeprefix(prefix): t for name, t in form.buffers(model.config).items()})
+            return NativeCheckpoint(config, state)
         return _take_over(_build(theirs, config, state, model.device, model.dtype), model)
     raise ValueError("; ".join(refusals))
 

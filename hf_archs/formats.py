@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 
 from hf_archs.registry import Architecture
 
+MOST_LAYERS = 2**12
 OURS = "model"  # `base_model_prefix` of every class of this library
 
 # Fields that stand in the config.json of any model and change no result: what transformers 4 wrote into every one of
@@ -80,8 +81,10 @@ class NativeFormat(ABC):
         constants: our config fields and the only value that the format stands for.
         allowed: their config fields that must have one of these values, or the checkpoint is no such model.
         ignored: their config fields that do not change the result, beside those in `IDLE`.
+        conversions: how several parameters of theirs are several of ours, for files; see `convert`.
         unused: our config fields that the format does not have and that do not change the result.
         assumed: the same, with the values that they get when reading.
+        pickle: the pickle that its repositories have in place of safetensors, if they do; see `hf_archs.pickles`.
     """
 
     name: str
@@ -97,6 +100,8 @@ class NativeFormat(ABC):
     ignored: Collection[str] = ()
     unused: Collection[str] = ()
     assumed: Mapping[str, Any] = field(default_factory=dict)
+    pickle: str | None = None
+    conversions: Collection[WeightConverter] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -135,6 +140,10 @@ class NativeFormat(ABC):
             mapping[rf"^((?:{OURS}\.)?layers\.\d+\.){theirs}$"] = rf"\1{ours}"
         return mapping
 
+    def convert(self, state: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+        """Their parameters under our names as ours for a model with this config, as ``conversions`` does in files."""
+        return state
+
     # -- config ------------------------------------------------------------------------------------------------
 
     def read_config(self, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
@@ -152,6 +161,10 @@ class NativeFormat(ABC):
                 "stand; allowed are the weights before they were quantised (quantise them while loading: "
                 "from_pretrained(..., quantization_config=...))"
             )
+        layers = raw.get(self.fields.get("num_hidden_layers", ""), 1)
+        if isinstance(layers, int) and layers > MOST_LAYERS:  # or a list of them fills the memory
+            name = self.fields["num_hidden_layers"]
+            raise ValueError(f"{name} is {layers} in this {self.name} checkpoint; allowed are 1 to {MOST_LAYERS}")
         given, defaults = self.expand(raw)
         common = _common(given)
         fields = {ours: given[theirs] for ours, theirs in self.fields.items() if theirs in given}
@@ -336,15 +349,23 @@ class StateSpacesFormat(NativeFormat):
         # nothing but such layers has
         defaults = {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True}
         options = {"vocab_size": 50277, "residual_in_fp32": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True}
-        given = {**defaults, **options, **{k: v for k, v in raw.items() if k != "ssm_cfg"}}
+        empty = ("attn_layer_idx", "attn_cfg")  # null is none of them
+        given = {k: v for k, v in raw.items() if k != "ssm_cfg" and not (k in empty and v is None)}
+        given = {**defaults, **options, **given}
+        for name in ("d_model", "vocab_size", "pad_vocab_size_multiple"):
+            if type(given[name]) is not int or given[name] < 1:
+                raise ValueError(
+                    f"{name} is {given[name]!r} in this {self.name} checkpoint; allowed are whole numbers above 0"
+                )
         multiple = given.pop("pad_vocab_size_multiple")
         given["vocab_size"] = -(-given["vocab_size"] // multiple) * multiple
         given.pop("fused_add_norm", None)  # the same result in another kernel
-        layer = {**self.layer_defaults, **{k: v for k, v in raw["ssm_cfg"].items() if k != "layer"}}
+        layer = {**self.layer_defaults, **{k: v for k, v in (raw.get("ssm_cfg") or {}).items() if k != "layer"}}
+        if type(layer["expand"]) is int and layer.get("d_ssm") == layer["expand"] * given["d_model"]:
+            layer["d_ssm"] = None  # all of them
         # "auto" is what ours calls None: it follows from the width
         given.update({f"ssm_cfg.{name}": None if value == "auto" else value for name, value in layer.items()})
-        # an option that nobody knows has no default: whatever it says cannot be represented
-        return given, {name: defaults.get(name, self.layer_defaults.get(name.partition(".")[2])) for name in given}
+        return given, {**defaults, **{f"ssm_cfg.{name}": value for name, value in self.layer_defaults.items()}}
 
 
 def expert_conversions() -> list[WeightConverter | WeightRenaming]:
@@ -367,10 +388,21 @@ def expert_conversions() -> list[WeightConverter | WeightRenaming]:
 
 
 def state_spaces_layer(raw: Mapping[str, Any]) -> str | None:
-    """The kind of layer in a ``config.json`` of the package mamba_ssm; None where it is of anything else."""
-    if "model_type" in raw or not {"d_model", "n_layer", "ssm_cfg"} <= set(raw):
+    """The kind of layer in a ``config.json`` of the package mamba_ssm; None where it is of anything else.
+
+    mamba_ssm has a default for all but the two sizes. A ``layer`` beside them is HyenaDNA's, whose sizes have the same
+    names.
+
+    Raises:
+        ValueError: where ``ssm_cfg`` is no dict with a name in ``layer``.
+    """
+    if "model_type" in raw or "layer" in raw or not {"d_model", "n_layer"} <= set(raw):
         return None
-    return raw["ssm_cfg"].get("layer", "Mamba1")
+    options = {} if raw.get("ssm_cfg") is None else raw["ssm_cfg"]
+    layer = options.get("layer", "Mamba1") if isinstance(options, Mapping) else None
+    if not isinstance(layer, str):
+        raise ValueError(f"ssm_cfg is {options!r} in this state-spaces checkpoint; allowed is a dict with a 'layer'")
+    return layer
 
 
 def _flat(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:

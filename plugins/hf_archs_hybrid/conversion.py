@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from hf_archs.formats import TransformersFormat
@@ -18,7 +21,7 @@ class HybridFormat(TransformersFormat):
 
     Attributes:
         kinds: for each named mixer and feed-forward our names and theirs of the parameters in its layers.
-        read_pattern: our pattern fields from theirs.
+        read_pattern: our fields that follow from several of theirs: the pattern, and by paths what is in an instance.
         write_pattern: their pattern fields from our config.
     """
 
@@ -43,8 +46,11 @@ class HybridFormat(TransformersFormat):
         return theirs
 
     def read_config(self, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-        given, _ = self.expand(raw)
-        return {**super().read_config(raw, config_class), **self.read_pattern(given)}
+        found = super().read_config(raw, config_class)
+        for path, value in self.read_pattern(self.expand(raw)[0]).items():
+            *parents, name = path.split(".")
+            reduce(dict.__getitem__, parents, found)[name] = value
+        return found
 
     def write_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {**super().write_fields(config), **self.write_pattern(config)}
@@ -194,17 +200,21 @@ JAMBA = HybridFormat(
         "feed_forward.moe.norm_topk_prob": False,
     },
     unused=_PATTERNS,
-    allowed={"hidden_act": ("silu", "swish"), "attention_dropout": (0.0,)},
+    allowed={
+        "hidden_act": ("silu", "swish"),
+        "attention_dropout": (0.0,),
+        "sliding_window": (None,),
+        "mamba_inner_layernorms": (True,),
+    },
     ignored=(
-        "max_position_embeddings",
+        # read above
+        *("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset"),
         "output_router_logits",
-        "use_mamba_kernels",
-        "use_mambapy",
-        "use_associative_scan",
-        "attn_layer_period",
-        "attn_layer_offset",
-        "expert_layer_period",
-        "expert_layer_offset",
+        # it has no positions
+        "max_position_embeddings",
+        # which of its scans transformers runs, and what generate computes
+        *("use_mamba_kernels", "use_mambapy", "use_associative_scan"),
+        *("num_logits_to_keep", "calc_logits_for_entire_prompt"),
     ),
     read_pattern=_read_jamba,
     write_pattern=_write_jamba,
@@ -213,6 +223,12 @@ JAMBA = HybridFormat(
 
 def _read_bamba(given: Mapping[str, Any]) -> dict[str, Any]:
     attention = set(given["attn_layer_indices"] or ())
+    rotated = given.get("attn_rotary_emb")
+    if rotated is not None and rotated * 2 * given["num_attention_heads"] != given["hidden_size"]:
+        raise ValueError(
+            f"attn_rotary_emb is {rotated!r} in this bamba checkpoint; allowed is half a head, since transformers "
+            "rotates that"
+        )
     return {
         "layer_pattern": ["attention" if i in attention else "mamba2" for i in range(given["num_hidden_layers"])],
         "feed_forward_pattern": "mlp",
@@ -252,6 +268,7 @@ BAMBA = HybridFormat(
         "norm_eps": "rms_norm_eps",
         "mixers.mamba2.state_size": "mamba_d_state",
         "mixers.mamba2.head_dim": "mamba_d_head",
+        "mixers.mamba2.n_groups": "mamba_n_groups",
         "mixers.mamba2.conv_kernel": "mamba_d_conv",
         "mixers.mamba2.expand": "mamba_expand",
         "mixers.mamba2.use_conv_bias": "mamba_conv_bias",
@@ -264,36 +281,67 @@ BAMBA = HybridFormat(
         "mixers.attention.rope_theta": "rope_parameters.rope_theta",
         "mixers.attention.partial_rotary_factor": "rope_parameters.partial_rotary_factor",
         "feed_forward.mlp.intermediate_size": "intermediate_size",
-        "feed_forward.mlp.hidden_act": "hidden_act",
         "feed_forward.mlp.bias": "mlp_bias",
     },
     constants={
         "residual_in_fp32": False,
         "rescale_prenorm_residual": False,
         "mixers.mamba2.type": "mamba2",
-        "mixers.mamba2.n_groups": 1,
         "mixers.attention.type": "attention",
         "feed_forward.mlp.type": "mlp",
+        "feed_forward.mlp.hidden_act": "silu",  # hidden_act is the mixer's as well
     },
     unused=(*_PATTERNS, *(f"mixers.mamba2.time_step_{x}" for x in ("min", "max", "floor"))),
-    # its gated norm has one mean square for all channels, ours one for each group
     allowed={
         "hidden_act": ("silu", "swish"),
         "attention_dropout": (0.0,),
-        "mamba_n_groups": (1,),
         "rope_parameters.rope_type": ("default",),
         "z_loss_coefficient": (0.0,),
     },
     ignored=(
-        "max_position_embeddings",
-        "num_logits_to_keep",
-        "mamba_chunk_size",
-        "mamba_n_heads",
-        "attn_layer_indices",
+        # read above, or follow from the widths, which BambaConfig checks
+        *("attn_layer_indices", "attn_rotary_emb", "mamba_n_heads"),
+        # how long its table of positions is, and the chunks of its scan; which kernels run; what generate computes
+        *("max_position_embeddings", "mamba_chunk_size", "use_mamba_kernels", "num_logits_to_keep"),
     ),
     read_pattern=_read_bamba,
     write_pattern=_write_bamba,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NemotronHFormat(HybridFormat):
+    """Nemotron-H as transformers runs it, in the files of NVIDIA's own code too.
+
+    transformers clamps steps from below, at ``time_step_min``, and passes over ``time_step_limit``; NVIDIA's code does
+    the opposite. A file that limits steps is refused, since the two disagree on what it says.
+    """
+
+    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        raw = dict(raw)
+        _same(raw, "layer_norm_epsilon", raw.get("layer_norm_epsilon", 1e-5), "norm_eps", "rms_norm_eps")
+        if "attention_head_dim" in raw:  # of the first files, where transformers has head_dim
+            raw.setdefault("head_dim", raw["attention_head_dim"])
+            _same(raw, "head_dim", raw["head_dim"], "attention_head_dim")
+        for kind in raw.get("hybrid_override_pattern") or "":
+            if kind not in "ME*-":
+                raise ValueError(
+                    f"hybrid_override_pattern has {kind!r} in this nemotron_h checkpoint; allowed are M, E, * and -"
+                )
+        given, defaults = super().expand(raw)
+        _same(raw, "the length of the pattern", len(given["layers_block_type"]), "num_hidden_layers")
+        limit = given["time_step_limit"]
+        if len(limit) == 2:  # 1e308 where JSON has no infinity
+            given["time_step_limit"] = (limit[0], limit[1] if limit[1] < torch.finfo(torch.float32).max else math.inf)
+        return given, defaults
+
+
+def _same(raw: Mapping[str, Any], field: str, value: Any, *others: str) -> None:
+    """Raise a `ValueError` unless other names of a field, where they are in the file, say the same."""
+    for name in others:
+        given = raw.get(name, value)
+        if given != value:
+            raise ValueError(f"{name} is {given!r} in this nemotron_h checkpoint; allowed is {value!r}, as {field} is")
 
 
 # of a layer's type in Nemotron-H our mixer and our feed-forward; each of its layers has one of both
@@ -307,17 +355,19 @@ _NEMOTRON = {
 
 def _read_nemotron_h(given: Mapping[str, Any]) -> dict[str, Any]:
     placed = [_NEMOTRON[kind] for kind in given["layers_block_type"]]
-    if given["mamba_num_heads"] * given["mamba_head_dim"] != given["expand"] * given["hidden_size"]:
-        heads = given["expand"] * given["hidden_size"] / given["mamba_head_dim"]
+    has_experts = any(feed_forward == "moe" for _, feed_forward in placed)
+    if given["mlp_bias"] and has_experts:
         raise ValueError(
-            f"mamba_num_heads is {given['mamba_num_heads']} in this nemotron_h checkpoint; allowed is "
-            f"expand * hidden_size / mamba_head_dim = {heads:g}"
+            "mlp_bias is True in this nemotron_h checkpoint; allowed beside experts is False, since the expert that "
+            "all tokens share would have biases too"
         )
     return {
         "num_hidden_layers": len(placed),
         "layer_pattern": [mixer for mixer, _ in placed],
         "feed_forward_pattern": [feed_forward for _, feed_forward in placed],
-        **_read_router_logits(given, any(feed_forward == "moe" for _, feed_forward in placed)),
+        "mixers.mamba2.inner_size": given["mamba_num_heads"] * given["mamba_head_dim"],  # expand counts for nothing
+        "mixers.mamba2.time_step_limit": (given["time_step_min"], math.inf),
+        **_read_router_logits(given, has_experts),
     }
 
 
@@ -330,14 +380,27 @@ def _write_nemotron_h(config: Any) -> dict[str, Any]:
                 f"{type(config).__name__}: layer {i} is {'+'.join(layer)!r}, which a nemotron_h model cannot "
                 f"represent; allowed is one of {', '.join(kinds)}"
             )
+    instances = config.instances()
+    if instances["feed_forward.mlp"][1].bias and ["moe"] in placed:
+        raise ValueError(
+            f"{type(config).__name__}: feed_forward.mlp.bias is True, which a nemotron_h model cannot represent beside "
+            "experts; allowed: False"
+        )
+    mamba2 = instances["mixers.mamba2"][1]
+    if tuple(mamba2.time_step_limit) != (mamba2.time_step_min, math.inf):
+        raise ValueError(
+            f"{type(config).__name__}: mixers.mamba2.time_step_limit is {mamba2.time_step_limit}, which a nemotron_h "
+            f"model cannot represent; allowed: {(mamba2.time_step_min, math.inf)}, since transformers clamps at "
+            "time_step_min"
+        )
     return {
         "layers_block_type": [kinds[layer[0]] for layer in placed],
-        "mamba_num_heads": config.instances()["mixers.mamba2"][1].num_heads,
+        "mamba_num_heads": mamba2.num_heads,
         "output_router_logits": getattr(config, "output_router_logits", False),
     }
 
 
-NEMOTRON_H = HybridFormat(
+NEMOTRON_H = NemotronHFormat(
     name="nemotron_h",
     config_name="NemotronHConfig",
     model_name="NemotronHModel",
@@ -384,7 +447,6 @@ NEMOTRON_H = HybridFormat(
         "mixers.mamba2.time_step_min": "time_step_min",
         "mixers.mamba2.time_step_max": "time_step_max",
         "mixers.mamba2.time_step_floor": "time_step_floor",
-        "mixers.mamba2.time_step_limit": "time_step_limit",
         "mixers.attention.num_heads": "num_attention_heads",
         "mixers.attention.num_key_value_heads": "num_key_value_heads",
         "mixers.attention.head_dim": "head_dim",
@@ -411,8 +473,13 @@ NEMOTRON_H = HybridFormat(
         "feed_forward.moe.score_function": "sigmoid",
         "feed_forward.moe.gated": False,
     },
-    unused=(*_PATTERNS, "feed_forward.moe.router_aux_loss_coef"),
+    unused=(
+        *_PATTERNS,
+        *("mixers.mamba2.inner_size", "mixers.mamba2.time_step_limit"),
+        "feed_forward.moe.router_aux_loss_coef",
+    ),
     allowed={
+        "time_step_limit": ((0.0, math.inf),),
         "mamba_hidden_act": ("silu", "swish"),
         "attention_dropout": (0.0,),
         "attention_bias": (False,),
@@ -425,18 +492,17 @@ NEMOTRON_H = HybridFormat(
         "n_shared_experts": (1,),
     },
     ignored=(
-        "tie_word_embeddings",
-        "max_position_embeddings",
-        "num_logits_to_keep",
-        "output_router_logits",
-        "use_mamba_kernels",
-        "mamba_num_heads",
-        "mamba_ssm_cache_dtype",
-        "chunk_size",
-        "moe_shared_expert_overlap",
-        "mtp_layers_block_type",
-        "layers_block_type",
-        "mamba_proj_bias",
+        # read above
+        *("mamba_num_heads", "layers_block_type", "output_router_logits"),
+        # other names, which must say the same
+        *("norm_eps", "rms_norm_eps", "attention_head_dim", "num_hidden_layers"),
+        # its class passes over them: the head is never tied, the mixer's biases are use_bias, there is no step rank and
+        # its attention has no positions
+        *("tie_word_embeddings", "mamba_proj_bias", "time_step_rank"),
+        *("max_position_embeddings", "rope_theta", "rope_scaling", "partial_rotary_factor"),
+        # what runs where, in which dtype and in which order; what generate computes; what further layers would be
+        *("use_mamba_kernels", "mamba_ssm_cache_dtype", "chunk_size", "moe_shared_expert_overlap"),
+        *("num_logits_to_keep", "mtp_layers_block_type"),
     ),
     layer_patterns={
         r"mixer\.experts\.(\d+)\.up_proj\.weight": r"feed_forward.experts.\2.in_proj.weight",

@@ -2,7 +2,7 @@
 
 from hf_archs.registry import Architecture, register, register_mixer
 from hf_archs_mamba.configuration import ArchMambaConfig, MambaMixerConfig, mamba_state
-from hf_archs_mamba.conversion import FALCON_MAMBA, MAMBA, STATE_SPACES
+from hf_archs_mamba.conversion import FALCON_MAMBA, FLA, MAMBA, STATE_SPACES
 from hf_archs_mamba.mixer import MambaMixer
 from hf_archs_mamba.modeling import (
     ArchMambaForCausalLM,
@@ -40,8 +40,9 @@ register(
         question_answering_class=ArchMambaForQuestionAnswering,
         mixer_class=MambaMixer,
         lora_targets=("in_proj", "x_proj", "dt_proj", "out_proj"),
+        even_targets=("in_proj", "out_proj"),
         tiny={"state_size": 8},
-        native_formats=(MAMBA, FALCON_MAMBA, STATE_SPACES),
+        native_formats=(MAMBA, FALCON_MAMBA, FLA, STATE_SPACES),
         # the published models' widths and depths (Gu and Dao 2023, table 12)
         sizes={
             "4m": {"hidden_size": 256, "num_hidden_layers": 6, "vocab_size": 4096},

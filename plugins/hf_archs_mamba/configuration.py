@@ -21,6 +21,7 @@ class MambaMixerConfig(MixerConfig):
     Args:
         state_size: states per channel, N in the paper.
         expand: channels per hidden unit, E in the paper.
+        inner_size: channels; None is ``expand * hidden_size``.
         conv_kernel: taps of the causal convolution.
         use_bias: bias in ``in_proj`` and ``out_proj``.
         use_conv_bias: bias in the convolution.
@@ -37,6 +38,7 @@ class MambaMixerConfig(MixerConfig):
 
     state_size: int = 16
     expand: int = 2
+    inner_size: int | None = None
     conv_kernel: int = 4
     use_bias: bool = False
     use_conv_bias: bool = True
@@ -52,6 +54,8 @@ class MambaMixerConfig(MixerConfig):
     def validate_mamba(self) -> None:
         check_range(self, "state_size", 1, 2**12)
         check_range(self, "expand", 1, 64)
+        if self.inner_size is not None:
+            check_range(self, "inner_size", 1, 2**20)
         check_range(self, "conv_kernel", 2, 8)
         if self.time_step_rank is not None:
             check_range(self, "time_step_rank", 1, 2**17)
@@ -62,9 +66,9 @@ class MambaMixerConfig(MixerConfig):
         check_range(self, "bcdt_norm_eps", 0.0, 1.0)
 
     @property
-    def inner_size(self) -> int:
-        """Channels of the recurrence."""
-        return self.expand * self.hidden_size
+    def channels(self) -> int:
+        """The channels of the recurrence that ``inner_size`` stands for."""
+        return self.inner_size or self.expand * self.hidden_size
 
     @property
     def dt_rank(self) -> int:
@@ -75,8 +79,8 @@ class MambaMixerConfig(MixerConfig):
 def mamba_state(config: MambaMixerConfig) -> dict[str, StateSpec]:
     """The window of the convolution, and the recurrence's state in float32."""
     return {
-        "conv": StateSpec("conv", (config.inner_size, config.conv_kernel - 1)),
-        "ssm": StateSpec("recurrent", (config.inner_size, config.state_size), torch.float32),
+        "conv": StateSpec("conv", (config.channels, config.conv_kernel - 1)),
+        "ssm": StateSpec("recurrent", (config.channels, config.state_size), torch.float32),
     }
 
 

@@ -1,10 +1,53 @@
-"""Mamba checkpoints of transformers and of the package mamba_ssm, by rename tables."""
+"""Mamba checkpoints of transformers, flash-linear-attention and the package mamba_ssm, by rename tables.
+
+flash-linear-attention's ``model_type`` is transformers' own, ``mamba``: the fields that it alone has tell which it is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from hf_archs.formats import StateSpacesFormat, TransformersFormat
+from transformers import PreTrainedConfig
+
+from hf_archs.formats import StateDictFormat, StateSpacesFormat, TransformersFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaFormat(TransformersFormat):
+    def detect(self, raw: Mapping[str, Any]) -> bool:
+        return super().detect(raw) and not FLA.detect(raw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlaFormat(StateDictFormat):
+    """``fla.models.MambaConfig`` and the state dict of ``MambaForCausalLM``, whose mathematics has not changed from
+    March 2024 to August 2026.
+
+    Attributes:
+        earlier: names of fields before April 2025 or 2026, and today's.
+    """
+
+    earlier: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return "flash-linear-attention's mamba"
+
+    def detect(self, raw: Mapping[str, Any]) -> bool:
+        return raw.get("model_type") == MAMBA.name and not _FLA_ALONE.isdisjoint(raw)
+
+    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        today = {name: new for name, new in self.earlier.items() if new not in raw}
+        given, defaults = super().expand({today.get(name, name): value for name, value in raw.items()})
+        if given["dt_rank"] == "auto":
+            given["dt_rank"] = None
+        return given, defaults
+
+    def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
+        ours: Any = config
+        return {**super().write_config(config), "dt_rank": ours.dt_rank, "intermediate_size": ours.channels}
+
 
 LAYER_RENAMES = {
     "mixer.ssm.A_log": "mixer.A_log",
@@ -37,17 +80,30 @@ _SAME = (
     "bos_token_id",
     "eos_token_id",
 )
-_FIELDS = {**{name: name for name in _SAME}, "norm_eps": "layer_norm_epsilon"}
-
-_TRANSFORMERS: dict[str, Any] = {
-    "renames": {"embed_tokens.weight": "embeddings.weight", "norm.weight": "norm_f.weight"},
-    "layer_renames": LAYER_RENAMES,
-    "allowed": {"hidden_act": ("silu", "swish")},
-    "ignored": ("use_mambapy", "use_associative_scan", "intermediate_size"),  # which of its scans transformers runs
-    "derived": {"time_step_rank": "dt_rank"},
+_FIELDS = {
+    **{name: name for name in _SAME},
+    "norm_eps": "layer_norm_epsilon",
+    "inner_size": "intermediate_size",  # which goes before expand: FalconMamba 7B says 16 and means 2
 }
 
-MAMBA = TransformersFormat(
+_NAMES: dict[str, Any] = {
+    "renames": {"embed_tokens.weight": "embeddings.weight", "norm.weight": "norm_f.weight"},
+    "layer_renames": LAYER_RENAMES,
+}
+_TRANSFORMERS: dict[str, Any] = {
+    **_NAMES,
+    "allowed": {"hidden_act": ("silu", "swish"), "rms_norm": (True,)},
+    "ignored": (
+        # which of its scans transformers runs
+        "use_mambapy",
+        "use_associative_scan",
+        # what files converted from mamba_ssm's layout still have, said again by the fields above
+        *("d_model", "d_inner", "n_layer", "ssm_cfg", "pad_vocab_size_multiple", "fused_add_norm"),
+    ),
+    "derived": {"time_step_rank": "dt_rank", "intermediate_size": "channels"},
+}
+
+MAMBA = MambaFormat(
     name="mamba",
     config_name="MambaConfig",
     model_name="MambaModel",
@@ -58,7 +114,7 @@ MAMBA = TransformersFormat(
     **_TRANSFORMERS,
 )
 
-FALCON_MAMBA = TransformersFormat(
+FALCON_MAMBA = MambaFormat(
     name="falcon_mamba",
     config_name="FalconMambaConfig",
     model_name="FalconMambaModel",
@@ -66,6 +122,60 @@ FALCON_MAMBA = TransformersFormat(
     fields={**_FIELDS, "bcdt_norm_eps": "mixer_rms_eps"},
     constants={"bcdt_norm": "plain"},
     **_TRANSFORMERS,
+)
+
+_EARLIER = {
+    "layer_norm_epsilon": "norm_eps",
+    "time_step_rank": "dt_rank",
+    "time_step_scale": "dt_scale",
+    "time_step_min": "dt_min",
+    "time_step_max": "dt_max",
+    "time_step_init_scheme": "dt_init_scheme",
+    "time_step_floor": "dt_init_floor",
+}
+# which kernels run, and what their training loss is computed with
+_FLA_KERNELS = ("fuse_norm", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp")
+_FLA_ALONE = frozenset((*_EARLIER.values(), *_FLA_KERNELS))
+
+FLA = FlaFormat(
+    name="fla_mamba",
+    **_NAMES,
+    earlier=_EARLIER,
+    defaults={
+        "model_type": "mamba",
+        "architectures": ["MambaForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "state_size": 16,
+        "num_hidden_layers": 48,
+        "norm_eps": 1e-5,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "expand": 2,
+        "intermediate_size": None,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "residual_in_fp32": False,
+        "dt_rank": "auto",
+        "dt_scale": 1.0,
+        "dt_min": 0.001,
+        "dt_max": 0.1,
+        "dt_init_scheme": "random",
+        "dt_init_floor": 1e-4,
+        "rescale_prenorm_residual": False,
+        "use_cache": True,
+        "tie_word_embeddings": False,
+        "fuse_norm": True,
+    },
+    fields={ours: _EARLIER.get(theirs, theirs) for ours, theirs in _FIELDS.items()},
+    constants={"bcdt_norm": "none"},
+    allowed={"hidden_act": ("silu", "swish")},
+    ignored=_FLA_KERNELS,
+    unused=("bcdt_norm_eps",),
 )
 
 STATE_SPACES = StateSpacesFormat(
@@ -83,7 +193,7 @@ STATE_SPACES = StateSpacesFormat(
         "conv_bias": True,
         "bias": False,
     },
-    renames={"embed_tokens.weight": "embedding.weight", "norm.weight": "norm_f.weight"},
+    renames={**_NAMES["renames"], "embed_tokens.weight": "embedding.weight"},
     layer_renames=LAYER_RENAMES,
     fields={
         "hidden_size": "d_model",

@@ -1,6 +1,6 @@
 """The Mamba mixer (Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces").
 
-Letters in shapes: b batch, l length, d hidden size, c channels (expand x d), n states per channel, r step rank.
+Letters in shapes: b batch, l length, d hidden size, c channels, n states per channel, r step rank.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class SelectiveSSM(nn.Module):
     def __init__(self, config: MambaMixerConfig):
         super().__init__()
         self.config = config
-        self.A_log = nn.Parameter(torch.empty(config.inner_size, config.state_size))
-        self.D = nn.Parameter(torch.empty(config.inner_size))
-        self.dt_bias = nn.Parameter(torch.empty(config.inner_size))
+        self.A_log = nn.Parameter(torch.empty(config.channels, config.state_size))
+        self.D = nn.Parameter(torch.empty(config.channels))
+        self.dt_bias = nn.Parameter(torch.empty(config.channels))
 
     def init_weights(self) -> None:
         """S4D-real states (section 3.6); steps log-uniform between ``time_step_min`` and ``time_step_max``."""
@@ -41,7 +41,7 @@ class SelectiveSSM(nn.Module):
         init.copy_(self.A_log, torch.log(A).expand_as(self.A_log))
         init.ones_(self.D)
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-        steps = torch.exp(torch.rand(config.inner_size, device=self.dt_bias.device) * (high - low) + low)
+        steps = torch.exp(torch.rand(config.channels, device=self.dt_bias.device) * (high - low) + low)
         steps = steps.clamp(min=config.time_step_floor)
         init.copy_(self.dt_bias, steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
 
@@ -83,18 +83,18 @@ class MambaMixer(nn.Module):
         super().__init__()
         self.config = config
         self.splits = [config.dt_rank, config.state_size, config.state_size]  # of x_proj: dt, B, C
-        self.in_proj = nn.Linear(config.hidden_size, 2 * config.inner_size, bias=config.use_bias)
-        self.conv1d = CausalConv1d(config.inner_size, config.conv_kernel, config.use_conv_bias)
-        self.x_proj = nn.Linear(config.inner_size, config.dt_rank + 2 * config.state_size, bias=False)
+        self.in_proj = nn.Linear(config.hidden_size, 2 * config.channels, bias=config.use_bias)
+        self.conv1d = CausalConv1d(config.channels, config.conv_kernel, config.use_conv_bias)
+        self.x_proj = nn.Linear(config.channels, config.dt_rank + 2 * config.state_size, bias=False)
         self.norms = None
         if config.bcdt_norm != "none":
             norm = ArchRMSNorm if config.bcdt_norm == "affine" else PlainRMSNorm
             self.norms = nn.ModuleDict(
                 {name: norm(size, config.bcdt_norm_eps) for name, size in zip(("dt", "B", "C"), self.splits)}
             )
-        self.dt_proj = nn.Linear(config.dt_rank, config.inner_size, bias=False)  # its bias is ssm.dt_bias
+        self.dt_proj = nn.Linear(config.dt_rank, config.channels, bias=False)  # its bias is ssm.dt_bias
         self.ssm = SelectiveSSM(config)
-        self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.use_bias)
+        self.out_proj = nn.Linear(config.channels, config.hidden_size, bias=config.use_bias)
 
     def init_weights(self) -> None:
         """The initial ``dt_proj`` keeps the variance of the steps (section 3.6)."""

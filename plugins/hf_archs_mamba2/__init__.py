@@ -2,7 +2,7 @@
 
 from hf_archs.registry import Architecture, register, register_mixer
 from hf_archs_mamba2.configuration import ArchMamba2Config, Mamba2MixerConfig, mamba2_state
-from hf_archs_mamba2.conversion import MAMBA2, STATE_SPACES
+from hf_archs_mamba2.conversion import FLA, MAMBA2, STATE_SPACES
 from hf_archs_mamba2.mixer import Mamba2Mixer
 from hf_archs_mamba2.modeling import (
     ArchMamba2ForCausalLM,
@@ -40,8 +40,9 @@ register(
         question_answering_class=ArchMamba2ForQuestionAnswering,
         mixer_class=Mamba2Mixer,
         lora_targets=("in_proj", "out_proj"),
+        even_targets=("out_proj",),
         tiny={"state_size": 16, "head_dim": 16, "n_groups": 2},
-        native_formats=(MAMBA2, STATE_SPACES),
+        native_formats=(MAMBA2, FLA, STATE_SPACES),
         # the published models' widths and depths (Dao and Gu 2024, table 10)
         sizes={
             "4m": {"hidden_size": 256, "num_hidden_layers": 6, "vocab_size": 4096, "state_size": 64},

@@ -20,7 +20,8 @@ class Mamba2MixerConfig(MixerConfig):
     Args:
         state_size: width of keys and queries (B and C), N in the paper.
         expand: channels per hidden unit.
-        head_dim: channels per head, P in the paper; it must divide ``expand * hidden_size``.
+        inner_size: channels; None is ``expand * hidden_size``.
+        head_dim: channels per head, P in the paper; it must divide the channels.
         n_groups: groups of heads that share B and C, and groups of the gated norm.
         conv_kernel: taps of the causal convolution.
         use_bias: bias in ``in_proj`` and ``out_proj``.
@@ -33,6 +34,7 @@ class Mamba2MixerConfig(MixerConfig):
 
     state_size: int = 128
     expand: int = 2
+    inner_size: int | None = None
     head_dim: int = 64
     n_groups: int = 1
     conv_kernel: int = 4
@@ -43,18 +45,23 @@ class Mamba2MixerConfig(MixerConfig):
     time_step_floor: float = 1e-4
     time_step_limit: tuple[float, float] | list[float] = (0.0, float("inf"))
 
+    def validate_mixer_sizes(self) -> None:
+        super().validate_mixer_sizes()
+        check_range(self, "head_dim", 1, 2**12)  # heads are counted with it
+
     def validate_mamba2(self) -> None:
         check_range(self, "state_size", 1, 2**12)
         check_range(self, "expand", 1, 64)
-        check_range(self, "head_dim", 1, 2**12)
+        if self.inner_size is not None:
+            check_range(self, "inner_size", 1, 2**20)
         check_range(self, "conv_kernel", 2, 8)
         check_range(self, "time_step_max", 1e-9, 1e3)
         check_range(self, "time_step_min", 1e-9, self.time_step_max)
         check_range(self, "time_step_floor", 1e-9, 1e3)
-        if self.inner_size % self.head_dim:
+        if self.channels % self.head_dim:
             raise ValueError(
                 f"{type(self).__name__}: head_dim is {self.head_dim}; allowed are divisors of "
-                f"expand * hidden_size = {self.inner_size}"
+                f"{'expand * hidden_size' if self.inner_size is None else 'inner_size'} = {self.channels}"
             )
         if self.n_groups < 1 or self.num_heads % self.n_groups:
             raise ValueError(
@@ -67,19 +74,19 @@ class Mamba2MixerConfig(MixerConfig):
             )
 
     @property
-    def inner_size(self) -> int:
-        """Channels of the recurrence."""
-        return self.expand * self.hidden_size
+    def channels(self) -> int:
+        """The channels of the recurrence that ``inner_size`` stands for."""
+        return self.inner_size or self.expand * self.hidden_size
 
     @property
     def num_heads(self) -> int:
         """Heads of the recurrence; each has one decay."""
-        return self.inner_size // self.head_dim
+        return self.channels // self.head_dim
 
     @property
     def conv_size(self) -> int:
         """Channels of the convolution: x, B and C."""
-        return self.inner_size + 2 * self.n_groups * self.state_size
+        return self.channels + 2 * self.n_groups * self.state_size
 
 
 def mamba2_state(config: Mamba2MixerConfig) -> dict[str, StateSpec]:

@@ -1,8 +1,59 @@
-"""Mamba-2 checkpoints of transformers and of the package mamba_ssm, by rename tables."""
+"""Mamba-2 checkpoints of transformers, flash-linear-attention and the package mamba_ssm, by rename tables.
+
+flash-linear-attention's ``model_type`` is transformers' own, ``mamba2``: the fields that it alone has tell which it is.
+"""
 
 from __future__ import annotations
 
-from hf_archs.formats import StateSpacesFormat, TransformersFormat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_archs.formats import StateDictFormat, StateSpacesFormat, TransformersFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Format(TransformersFormat):
+    def detect(self, raw: Mapping[str, Any]) -> bool:
+        return super().detect(raw) and not FLA.detect(raw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlaFormat(StateDictFormat):
+    """``fla.models.Mamba2Config`` and the state dict of ``Mamba2ForCausalLM``.
+
+    The gated norm is that of April 2026 and of every training since September 2024: one mean square for each group,
+    after the gate. (Before, evaluation took one for all groups.)
+
+    Attributes:
+        earlier: names of fields before April 2025 or 2026, and today's.
+    """
+
+    earlier: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return "flash-linear-attention's mamba2"
+
+    def detect(self, raw: Mapping[str, Any]) -> bool:
+        return raw.get("model_type") == MAMBA2.name and not _FLA_ALONE.isdisjoint(raw)
+
+    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        today = {name: new for name, new in self.earlier.items() if new not in raw}
+        given, defaults = super().expand({today.get(name, name): value for name, value in raw.items()})
+        sizes = [given[name] for name in ("num_heads", "head_dim", "expand", "hidden_size")]
+        if all(type(size) is int for size in sizes) and sizes[0] * sizes[1] != sizes[2] * sizes[3]:
+            raise ValueError(
+                f"num_heads is {sizes[0]} in this {self.name} checkpoint; allowed is expand * hidden_size / head_dim = "
+                f"{sizes[2] * sizes[3]} / {sizes[1]}"
+            )
+        return given, defaults
+
+    def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
+        ours: Any = config
+        return {**super().write_config(config), "num_heads": ours.num_heads}
+
 
 LAYER_RENAMES = {
     "mixer.ssm.A_log": "mixer.A_log",
@@ -36,18 +87,88 @@ _SAME = (
     "eos_token_id",
 )
 
-MAMBA2 = TransformersFormat(
+_FIELDS = {**{name: name for name in _SAME}, "norm_eps": "layer_norm_epsilon"}
+_NAMES: dict[str, Any] = {
+    "renames": {"embed_tokens.weight": "embeddings.weight", "norm.weight": "norm_f.weight"},
+    "layer_renames": LAYER_RENAMES,
+}
+
+MAMBA2 = Mamba2Format(
     name="mamba2",
     config_name="Mamba2Config",
     model_name="Mamba2Model",
     causal_lm_name="Mamba2ForCausalLM",
-    renames={"embed_tokens.weight": "embeddings.weight", "norm.weight": "norm_f.weight"},
-    layer_renames=LAYER_RENAMES,
-    fields={**{name: name for name in _SAME}, "norm_eps": "layer_norm_epsilon"},
-    allowed={"hidden_act": ("silu", "swish")},
-    # num_heads is expand * hidden_size / head_dim, which Mamba2Config checks; nothing in Mamba-2 has a step rank
-    ignored=("num_heads", "time_step_rank", "chunk_size", "intermediate_size"),
+    **_NAMES,
+    fields=_FIELDS,
+    allowed={"hidden_act": ("silu", "swish"), "rms_norm": (True,)},
+    ignored=(
+        "num_heads",  # is expand * hidden_size / head_dim, which Mamba2Config checks
+        "intermediate_size",  # counts for nothing beside these
+        # the length of the chunks that its scan goes by
+        "chunk_size",
+        # nothing in Mamba-2 has a step rank, or a matrix of its own for the steps that they would initialise
+        *("time_step_rank", "time_step_scale", "time_step_init_scheme"),
+        # Mamba-Codestral says true; its norm stands behind the gate as that of all others
+        "norm_before_gate",
+    ),
     derived={"num_heads": "num_heads"},
+)
+
+_EARLIER = {
+    "layer_norm_epsilon": "norm_eps",
+    "time_step_min": "dt_min",
+    "time_step_max": "dt_max",
+    "time_step_floor": "dt_init_floor",
+    "time_step_limit": "dt_limit",
+    "rms_norm": "rmsnorm",
+}
+# which kernels run, and what their training loss is computed with
+_FLA_KERNELS = ("fuse_norm", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp")
+# how weights were initialised
+_FLA_INITIAL = ("conv_init", "A_init_range")
+_FLA_ALONE = frozenset((*_EARLIER.values(), *_FLA_KERNELS, *_FLA_INITIAL, "D_has_hdim"))
+
+FLA = FlaFormat(
+    name="fla_mamba2",
+    **_NAMES,
+    earlier=_EARLIER,
+    defaults={
+        "model_type": "mamba2",
+        "architectures": ["Mamba2ForCausalLM"],
+        "head_dim": 64,
+        "num_heads": None,  # follows from the others
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "state_size": 128,
+        "num_hidden_layers": 48,
+        "norm_eps": 1e-5,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "expand": 2,
+        "conv_kernel": 4,
+        "n_groups": 1,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "D_has_hdim": False,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "residual_in_fp32": True,
+        "dt_min": 0.001,
+        "dt_max": 0.1,
+        "dt_init_floor": 1e-4,
+        "dt_limit": (0.0, float("inf")),
+        "rescale_prenorm_residual": True,
+        "use_cache": True,
+        "rmsnorm": True,
+        "norm_before_gate": False,
+        "tie_word_embeddings": False,
+        "fuse_norm": True,
+    },
+    fields={ours: _EARLIER.get(theirs, theirs) for ours, theirs in _FIELDS.items()},
+    allowed={"hidden_act": ("silu", "swish")},
+    # a step rank stood in its config before April 2026, and in nothing else
+    ignored=("num_heads", "chunk_size", "time_step_rank", *_FLA_KERNELS, *_FLA_INITIAL),
 )
 
 STATE_SPACES = StateSpacesFormat(
@@ -70,8 +191,9 @@ STATE_SPACES = StateSpacesFormat(
         "dt_limit": (0.0, float("inf")),
         "bias": False,
         "conv_bias": True,
+        "process_group": None,
     },
-    renames={"embed_tokens.weight": "embedding.weight", "norm.weight": "norm_f.weight"},
+    renames={**_NAMES["renames"], "embed_tokens.weight": "embedding.weight"},
     layer_renames=LAYER_RENAMES,
     fields={
         "hidden_size": "d_model",
@@ -95,6 +217,9 @@ STATE_SPACES = StateSpacesFormat(
         "use_bias": "ssm_cfg.bias",
     },
     constants={"norm_eps": 1e-5},
-    # how weights were initialised, and which kernels run
-    ignored=("ssm_cfg.conv_init", "ssm_cfg.A_init_range", "ssm_cfg.chunk_size", "ssm_cfg.use_mem_eff_path"),
+    # how weights were initialised, which kernels run, and where
+    ignored=tuple(
+        f"ssm_cfg.{name}"
+        for name in ("conv_init", "A_init_range", "chunk_size", "use_mem_eff_path", "sequence_parallel")
+    ),
 )

@@ -1,6 +1,6 @@
 """The Mamba-2 mixer (Dao and Gu 2024, "Transformers are SSMs").
 
-Letters in shapes: b batch, l length, d hidden size, c channels (expand x d), h heads, p channels per head,
+Letters in shapes: b batch, l length, d hidden size, c channels, h heads, p channels per head,
 g groups, n state size.
 """
 
@@ -85,16 +85,16 @@ class Mamba2Mixer(nn.Module):
         self.config = config
         # read from a config once: transformers' configs are slow to read, and a decode step is short
         shared = config.n_groups * config.state_size
-        self.splits = [config.inner_size, config.conv_size, config.num_heads]  # of in_proj: z, xBC, dt
-        self.conv_splits = [config.inner_size, shared, shared]  # of xBC
+        self.splits = [config.channels, config.conv_size, config.num_heads]  # of in_proj: z, xBC, dt
+        self.conv_splits = [config.channels, shared, shared]  # of xBC
         self.head_dim, self.state_size = config.head_dim, config.state_size
         self.in_proj = nn.Linear(
-            config.hidden_size, config.inner_size + config.conv_size + config.num_heads, bias=config.use_bias
+            config.hidden_size, config.channels + config.conv_size + config.num_heads, bias=config.use_bias
         )
         self.conv1d = CausalConv1d(config.conv_size, config.conv_kernel, config.use_conv_bias)
         self.ssm = ScalarSSM(config)
-        self.norm = ArchRMSNormGated(config.inner_size, config.norm_eps, config.inner_size // config.n_groups)
-        self.out_proj = nn.Linear(config.inner_size, config.hidden_size, bias=config.use_bias)
+        self.norm = ArchRMSNormGated(config.channels, config.norm_eps, config.channels // config.n_groups)
+        self.out_proj = nn.Linear(config.channels, config.hidden_size, bias=config.use_bias)
 
     def forward(
         self,

@@ -100,7 +100,8 @@ def _ssd_scan(
     delta = cast(dt, dtype) if dt_bias is None else cast(dt, dtype) + cast(dt_bias, dtype)
     delta = F.softplus(delta)
     if tuple(dt_limit) != (0.0, math.inf):  # which no softplus leaves
-        delta = delta.clamp(*dt_limit)
+        low, high = dt_limit
+        delta = delta.clamp(low, high if high < torch.finfo(delta.dtype).max else math.inf)  # some files say 1e308
     y, final_state = scan(C, B, x, delta * cast(A, dtype), scale=delta, **boundaries)
     if D is not None:
         y = cast(torch.addcmul(cast(y, dtype), cast(D, dtype).unsqueeze(1), cast(x, dtype)), x.dtype)

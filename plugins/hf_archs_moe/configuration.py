@@ -165,9 +165,12 @@ class ArchMoEConfig(ComposedConfig, MoEConfig):
         self._settle()
         super().__post_init__(**kwargs)
 
+    def validate_mixer_sizes(self) -> None:
+        super().validate_mixer_sizes()
+        check_range(self, "expert_layer_period", 1, 2**12)  # layers are counted with it
+
     def validate_layers(self) -> None:
         check_range(self, "intermediate_size", 1, 2**20)
-        check_range(self, "expert_layer_period", 1, 2**12)
         check_range(self, "expert_layer_offset", 0, self.expert_layer_period - 1)
         for layer in self.dense_layers or ():
             self._allow(0 <= layer < self.num_hidden_layers, "dense_layers", f"are 0 to {self.num_hidden_layers - 1}")

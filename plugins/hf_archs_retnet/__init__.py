@@ -1,8 +1,8 @@
 """RetNet (Sun et al. 2023) as an architecture of hf-archs, and its op `retention`."""
 
-from hf_archs.registry import Architecture, register, register_mixer
+from hf_archs.registry import Architecture, register, register_feed_forward, register_mixer
 from hf_archs_retnet.configuration import ArchRetNetConfig, RetNetMixerConfig, retnet_state
-from hf_archs_retnet.conversion import FLA, TORCHSCALE
+from hf_archs_retnet.conversion import FLA, SYNCDOTH, TORCHSCALE, TORCHSCALE_2023
 from hf_archs_retnet.mixer import RetNetMixer
 from hf_archs_retnet.modeling import (
     ArchRetNetForCausalLM,
@@ -13,6 +13,7 @@ from hf_archs_retnet.modeling import (
     ArchRetNetModel,
 )
 from hf_archs_retnet.retention import multi_scale_log_decay, retention, retention_parallel, retention_reference
+from hf_archs_retnet.sub_ln import SubLNMLP, SubLNMLPConfig
 
 __all__ = [
     "ArchRetNetConfig",
@@ -30,16 +31,18 @@ __all__ = [
     "retention_reference",
 ]
 
-# what the paper's models have in common (section 3.1): heads of 256 keys and 512 values, a plain feed-forward
+# what the paper's models have in common (sections 2.4 and 3.1): heads of 256 keys and 512 values, a plain feed-forward
 _PAPER = {
     "rotary": "interleaved",
     "elementwise_affine": False,
+    "normalize_decay": True,
     "norm_type": "layer_norm",
     "hidden_act": "gelu",
     "gated": False,
 }
 
 register_mixer("retnet", RetNetMixer, RetNetMixerConfig, state=retnet_state)
+register_feed_forward("sub_ln_mlp", SubLNMLP, SubLNMLPConfig)
 register(
     Architecture(
         name="retnet",
@@ -53,7 +56,7 @@ register(
         mixer_class=RetNetMixer,
         lora_targets=("q_proj", "k_proj", "v_proj", "g_proj", "out_proj"),
         tiny={"num_heads": 2},
-        native_formats=(FLA, TORCHSCALE),
+        native_formats=(FLA, TORCHSCALE, SYNCDOTH, TORCHSCALE_2023),
         sizes={
             "4m": {
                 "hidden_size": 256,

@@ -10,8 +10,9 @@ import torch
 from huggingface_hub.dataclasses import strict
 
 from hf_archs.configuration import ArchConfig, LayerPlan, MixerConfig, check_range
-from hf_archs.mlp import MLPConfig
+from hf_archs.mlp import MLP, MLPConfig
 from hf_archs.registry import StateSpec
+from hf_archs_retnet.sub_ln import SubLNMLP
 
 
 @strict
@@ -27,7 +28,13 @@ class RetNetMixerConfig(MixerConfig):
         rotary: how queries and keys are rotated. ``half``: channels c and c + n/2 of a head of n are a pair, which
             turns by ``10000 ** (-2c / n)`` a token (flash-linear-attention). ``interleaved``: channels 2c and 2c + 1
             are, and the exponents are spaced evenly from 0 to 1 with both ends (the authors' torchscale).
+        projection_bias: whether the projections have biases.
+        head_norm: the norm of each head, ``rms_norm``, or ``layer_norm``, which subtracts the head's mean first.
+        head_norm_eps: added to the mean square, or the variance, in that norm; None for ``norm_eps``.
         elementwise_affine: whether the norm of each head has a weight.
+        normalize_decay: divide the scores of token t by the square root of the sum of its decays, ``(1 - gamma^t) /
+            (1 - gamma)``, as torchscale does (section 2.4, the second factor). The norm of each head takes such a
+            factor out again, but for its eps, which then weighs more in the first tokens of a document.
     """
 
     num_heads: int = 8
@@ -35,10 +42,16 @@ class RetNetMixerConfig(MixerConfig):
     expand_v: float = 2.0
     gate_fn: Literal["swish", "gelu"] = "swish"
     rotary: Literal["half", "interleaved"] = "half"
+    projection_bias: bool = False
+    head_norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    head_norm_eps: float | None = None
     elementwise_affine: bool = True
+    normalize_decay: bool = False
 
     def validate_retnet(self) -> None:
         check_range(self, "num_heads", 1, 2**10)
+        if self.head_norm_eps is not None:
+            check_range(self, "head_norm_eps", 0.0, 1.0)
         for field, unit in (("expand_k", 2 * self.num_heads), ("expand_v", self.num_heads)):
             check_range(self, field, 2.0**-17, 64.0)
             size = self.hidden_size * getattr(self, field)
@@ -86,21 +99,17 @@ class ArchRetNetConfig(ArchConfig, RetNetMixerConfig, MLPConfig):
         hidden_act: activation of the feed-forward.
         gated: multiply that activation by a second projection (SwiGLU and the like); the paper has none.
         bias: whether the linear layers of the feed-forward have one.
+        inner_norm: a LayerNorm of the feed-forward's hidden layer (Wang et al. 2022, "Foundation Transformers", section
+            2.1: Sub-LN), where it is not gated.
     """
 
     model_type = "hf_archs_retnet"
     mixer_type: ClassVar[str] = "retnet"
-    # retention runs on every rank: what is between its projections is short of parameters
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        **{f"layers.*.mixer.{x}_proj": "colwise_gather_output" for x in ("q", "k", "v", "g", "out")},
-        "layers.*.feed_forward.gate_proj": "colwise",
-        "layers.*.feed_forward.up_proj": "colwise",
-        "layers.*.feed_forward.down_proj": "rowwise",
-    }
 
     intermediate_size: int | None = None  # type: ignore[assignment]  # a whole number as soon as there is a config
     hidden_ratio: float = 2.0
     hidden_act: Literal["swish", "gelu", "relu"] = "swish"  # type: ignore[assignment]
+    inner_norm: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.validate_mixer_sizes()
@@ -111,6 +120,16 @@ class ArchRetNetConfig(ArchConfig, RetNetMixerConfig, MLPConfig):
 
     def validate_feed_forward(self) -> None:
         check_range(self, "hidden_ratio", 1e-3, 1024.0)
+        self._allow(not (self.inner_norm and self.gated), "inner_norm", "is False where gated is True")
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which depends on the fields
+        """How the layers are sharded. Retention runs on every rank: between its projections parameters are few."""
+        feed_forward = SubLNMLP.tp_plan(self) if self.inner_norm else MLP.tp_plan(self)
+        return {
+            **{f"layers.*.mixer.{x}_proj": "colwise_gather_output" for x in ("q", "k", "v", "g", "out")},
+            **{f"layers.*.feed_forward.{name}": style for name, style in feed_forward.items()},
+        }
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
-        return LayerPlan(self.mixer_type, self, "mlp", self)
+        return LayerPlan(self.mixer_type, self, "sub_ln_mlp" if self.inner_norm else "mlp", self)

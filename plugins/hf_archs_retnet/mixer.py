@@ -11,32 +11,40 @@ import torch
 from torch import nn
 
 from hf_archs.cache import Slot, States
+from hf_archs.kernels.numerics import wide
 from hf_archs_retnet.configuration import RetNetMixerConfig
 from hf_archs_retnet.norm_gate import norm_gate
-from hf_archs_retnet.retention import retention
+from hf_archs_retnet.retention import multi_scale_log_decay, retention
 
 
 class GatedHeadRMSNorm(nn.Module):
     """The paper's group norm, each head's output over its root mean square, and the gate after it.
+
+    Of a head without its mean this is the LayerNorm of the head.
 
     Args:
         head_dim: channels of a head; all heads share one weight.
         eps: added to the mean square.
         gate_fn: activation of the gate, ``swish`` or ``gelu``.
         affine: whether there is a weight.
+        centred: whether the mean of each head is subtracted first.
     """
 
-    def __init__(self, head_dim: int, eps: float, gate_fn: str, affine: bool):
+    def __init__(self, head_dim: int, eps: float, gate_fn: str, affine: bool, centred: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(head_dim)) if affine else None
-        self.head_dim, self.eps, self.gate_fn = head_dim, eps, gate_fn
+        self.head_dim, self.eps, self.gate_fn, self.centred = head_dim, eps, gate_fn, centred
 
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """``(b, l, h, p)`` and a gate ``(b, l, h * p)`` to the shape of the gate."""
+        if self.centred:
+            hidden_states = wide(hidden_states)
+            hidden_states = hidden_states - hidden_states.mean(-1, keepdim=True)
         return norm_gate(hidden_states, gate, self.weight, eps=self.eps, gate_fn=self.gate_fn)
 
     def extra_repr(self) -> str:
-        return f"{self.head_dim}, eps={self.eps}, gate_fn={self.gate_fn}, affine={self.weight is not None}"
+        affine = self.weight is not None
+        return f"{self.head_dim}, eps={self.eps}, gate_fn={self.gate_fn}, affine={affine}, centred={self.centred}"
 
 
 def positions(
@@ -105,20 +113,43 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary: str) -
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
+def decay_norm(position: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """One over the root of the sum of token t's decays, ``sqrt((1 - gamma) / (1 - gamma^t))`` (section 2.4).
+
+    Args:
+        position: integer, (b or 1, l), from 0; t is one more.
+        heads: each has its own gamma, see `multi_scale_log_decay`.
+        dtype: of the result.
+
+    Returns:
+        (b or 1, l, heads, 1), from 1 downwards.
+    """
+    # where a far head decays by less than float32 can hold, t decays sum to t, and so they do at the smallest one here
+    log_decay = multi_scale_log_decay(heads, position.device, dtype).clamp(max=-1e-30)
+    # exp(x) - 1 = 2 tanh(x / 2) / (1 - tanh(x / 2)), which keeps its digits where an exporter has no expm1
+    all_decays, last = ((x / 2).tanh() for x in (log_decay * (position + 1).unsqueeze(-1), log_decay))
+    return (all_decays / (1 - all_decays) * ((1 - last) / last)).rsqrt().unsqueeze(-1)
+
+
 class RetNetMixer(nn.Module):
     """Projections, rotation, retention, norm of each head, gate, projection (equation 8)."""
 
     def __init__(self, config: RetNetMixerConfig):
         super().__init__()
         self.config = config
-        self.q_proj = nn.Linear(config.hidden_size, config.key_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.value_size, bias=False)
-        self.g_proj = nn.Linear(config.hidden_size, config.value_size, bias=False)
+        bias = config.projection_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.key_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.key_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.value_size, bias=bias)
+        self.g_proj = nn.Linear(config.hidden_size, config.value_size, bias=bias)
         self.norm = GatedHeadRMSNorm(
-            config.value_size // config.num_heads, config.norm_eps, config.gate_fn, config.elementwise_affine
+            config.value_size // config.num_heads,
+            config.norm_eps if config.head_norm_eps is None else config.head_norm_eps,
+            config.gate_fn,
+            config.elementwise_affine,
+            config.head_norm == "layer_norm",
         )
-        self.out_proj = nn.Linear(config.value_size, config.hidden_size, bias=False)
+        self.out_proj = nn.Linear(config.value_size, config.hidden_size, bias=bias)
 
     def forward(
         self,
@@ -144,7 +175,10 @@ class RetNetMixer(nn.Module):
         """Both rotated, and q scaled."""
         rotary, dtype = self.config.rotary, torch.promote_types(q.dtype, torch.float32)
         by = angles(position, q.shape[-1], rotary, dtype)
-        cos, sin, scale = by.cos(), by.sin(), q.shape[-1] ** -0.5
+        cos, sin = by.cos(), by.sin()
+        scale: torch.Tensor | float = q.shape[-1] ** -0.5
+        if self.config.normalize_decay:
+            scale = scale * decay_norm(position, self.config.num_heads, dtype)
         return rotate(q, cos * scale, sin * scale, rotary), rotate(k, cos, sin, rotary)
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:

@@ -15,7 +15,7 @@ from hf_archs_retnet.configuration import ArchRetNetConfig
 
 class ArchRetNetPreTrainedModel(ArchPreTrainedModel):
     config_class = ArchRetNetConfig
-    # angles and decays in the checkpoints of torchscale, which follow from the config
+    # angles and decays in the checkpoints of torchscale and syncdoth's package, which follow from the config
     _keys_to_ignore_on_load_unexpected = [r"retnet_rel_pos\."]
 
 

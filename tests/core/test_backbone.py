@@ -212,5 +212,23 @@ def test_layer_norm_and_embedding_multiplier_are_read(architecture):
     torch.nn.init.zeros_(model.norm.bias)
     ids = tokens(1, 9)
     outputs = model(ids, output_hidden_states=True)
-    assert torch.equal(outputs.hidden_states[0], 8 * model.embed_tokens(ids))
+    embedded = torch.nn.functional.embedding(ids, model.embed_tokens.weight)
+    assert torch.equal(outputs.hidden_states[0], 8 * embedded)
+    # what is handed in is what the embedding gives, as for every other model of transformers
+    assert torch.equal(model(inputs_embeds=8 * embedded).last_hidden_state, outputs.last_hidden_state)
     assert outputs.last_hidden_state.mean(-1).abs().max() < 1e-6  # an RMSNorm leaves the mean
+
+
+@pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
+def test_a_norm_of_the_embeddings(architecture, norm_type):
+    fields = {"norm_type": norm_type, "norm_eps": 0.1, "embedding_norm": True, "embedding_multiplier": 3.0}
+    model = lively(architecture.model_class, architecture.tiny_config(**fields))
+    ids = tokens(1, 9)
+    embedded = 3 * torch.nn.functional.embedding(ids, model.embed_tokens.weight)
+    if norm_type == "layer_norm":
+        embedded = embedded - embedded.mean(-1, keepdim=True)
+    normed = embedded / (embedded.square().mean(-1, keepdim=True) + 0.1).sqrt() * model.embed_norm.weight
+    normed = normed + getattr(model.embed_norm, "bias", 0)
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": model.embed_tokens(ids)}):
+        torch.testing.assert_close(model(**inputs, output_hidden_states=True).hidden_states[0], normed)
+    assert architecture.model_class(architecture.tiny_config()).embed_norm is None

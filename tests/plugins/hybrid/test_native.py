@@ -15,7 +15,9 @@ import hf_archs
 from hf_archs.call import NAME
 from hf_archs.testing.contract.models import assert_close
 from hf_archs.testing.native import SIZES, check_files, check_native, native
-from hf_archs_hybrid import ArchHybridForCausalLM, preset
+from hf_archs.testing.ops import relative_distance
+from hf_archs_hybrid import ArchHybridConfig, ArchHybridForCausalLM, preset
+from hf_archs_hybrid.conversion import BAMBA, NEMOTRON_H
 
 NEMOTRON = {
     **{name: value for name, value in SIZES.items() if name != "num_hidden_layers"},
@@ -48,9 +50,25 @@ CASES = {
         BambaForCausalLM,
         BambaConfig(**{**SIZES, "num_hidden_layers": 3}, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_state=16),
     ),
+    "bamba, groups": (
+        BambaForCausalLM,
+        BambaConfig(
+            **SIZES, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_state=16, mamba_n_groups=4, rms_norm_eps=1e-2
+        ),
+    ),
     "nemotron_h": (
         NemotronHForCausalLM,
         NemotronHConfig(**NEMOTRON, layers_block_type=["linear_attention", "moe", "full_attention", "mlp"]),
+    ),
+    # heads times head size is not expand times width, as in Nano 9B v2 and 3 Nano; and a floor that steps touch
+    "nemotron_h, narrow": (
+        NemotronHForCausalLM,
+        NemotronHConfig(
+            **{**NEMOTRON, "mamba_num_heads": 6, "time_step_min": 0.05},
+            layers_block_type=["linear_attention", "full_attention", "mlp"],
+            use_bias=True,
+            mlp_bias=True,
+        ),
     ),
     "nemotron_h, scaled": (
         NemotronHForCausalLM,
@@ -72,7 +90,7 @@ def test_files(case, tmp_path):
     check_files(*CASES[case], "hybrid", tmp_path)
 
 
-@pytest.mark.parametrize("case", ["jamba", "bamba", "nemotron_h"])
+@pytest.mark.parametrize("case", ["jamba", "bamba", "nemotron_h", "nemotron_h, narrow"])
 def test_a_cache_continued_by_chunks(case):
     """transformers' own Jamba forgets the recurrence's state where more than one token continues a cache."""
     theirs = native(*CASES[case])
@@ -101,13 +119,73 @@ def test_a_cache_continued_by_chunks(case):
     [
         ({"n_group": 2, "topk_group": 1}, "n_group is 2 in this nemotron_h checkpoint"),
         ({"moe_latent_size": 16}, "moe_latent_size is 16 in this nemotron_h checkpoint"),
-        ({"mamba_num_heads": 6}, "mamba_num_heads is 6 in this nemotron_h checkpoint; allowed is .* = 8"),
+        ({"mlp_bias": True}, "mlp_bias is True in this nemotron_h checkpoint; allowed beside experts is False"),
+        ({"time_step_limit": (0.01, 0.5)}, r"time_step_limit is \(0.01, 0.5\) in this nemotron_h checkpoint"),
     ],
 )
 def test_options_that_ours_lacks(fields, message):
     config = NemotronHConfig(**{**NEMOTRON, **fields}, layers_block_type=["moe", "linear_attention"])
     with pytest.raises(ValueError, match=message):
         hf_archs.from_native(NemotronHForCausalLM(config))
+
+
+def nemotron_file(**changes):
+    config = {"model_type": "nemotron_h", **NEMOTRON, "hybrid_override_pattern": "M*", "num_hidden_layers": 2}
+    return {name: value for name, value in {**config, **changes}.items() if value is not ...}
+
+
+def test_other_names_in_files_of_nemotron_h():
+    """Of NVIDIA's first files; and a number where JSON has no infinity."""
+    eps = {"layer_norm_epsilon": 1e-3, "norm_eps": 1e-3, "rms_norm_eps": 1e-3}
+    changes = {"head_dim": ..., "attention_head_dim": 8, "num_hidden_layers": ..., "time_step_limit": [0.0, 1e308]}
+    config = ArchHybridConfig(**NEMOTRON_H.read_config(nemotron_file(**eps, **changes), ArchHybridConfig))
+    assert (config.num_hidden_layers, config.norm_eps) == (2, 1e-3)
+    assert config.instances()["mixers.attention"][1].head_size == 8
+    listed = nemotron_file(hybrid_override_pattern=..., layers_block_type=["mamba", "attention"])
+    assert NEMOTRON_H.read_config(listed, ArchHybridConfig)["layer_pattern"] == ["mamba2", "attention"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_eps": 1e-3}, "norm_eps is 0.001 in this nemotron_h checkpoint; allowed is 1e-05, as layer_norm_eps"),
+        ({"rms_norm_eps": 1e-3, "layer_norm_epsilon": 1e-2}, "rms_norm_eps is 0.001 .*; allowed is 0.01"),
+        ({"attention_head_dim": 8}, "attention_head_dim is 8 in .*; allowed is 16, as head_dim is"),
+        ({"hybrid_override_pattern": "MX"}, r"hybrid_override_pattern has 'X' in .*; allowed are M, E, \* and -"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3 in .*; allowed is 2, as the length of the pattern is"),
+    ],
+)
+def test_files_of_nemotron_h_that_say_two_things(changes, message):
+    with pytest.raises(ValueError, match=message):
+        NEMOTRON_H.read_config(nemotron_file(**changes), ArchHybridConfig)
+
+
+def test_the_rotary_width_of_bamba():
+    config = {**CASES["bamba"][1].to_dict(), "attn_rotary_emb": 8}
+    assert BAMBA.read_config(config, ArchHybridConfig)["mixers"]["attention"]["partial_rotary_factor"] == 0.5
+    with pytest.raises(ValueError, match="attn_rotary_emb is 16 in this bamba checkpoint; allowed is half a head"):
+        BAMBA.read_config({**config, "attn_rotary_emb": 16}, ArchHybridConfig)
+
+
+def test_either_floor_of_steps():
+    """transformers' Nemotron-H raises small steps to ``time_step_min``; NVIDIA's code leaves them."""
+    fields = {**NEMOTRON, "layers_block_type": ["linear_attention", "full_attention"]}
+    clamped = native(NemotronHForCausalLM, NemotronHConfig(**fields, time_step_min=0.05))
+    free = native(NemotronHForCausalLM, NemotronHConfig(**fields, time_step_min=1e-9))
+    for model in (clamped, free):
+        model.model.layers[0].mixer.dt_bias.data -= 3.0
+    ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(0))
+    ours = hf_archs.from_native(clamped)
+    config = ArchHybridConfig(**NEMOTRON_H.read_config(clamped.config.to_dict(), ArchHybridConfig))
+    config.mixers["mamba2"]["time_step_limit"] = (0.0, float("inf"))
+    published = ArchHybridForCausalLM(config).eval()
+    published.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        assert_close(ours(ids).logits, clamped(ids).logits, "transformers'")
+        assert_close(published(ids).logits, free(ids).logits, "NVIDIA's")
+        assert relative_distance(free(ids).logits, clamped(ids).logits) > 1e-3
+    with pytest.raises(ValueError, match=r"mixers.mamba2.time_step_limit is \(0.0, inf\), .*; allowed: \(0.05, inf\)"):
+        hf_archs.to_native(published, "nemotron_h")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -37,6 +38,7 @@ CASES = {
         MAMBA,
         {"time_step_rank": 5, "expand": 3, "conv_kernel": 3, "hidden_act": "swish"},
     ),
+    "mamba inner": (MambaForCausalLM, MambaConfig, MAMBA, {"intermediate_size": 40}),
     "falcon": (FalconMambaForCausalLM, FalconMambaConfig, FALCON_MAMBA, {}),
     "falcon untied": (
         FalconMambaForCausalLM,
@@ -50,6 +52,8 @@ CASES = {
         FALCON_MAMBA,
         {"time_step_rank": 5, "use_conv_bias": False, "conv_kernel": 3},
     ),
+    # as FalconMamba 7B, whose expand counts for nothing
+    "falcon inner": (FalconMambaForCausalLM, FalconMambaConfig, FALCON_MAMBA, {"expand": 16, "intermediate_size": 40}),
 }
 
 
@@ -68,6 +72,9 @@ def test_logits_and_every_gradient_equal_transformers(case, dtype, tolerance):
     ours = hf_archs.from_native(native)
     assert type(ours) is ArchMambaForCausalLM
     check_parity(ours, native, form.ours, torch.randint(0, 40, (2, 19)), tolerance)
+    back = hf_archs.to_native(ours, form.name)
+    assert back.config.intermediate_size == native.config.intermediate_size
+    assert all(torch.equal(tensor, native.state_dict()[name]) for name, tensor in back.state_dict().items())
 
 
 @pytest.mark.parametrize("case", ["mamba", "falcon"])
@@ -81,7 +88,7 @@ def test_the_weights_of_these_tests_make_the_state_matter(case):
         assert relative_distance(native(ids).logits[:, -1], native(other).logits[:, -1]) > 1e-3
 
 
-@pytest.mark.parametrize("case", ["mamba", "mamba biases", "falcon untied"])
+@pytest.mark.parametrize("case", ["mamba", "mamba biases", "falcon untied", "falcon inner"])
 def test_cached_steps_equal_transformers(case):
     native, _ = make(case)
     ours = hf_archs.from_native(native)
@@ -102,6 +109,7 @@ def test_config_of_every_field():
         **SIZES,
         layer_norm_epsilon=1e-3,
         expand=3,
+        intermediate_size=40,
         conv_kernel=5,
         use_bias=True,
         use_conv_bias=False,
@@ -123,6 +131,7 @@ def test_config_of_every_field():
     )
     ours = ArchMambaConfig(**MAMBA.read_config(native.to_dict(), ArchMambaConfig))
     assert (ours.norm_eps, ours.dt_rank, ours.conv_kernel, ours.pad_token_id) == (1e-3, 7, 5, 3)
+    assert (ours.expand, ours.inner_size, ours.channels) == (3, 40, 40)
     assert ours.num_labels == 3
     assert MAMBA.write_config(ours).to_dict() == native.to_dict()
 
@@ -140,6 +149,19 @@ def test_the_format_follows_the_norm():
     assert type(hf_archs.to_native(falcon)) is FalconMambaForCausalLM
     with pytest.raises(ValueError, match=r"bcdt_norm is 'plain'.*mamba model.*allowed: 'none'"):
         hf_archs.to_native(falcon, format="mamba")
+
+
+def test_the_inner_size_of_configs_saved_before_it_was_a_field(tmp_path):
+    config = ArchMambaConfig(hidden_size=24, expand=3)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved.pop("inner_size") is None
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert ArchMambaConfig.from_pretrained(tmp_path).channels == config.channels == 72
+    ArchMambaConfig(hidden_size=24, inner_size=40).save_pretrained(tmp_path)
+    assert ArchMambaConfig.from_pretrained(tmp_path).channels == 40
+    with pytest.raises(StrictDataclassError, match=r"inner_size is 0; allowed are 1 to 1048576"):
+        ArchMambaConfig(hidden_size=24, inner_size=0)
 
 
 # -- the layout of the package mamba_ssm -------------------------------------------------------------------------------
@@ -220,6 +242,12 @@ def test_state_spaces_options(tmp_path):
         ({"d_intermediate": 96}, "d_intermediate is 96"),
         ({"attn_layer_idx": [1]}, r"attn_layer_idx is \[1\]"),
         ({"ssm_cfg": {"d_state": 6, "norm_before_gate": True}}, "ssm_cfg.norm_before_gate is True"),
+        ({"ssm_cfg": [6]}, r"ssm_cfg is \[6\] in this state-spaces checkpoint"),
+        ({"ssm_cfg": {"layer": None}}, r"ssm_cfg is \{'layer': None\} in this state-spaces checkpoint"),
+        ({"d_inner": 48}, "d_inner is 48 in this state-spaces checkpoint"),
+        ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple is 0 in this state-spaces checkpoint"),
+        ({"vocab_size": "40"}, "vocab_size is '40' in this state-spaces checkpoint"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "is a 'state-spaces Mamba3' checkpoint; ArchMambaForCausalLM reads"),
         ({"ssm_cfg": {"layer": "Mamba2"}}, "is a 'state-spaces Mamba2' checkpoint; ArchMambaForCausalLM reads"),
     ],
 )
@@ -229,11 +257,28 @@ def test_state_spaces_options_that_ours_lacks_are_refused(tmp_path, changes, mes
         ArchMambaForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("changes", [{"ssm_cfg": None}, {"ssm_cfg": ...}, {"attn_layer_idx": None, "attn_cfg": None}])
+def test_state_spaces_defaults(tmp_path, changes):
+    """mamba_ssm has a default for all but the two sizes; the default layer is Mamba."""
+    config = {**STATE_SPACES_CONFIG, "ssm_cfg": {}, **changes}
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    ours = ArchMambaConfig.from_pretrained(tmp_path)
+    assert (ours.hidden_size, ours.num_hidden_layers, ours.state_size, ours.vocab_size) == (24, 2, 16, 40)
+    (tmp_path / "config.json").write_text(json.dumps({"d_model": 24, "n_layer": 2}))
+    assert ArchMambaConfig.from_pretrained(tmp_path).vocab_size == 50280
+
+
+def test_a_layer_beside_the_sizes_is_not_of_mamba_ssm():
+    """HyenaDNA's first layout has ``d_model`` and ``n_layer`` too."""
+    raw = {"d_model": 128, "n_layer": 2, "vocab_size": 12, "layer": {"_name_": "hyena", "l_max": 1026}}
+    assert not any(form.detect(raw) for form in hf_archs.get_architecture("mamba").native_formats)
+
+
 def test_another_architecture_is_refused(tmp_path):
     Mamba2Config().save_pretrained(tmp_path)
     message = (
-        r"is a 'mamba2' checkpoint; ArchMambaForCausalLM reads hf_archs_mamba, mamba, falcon_mamba and "
-        r"the state-spaces layout$"
+        r"is a 'mamba2' checkpoint; ArchMambaForCausalLM reads hf_archs_mamba, mamba, falcon_mamba, "
+        r"flash-linear-attention's mamba and the state-spaces layout$"
     )
     with pytest.raises(ValueError, match=message):
         ArchMambaForCausalLM.from_pretrained(tmp_path)

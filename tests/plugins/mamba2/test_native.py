@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig
 
@@ -106,6 +107,44 @@ def test_config_of_every_field():
     assert MAMBA2.write_config(ours).to_dict() == native.to_dict()
 
 
+def test_the_inner_size(tmp_path):
+    """An architecture's own width of the recurrence, which transformers' Mamba2 does not have."""
+    fields = {"hidden_size": 24, "inner_size": 40, "head_dim": 8, "num_hidden_layers": 2, "vocab_size": 40}
+    model = ArchMamba2ForCausalLM(ArchMamba2Config(**fields, state_size=6)).eval()
+    assert (model.config.channels, model.config.num_heads, model.config.conv_size) == (40, 5, 40 + 2 * 6)
+    assert model.model.layers[0].mixer.out_proj.weight.shape == (24, 40)
+    ids = torch.randint(2, 40, (2, 12))
+    with torch.no_grad():
+        whole = model(ids).logits
+        first = model(ids[:, :7], use_cache=True)
+        assert relative_distance(model(ids[:, 7:], cache=first.cache).logits, whole[:, 7:]) < 1e-5
+    model.save_pretrained(tmp_path)
+    again = ArchMamba2ForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, whole)
+    with pytest.raises(ValueError, match=r"inner_size is 40, which a mamba2 model cannot represent; allowed: None"):
+        hf_archs.to_native(model, "mamba2")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for name in ("inner_size", "num_heads"):  # as before it was a field
+        del saved[name]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert ArchMamba2Config.from_pretrained(tmp_path).channels == 48
+    for wrong, message in [(0, "inner_size is 0; allowed are 1 to"), (41, "divisors of inner_size = 41")]:
+        with pytest.raises(StrictDataclassError, match=message):
+            ArchMamba2Config(**{**fields, "inner_size": wrong})
+
+
+def test_a_limit_of_steps_beyond_float32():
+    """Where JSON has no infinity, files say 1e308."""
+    native = make("one group")
+    ids = torch.randint(0, 40, (2, 19))
+    config = {**native.config.to_dict(), "time_step_limit": [0.0, 1e308]}
+    ours = ArchMamba2ForCausalLM(ArchMamba2Config(**MAMBA2.read_config(config, ArchMamba2Config)))
+    ours.load_state_dict({MAMBA2.ours(name): tensor for name, tensor in native.state_dict().items()})
+    with torch.no_grad():
+        assert relative_distance(ours(ids).logits, native(ids).logits) < 1e-5
+
+
 def test_an_activation_that_ours_lacks_is_refused():
     with pytest.raises(ValueError, match=r"hidden_act is 'gelu'.*allowed: 'silu', 'swish'"):
         MAMBA2.read_config(Mamba2Config(hidden_act="gelu").to_dict(), ArchMamba2Config)
@@ -173,6 +212,7 @@ def test_state_spaces_options(tmp_path):
         "conv_bias": False,
         "bias": True,
         "chunk_size": 64,
+        "d_ssm": 72,
     }
     config = {**STATE_SPACES_CONFIG, "ssm_cfg": options, "tie_embeddings": False, "residual_in_fp32": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -200,6 +240,9 @@ def test_state_spaces_options(tmp_path):
         ({"ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, "ssm_cfg.rmsnorm is False"),
         ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "ssm_cfg.D_has_hdim is True"),
         ({"ssm_cfg": {"layer": "Mamba2", "d_ssm": 8}}, "ssm_cfg.d_ssm is 8"),
+        ({"ssm_cfg": {"layer": "Mamba2", "expand": None, "d_ssm": 8}}, "ssm_cfg.d_ssm is 8"),
+        ({"ssm_cfg": {"layer": "Mamba2", "dt_rank": 3}}, "ssm_cfg.dt_rank is 3"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "is a 'state-spaces Mamba3' checkpoint; ArchMamba2ForCausalLM reads"),
         ({"ssm_cfg": {}}, "is a 'state-spaces Mamba1' checkpoint; ArchMamba2ForCausalLM reads"),
     ],
 )
@@ -212,7 +255,8 @@ def test_state_spaces_options_that_ours_lacks_are_refused(tmp_path, changes, mes
 def test_another_architecture_is_refused(tmp_path):
     MambaConfig().save_pretrained(tmp_path)
     message = (
-        "is a 'mamba' checkpoint; ArchMamba2ForCausalLM reads hf_archs_mamba2, mamba2 and the state-spaces layout$"
+        "is a 'mamba' checkpoint; ArchMamba2ForCausalLM reads hf_archs_mamba2, mamba2, "
+        "flash-linear-attention's mamba2 and the state-spaces layout$"
     )
     with pytest.raises(ValueError, match=message):
         ArchMamba2ForCausalLM.from_pretrained(tmp_path)

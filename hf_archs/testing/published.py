@@ -1,0 +1,214 @@
+"""Published ``config.json`` files at small widths, and each field of a native config class changed alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+import hf_archs
+from hf_archs.errors import sentence
+from hf_archs.formats import TransformersFormat
+from hf_archs.testing.native import native
+from hf_archs.testing.ops import relative_distance
+from hf_archs.testing.parity import check_parity
+
+VOCABULARY = 123
+
+# how names of fields end, since some have the name of the layer before them
+_WIDTHS = ("hidden_size", "d_model", "d_inner", "intermediate_size", "time_step_rank", "dt_rank")
+_HEADS = {"num_heads": "head_dim", "n_heads": "d_head"}  # of a recurrence, and the channels of each
+_PATTERNS = ("override_pattern", "layers_block_type", "layer_types")
+_PERIODS = "layer_period"
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_DEPTHS = ("num_hidden_layers", "n_layer")
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def reduced(raw: Mapping[str, Any], width: int = 32, **exactly: Any) -> dict[str, Any]:
+    """A published ``config.json`` at a small width: sizes in their proportions, and all other fields as they are.
+
+    Kept are the shapes' relations (what is no multiple of another stays none), the ratio of heads to groups of keys and
+    the order of the layers, of which there are so many that every kind is there. Tokens beyond the small vocabulary
+    become others.
+
+    Args:
+        raw: the content of the file.
+        width: for ``hidden_size`` or ``d_model``.
+        exactly: fields with values of their own.
+
+    Raises:
+        ValueError: where the heads of a recurrence come out broken at that width.
+    """
+    small = dict(raw)
+    factor = Fraction(raw["hidden_size" if "hidden_size" in raw else "d_model"], width)
+    for name, value in raw.items():
+        if name.endswith(_WIDTHS) and isinstance(value, int):
+            small[name] = max(1, round(value / factor))
+        for end, dim in _HEADS.items():
+            layer = name.removesuffix(end)
+            if name.endswith(end) and layer + dim in raw:
+                small[name] = 2 * raw.get(f"{layer}n_groups", raw.get("n_groups", 1))
+                size = value * raw[layer + dim] / factor / small[name]
+                if size.denominator != 1:
+                    raise ValueError(f"width is {width}; allowed are widths that leave {layer}{dim} = {size} whole")
+                small[layer + dim] = int(size)
+    if "num_attention_heads" in raw:
+        heads, groups = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
+        small["num_attention_heads"] = heads // groups * min(groups, 2)
+        if raw.get("num_key_value_heads"):
+            small["num_key_value_heads"] = min(groups, 2)
+        small.update({name: 8 for name in ("head_dim", "attention_head_dim") if name in raw})
+    for name in _EXPERTS:
+        if name in raw:
+            small[name] = min(raw[name], 2 * raw["num_experts_per_tok"])
+    small["vocab_size"] = min(raw["vocab_size"], VOCABULARY)
+    for name in _TOKENS:
+        if isinstance(raw.get(name), int):
+            small[name] = raw[name] % VOCABULARY
+        elif isinstance(raw.get(name), list):
+            small[name] = [token % VOCABULARY for token in raw[name]]
+    depth = next((raw[name] for name in _DEPTHS if name in raw), None)
+    patterns = {n: v for n, v in raw.items() if n.endswith(_PATTERNS) and depth in (None, len(v))}
+    layers = max([2, *(value for name, value in raw.items() if name.endswith(_PERIODS))])
+    for pattern in patterns.values():
+        layers = max(layers, *(pattern.index(kind) + 1 for kind in set(pattern)))
+    small.update({name: pattern[:layers] for name, pattern in patterns.items()})
+    small.update({name: layers for name in _DEPTHS if name in raw})
+    return {**small, **exactly}
+
+
+def _tokens(vocabulary: int, pad: int | None = None) -> torch.Tensor:
+    ids = torch.randint(0, vocabulary, (2, 23), generator=torch.Generator().manual_seed(0))
+    return ids if pad is None else ids.where(ids != pad, (pad + 1) % vocabulary)  # no gradient reaches pads
+
+
+def check_published(raw: Mapping[str, Any], architecture: str, dtype: torch.dtype, folder: Path, **told: Any) -> None:
+    """Read a ``config.json`` beside weights of transformers' class, and compare logits and what is written back.
+
+    Args:
+        raw: its content, at a small width.
+        architecture: ours that reads it.
+        dtype: float32, to 1e-5; or float64, to 1e-10 with transformers' casts lifted, and every gradient too.
+        folder: an empty one.
+        told: what transformers' class has to be told, since it reads the file as something else.
+    """
+    ours_entry = hf_archs.get_architecture(architecture)
+    form: Any = next(form for form in ours_entry.native_formats if form.detect(raw))
+    config_class, model_class = getattr(transformers, form.config_name), getattr(transformers, form.causal_lm_name)
+    theirs = native(model_class, config_class.from_dict({**raw, **told}), dtype)
+    theirs.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    ours_class: Any = ours_entry.causal_lm_class
+    ours, info = ours_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert not any(info.values()), info
+    ids = _tokens(raw["vocab_size"], raw.get("pad_token_id"))
+    if dtype == torch.float64:
+        check_parity(ours, theirs, form.ours, ids, 1e-10)
+    else:  # gradients through many layers are farther apart than that in float32
+        with torch.no_grad():
+            assert relative_distance(ours(ids).logits, theirs(ids, use_cache=False).logits) <= 1e-5
+    back: Any = hf_archs.to_native(ours, form.name)
+    assert type(back) is model_class
+    expected = theirs.state_dict()
+    assert back.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in back.state_dict().items())
+    for name in _own_fields(config_class):
+        kept, given = _value(back.config, name), _value(theirs.config, name)
+        assert kept == given or name in form.ignored, f"{name} was {given!r} and is {kept!r}"
+
+
+def _own_fields(config_class: Any) -> list[str]:
+    """The fields that a config class declares beside those of all configs."""
+    return [f.name for f in dataclasses.fields(config_class) if f.name in config_class.__annotations__]
+
+
+def _value(config: Any, name: str) -> Any:
+    value = getattr(config, name)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _others(value: Any) -> Iterator[Any]:
+    """Values other than this one, of its kind."""
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (2 * value, value + 1, value // 2, value + 8)
+    elif isinstance(value, float):
+        yield from (3 * value + 0.2, value / 2)
+    elif isinstance(value, str):
+        yield from (other for other in ("gelu", "constant", "bfloat16") if other != value)
+    elif value is None:
+        yield from (3, 0.5, True)
+
+
+def check_fields(
+    form: TransformersFormat, fields: Mapping[str, Any], others: Mapping[str, Sequence[Any]]
+) -> dict[str, str]:
+    """Change every field of transformers' config class alone: ours has to give its logits again and to write the value
+    back, or to refuse with a sentence that names the field.
+
+    Args:
+        form: the format.
+        fields: those of a small config.
+        others: values to try for fields whose kind is not enough to find one; a dict with the field in it stands for
+            fields that transformers takes together only.
+
+    Returns:
+        what became of each field: ``refused``; ``read``, where the logits changed; ``kept``, where they did not.
+
+    Raises:
+        AssertionError: naming every field that is read wrongly, or that no value was found for.
+    """
+    config_class, model_class = getattr(transformers, form.config_name), getattr(transformers, form.causal_lm_name)
+    base = native(model_class, config_class(**fields))
+    ids = _tokens(fields["vocab_size"] // 2)
+    found: dict[str, str] = {}
+    wrong: list[str] = []
+    with torch.no_grad():
+        plain = base(ids, use_cache=False).logits
+        for name in _own_fields(config_class):
+            value = getattr(base.config, name)
+            for other in others.get(name, _others(value)):
+                if other == value:
+                    continue
+                try:
+                    together = other if isinstance(other, dict) and name in other else {name: other}
+                    changed = config_class(**{**fields, **together})
+                    theirs = native(model_class, changed)
+                    shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items()}
+                    if shapes == {key: tensor.shape for key, tensor in base.state_dict().items()}:
+                        theirs.load_state_dict(base.state_dict())
+                    expected = theirs(ids, use_cache=False).logits
+                except Exception:  # a value that transformers itself does not take
+                    continue
+                break
+            else:
+                wrong.append(f"{name}: transformers takes no other value that was tried")
+                continue
+            same = expected.shape == plain.shape and torch.equal(expected, plain)
+            found[name] = "kept" if same else "read"
+            try:
+                ours = hf_archs.from_native(theirs)
+                distance = relative_distance(ours(ids).logits, expected)
+                back: Any = hf_archs.to_native(ours, form.name)
+            except (ValueError, StrictDataclassError) as error:
+                found[name] = "refused"
+                if name not in sentence(error):
+                    wrong.append(f"{name} = {other!r} is refused by {sentence(error)!r}")
+                continue
+            if not distance <= 1e-5:
+                wrong.append(f"{name} = {other!r}: {distance:.1e} from transformers' logits")
+            kept = _value(back.config, name)
+            if kept != _value(changed, name) and name not in form.ignored:
+                wrong.append(f"{name} = {other!r} is written back as {kept!r}")
+    assert not wrong, "; ".join(wrong)
+    return found

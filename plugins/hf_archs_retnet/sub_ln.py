@@ -1,0 +1,38 @@
+"""The feed-forward of torchscale's first RetNet, registered as ``sub_ln_mlp``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.dataclasses import strict
+
+from hf_archs.mlp import MLP, MLPConfig
+from hf_archs.norm import ArchLayerNorm
+
+
+@strict
+@dataclass(kw_only=True)
+class SubLNMLPConfig(MLPConfig):
+    """Fields of `hf_archs.mlp.MLPConfig`, of which ``gated`` is False."""
+
+    gated: bool = False
+
+    def validate_sub_ln(self) -> None:
+        self._allow(not self.gated, "gated", "is False")
+
+
+class SubLNMLP(MLP):
+    """``down(norm(act(up(x))))`` with a LayerNorm (Wang et al. 2022, "Foundation Transformers", section 2.1)."""
+
+    def __init__(self, config: MLPConfig):
+        super().__init__(config)
+        self.norm = ArchLayerNorm(config.intermediate_size, config.norm_eps)
+
+    @staticmethod
+    def tp_plan(config: MLPConfig) -> dict[str, str]:
+        """Every process has the whole hidden layer, which the norm goes over."""
+        return dict.fromkeys(("up_proj", "down_proj"), "colwise_gather_output")
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.norm(self.act(self.up_proj(hidden_states))))

@@ -1,0 +1,209 @@
+"""Files that are wrong: a config or weights with anything in them end in one sentence, or are read rightly."""
+
+import json
+import random
+import struct
+
+import hypothesis
+import pytest
+import torch
+import transformers
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import hf_archs
+from hf_archs import conversion, errors
+from hf_archs.registry import get_architecture
+
+MISSING = object()
+WRONG = ["nonsense", -1, 0, 2**62, float("nan"), float("inf"), None, [], {}, 1.5, True, [-1], ["x"], MISSING]
+# transformers' own sentence about several fields, and a name that says nothing of a value
+UNNAMED = ("dimensions for the Mamba head state", "which follows from the other fields", "layer_pattern has")
+
+
+def native_config(architecture, form):
+    if form.tiny:
+        return getattr(transformers, form.config_name)(**form.tiny)
+    return form.write_config(architecture.tiny_config(**form.constants))
+
+
+def kinds():
+    """Every kind of checkpoint there is: ours, and every native one that transformers has as well."""
+    yield from ((name, None) for name in hf_archs.architectures())
+    yield from ((architecture.name, form.name) for architecture, form in conversion._formats())
+
+
+def small(name, form_name):
+    """A small model of this kind."""
+    architecture = get_architecture(name)
+    torch.manual_seed(0)
+    if form_name is None:
+        return architecture.causal_lm_class(architecture.tiny_config())
+    form = next(form for form in architecture.native_formats if form.name == form_name)
+    return getattr(transformers, form.causal_lm_name)(native_config(architecture, form))
+
+
+def content(config):
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def with_value(raw, field, value):
+    return {k: v for k, v in raw.items() if k != field} | ({} if value is MISSING else {field: value})
+
+
+def one_sentence(read):
+    """What is wrong, in a line; None where ``read`` does its work. Any other error is a failure of ours."""
+    try:
+        read()
+    except errors.EXPECTED as error:
+        said = errors.sentence(error)
+        assert said
+        assert "\n" not in said
+        return said
+    return None
+
+
+def write(folder, raw):
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def check_config(name, raw, field, value, folder):
+    write(folder, with_value(raw, field, value))
+    said = one_sentence(lambda: get_architecture(name).config_class.from_pretrained(folder))
+    if said is not None and value is not MISSING and field != "model_type":
+        assert field in said or any(words in said for words in UNNAMED), f"{field} = {value!r}: {said}"
+
+
+@pytest.mark.parametrize("name", hf_archs.architectures())
+def test_a_config_of_ours(name, tmp_path):
+    raw = content(get_architecture(name).tiny_config())
+    for field in raw:
+        for value in WRONG:
+            check_config(name, raw, field, value, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "form"), [kind for kind in kinds() if kind[1]])
+def test_a_config_of_others(name, form, tmp_path):
+    """A part of them, another for every field; `test_any_config` tries all."""
+    raw, pick = content(small(name, form).config), random.Random(0)
+    for field in raw:
+        check_config(name, raw, field, pick.choice(WRONG), tmp_path)
+
+
+def test_more_layers_than_fit_the_memory(tmp_path):
+    """Before transformers, or this library, makes a list of them."""
+    for name, form in kinds():
+        raw = content(small(name, form).config)
+        if "num_hidden_layers" in raw:
+            write(tmp_path, {**raw, "num_hidden_layers": 2**62})
+            said = one_sentence(lambda: get_architecture(name).config_class.from_pretrained(tmp_path))  # noqa: B023
+            assert "num_hidden_layers" in said
+            assert "allowed are 1 to 4096" in said
+
+
+@pytest.mark.parametrize("form", [None, "mamba"])
+def test_damaged_weights(form, tmp_path):
+    model, architecture = small("mamba", form), get_architecture("mamba")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole, state = file.read_bytes(), load_file(file)
+    header = struct.unpack("<Q", whole[:8])[0]
+    names = sorted(state)
+
+    def refused():
+        return one_sentence(lambda: architecture.causal_lm_class.from_pretrained(tmp_path))
+
+    for damaged in (
+        whole[:-1],
+        whole[: 8 + header // 2],
+        b"",
+        b"\xff" * 8 + whole[8:],
+        struct.pack("<Q", 2**40) + whole[8:],
+        whole.replace(b'"F32"', b'"F99"', 1),
+        b"PK\x03\x04" + whole,  # a pickle of torch
+        whole + b"0",
+    ):
+        file.write_bytes(damaged)
+        assert "corrupt or truncated" in refused()
+    a, b = next(n for n in names if n.endswith("x_proj.weight")), next(n for n in names if n.endswith("A_log"))
+    for changed, said in (
+        ({**state, a: state[b], b: state[a]}, "has shape"),
+        ({**state, a: state[a].T.contiguous()}, "has shape"),
+        ({**state, a: torch.zeros(0)}, "has shape"),
+        ({**state, "more": state[a].clone()}, "no place" if form else None),
+        ({k: v for k, v in state.items() if k != a}, "is missing"),
+        ({}, "is missing"),
+    ):
+        save_file(changed, file, metadata={"format": "pt"})
+        found = refused()
+        assert said is None if found is None else said in found
+
+
+@pytest.mark.hostile
+@hypothesis.settings(max_examples=4000, deadline=None, database=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_any_config(data, tmp_path_factory):
+    """Every field of every kind of file, two at once, with the values above and any others; what is read then runs."""
+    name, form = data.draw(st.sampled_from(list(kinds())))
+    folder = tmp_path_factory.mktemp("any")
+    model = small(name, form)
+    model.save_pretrained(folder)
+    raw = content(model.config)
+    anything = st.one_of(
+        st.sampled_from(WRONG),
+        st.integers(),
+        st.integers(-4, 200),
+        st.floats(),
+        st.text(max_size=8),
+        st.lists(st.integers(-2, 9), max_size=4),
+    )
+    changed = raw
+    for field in data.draw(st.lists(st.sampled_from(sorted(raw)), min_size=1, max_size=2, unique=True)):
+        changed = with_value(changed, field, data.draw(anything))
+    write(folder, changed)
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+    def read():
+        loaded = get_architecture(name).causal_lm_class.from_pretrained(folder).eval()
+        with torch.no_grad():
+            loaded(torch.randint(3, 50, (2, 7)))
+
+    one_sentence(read)
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+@pytest.mark.hostile
+@hypothesis.settings(max_examples=1500, deadline=None, database=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_any_weights(data, tmp_path_factory):
+    """Bytes cut and changed anywhere, tensors of other shapes and types, swapped, left out and added."""
+    name, form = data.draw(st.sampled_from(list(kinds())))
+    folder = tmp_path_factory.mktemp("any")
+    small(name, form).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    if data.draw(st.booleans()):
+        whole = bytearray(file.read_bytes())
+        header = 8 + struct.unpack("<Q", whole[:8])[0]
+        for _ in range(data.draw(st.integers(0, 3))):
+            whole[data.draw(st.integers(0, header))] = data.draw(st.integers(0, 255))
+        file.write_bytes(whole[: data.draw(st.one_of(st.just(len(whole)), st.integers(0, len(whole))))])
+    else:
+        state = load_file(file)
+        names = st.sampled_from(sorted(state))
+        for _ in range(data.draw(st.integers(1, 3))):
+            a, b = data.draw(names), data.draw(names)
+            change = data.draw(st.sampled_from(["swap", "drop", "add", "shape", "type"]))
+            if change == "swap" and a in state and b in state:
+                state[a], state[b] = state[b], state[a]
+            elif change == "drop":
+                state.pop(a, None)
+            elif change == "add":
+                state[f"{a}.more"] = torch.zeros(data.draw(st.integers(0, 3)))
+            elif change == "shape":
+                state[a] = torch.zeros(data.draw(st.lists(st.integers(0, 5), max_size=4)))
+            elif a in state:
+                state[a] = state[a].to(data.draw(st.sampled_from([torch.int8, torch.bool, torch.float64, torch.half])))
+        save_file({k: v.clone() for k, v in state.items()}, file, metadata={"format": "pt"})
+    before = file.read_bytes()
+    one_sentence(lambda: get_architecture(name).causal_lm_class.from_pretrained(folder))
+    assert file.read_bytes() == before
