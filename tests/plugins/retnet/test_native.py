@@ -424,31 +424,6 @@ def test_the_mathematics_of_torchscale_before_september_2023(changes, dtype, tol
     compare(hf_archs.from_native(checkpoint), logits_of, checkpoint, TORCHSCALE_2023, tolerance)
 
 
-PUBLISHED = sorted((Path(__file__).parents[2] / "data/configs").glob("*retnet*.json"))
-OF_A_WIDTH = ("size", "embed_dim", "layers", "num_heads", "retention_heads", "token_id")
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
-def test_published(file, dtype, tolerance, tmp_path):
-    """A published file with its own fields, and those alone, at the width of these tests."""
-    raw = json.loads(file.read_text())
-    make, form, logits_of = {
-        True: (syncdoth_checkpoint, SYNCDOTH, functools.partial(torchscale_logits, form="recurrent")),
-        False: (fla_checkpoint, FLA, fla_logits),
-    }["decoder_layers" in raw]
-    given = {name: value for name, value in raw.items() if not name.endswith(OF_A_WIDTH)}
-    whole = make(dtype, **given, **({} if "decoder_layers" in raw else {"intermediate_size": None}))
-    kept = {name: value for name, value in whole.config.items() if name in raw}
-    NativeCheckpoint(kept, whole.state_dict).save_pretrained(tmp_path)
-    ours = ArchRetNetForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    if dtype == torch.float64:
-        compare(ours, logits_of, whole, form, tolerance)
-    ids = torch.randint(3, VOCAB, (2, 23), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert relative_distance(ours(ids).logits, logits_of(whole.config, whole.state_dict, ids)) <= tolerance
-
-
 def test_the_parallel_form_of_torchscale():
     """Its second factor, of the rows' absolute sums, is 1 at its initial weights; at others the norm takes it out
     again, but for its eps.
