@@ -11,6 +11,7 @@ import hf_archs.attention
 import hf_archs.memory
 import hf_archs.mlp
 import hf_archs.parallel  # noqa: F401 - these register mixers and feed-forwards
+from hf_archs.adapters import add_adapter
 from hf_archs.conversion import from_native, to_native
 from hf_archs.registry import (
     Architecture,
@@ -29,6 +30,7 @@ from hf_archs.sharding import fully_shard
 __all__ = [
     "ArchTrainer",
     "Architecture",
+    "add_adapter",
     "architectures",
     "callbacks",
     "failed_plugins",

@@ -11,12 +11,14 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.constants import REPOCARD_NAME
 from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -32,7 +34,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_archs import conversion
+from hf_archs import conversion, model_card
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
 from hf_archs.call import NAME, NEW_NAME, OLD_NAME, call, during
 from hf_archs.configuration import ArchConfig
@@ -150,6 +152,12 @@ class ArchBlock(Shardable, GradientCheckpointingLayer):
             output, statistics, logits = self.feed_forward(normed, mask=layout.mask(), count=count)
         return (residual + output, statistics, logits) if count else residual + output
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Without the parts that are another layer's: tools that go from child to child would change those twice, as
+        torchao's ``quantize_`` does. (Lists of all modules name a shared one once in any case.)
+        """
+        return ((name, child) for name, child in super().named_children() if not self.sites.get(name))
+
     def _site(self, part: str) -> contextlib.AbstractContextManager:
         site = self.sites.get(part, 0)
         return during(site=site) if site else contextlib.nullcontext()
@@ -247,6 +255,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
 
     def post_init(self) -> None:
         super().post_init()
+        model_card.tag(self)
         # whoever reads the list may rely on every name in it to stand for something in this model
         names = {part for name in self.state_dict() for part in name.split(".")}
         kept: Any = set(self._keep_in_fp32_modules_strict or ()) & names
@@ -262,6 +271,16 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         # transformers passes over modules without parameters of their own (mixers, blocks) in code outside of it, lest
         # they overwrite what was loaded; ours all use `transformers.initialization`, which never does
         super()._initialize_weights(module)
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        """As in transformers, which compares weights that a file has under both names; those of layers that share a
+        module are one already, and quantised ones cannot be compared.
+        """
+        if missing_keys is not None:
+            weights = dict(self.named_parameters(remove_duplicate=False))
+            pairs = self.all_tied_weights_keys.items()
+            missing_keys |= {name for name, first in pairs if name in weights and weights[name] is weights.get(first)}
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -304,12 +323,19 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         """As in transformers; native checkpoints are read as well, see `hf_archs.conversion`.
 
         Raises:
-            ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
+            ValueError: for a checkpoint of another architecture, or an option that ours cannot represent; for weights
+                in a pickle, unless ``use_safetensors=False`` asks for them.
             CheckFailed: a RuntimeError, where a tensor has another shape than the config asks for, is missing, or is
                 left over; see `hf_archs.conversion.Reading.check`.
             SafetensorError: where a weights file is corrupt or truncated.
         """
         native = conversion.prepare(cls, pretrained_model_name_or_path, kwargs)
+        with conversion.unpickled(native, pretrained_model_name_or_path, kwargs) as folder:
+            if folder is not None:
+                loaded: Any = cls.from_pretrained(folder, *model_args, **kwargs)
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                model.config.name_or_path = str(pretrained_model_name_or_path)
+                return loaded
         reading = None
         if kwargs.get("state_dict") is None:  # which a caller may have made of some weights alone
             reading = conversion.Reading(
@@ -317,7 +343,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
             )
         try:
             with during(reading=reading):
-                loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+                loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise SafetensorError(
                 f"the weights of {pretrained_model_name_or_path} are corrupt or truncated ({error}); "
@@ -328,6 +354,38 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model._weight_conversions = get_model_conversion_mapping(model)
         return loaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers; a card stands beside the weights, unless the folder has one that somebody wrote."""
+        path = Path(save_directory) / REPOCARD_NAME
+        own = path.read_bytes() if path.is_file() else None
+        if own is not None and model_card.is_automatic(own.decode(errors="replace")):
+            own = None
+        with during(card=own):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
+        if not is_main_process or os.path.isfile(save_directory):
+            return
+        if own is not None:
+            path.write_bytes(own)  # transformers has written that of the repository over it
+        elif not push_to_hub and not getattr(self, "_hf_peft_config_loaded", False):
+            model_card.save_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # the card there is the repository's, or an empty one of transformers where it has none
+        path = Path(working_dir) / REPOCARD_NAME
+        if call.card is not None and model_card.is_automatic(path.read_text(encoding="utf-8")):
+            path.write_bytes(call.card)
+        elif not getattr(self, "_hf_peft_config_loaded", False):
+            model_card.save_card(self, working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         super().mark_tied_weights_as_initialized(loading_info)

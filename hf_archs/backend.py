@@ -53,12 +53,11 @@ def _automatic(device_type: str) -> str:
     return "portable"
 
 
+@torch.compiler.assume_constant_result  # torch.compile guards its graphs by the transforms around them
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is at work. Both pass an op of the library by
     or stop at it, and take one that is made of PyTorch's own operators.
     """
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

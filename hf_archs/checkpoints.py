@@ -18,11 +18,13 @@ from typing import Any
 
 import psutil
 import torch
+from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_archs import registry
+from hf_archs.model_card import is_automatic
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors")
 
@@ -295,7 +297,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     """Write into the folder that this gives; where the block ends well, its files take the place of ``folder``'s.
 
     Until then everything in ``folder`` stays as it is, so a failure leaves a good checkpoint good. Other files there
-    are kept, except for weights that the new ones replace under other names.
+    are kept, except for weights that the new ones replace under other names; so is a card that somebody wrote.
     """
     folder = Path(folder).expanduser().resolve()
     place = folder if folder.is_dir() else folder.parent  # a folder that exists may be a disk of its own
@@ -306,6 +308,9 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         new = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
         for name in new:
+            card = folder / name if str(name) == REPOCARD_NAME else None
+            if card is not None and card.is_file() and not is_automatic(card.read_text(encoding="utf-8")):
+                continue
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).replace(folder / name)
         if any(name.match(pattern) for name in new for pattern in WEIGHTS):

@@ -302,6 +302,9 @@ def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
     output: Output,
     to: Annotated[str | None, typer.Option(help="Native model type, where one of ours can become several.")] = None,
+    pickle: Annotated[
+        bool, typer.Option("--pickle", help="Read weights that are a pickle; nothing in it is run.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
 ) -> None:
     """Convert a native checkpoint to ours, or ours to native. The tokenizer goes along."""
@@ -317,7 +320,7 @@ def convert(
         raise ValueError(f"--to is {to!r}, but {source!r} is native already and becomes {architecture.model_type}")
     _check_free(output, overwrite)
     checkpoints.check_output(output, checkpoints.weight_bytes(config))
-    model = checkpoints.load_model(source, dtype="auto")
+    model = checkpoints.load_model(source, dtype="auto", use_safetensors=False if pickle else None)
     converted = to_native(model, to) if ours else model
     with checkpoints.replacing(output) as folder:
         converted.save_pretrained(folder)

@@ -12,7 +12,8 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from hf_archs import registry
+from hf_archs import pickles, registry
 from hf_archs.errors import CheckFailed, sentence
 from hf_archs.formats import (
     OURS,
@@ -165,6 +168,52 @@ def prepare(
     if native is not None:
         kwargs["key_mapping"] = {**native.key_mapping(), **(kwargs.get("key_mapping") or {})}
     return native
+
+
+@contextlib.contextmanager
+def unpickled(
+    native: NativeFormat | None, source: str | os.PathLike | None, kwargs: dict[str, Any]
+) -> Iterator[str | None]:
+    """A folder with the checkpoint of ``source``, its weights as safetensors; None where they are no pickle.
+
+    Args:
+        native: the format of the checkpoint.
+        source, kwargs: the arguments of ``from_pretrained``, where ``use_safetensors=False`` asks for the pickle; the
+            folder needs no such argument, and it is taken out.
+
+    Raises:
+        ValueError: where the weights are a pickle, and nobody asked for it or it holds none.
+    """
+    if native is None or native.pickle is None or source is None:
+        yield None
+        return
+    where = {name: kwargs[name] for name in inspect.signature(find_adapter_config_file).parameters if name in kwargs}
+
+    def find(name: str) -> str | None:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)  # type: ignore[call-arg]
+
+    asked = kwargs.get("use_safetensors") is False
+    safe = not asked and any(map(find, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)))
+    pickled = None if safe else find(native.pickle)
+    if pickled is None:
+        yield None
+        return
+    if not asked:
+        raise ValueError(
+            f"the weights of {source} are a pickle, {native.pickle}, which is read on request only: by "
+            "from_pretrained(..., use_safetensors=False), or once by `hf-archs convert --pickle`; nothing that stands "
+            "in the file is run"
+        )
+    raw, _ = PreTrainedConfig.get_config_dict(source, **where)
+    with tempfile.TemporaryDirectory() as folder:
+        NativeCheckpoint(raw, pickles.read_state_dict(pickled)).save_pretrained(folder)
+        for name in ("use_safetensors", "subfolder"):
+            kwargs.pop(name, None)
+        try:
+            yield folder
+        except (ValueError, CheckFailed) as error:  # which names the folder
+            error.args = tuple(str(part).replace(folder, str(source)) for part in error.args)
+            raise
 
 
 @dataclass(frozen=True)
@@ -361,7 +410,9 @@ def to_native(model: PreTrainedModel, format: str | None = None) -> PreTrainedMo
             continue
         state = _narrow(form, model)
         if isinstance(form, StateDictFormat):
-            return NativeCheckpoint(config, {**state, **form.buffers(model.config)})
+            prefix = f"{form.prefix}." if model.base_model is model else ""
+            state.update({name.removeprefix(prefix): t for name, t in form.buffers(model.config).items()})
+            return NativeCheckpoint(config, state)
         return _take_over(_build(theirs, config, state, model.device, model.dtype), model)
     raise ValueError("; ".join(refusals))
 

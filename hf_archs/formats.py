@@ -84,6 +84,7 @@ class NativeFormat(ABC):
         conversions: how several parameters of theirs are several of ours, for files; see `convert`.
         unused: our config fields that the format does not have and that do not change the result.
         assumed: the same, with the values that they get when reading.
+        pickle: the pickle that its repositories have in place of safetensors, if they do; see `hf_archs.pickles`.
     """
 
     name: str
@@ -99,6 +100,7 @@ class NativeFormat(ABC):
     ignored: Collection[str] = ()
     unused: Collection[str] = ()
     assumed: Mapping[str, Any] = field(default_factory=dict)
+    pickle: str | None = None
     conversions: Collection[WeightConverter] = ()
 
     def __str__(self) -> str:

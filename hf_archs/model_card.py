@@ -1,13 +1,20 @@
-"""The card that a pushed model or adapter carries: what it is, how to load it, what was measured."""
+"""The card that a saved or pushed model or adapter carries: what it is, how to load it, what was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 import hf_archs
 from hf_archs import registry
@@ -17,7 +24,7 @@ _CARD = """\
 {metadata}
 ---
 
-# {repository}
+# {title}
 
 {what}
 
@@ -27,19 +34,14 @@ _CARD = """\
 import hf_archs  # pip install {distribution}; without this line, pass trust_remote_code=True below
 {load}
 ```
-
-## Training
-
-{training}
-
-## Measured
-
-{results}
-
-Made with hf-archs {version}.
 """
 
 _LOAD_MODEL = """\
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{model}")"""
+
+_LOAD_AND_GENERATE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{model}")
@@ -53,6 +55,21 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{repository}")"""
+
+_TASKS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
+# what transformers says in the template of a card, which it pushes where there is none
+_EMPTY = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
+_MARK = "\n<!-- {digest}: written while saving, and again until somebody changes it -->\n"
 
 
 def model_card(
@@ -84,41 +101,126 @@ def model_card(
     architecture = registry.find_architecture(type(base.config))
     if architecture is None:
         raise ValueError(f"a {type(base).__name__} is no model of hf-archs, so it gets no card of its")
-    counted = sum(p.numel() for p in model.parameters() if p.requires_grad or not is_adapter)
     if is_adapter:
         names = sorted(_target_names(model))
+        counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
         what = (
             f"A LoRA adapter for `{base_model}`, a {architecture.name} language model. It adapts "
             f"{', '.join(f'`{name}`' for name in names)} with {counted:,} parameters of its own."
         )
         load = _LOAD_ADAPTER.format(model=base_model, repository=repository)
     else:
-        config = base.config
-        what = (
-            f"A {architecture.name} language model (`{type(base).__name__}`) of {counted:,} parameters: "
-            f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.vocab_size:,} tokens."
-        )
-        load = _LOAD_MODEL.format(model=repository, prompt=f' + "{prompt}"' if prompt else "")
+        what = _description(base, architecture)
+        load = _LOAD_AND_GENERATE.format(model=repository, prompt=f' + "{prompt}"' if prompt else "")
     metadata = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["hf-archs", architecture.name, *(["lora"] if is_adapter else [])],
+        tags=[*_tags(architecture), *(["lora"] if is_adapter else [])],
         license=license,
         # the Hub refuses anything but a repository here
         base_model=None if base_model is None or Path(base_model).exists() else base_model,
     )
     rows = [f"| {what} | {figure} |" for what, figure in results.items()]
-    return ModelCard(
-        _CARD.format(
-            metadata=metadata.to_yaml(),
-            repository=repository,
-            what=what,
-            distribution=registry.distribution_of(architecture),
-            load=load,
-            training=training,
-            results="\n".join(["| what | figure |", "|---|---|", *rows]) if rows else "Nothing yet.",
-            version=hf_archs.__version__,
-        )
+    measured = "\n".join(["| what | figure |", "|---|---|", *rows]) if rows else "Nothing yet."
+    more = f"\n## Training\n\n{training}\n\n## Measured\n\n{measured}\n\nMade with hf-archs {hf_archs.__version__}.\n"
+    return ModelCard(_text(metadata, repository, what, load, architecture) + more)
+
+
+def tag(model: PreTrainedModel) -> None:
+    """Give ``model`` the tags that transformers, Trainers and PEFT put into the cards that they write."""
+    architecture = registry.find_architecture(type(model.config))
+    if architecture is not None:
+        model.add_model_tags(_tags(architecture))
+
+
+def automatic_card(model: PreTrainedModel, repository: str | None = None, tags: Iterable[str] = ()) -> ModelCard | None:
+    """The card of a model that nobody has described; None for one of no registered architecture.
+
+    Args:
+        model: of any class of this library; the card says which Auto class loads it.
+        repository: its name on the Hub; None where it is saved into a folder.
+        tags: more than the library's and the architecture's.
+    """
+    architecture = registry.find_architecture(type(model.config))
+    if architecture is None:
+        return None
+    classes = {auto: model_class for auto, (_, model_class) in architecture.auto_classes().items()}
+    auto = next((auto for auto, model_class in classes.items() if isinstance(model, model_class)), "AutoModel")
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_TASKS[auto],
+        tags=list(dict.fromkeys([*_tags(architecture), *tags])),
+    )
+    load = _LOAD_MODEL.format(auto=auto, model=repository or "this/folder")
+    title = repository or f"A model of the architecture {architecture.name}"
+    card = ModelCard(_text(metadata, title, _description(model, architecture), load, architecture))
+    return ModelCard(f"{str(card).rstrip()}\n{_MARK.format(digest=_digest(card))}")
+
+
+def is_automatic(card: str) -> bool:
+    """Whether a card is one of `automatic_card`, or transformers' empty one, and nobody has changed it."""
+    if not card.startswith("---"):  # no metadata
+        return False
+    try:
+        found = ModelCard(card)
+    except (ValueError, yaml.YAMLError):
+        return False
+    return _is_ours(found) or _is_empty(found)
+
+
+def _is_ours(card: ModelCard) -> bool:
+    return _MARK.format(digest=_digest(card)).strip() in card.text
+
+
+def _is_empty(card: ModelCard) -> bool:
+    template = ModelCard.from_template(ModelCardData(), model_description=_EMPTY)
+    return card.text.strip() == template.text.strip()
+
+
+def save_card(model: PreTrainedModel, folder: str | os.PathLike, repository: str | None = None) -> None:
+    """Write the `automatic_card` of ``model`` into ``folder``, unless a card of somebody stands there."""
+    path = Path(folder) / REPOCARD_NAME
+    tags: list[str] = []
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+        if not is_automatic(text):
+            return
+        found = ModelCard(text)
+        tags = found.data.to_dict().get("tags") or []
+        if _is_ours(found):  # it may be of another architecture, whose name is its second tag
+            tags = tags[2:]
+    card = automatic_card(model, repository, tags)
+    if card is not None:
+        card.save(path)
+
+
+def _digest(card: ModelCard) -> str:
+    """Of all that a card says but for its tags, which transformers adds to."""
+    text = re.sub(r"<!-- [0-9a-f]{16}: .*? -->", "", card.text).strip()
+    metadata = {name: value for name, value in card.data.to_dict().items() if name != "tags"}
+    return hashlib.sha256(json.dumps([metadata, text], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tags(architecture: registry.Architecture) -> list[str]:
+    return ["hf-archs", architecture.name]
+
+
+def _description(model: PreTrainedModel, architecture: registry.Architecture) -> str:
+    config: Any = model.config
+    kind = "language model" if model.get_output_embeddings() is not None else "model"
+    return (
+        f"A {architecture.name} {kind} (`{type(model).__name__}`) of {model.num_parameters():,} "
+        f"parameters: {config.num_hidden_layers} layers of width {config.hidden_size}, {config.vocab_size:,} tokens."
+    )
+
+
+def _text(metadata: ModelCardData, title: str, what: str, load: str, architecture: registry.Architecture) -> str:
+    return _CARD.format(
+        metadata=metadata.to_yaml(),
+        title=title,
+        what=what,
+        distribution=registry.distribution_of(architecture),
+        load=load,
     )
 
 

@@ -93,6 +93,8 @@ class Architecture:
     Attributes:
         name: what the registry, the command line and the documents call it.
         lora_targets: names of the linear layers that LoRA adapts by default.
+        even_targets: those of them whose widths are multiples of ``hidden_size`` or of a head's size, for adapters
+            that cut a matrix into blocks; empty: all.
         tiny: config fields of the tiny model that tests use.
         sizes: config fields of each named size that ``hf-archs init`` offers.
         native_formats: the foreign checkpoint formats that can be read and written.
@@ -108,6 +110,7 @@ class Architecture:
     question_answering_class: type[PreTrainedModel]
     mixer_class: type[nn.Module]
     lora_targets: tuple[str, ...]
+    even_targets: tuple[str, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     native_formats: tuple[NativeFormat, ...] = ()
@@ -274,15 +277,28 @@ def _register_names(architecture: Architecture) -> None:
             auto_class._model_mapping._model_mapping[architecture.model_type] = model_class.__name__  # type: ignore[attr-defined]
 
 
+# adapters that cut a matrix into blocks of a fixed size
+_EVEN = ("C3A", "MISS", "ROAD", "VBLORA")
+# of IA3 (Liu et al. 2022, section 3.3): what states, keys and values are made of, and the inside of a feed-forward
+_SCALED = ("in_proj", "x_proj", "k_proj", "v_proj", "down_proj")
+
+
 def _register_adapter_targets(architecture: Architecture) -> None:
-    """Enter the default targets of every kind of adapter: those of LoRA, and the norms for the one that tunes norms."""
+    """Enter the default targets of every kind of adapter."""
     from peft.utils import constants
 
-    feed_forward = [name for name in architecture.lora_targets if name == "down_proj"]
+    targets = architecture.lora_targets
+    scaled = [name for name in targets if name in _SCALED]
+    own = {
+        "IA3_TARGET": scaled or targets,
+        "IA3_FEEDFORWARD": [name for name in scaled if name == "down_proj"],
+        "LNTUNING_TARGET": ["norm", "feed_forward_norm"],
+        **{f"{tuner}_TARGET": architecture.even_targets or targets for tuner in _EVEN},
+    }
     for name, table in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING"):
-            targets = feed_forward if "FEEDFORWARD" in name else [*architecture.lora_targets]
-            table[architecture.model_type] = ["norm", "feed_forward_norm"] if "LNTUNING" in name else targets
+            kind = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_MODULES_MAPPING")
+            table[architecture.model_type] = [*own.get(kind, targets)]
 
 
 def architectures() -> list[str]:

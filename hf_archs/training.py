@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -38,6 +38,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from hf_archs import checkpoints, errors, text
+from hf_archs.adapters import add_adapter
 from hf_archs.model_card import model_card
 from hf_archs.watching import PlainTrainerWarning
 
@@ -157,7 +158,7 @@ def add_lora(
         rank, alpha, dropout: of `peft.LoraConfig`.
 
     Raises:
-        ValueError: where a target is no linear layer of the model.
+        ValueError: where a target is no linear layer of the model, or is tied to another; see `add_adapter`.
     """
     linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if unknown := set(targets) - linear - {"all-linear"}:
@@ -168,8 +169,7 @@ def add_lora(
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules
     )
-    with checkpoints.quiet_peft():
-        return get_peft_model(model, config)  # type: ignore[return-value]
+    return add_adapter(model, config)  # type: ignore[return-value]
 
 
 class _Parser(HfArgumentParser):

@@ -32,7 +32,8 @@ BELOW = {
     ),
     "hf_archs.errors": (),
     "hf_archs.formats": ("hf_archs.registry",),
-    "hf_archs.conversion": ("hf_archs.registry", "hf_archs.formats", "hf_archs.errors"),
+    "hf_archs.pickles": (),
+    "hf_archs.conversion": ("hf_archs.registry", "hf_archs.formats", "hf_archs.errors", "hf_archs.pickles"),
 }
 # what of a plugin is about models: the rest are ops (filters are layers between the two, distillation makes models)
 MODEL_FILES = ("__init__", "configuration", "mixer", "modeling", "conversion", "bench", "filters", "distillation")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_archs.backend import backend_for
+from hf_archs.backend import backend_for, is_transformed
 from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
 from hf_archs.kernels.numerics import cast, differentiates_once, wide
 
@@ -53,7 +53,7 @@ def causal_conv1d(
     _check(x, weight, bias, activation, initial_state, seq_idx, lengths)
     silu, size = activation == "silu", weight.shape[1] - 1
     backend = backend_for(x)
-    if backend == "reference":
+    if backend == "reference" and not is_transformed():
         return causal_conv1d_reference(
             x,
             weight,
@@ -66,7 +66,7 @@ def causal_conv1d(
     if backend == "portable" and x.shape[1] == 1:
         return _step(x, weight, bias, silu, initial_state, lengths)
     reach = None if seq_idx is None else _reach(seq_idx, size)
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or is_transformed():
         y = _shifted_sum(x, weight, bias, silu, initial_state, reach)
     else:
         y = _causal_conv1d(x, weight, bias, initial_state, reach, silu)
@@ -174,7 +174,7 @@ def _reach(seq_idx: Tensor, size: int) -> Tensor:
 def _shifted_sum(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, reach: Tensor | None
 ) -> Tensor:
-    """The convolution in ordinary operators, for exporters, which know no others."""
+    """The convolution in ordinary operators, for exporters and for `torch.func`, which know no others."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     (b, l, c), size = x.shape, weight.shape[1] - 1
     before = x.new_zeros(b, size, c, dtype=dtype) if initial_state is None else initial_state.transpose(1, 2).to(dtype)

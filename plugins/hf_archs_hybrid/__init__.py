@@ -40,6 +40,7 @@ register(
         mixer_class=ParallelMixer,
         # those of the layers that a pattern has; PEFT passes over the others
         lora_targets=("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
+        even_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
         tiny={
             "mixers": {
                 "ssm": {"type": "mamba2", "state_size": 16, "head_dim": 16},

@@ -3,7 +3,7 @@
 from hf_archs.dna import dna_tokenizer
 from hf_archs.registry import Architecture, register, register_mixer
 from hf_archs_hyena.configuration import ArchHyenaConfig, HyenaMixerConfig, hyena_state
-from hf_archs_hyena.conversion import HYENADNA
+from hf_archs_hyena.conversion import HYENADNA, ORIGINAL
 from hf_archs_hyena.distillation import distill_filters
 from hf_archs_hyena.long_conv import long_conv
 from hf_archs_hyena.mixer import HyenaMixer
@@ -47,9 +47,10 @@ register(
         question_answering_class=ArchHyenaForQuestionAnswering,
         mixer_class=HyenaMixer,
         lora_targets=("in_proj", "out_proj", "up_proj", "down_proj"),
+        even_targets=("in_proj", "out_proj"),
         # a low frequency: at high ones the slope of a filter changes too fast for finite differences
         tiny={"max_positions": 16384, "filter_size": 16, "filter_frequency": 1.0},
-        native_formats=(HYENADNA,),
+        native_formats=(HYENADNA, ORIGINAL),
         sizes={
             "4m": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096, "max_positions": 16384},
             # `hf-archs quickstart --task genome` trains it: explicit taps for near bases, implicit ones for far ones
@@ -62,7 +63,8 @@ register(
                 **_DNA,
             },
             # the published models' sizes (Nguyen et al. 2023, "HyenaDNA")
-            "tiny-1k": {"hidden_size": 256, "num_hidden_layers": 2, "max_positions": 1026, **_DNA},
+            "tiny-1k": {"hidden_size": 128, "num_hidden_layers": 2, "max_positions": 1026, **_DNA},
+            "tiny-1k-d256": {"hidden_size": 256, "num_hidden_layers": 2, "max_positions": 1026, **_DNA},
             "small-32k": {"hidden_size": 256, "num_hidden_layers": 4, "max_positions": 32770, **_DNA},
             "medium-160k": {"hidden_size": 256, "num_hidden_layers": 8, "max_positions": 160002, **_DNA},
             "medium-450k": {"hidden_size": 256, "num_hidden_layers": 8, "max_positions": 450002, **_DNA},

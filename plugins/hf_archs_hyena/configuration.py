@@ -30,7 +30,8 @@ class HyenaFields(MixerConfig):
         learned_positions: make those features of the lag parameters, as HyenaDNA's checkpoints have them.
         filter_size: width of the network that gives an implicit filter its taps.
         filter_layers: hidden layers of that network after the first.
-        filter_frequency: initial frequency of its sine activations.
+        filter_frequency: frequency of its sine activations, at first.
+        learned_frequency: make that frequency a parameter, of every unit its own.
         filter_shift: what the window of an implicit filter falls to, instead of 0.
         fast_decay: part of ``max_positions`` after which the window of the fastest channel has fallen to a hundredth.
         slow_decay: the same of the slowest channel.
@@ -49,6 +50,7 @@ class HyenaFields(MixerConfig):
     filter_size: int = 64
     filter_layers: int = 2
     filter_frequency: float = 10.0
+    learned_frequency: bool = True
     filter_shift: float = 0.05
     fast_decay: float = 0.3
     slow_decay: float = 1.5

@@ -137,7 +137,9 @@ class ImplicitFilter(HyenaFilter):
         self.z = None
         if config.learned_positions:
             self.z = nn.Parameter(torch.empty(1, config.max_positions, features))
-        self.freq = nn.Parameter(torch.empty(1, config.filter_size))  # of every sine, as in HyenaDNA
+        self.freq = None
+        if config.learned_frequency:
+            self.freq = nn.Parameter(torch.empty(1, config.filter_size))  # of every sine, as in HyenaDNA
         width = config.filter_size
         inputs = [features] + [width] * config.filter_layers
         self.layers = nn.ModuleList(nn.Linear(size, width) for size in inputs)
@@ -147,7 +149,8 @@ class ImplicitFilter(HyenaFilter):
         """As safari does, but for the network, whose first layers have PyTorch's own initial values."""
         config, device = self.config, self.deltas.device
         init.normal_(self.bias)
-        init.constant_(self.freq, config.filter_frequency)
+        if self.freq is not None:
+            init.constant_(self.freq, config.filter_frequency)
         slow, fast = (math.log(WINDOW_END) / part for part in (config.slow_decay, config.fast_decay))
         init.copy_(self.deltas, torch.linspace(slow, fast, config.filter_channels, device=device).expand(1, 1, -1))
         if self.z is not None:
@@ -176,9 +179,10 @@ class ImplicitFilter(HyenaFilter):
         z, t = self._features(length)
         if self.z is not None:
             z = self.z[0, :length]
+        frequency = self.config.filter_frequency if self.freq is None else self.freq
         *hidden, last = self.layers
         for layer in hidden:
-            z = torch.sin(self.freq * layer(z.to(self.deltas.dtype)))
+            z = torch.sin(frequency * layer(z.to(self.deltas.dtype)))
         window = torch.exp(t * -self.deltas[0].abs()) + self.config.filter_shift
         return (last(z) * window).t()
 

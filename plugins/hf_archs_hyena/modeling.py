@@ -12,8 +12,8 @@ from transformers.modeling_layers import (
 from hf_archs.backbone import ArchForCausalLM, ArchForMaskedLM, ArchModel, ArchPreTrainedModel
 from hf_archs_hyena.configuration import ArchHyenaConfig
 
-# the lags in HyenaDNA's checkpoints, which follow from the config
-_IGNORED = [r"filter_fn\.pos_emb\.t$"]
+# in HyenaDNA's checkpoints: the lags, which follow from the config, and figures that its training kept
+_IGNORED = [r"filter_fn\.pos_emb\.t$", r"torchmetrics"]
 
 
 class ArchHyenaPreTrainedModel(ArchPreTrainedModel):

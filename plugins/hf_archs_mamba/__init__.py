@@ -40,6 +40,7 @@ register(
         question_answering_class=ArchMambaForQuestionAnswering,
         mixer_class=MambaMixer,
         lora_targets=("in_proj", "x_proj", "dt_proj", "out_proj"),
+        even_targets=("in_proj", "out_proj"),
         tiny={"state_size": 8},
         native_formats=(MAMBA, FALCON_MAMBA, FLA, STATE_SPACES),
         # the published models' widths and depths (Gu and Dao 2023, table 12)

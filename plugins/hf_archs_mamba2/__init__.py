@@ -40,6 +40,7 @@ register(
         question_answering_class=ArchMamba2ForQuestionAnswering,
         mixer_class=Mamba2Mixer,
         lora_targets=("in_proj", "out_proj"),
+        even_targets=("out_proj",),
         tiny={"state_size": 16, "head_dim": 16, "n_groups": 2},
         native_formats=(MAMBA2, FLA, STATE_SPACES),
         # the published models' widths and depths (Dao and Gu 2024, table 10)

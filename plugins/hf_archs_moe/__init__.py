@@ -46,6 +46,7 @@ register(
         question_answering_class=ArchMoEForQuestionAnswering,
         mixer_class=Attention,
         lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "gate_proj", "up_proj", "down_proj"),
+        even_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
         tiny={
             "mixer": {"type": "attention", "num_heads": 4, "num_key_value_heads": 2},
             "num_experts": 4,

@@ -167,6 +167,11 @@ class DenseFormat(TransformersFormat):
     """A decoder of attention and gated feed-forwards alone: a model of ours where no layer has experts."""
 
     def read_config(self, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+        if "sliding_attention" in (raw.get("layer_types") or ()):
+            raise ValueError(
+                f"layer_types has 'sliding_attention' in this {self.name} checkpoint, which {config_class.__name__} "
+                "cannot represent; allowed: 'full_attention'"
+            )
         fields = super().read_config(raw, config_class)
         return {**fields, "dense_layers": list(range(fields["num_hidden_layers"]))}
 

@@ -97,19 +97,52 @@ def test_every_tuner_has_default_targets(architecture):
 
 
 # PEFT says so of Llama's norms and sizes too
-@pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:Invalid `oft_block_size`")
-@pytest.mark.parametrize("tuner", ["ADALORA", "FOURIERFT", "IA3", "LN_TUNING", "LOHA", "OFT", "VBLORA", "VERA"])
-def test_tuners_train_their_default_targets(tuner, model):
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[tuner]
-    options = {"total_step": 4, "n_frequency": 8, "vector_length": 4, "num_vectors": 16}
-    known = {field.name for field in fields(config_class)}
-    own = {name: value for name, value in options.items() if name in known}
-    wrapped = get_peft_model(model, config_class(task_type="CAUSAL_LM", **own)).train()
+quiet = pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:Invalid `oft_block_size`")
+TUNERS = ["ADALORA", "BOFT", "FOURIERFT", "IA3", "LN_TUNING", "LOHA", "LOKR", "OFT", "VBLORA", "VERA"]
+
+
+def check_tuner(model, tuner, **options):
+    """Its defaults give every parameter of the adapter a gradient, and merged it answers as before."""
     ids = tokens(2, 9)
-    wrapped(input_ids=ids, labels=ids).loss.backward()
-    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    plain = logits(model, ids)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[tuner](task_type="CAUSAL_LM", **options)
+    wrapped = get_peft_model(copy.deepcopy(model), config).train()
+    trained = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
     assert trained
-    assert all(parameter.grad is not None for parameter in trained)
+    with torch.no_grad():  # where one of two factors is zero, the other has no gradient
+        for parameter in trained.values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    for name, parameter in trained.items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    expected = logits(wrapped.eval(), ids)
+    assert (expected - plain).abs().max() > 1e-3
+    assert_close(logits(wrapped.merge_and_unload(), ids), expected, "merged", 1e-4)
+
+
+@quiet
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_tuners_train_and_merge_their_default_targets(tuner, model, monkeypatch):
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)  # it would compile an extension
+    options = {"total_step": 4, "n_frequency": 8, "vector_length": 4, "num_vectors": 16, "boft_block_size": 4}
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[tuner])}
+    check_tuner(model, tuner, **{name: value for name, value in options.items() if name in known})
+
+
+@quiet
+@pytest.mark.parametrize("tuner", ["C3A", "MISS", "ROAD", "VBLORA"])
+def test_tuners_that_cut_matrices_have_default_targets_that_fit(tuner, architecture):
+    """With their default sizes, as on a Llama of that width: no projection to 80 or 3,352 features is among them."""
+    check_tuner(lively(architecture.causal_lm_class, architecture.tiny_config(hidden_size=512)), tuner)
+
+
+def test_what_ia3_scales(architecture):
+    """What states, keys and values are made of, at its output, and a feed-forward's inside, at the input."""
+    scaled = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[architecture.model_type]
+    inside = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[architecture.model_type]
+    assert set(scaled) <= {"in_proj", "x_proj", "k_proj", "v_proj", "down_proj"}
+    assert set(inside) == {"down_proj"} & set(scaled)
 
 
 def prefixed(model, tuner):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch._dynamo import lookup_backend
+from torch.func import functional_call, jvp
 from transformers import CompileConfig
 
 from hf_archs.registry import Architecture
@@ -65,6 +66,20 @@ class CompileContract(Contract):
             assert_all_close(gradients(small, found), gradients(eager, expected), f"gradient at {length}")
             compiled.append(len(graphs))  # dynamo may trace one graph twice, so the first is 1 or 2
         assert 0 < compiled[0] == compiled[-1], f"{compiled} graphs after each length"
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at the first dual number
+    def test_a_compiled_slope(self, small: Any) -> None:
+        """`jvp` compiled: an op that knows no tangents would lose them without a word."""
+        fixed = {name: parameter.detach() for name, parameter in small.named_parameters()}
+        ids, forwards = tokens(1, 9), cast(Any, jvp)
+
+        def answers(parameters: Any) -> torch.Tensor:
+            return functional_call(small, parameters, (ids,), {"use_cache": False}).logits
+
+        def slopes(along: Any) -> torch.Tensor:
+            return forwards(answers, (fixed,), (along,))[1]
+
+        assert_close(torch.compile(slopes, backend="eager")(fixed), slopes(fixed), "slope")
 
     def test_compiled_static_decoding(self, small: Any) -> None:
         """`generate` with a static cache compiles its step once, for any number of tokens and a second call."""

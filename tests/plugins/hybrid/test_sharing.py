@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from hf_archs.sharing import SiteLinear
 from hf_archs.testing.contract.generation import generate, greedy
@@ -153,3 +153,40 @@ def test_bad_input(fields, message):
     fields = {"layer_pattern": "ssm", **fields}
     with pytest.raises(ValueError, match=message):
         ArchHybridConfig(**{**config().to_diff_dict(), **fields})
+
+
+@pytest.mark.parametrize("way", ["quantize_", "quantization_config"])
+def test_int8_weights(model, way, tmp_path):
+    """torchao goes from child to child, and quantises a shared layer once; transformers leaves them alone unless it is
+    told which ones to leave.
+    """
+    quantization = pytest.importorskip("torchao.quantization")
+    kind = quantization.Int8WeightOnlyConfig()
+    ids, plain = tokens(2, 19), logits(model, tokens(2, 19))
+    if way == "quantize_":
+        quantization.quantize_(model, kind)
+    else:
+        model.save_pretrained(tmp_path / "plain")
+        options = TorchAoConfig(kind, modules_to_not_convert=["lm_head"])
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=options)
+        model.save_pretrained(tmp_path / "int8")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+        assert torch.equal(logits(again, ids), logits(model, ids))
+        assert again.model.layers[3].mixer is again.model.layers[1].mixer
+    layers = model.model.layers
+    for projection in (layers[0].mixer.in_proj, layers[3].mixer.q_proj, layers[3].feed_forward.down_proj):
+        assert type(projection.weight.data).__name__ == "Int8Tensor"
+    assert 0 < (logits(model, ids) - plain).abs().max() < 0.3 * plain.abs().max()
+
+
+def test_children_are_of_one_layer(model):
+    """Every module of the model is met once on the way from child to child."""
+    met = []
+
+    def go(module):
+        met.append(module)
+        for child in module.children():
+            go(child)
+
+    go(model)
+    assert met == list(model.modules())

@@ -193,10 +193,12 @@ class TestConfigs:
     def test_published_sizes(self):
         """The parameters of HyenaDNA's models (their files, without the positions)."""
         architecture = hf_archs.get_architecture("hyena")
-        layers = {"tiny-1k": 2, "small-32k": 4, "medium-160k": 8, "medium-450k": 8, "large-1m": 8}
+        layers = {"tiny-1k-d256": 2, "small-32k": 4, "medium-160k": 8, "medium-450k": 8, "large-1m": 8}
         for name, count in layers.items():
             config = architecture.config_class(**architecture.sizes[name])
             assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (count, 256, 1024)
             with torch.device("meta"):
                 model = architecture.causal_lm_class(config)
             assert sum(p.numel() for p in model.parameters()) == 4096 + 512 + count * 818496
+        tiny = architecture.config_class(**architecture.sizes["tiny-1k"])
+        assert (tiny.num_hidden_layers, tiny.hidden_size, tiny.intermediate_size) == (2, 128, 512)

@@ -6,7 +6,10 @@ published files: direct sums in place of Fourier transforms, one long formula in
 
 import json
 import math
-from types import SimpleNamespace
+import re
+import sys
+from collections import defaultdict
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +24,17 @@ from transformers import (
 )
 
 import hf_archs
-from hf_archs.conversion import from_native, to_native
+from hf_archs import cli
+from hf_archs.conversion import from_native, read_config, to_native
 from hf_archs.formats import NativeCheckpoint
 from hf_archs.testing.contract.models import assert_close, gradients, logits, weighed
-from hf_archs_hyena import ArchHyenaForCausalLM, ArchHyenaForSequenceClassification, ArchHyenaModel, dna_tokenizer
+from hf_archs_hyena import (
+    ArchHyenaConfig,
+    ArchHyenaForCausalLM,
+    ArchHyenaForSequenceClassification,
+    ArchHyenaModel,
+    dna_tokenizer,
+)
 
 # as in the published files, but smaller
 CONFIG = {
@@ -96,13 +106,68 @@ def parameters(config=CONFIG, head=True, shared=(1, 3, 5)) -> dict[str, torch.Te
     return state
 
 
+# as in the published files of the original layout, but smaller
+ORIGINAL = {
+    "d_model": 12,
+    "n_layer": 2,
+    "d_inner": 48,
+    "vocab_size": 12,
+    "resid_dropout": 0.0,
+    "embed_dropout": 0.1,
+    "fused_mlp": False,
+    "fused_dropout_add_ln": True,
+    "checkpoint_mixer": True,
+    "checkpoint_mlp": True,
+    "residual_in_fp32": True,
+    "pad_vocab_size_multiple": 8,
+    "return_hidden_state": True,
+    "layer": {
+        "_name_": "hyena",
+        "emb_dim": 5,
+        "filter_order": 16,
+        "local_order": 3,
+        "l_max": 66,
+        "modulate": True,
+        "w": 10,
+        "lr": 0.0006,
+        "wd": 0.0,
+        "lr_pos_emb": 0.0,
+    },
+}
+FORMS = hf_archs.get_architecture("hyena").native_formats
+
+
+def original(state, checkpointed=False):
+    """Parameters of the published layout in the original one, as Lightning's module has them."""
+    named = {"model." + name.removeprefix("hyena."): tensor for name, tensor in state.items()}
+    if checkpointed:  # so are those that were trained with their activations recomputed
+        named = {re.sub(r"\.(mixer|mlp)\.", r".\1.layer.", name): tensor for name, tensor in named.items()}
+    return {**named, "train_torchmetrics.count": torch.zeros(1)}
+
+
+def write_original(folder, content, config=ORIGINAL):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(content, folder / "weights.ckpt")
+    return folder
+
+
+def other(name, value):
+    """Another value of a field, of the same type."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, (list, str)):
+        return [0] if isinstance(value, list) else f"{value}x"
+    return value + 2 if isinstance(value, int) else value + 0.1
+
+
 def in_float64(state):
     """The same parameters; the lags, which are none, exactly."""
     lags = torch.linspace(0, 1, CONFIG["max_seq_len"], dtype=torch.float64)[None, :, None]
     return {name: lags if name.endswith("pos_emb.t") else tensor.double() for name, tensor in state.items()}
 
 
-def by_the_papers(state, ids):
+def by_the_papers(state, ids, *, eps=1e-5, shift=0.05, freq=None):
     """Logits of a HyenaDNA with these parameters, in their precision; ``ids`` is (batch, length)."""
     p = SimpleNamespace(get=lambda name: state[f"hyena.backbone.{name}"])
     x = p.get("embeddings.word_embeddings.weight")[ids]
@@ -118,26 +183,27 @@ def by_the_papers(state, ids):
             return x @ get(f"{name}.weight").t() + get(f"{name}.bias")
 
         def norm(x, name, get=get):
-            return F.layer_norm(x, x.shape[-1:], get(f"{name}.weight"), get(f"{name}.bias"), 1e-5)
+            return F.layer_norm(x, x.shape[-1:], get(f"{name}.weight"), get(f"{name}.bias"), eps)
 
         u = linear(norm(x, "norm1"), "mixer.in_proj")
-        before = F.pad(u, (0, 0, 2, 0))  # two tokens of nothing
         short = get("mixer.short_filter.weight")[:, 0]
-        u = sum(before[:, k : k + length] * short[:, k] for k in range(3)) + get("mixer.short_filter.bias")
+        taps = short.shape[1]
+        before = F.pad(u, (0, 0, taps - 1, 0))  # tokens of nothing
+        u = sum(before[:, k : k + length] * short[:, k] for k in range(taps)) + get("mixer.short_filter.bias")
         x0, x1, v = u.chunk(3, dim=-1)
         h = get("mixer.filter_fn.pos_emb.z")[0, :length]
-        freq = get("mixer.filter_fn.implicit_filter.1.freq")
+        frequency = get("mixer.filter_fn.implicit_filter.1.freq") if freq is None else freq
         for k in (0, 2, 4):
-            h = torch.sin(freq * linear(h, f"mixer.filter_fn.implicit_filter.{k}"))
+            h = torch.sin(frequency * linear(h, f"mixer.filter_fn.implicit_filter.{k}"))
         h = h @ get("mixer.filter_fn.implicit_filter.6.weight").t()
         t = get("mixer.filter_fn.pos_emb.t")[0, :length]
-        h = h * (torch.exp(-t * get("mixer.filter_fn.modulation.deltas")[0].abs()) + 0.05)  # (length, d)
+        h = h * (torch.exp(-t * get("mixer.filter_fn.modulation.deltas")[0].abs()) + shift)  # (length, d)
         matrix = torch.where((lag >= 0)[:, :, None], h[lag.clamp(min=0)], 0)  # (t, s, d)
         gated = v * x1
         y = torch.einsum("tsd,bsd->btd", matrix, gated) + get("mixer.filter_fn.bias") * gated
         x = x + linear(y * x0, "mixer.out_proj")
         x = x + linear(F.gelu(linear(norm(x, "norm2"), "mlp.fc1"), approximate="tanh"), "mlp.fc2")
-    x = F.layer_norm(x, x.shape[-1:], p.get("ln_f.weight"), p.get("ln_f.bias"), 1e-5)
+    x = F.layer_norm(x, x.shape[-1:], p.get("ln_f.weight"), p.get("ln_f.bias"), eps)
     return x @ state["lm_head.weight"].t()
 
 
@@ -178,6 +244,19 @@ class TestMathematics:
         for name, expected in zip(wanted, torch.autograd.grad(loss, list(wanted.values()))):
             assert_close(found.pop(form.ours(name)), expected, name, 1e-9)
         assert not found
+
+    def test_a_frequency_that_is_not_trained(self, ids):
+        """It stands in no file: the config says it, and no optimizer gets it."""
+        state, config = parameters(shared=()), {**CONFIG, "train_freq": False, "activation_freq": 3}
+        model = from_native(NativeCheckpoint(config, state))
+        assert_close(logits(model, ids), by_the_papers(state, ids, freq=3.0), "float32", 2e-5)
+        assert not [name for name, _ in model.named_parameters() if name.endswith("freq")]
+        back = to_native(model)
+        assert {name: back.config[name] for name in ("train_freq", "activation_freq")} == {
+            "train_freq": False,
+            "activation_freq": 3,
+        }
+        assert back.state_dict.keys() == state.keys()
 
     def test_computed_positions_are_those_of_the_papers(self, ids):
         """Without learned positions, features and windows come from the formulas, for any number of bands."""
@@ -252,11 +331,49 @@ class TestFiles:
         found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
         assert torch.equal(found.score.weight, state["score.weight"])
 
+    @pytest.mark.parametrize("form", FORMS, ids=str)
+    def test_every_field_is_read_refused_or_known_to_change_nothing(self, form):
+        """Changed alone, a field of theirs changes a field of ours, or it is refused by its name."""
+        config_class = hf_archs.get_architecture("hyena").config_class
+        raw = CONFIG if form.name == "hyenadna" else ORIGINAL
+        before = form.read_config(raw, config_class)
+        for name, default in form.expand(raw)[0].items():
+            if name in {*form.ignored, "architectures", "auto_map", "torch_dtype", "bands"} - {
+                "layer.emb_dim",
+                "emb_dim",
+            }:
+                continue
+            changed = {**raw, name: other(name, default)}
+            if name.startswith("layer."):
+                changed = {**raw, "layer": {**raw["layer"], name.removeprefix("layer."): other(name, default)}}
+            try:
+                said = "" if form.read_config(changed, config_class) != before else "the same config"
+            except ValueError as refusal:
+                said = str(refusal)
+            assert not said or f"{name} is {other(name, default)!r}" in said, (name, said)
+
     @pytest.mark.parametrize(
-        ("field", "value"), [("hyena_order", 3), ("hyena_dropout", 0.1), ("layer_norm_epsilon", 1e-6)]
+        ("raw", "name"),
+        [
+            ({**CONFIG, "hyena_window": 1}, "hyena_window"),
+            ({**ORIGINAL, "mlp_window": 1}, "mlp_window"),
+            ({**ORIGINAL, "layer": {**ORIGINAL["layer"], "window": 1}}, "layer.window"),
+        ],
+        ids=["published", "original", "layer"],
     )
-    def test_what_ours_cannot_say_is_refused(self, field, value):
-        with pytest.raises(ValueError, match=f"{field} is {value}"):
+    def test_a_field_that_nobody_knows_is_refused(self, raw, name):
+        with pytest.raises(ValueError, match=f"^here: {name} is 1 in this hyenadna(-original)? checkpoint"):
+            read_config(raw, ArchHyenaConfig, "here")
+
+    @pytest.mark.parametrize("value", [4, 1, 2.0, None, True, "5", -5])
+    def test_a_count_of_features_that_no_filter_has_is_refused(self, value):
+        with pytest.raises(ValueError, match=f"emb_dim is {value!r} in this hyenadna checkpoint; allowed are"):
+            from_native(NativeCheckpoint({**CONFIG, "emb_dim": value}, parameters()))
+
+    @pytest.mark.parametrize("field", ["d_model", "vocab_size", "pad_vocab_size_multiple"])
+    @pytest.mark.parametrize("value", [0, -8, 1.5, None, "12", [12]])
+    def test_no_number_is_refused_by_its_field(self, field, value):
+        with pytest.raises(ValueError, match=re.escape(f"{field} is {value!r} in this hyenadna checkpoint; allowed")):
             from_native(NativeCheckpoint({**CONFIG, field: value}, parameters()))
 
     @pytest.mark.parametrize("fields", [{"order": 3}, {"filter_types": ["modal"]}, {"gated": True}], ids=str)
@@ -269,8 +386,123 @@ class TestFiles:
     def test_another_architecture_is_refused(self, tmp_path):
         PreTrainedConfig().save_pretrained(tmp_path)
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-        with pytest.raises(ValueError, match="reads hf_archs_hyena and hyenadna"):
+        with pytest.raises(ValueError, match="reads hf_archs_hyena, hyenadna and hyenadna-original"):
             ArchHyenaForCausalLM.from_pretrained(tmp_path)
+
+
+class _Anything:
+    """An object of a class that no reader of weights imports."""
+
+
+@pytest.fixture
+def lightning(monkeypatch):
+    """What PyTorch Lightning writes beside the weights: settings and states of classes of its own and of OmegaConf."""
+
+    def made(path):
+        module, _, name = path.rpartition(".")
+        for end in range(len(module.split(".")), 0, -1):
+            part = ".".join(module.split(".")[:end])
+            if part not in sys.modules:
+                monkeypatch.setitem(sys.modules, part, ModuleType(part))
+                sys.modules[part].__path__ = []
+        cls = type(name, (_Anything,), {"__module__": module})
+        monkeypatch.setattr(sys.modules[module], name, cls, raising=False)
+        return cls
+
+    settings, node = made("omegaconf.dictconfig.DictConfig"), made("omegaconf.nodes.AnyNode")
+    hyper = settings()
+    hyper.__dict__.update(_content={"d_model": node()}, _cache=defaultdict(dict, {"eval": {}}), _type=int)
+    return {
+        "epoch": 3,
+        "hparams_name": "config",
+        "hparams_type": settings,
+        "hyper_parameters": hyper,
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}],
+        "callbacks": {made("pytorch_lightning.callbacks.ModelCheckpoint"): {"best_model_path": "x"}},
+    }
+
+
+class TestOriginal:
+    """Repositories in the layout of HyenaDNA's own code, with a checkpoint of PyTorch Lightning."""
+
+    @pytest.mark.parametrize("checkpointed", [False, True])
+    def test_read_from_a_pickle(self, checkpointed, lightning, ids, tmp_path):
+        state = parameters()
+        folder = write_original(tmp_path / "published", {"state_dict": original(state, checkpointed), **lightning})
+        read, info = ArchHyenaForCausalLM.from_pretrained(folder, use_safetensors=False, output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        assert_close(logits(read, ids), by_the_papers(state, ids), "float32", 2e-5)
+        assert read.config.name_or_path == str(folder)
+        assert (read.config.hidden_size, read.config.vocab_size, read.config.pad_token_id) == (12, 16, 4)
+        base = ArchHyenaModel.from_pretrained(folder, use_safetensors=False, num_labels=3)
+        assert base.config.num_labels == 3
+        read.save_pretrained(tmp_path / "ours")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+        assert torch.equal(logits(again, ids), logits(read, ids))
+
+    def test_only_on_request(self, tmp_path):
+        folder = write_original(tmp_path / "published", {"state_dict": original(parameters())})
+        for kwargs in ({}, {"use_safetensors": True}):
+            with pytest.raises(ValueError, match=r"are a pickle, weights\.ckpt, .*use_safetensors=False.*--pickle"):
+                ArchHyenaForCausalLM.from_pretrained(folder, **kwargs)
+
+    @pytest.mark.parametrize("change", ["missing", "more", "shape"])
+    def test_weights_that_do_not_fit(self, change, tmp_path):
+        state = original(parameters())
+        name = "model.backbone.layers.1.mlp.fc1.weight"
+        state |= {
+            "missing": {},
+            "more": {name.replace("fc1", "fc3"): torch.zeros(1)},
+            "shape": {name: torch.zeros(2, 2)},
+        }[change]
+        if change == "missing":
+            del state[name]
+        folder = write_original(tmp_path / "published", {"state_dict": state})
+        wrong = {"missing": "up_proj.*is missing in", "more": "fc3.* stands in", "shape": "up_proj.* has shape .* in"}
+        with pytest.raises(RuntimeError, match=f"{wrong[change]} {folder}"):
+            ArchHyenaForCausalLM.from_pretrained(folder, use_safetensors=False)
+
+    def test_converted_by_the_command_line(self, ids, tmp_path):
+        state = parameters()
+        folder = write_original(tmp_path / "published", {"state_dict": original(state)})
+        with pytest.raises(ValueError, match="--pickle"):
+            cli.convert(str(folder), tmp_path / "ours")
+        assert not (tmp_path / "ours").exists()
+        cli.convert(str(folder), tmp_path / "ours", pickle=True)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+        assert_close(logits(model, ids), by_the_papers(state, ids), "float32", 2e-5)
+
+    def test_its_own_options(self, ids):
+        """Norms, window, short filter and frequency as the config says, where the other layout has but one value."""
+        config = {**ORIGINAL, "layer_norm_epsilon": 0.1, "layer": {**ORIGINAL["layer"], "shift": 0.3}}
+        config["layer"]["short_filter_order"] = 4
+        state = {
+            name: torch.randn(36, 1, 4) if name.endswith("short_filter.weight") else tensor
+            for name, tensor in parameters().items()
+        }
+        model = from_native(NativeCheckpoint(config, original(state)))
+        expected = by_the_papers(state, ids, eps=0.1, shift=0.3)
+        assert_close(logits(model, ids), expected, "float32", 2e-5)
+        back = to_native(model)  # the other layout cannot say it
+        assert back.config["layer"]["shift"] == 0.3
+        again = from_native(back)
+        assert torch.equal(logits(again, ids), logits(model, ids))
+        written = {"model." + name: tensor for name, tensor in back.state_dict.items()}
+        for name, tensor in original(state).items():
+            if not name.endswith((".3.freq", ".5.freq", "torchmetrics.count")):
+                assert torch.equal(written[name], tensor), name
+
+    def test_another_mixer_is_refused(self):
+        config = {**ORIGINAL, "layer": {"_name_": "mha", "l_max": 66}}
+        with pytest.raises(ValueError, match=r"layer\._name_ is 'mha' in this hyenadna-original checkpoint"):
+            ArchHyenaConfig.from_dict(read_config(config, ArchHyenaConfig, "here"))
+
+    @pytest.mark.parametrize("missing", ["vocab_size", "l_max"])
+    def test_a_missing_size_is_refused(self, missing):
+        config = {**ORIGINAL, "layer": {k: v for k, v in ORIGINAL["layer"].items() if k != missing}}
+        config.pop(missing, None)
+        with pytest.raises(ValueError, match=f"{missing} is None in this hyenadna-original checkpoint; allowed"):
+            read_config(config, ArchHyenaConfig, "here")
 
 
 class TestTokenizer:

@@ -1,8 +1,9 @@
-"""RetNet against the published mathematics of its two dialects, written here once more, and their checkpoints."""
+"""RetNet against the published mathematics of three packages, written here once more, and their checkpoints."""
 
 import functools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from hf_archs_retnet.conversion import FLA, SYNCDOTH, TORCHSCALE, TORCHSCALE_202
 from hf_archs_retnet.mixer import decay_norm
 
 WIDTH, LAYERS, VOCAB = 24, 2, 40
+CONFIGS = Path(__file__).parents[2] / "data/configs"
 
 # -- both packages' models in the parallel form: nothing of this library is in them -----------------------------------
 
@@ -188,23 +190,26 @@ def fla_checkpoint(dtype=torch.float32, fuse_norm=True, **changes):
         "vocab_size": VOCAB,
         **changes,
     }
-    keys, values = round(WIDTH * config["expand_k"]), round(WIDTH * config["expand_v"])
+    width = config["hidden_size"]
+    keys, values = round(width * config["expand_k"]), round(width * config["expand_v"])
     inner = config["intermediate_size"] or 256
     shapes = {
-        "model.embeddings.weight": (VOCAB, WIDTH),
-        "model.norm.weight": (WIDTH,),
-        "lm_head.weight": (VOCAB, WIDTH),
+        "model.embeddings.weight": (VOCAB, width),
+        "model.norm.weight": (width,),
+        "lm_head.weight": (VOCAB, width),
     }
     for i in range(LAYERS):
         at = f"model.layers.{i}."
-        shapes |= {at + "attn_norm.weight": (WIDTH,), at + "mlp_norm.weight": (WIDTH,)}
-        shapes |= {at + f"attn.{name}_proj.weight": (keys, WIDTH) for name in "qk"}
-        shapes |= {at + f"attn.{name}_proj.weight": (values, WIDTH) for name in "vg"}
-        shapes[at + "attn.o_proj.weight"] = (WIDTH, values)
+        shapes |= {at + "attn_norm.weight": (width,), at + "mlp_norm.weight": (width,)}
+        shapes |= {at + f"attn.{name}_proj.weight": (keys, width) for name in "qk"}
+        shapes |= {at + f"attn.{name}_proj.weight": (values, width) for name in "vg"}
+        shapes[at + "attn.o_proj.weight"] = (width, values)
         if config["elementwise_affine"]:
-            shapes[at + f"attn.{'g_norm_swish_gate' if fuse_norm else 'g_norm'}.weight"] = (values // 3,)
-        shapes |= {at + f"mlp.{name}_proj.weight": (inner, WIDTH) for name in ("gate", "up")}
-        shapes[at + "mlp.down_proj.weight"] = (WIDTH, inner)
+            shapes[at + f"attn.{'g_norm_swish_gate' if fuse_norm else 'g_norm'}.weight"] = (
+                values // config["num_heads"],
+            )
+        shapes |= {at + f"mlp.{name}_proj.weight": (inner, width) for name in ("gate", "up")}
+        shapes[at + "mlp.down_proj.weight"] = (width, inner)
     state = filled(shapes, dtype)
     if config["tie_word_embeddings"]:
         state["lm_head.weight"] = state["model.embeddings.weight"]
@@ -236,26 +241,27 @@ def torchscale_checkpoint(dtype=torch.float32, **changes):
         "pad_token_id": 0,
         **changes,
     }
+    width, count = config["decoder_embed_dim"], config["decoder_retention_heads"]
     values, inner = config["decoder_value_embed_dim"], config["decoder_ffn_embed_dim"]
-    shapes = {"embed_tokens.weight": (VOCAB, WIDTH), "output_projection.weight": (VOCAB, WIDTH)}
-    shapes["layer_norm.weight"] = (WIDTH,)
+    shapes = {"embed_tokens.weight": (VOCAB, width), "output_projection.weight": (VOCAB, width)}
+    shapes["layer_norm.weight"] = (width,)
     if config["layernorm_embedding"]:
-        shapes["layernorm_embedding.weight"] = (WIDTH,)
+        shapes["layernorm_embedding.weight"] = (width,)
     for i in range(LAYERS):
         at = f"layers.{i}."
-        shapes |= {at + f"retention.{name}_proj.weight": (WIDTH, WIDTH) for name in "qk"}
-        shapes |= {at + f"retention.{name}_proj.weight": (values, WIDTH) for name in "vg"}
-        shapes[at + "retention.out_proj.weight"] = (WIDTH, values)
-        shapes |= {at + f"{name}_layer_norm.weight": (WIDTH,) for name in ("retention", "final")}
-        shapes |= {at + f"ffn.{name}.weight": (inner, WIDTH) for name in ("fc1", "gate")}
-        shapes[at + "ffn.fc2.weight"] = (WIDTH, inner)
+        shapes |= {at + f"retention.{name}_proj.weight": (width, width) for name in "qk"}
+        shapes |= {at + f"retention.{name}_proj.weight": (values, width) for name in "vg"}
+        shapes[at + "retention.out_proj.weight"] = (width, values)
+        shapes |= {at + f"{name}_layer_norm.weight": (width,) for name in ("retention", "final")}
+        shapes |= {at + f"ffn.{name}.weight": (inner, width) for name in ("fc1", "gate")}
+        shapes[at + "ffn.fc2.weight"] = (width, inner)
     state = filled(shapes, dtype)
     if config["share_decoder_input_output_embed"]:
         state["output_projection.weight"] = state["embed_tokens.weight"]
-    pairs = WIDTH // 3 // 2
+    pairs = width // count // 2
     angle = 1.0 / (10000 ** torch.linspace(0, 1, pairs))
     state["retnet_rel_pos.angle"] = angle.unsqueeze(-1).repeat(1, 2).flatten()
-    state["retnet_rel_pos.decay"] = torch.log(1 - 2 ** (-5 - torch.arange(3, dtype=torch.float)))
+    state["retnet_rel_pos.decay"] = torch.log(1 - 2 ** (-5 - torch.arange(count, dtype=torch.float)))
     return NativeCheckpoint(config, state)
 
 
@@ -540,6 +546,24 @@ def test_there_and_back(make, changes, form, dtype):
         assert_same(hf_archs.to_native(ours).state_dict, checkpoint.state_dict)
 
 
+@pytest.mark.parametrize(
+    "make", [fla_checkpoint, torchscale_checkpoint, torchscale_2023_checkpoint, syncdoth_checkpoint]
+)
+def test_a_base_model_has_no_prefix(make):
+    """Neither have the tensors that are no parameters."""
+    checkpoint = make()
+    ours = hf_archs.from_native(checkpoint)
+    form = next(form for form in hf_archs.get_architecture("retnet").native_formats if form.detect(checkpoint.config))
+    state = {
+        name.removeprefix("model."): tensor
+        for name, tensor in checkpoint.state_dict.items()
+        if name not in ("lm_head.weight", "output_projection.weight")
+    }
+    found = hf_archs.to_native(ours.model, form.name)
+    assert_same(found.state_dict, state)
+    assert_same(hf_archs.from_native(found).state_dict(), ours.model.state_dict())
+
+
 FROM_FOLDERS = [
     fla_checkpoint,
     torchscale_checkpoint,
@@ -629,27 +653,7 @@ def test_one_matrix_of_other_rows(rows, tmp_path):
 
 def test_the_older_name_of_eps():
     """fla-hub/retnet-340M, as it was published: until April 2024 norm_eps was rms_norm_eps."""
-    raw = {
-        "attn_mode": "chunk",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "expand_k": 1,
-        "expand_v": 2,
-        "fuse_cross_entropy": True,
-        "fuse_norm": True,
-        "hidden_act": "swish",
-        "hidden_ratio": 2,
-        "hidden_size": 1024,
-        "max_position_embeddings": 2048,
-        "model_type": "retnet",
-        "num_heads": 4,
-        "num_hidden_layers": 24,
-        "rms_norm_eps": 1e-06,
-        "tie_word_embeddings": True,
-        "transformers_version": "4.40.0",
-        "use_cache": True,
-        "vocab_size": 32000,
-    }
+    raw = json.loads((CONFIGS / "fla-hub__retnet-340M.json").read_text())
     config = ArchRetNetConfig(**FLA.read_config(raw, ArchRetNetConfig))
     assert (config.norm_eps, config.intermediate_size, config.tie_word_embeddings) == (1e-6, 1536, True)
     other = FLA.read_config({**raw, "rms_norm_eps": 1e-3}, ArchRetNetConfig)
@@ -660,20 +664,51 @@ def test_the_older_name_of_eps():
         FLA.read_config({**raw, "rms_norm_eps": 1e-3, "norm_eps": 1e-6}, ArchRetNetConfig)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("size", ["base", "300m", "medium", "xl", "3b", "7b"])
+def test_a_published_config_of_syncdoths_package(size, dtype, tolerance):
+    """Its own fields at width 128, with the proportions of its widths."""
+    raw = json.loads((CONFIGS / f"syncdoth__retnet-{size}.json").read_text())
+    small = {
+        f"decoder_{x}_dim": raw[f"decoder_{x}_dim"] * 128 // raw["decoder_embed_dim"] for x in ("embed", "ffn_embed")
+    }
+    small["decoder_value_embed_dim"] = raw["decoder_value_embed_dim"] * 128 // raw["decoder_embed_dim"]
+    small |= {"decoder_layers": LAYERS, "decoder_retention_heads": 2, "vocab_size": VOCAB}
+    small |= {name: raw[name] % VOCAB for name in raw if name.endswith("_token_id")}
+    checkpoint = syncdoth_checkpoint(dtype, **raw | small)
+    checkpoint.config = raw | small
+    logits_of = functools.partial(torchscale_logits, form="recurrent")
+    compare(hf_archs.from_native(checkpoint), logits_of, checkpoint, SYNCDOTH, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_the_published_config_of_flash_linear_attention(dtype, tolerance, tmp_path):
+    """Its own fields at width 32, of which the width of the feed-forward follows, and the layout of its time."""
+    raw = json.loads((CONFIGS / "fla-hub__retnet-340M.json").read_text())
+    small = raw | {"hidden_size": 32, "num_heads": 2, "num_hidden_layers": LAYERS, "vocab_size": VOCAB}
+    checkpoint = fla_checkpoint(dtype, **small, intermediate_size=256)
+    expected = hf_archs.from_native(checkpoint)
+    compare(expected, fla_logits, checkpoint, FLA, tolerance)
+    NativeCheckpoint(small, fused(checkpoint).state_dict).save_pretrained(tmp_path)
+    assert_same(ArchRetNetForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict(), expected.state_dict())
+
+
 @pytest.mark.parametrize(
-    ("width", "values", "layers", "heads", "inner"),
-    [(512, 864, 6, 2, 864), (1280, 2560, 12, 8, 2560), (2560, 4280, 32, 10, 4280), (4096, 6912, 32, 16, 6912)],
+    ("size", "width", "values", "layers", "heads"),
+    [
+        ("base", 512, 864, 6, 2),
+        ("300m", 1280, 2560, 12, 8),
+        ("medium", 1024, 1728, 16, 4),
+        ("xl", 2048, 3456, 24, 8),
+        ("3b", 2560, 4280, 32, 10),
+        ("7b", 4096, 6912, 32, 16),
+    ],
 )
-def test_the_sizes_of_syncdoths_package(width, values, layers, heads, inner):
-    """Its configs/retnet-base, -300m, -3b and -7b; the 300m says nothing of use_glu."""
-    sizes = {"embed_dim": width, "value_embed_dim": values, "layers": layers, "retention_heads": heads}
-    raw = SYNCDOTH_CONFIG | {f"decoder_{name}": size for name, size in sizes.items()}
-    raw |= {"decoder_ffn_embed_dim": inner, "vocab_size": 50257}
-    if width == 1280:
-        del raw["use_glu"], raw["use_ffn_rms_norm"], raw["z_loss_coeff"]
-        raw |= {"pad_token_id": 50256, "eos_token_id": 50256, "unk_token_id": 50256}
+def test_the_sizes_of_syncdoths_package(size, width, values, layers, heads):
+    """Its configs; the 300m says nothing of use_glu."""
+    raw = json.loads((CONFIGS / f"syncdoth__retnet-{size}.json").read_text())
     config = ArchRetNetConfig(**SYNCDOTH.read_config(raw, ArchRetNetConfig))
-    assert (config.hidden_size, config.value_size, config.intermediate_size) == (width, values, inner)
+    assert (config.hidden_size, config.value_size, config.intermediate_size) == (width, values, values)
     assert (config.num_hidden_layers, config.num_heads) == (layers, heads)
     assert (config.embedding_norm, config.embedding_multiplier, config.hidden_act) == (True, width**0.5, "swish")
     assert (config.normalize_decay, config.gated, config.norm_eps) == (True, True, 1e-6)

@@ -1,0 +1,84 @@
+"""Adapters of PEFT, with the mistakes refused that PEFT passes over: a name that stands for nothing, a tied layer."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from hf_archs.checkpoints import quiet_peft
+
+# what PEFT itself puts into the modules_to_save of classifiers and of question answering, whatever the model calls them
+_HEADS = {"classifier", "score", "qa_outputs"}
+
+
+def add_adapter(
+    model: PreTrainedModel, config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+) -> PeftModel | PeftMixedModel:
+    """``model`` with an adapter to be trained, as `peft.get_peft_model` gives it.
+
+    Args:
+        model: any model; the names in ``config`` are compared with its modules and parameters.
+        config: of any kind of adapter.
+        adapter_name, kwargs: for `peft.get_peft_model`.
+
+    Raises:
+        ValueError: where a name in ``config`` matches nothing, or a target is a layer whose weight is another's too, so
+            that the merged adapter would change both. The model is as it was then.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    leaves = [name for name, module in modules.items() if not any(module.children())]
+    parameters = [name for name, _ in model.named_parameters()]
+    _check_names(model, config, "target_modules", modules, leaves)
+    _check_names(model, config, "exclude_modules", modules, leaves)
+    _check_names(model, config, "target_parameters", parameters, parameters)
+    _check_names(model, config, "modules_to_save", modules, modules)
+    _check_tied(model, config)
+    with quiet_peft():
+        return get_peft_model(model, config, adapter_name, **kwargs)
+
+
+def _matches(name: str, wanted: str | Iterable[str] | None) -> bool:
+    """Whether PEFT takes the module ``name`` for one of ``wanted``: an expression, or names or ends of names."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == one or name.endswith(f".{one}") for one in wanted or ())
+
+
+def _check_names(
+    model: PreTrainedModel, config: PeftConfig, field: str, names: Iterable[str], offered: Iterable[str]
+) -> None:
+    given: Any = getattr(config, field, None)
+    if not given or given == "all-linear":
+        return
+    own = _HEADS if field == "modules_to_save" else set()
+    for wanted in [given] if isinstance(given, str) else sorted(set(given) - own):
+        if any(_matches(name, wanted if isinstance(given, str) else [wanted]) for name in names):
+            continue
+        holders = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith(f".{wanted}")}
+        known = sorted({name.rpartition(".")[2] for name in offered if not name.rpartition(".")[2].isdigit()})
+        near = sorted(holders) or difflib.get_close_matches(wanted.rpartition(".")[2], known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"allowed are {', '.join(known)}"
+        raise ValueError(
+            f"{field} of this {type(config).__name__} has {wanted!r}, which stands for nothing in this "
+            f"{type(model).__name__}; {hint}"
+        )
+
+
+def _check_tied(model: PreTrainedModel, config: PeftConfig) -> None:
+    targets = getattr(config, "target_modules", None)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if targets == "all-linear" or head is None or getattr(head, "weight", None) is not embedding.weight:
+        return
+    for name, module in model.named_modules():
+        tied = module is embedding or module is head
+        if tied and _matches(name, targets) and not _matches(name, getattr(config, "exclude_modules", None)):
+            raise ValueError(
+                f"target_modules of this {type(config).__name__} has {name}, and the embedding and the head of this "
+                f"{type(model).__name__} are one weight (tie_word_embeddings is True), so the merged adapter would "
+                f"change both; allowed are other layers, or {name} in modules_to_save"
+            )
