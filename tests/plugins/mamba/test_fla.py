@@ -177,8 +177,14 @@ def test_which_package_a_file_is_of(tmp_path):
     assert not FLA.detect(theirs)
 
 
-def test_an_activation_that_ours_lacks_is_refused():
-    with pytest.raises(
-        ValueError, match=r"hidden_act is 'gelu' in this fla_mamba checkpoint.*allowed: 'silu', 'swish'"
-    ):
-        FLA.read_config({**CONFIG, "hidden_act": "gelu"}, ArchMambaConfig)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu' in this fla_mamba checkpoint.*allowed: 'silu', 'swish'"),
+        ({"attn": {"layers": [1]}}, r"attn is \{'layers': \[1\]\} in this fla_mamba checkpoint"),
+        ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon is 0.001 in this fla_mamba checkpoint"),  # beside norm_eps
+    ],
+)
+def test_options_that_ours_lacks_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FLA.read_config({**CONFIG, **changes}, ArchMambaConfig)

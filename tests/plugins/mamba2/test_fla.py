@@ -202,6 +202,7 @@ def test_which_package_a_file_is_of(tmp_path):
         ({"rmsnorm": False}, "rmsnorm is False in this fla_mamba2 checkpoint"),
         ({"D_has_hdim": True}, "D_has_hdim is True in this fla_mamba2 checkpoint"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu' in this fla_mamba2 checkpoint"),
+        ({"attn": {"layers": [1]}}, r"attn is \{'layers': \[1\]\} in this fla_mamba2 checkpoint"),
         ({"num_heads": 5}, "num_heads is 5 in this fla_mamba2 checkpoint; allowed is .* = 48 / 8"),
     ],
 )
