@@ -1,6 +1,7 @@
 """Layers that share a mixer or a feed-forward, each with a low-rank part of its own."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -155,12 +156,13 @@ def test_bad_input(fields, message):
         ArchHybridConfig(**{**config().to_diff_dict(), **fields})
 
 
+@pytest.mark.torchao
 @pytest.mark.parametrize("way", ["quantize_", "quantization_config"])
 def test_int8_weights(model, way, tmp_path):
     """torchao goes from child to child, and quantises a shared layer once; transformers leaves them alone unless it is
     told which ones to leave.
     """
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = importlib.import_module("torchao.quantization")
     kind = quantization.Int8WeightOnlyConfig()
     ids, plain = tokens(2, 19), logits(model, tokens(2, 19))
     if way == "quantize_":
