@@ -265,4 +265,4 @@ class ConfigContract(Contract):
         for name, fields in architecture.sizes.items():
             with torch.device("meta"):
                 model = architecture.causal_lm_class(architecture.config_class(**fields))
-            assert sum(parameter.numel() for parameter in model.parameters()) > 500_000, name
+            assert sum(parameter.numel() for parameter in model.parameters()) > 400_000, name
