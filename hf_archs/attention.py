@@ -495,6 +495,10 @@ class Attention(nn.Module):
         that are not the direct ones.
         """
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
+        if torch.compiler.is_exporting() and q.shape[2] == 1:
+            # the heads of a group as so many queries: no exporter can show that keys may be repeated at any length
+            q = q.view(q.shape[0], k.shape[1], self.num_key_value_groups, q.shape[3])
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scaling).flatten(1, 2).unsqueeze(1)
         options: dict[str, Any] = {"dropout": 0.0, "scaling": self.scaling, "is_causal": mask is None}
         show = call.show
         if show is not None and attend is eager_attention:

@@ -66,7 +66,7 @@ class Step(nn.Module):
             logits (b, l, v), and the states after these tokens by the same names.
         """
         cache = ArchDynamicCache(self.model.config)
-        cache.load_state_dict({**states, "length": torch.zeros((), dtype=torch.int64)})
+        cache.load_state_dict({**states, "length": 0})  # type: ignore[dict-item]  # no tensor, whose value no graph knows
         output = self.model(
             input_ids, attention_mask=attention_mask, past_key_values=cache, **{**_plain(self.model), "use_cache": True}
         )
@@ -81,19 +81,19 @@ class Step(nn.Module):
             for name, spec in self.specs.items()
         }
 
-    def example(self, tokens: int | None = 1) -> tuple[torch.Tensor, States]:
-        """Arguments to export with: ``tokens`` of two rows, or None for any number of them."""
+    def example(self, tokens: int | None = 1) -> dict[str, Any]:
+        """Keyword arguments to export with: ``tokens`` of two rows, or None for any number of them."""
         ids = torch.zeros(2, tokens or 7, dtype=torch.int64, device=self.model.device)
-        return ids, self.empty(2, columns=5)
+        return {"input_ids": ids, "states": self.empty(2, columns=5)}
 
-    def dynamic_shapes(self, tokens: int | None = 1) -> tuple[Any, Any]:
+    def dynamic_shapes(self, tokens: int | None = 1) -> dict[str, Any]:
         """Which dimensions of `example` may be others in the exported graph."""
         batch, columns, length = Dim("batch"), Dim("columns", min=0), Dim("length")
         ids = {0: batch} | ({1: length} if tokens is None else {})
         states = {
             name: {0: batch} | ({len(spec.shape): columns} if spec.grows else {}) for name, spec in self.specs.items()
         }
-        return ids, states
+        return {"input_ids": ids, "states": states}
 
 
 def _plain(model: Any) -> dict[str, Any]:

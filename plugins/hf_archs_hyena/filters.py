@@ -166,7 +166,7 @@ class ImplicitFilter(HyenaFilter):
         return torch.cat([t, torch.cos(angle), -torch.sin(angle)], dim=1), t
 
     def taps(self, length: int) -> torch.Tensor:
-        if length < LONG or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or length < LONG:
             return self._taps(length)
         # the network's activations would take more memory than the rest of the mixer's: compute them again
         taps = checkpoint(self._taps, length, use_reentrant=False, preserve_rng_state=False)
