@@ -370,7 +370,8 @@ def decay_scan_plain(
     if documents is not None:
         here = in_chunks(documents + 1, CHUNK)  # (b, c, m)
         here = torch.where(here == 0, documents[:, -1:, None] + 1, here)  # no document begins behind the end
-        before = torch.cat([torch.ones_like(here[:, :1, -1:]), here[:, :-1, -1:]], 1)
+        first = torch.arange(here.shape[1], device=here.device).unsqueeze(1) == 0
+        before = torch.where(first, 1, here[:, :, -1:].roll(1, 1))
         seen = lower & (here.unsqueeze(3) == here.unsqueeze(2))[:, :, None, None]
         from_start = from_start * (here == before)[:, :, None, None]
     between = torch.where(seen, sums, -torch.inf).exp()  # (b, c, g, r, i, j)

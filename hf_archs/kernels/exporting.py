@@ -34,12 +34,13 @@ def scan(step: Callable[[Any, Any], tuple[Any, Tensor]], state: Any, inputs: Any
         the last state, and what came of all t, t first.
     """
 
-
     def own(state: Any, token: Any) -> tuple[Any, Any]:
         # which the operator asks for: states laid out as the first one, and no output in the memory of another
         state, output = step(state, token)
         return tree_map(_fresh, state), output.clone()
 
+    if torch.onnx.is_in_onnx_export():  # whose graphs have no gradients, and lose their way where a loop might have one
+        state, inputs = tree_map(Tensor.detach, (state, inputs))
     return _scan(own, tree_map(_fresh, state), inputs)
 
 

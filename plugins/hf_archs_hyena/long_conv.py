@@ -213,7 +213,7 @@ def _exportable(
     else:
         lag = torch.arange(t - l, t, device=x.device).unsqueeze(1) - torch.arange(t, device=x.device)  # (l, t)
         matrix = torch.where((lag >= 0) & (lag < k), taps[:, lag.clamp(0, k - 1)], 0)
-        document = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (t - l + 1, 0)).cumsum(1)  # (b, t)
+        document = F.pad(number_documents(seq_idx), (t - l, 0))  # (b, t)
         same = document[:, t - l :].unsqueeze(2) == document.unsqueeze(1)
         y = torch.einsum("bct,clt,blt->blc", seen, matrix, same.to(dtype))
     if bias is not None:
