@@ -28,6 +28,7 @@ from hf_archs.cache import Slot, States
 from hf_archs.call import call
 from hf_archs.configuration import MixerConfig, check_range
 from hf_archs.kernels.arguments import last_inputs, number_documents
+from hf_archs.kernels.exporting import any_length, in_chunks, out_of_chunks
 from hf_archs.kernels.numerics import cast, made_once, no_autocast, wide
 from hf_archs.masks import Pairs, limited, sees_nothing
 from hf_archs.norm import ArchRMSNorm
@@ -296,6 +297,8 @@ class Blocks(NamedTuple):
     start: torch.Tensor  # of the documents, (b or 1, s or 1, queries or 1, 1)
 
 
+_EXPORTED_BLOCK = 64  # queries
+
 # keys and values (b, s, k, columns, n), and which query sees them, (b or 1, s, queries, columns)
 Extra = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -459,7 +462,10 @@ class Attention(nn.Module):
         y = self._read(blocks, k.flatten(0, 1), v.flatten(0, 1), rows_of_mask(mask, b))
         if s == 1:
             return y.flatten(2)
-        y = y.reshape(b, s * y.shape[1], -1)
+        y = y.reshape(b, s, y.shape[1], -1)
+        if any_length():
+            return out_of_chunks(y, q.shape[2])
+        y = y.flatten(1, 2)
         # no slice: whether it is contiguous would be asked of each length when compiling
         return F.pad(y, (0, 0, 0, q.shape[2] - y.shape[1]))
 
@@ -474,11 +480,13 @@ class Attention(nn.Module):
         (Compiled, lengths up to ``reach`` and lengths above it have a graph each.)
         """
         length, past, start = columns.length, columns.past, columns.start
-        if self.reach is None or length <= self.reach or call.show is not None:
+        if self.reach is None or call.show is not None or self._is_short(length):
             coordinates = torch.arange(-past, length, device=q.device)
             query, key = coordinates[past:].view(1, -1, 1), coordinates.view(1, 1, -1)
             return Blocks(q[:, None], columns.k[:, None], columns.v[:, None], query, key, start[:, None, :, None])
         size = self.reach
+        if any_length():
+            return self._exported_blocks(q, columns)
         count = -(-length // size)
         pads = count * size - length
         q = F.pad(q, (0, 0, 0, pads)).unflatten(2, (count, size)).transpose(1, 2)
@@ -492,6 +500,27 @@ class Attention(nn.Module):
         query, key = block + within[size - 1 :].view(1, -1, 1), block + within.view(1, 1, -1)
         return Blocks(q, k, v, query, key, start[..., None])
 
+    def _is_short(self, length: int) -> bool:
+        """Whether so few tokens are one block."""
+        assert self.reach is not None
+        return length == 1 if any_length() else length <= self.reach
+
+    def _exported_blocks(self, q: torch.Tensor, columns: Columns) -> Blocks:
+        """Blocks in a graph for any length: of few queries, since most of a long one would be padding."""
+        assert self.reach is not None
+        past, start, size, earlier = columns.past, columns.start, min(self.reach, _EXPORTED_BLOCK), self.reach - 1
+        q = in_chunks(q.transpose(1, 2), size).transpose(2, 3)
+        first = size * torch.arange(q.shape[1], device=q.device).view(-1, 1, 1)
+        query = first + torch.arange(size, device=q.device).view(1, -1, 1)
+        key = first + torch.arange(-earlier, size, device=q.device).view(1, 1, -1)
+        place = (key.transpose(0, 1) + past).clamp(0, past + columns.length - 1)
+        k, v = (take_columns(t, place) for t in (columns.k, columns.v))
+        if start.shape[1] > 1:
+            start = in_chunks(start, size)
+        else:
+            start = start[:, None]
+        return Blocks(q, k, v, query, key, start[..., None])
+
     def _interface(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, extra: int = 0
     ) -> torch.Tensor:
@@ -500,6 +529,10 @@ class Attention(nn.Module):
         """
         named = "eager" if is_transformed() else self.config._attn_implementation or "sdpa"  # which torch can transform
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(named, eager_attention)
+        if torch.compiler.is_exporting() and q.shape[2] == 1:
+            # the heads of a group as so many queries: no exporter can show that keys may be repeated at any length
+            q = q.view(q.shape[0], k.shape[1], self.num_key_value_groups, q.shape[3])
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scaling).flatten(1, 2).unsqueeze(1)
         options: dict[str, Any] = {"dropout": 0.0, "scaling": self.scaling, "is_causal": mask is None}
         show = call.show
         if show is not None and attend is eager_attention:
@@ -587,7 +620,7 @@ class SlidingAttention(Attention):
         return not self.config.global_tokens
 
     def _sees_all(self, length: int) -> bool:
-        return length <= self.config.window
+        return not any_length() and length <= self.config.window
 
     def _lowest(self, query: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         return query - (self.config.window - 1)

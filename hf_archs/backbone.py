@@ -67,9 +67,12 @@ class Layout(NamedTuple):
         """From a mask of real tokens ``(b, l)`` and document numbers ``(b, l)``."""
         if mask is None:
             return cls(seq_idx=seq_idx)
-        order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)
-        restore = torch.argsort(order, dim=1)
-        return cls(order, restore, mask.sum(1), None if seq_idx is None else seq_idx.gather(1, order))
+        # by counting, since ONNX has no stable sort
+        real = mask.cumsum(1)
+        lengths = real[:, -1]
+        restore = torch.where(mask, real, lengths.unsqueeze(1) + (~mask).cumsum(1)) - 1
+        order = _inverse(restore)
+        return cls(order, restore, lengths, None if seq_idx is None else seq_idx.gather(1, order))
 
     def mask(self) -> torch.Tensor | None:
         """The real tokens in the user's order, ``(b, l)`` bool; None where nothing is padded."""
@@ -78,6 +81,11 @@ class Layout(NamedTuple):
         if self.restore is None or self.lengths is None:
             return None
         return self.restore < self.lengths[:, None]
+
+
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """The permutations (b, l) that undo these."""
+    return torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
 
 
 def _permute(hidden_states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
@@ -190,7 +198,7 @@ class ArchBlock(Shardable, GradientCheckpointingLayer):
                 seq_idx = _reverse_real(seq_idx, lengths) if lengths is not None else seq_idx.flip(1)
             with _following(pairs if pairs is None else pairs.in_direction(backwards=True)):
                 backward = self.mixer(_permute(hidden_states, back), state=None, lengths=lengths, seq_idx=seq_idx)
-            mixed = mixed + _permute(backward, torch.argsort(back, dim=1))
+            mixed = mixed + _permute(backward, _inverse(back))
         mask = layout.mask()
         return mixed if mask is None else mixed.masked_fill(~mask.unsqueeze(-1), 0.0)
 

@@ -278,21 +278,23 @@ class RecurrentCache(Cache):
         states = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors()}
         return {**states, "length": torch.as_tensor(self._length).clone()}
 
+    def specs(self) -> dict[str, StateSpec]:
+        """The states that there may be, by the names of `held`."""
+        return {f"layers.{i}.{name}": spec for i, specs in enumerate(self._specs) for name, spec in specs.items()}
+
     def load_state_dict(self, states: States) -> None:
         """Take over what `state_dict` gave.
 
         Raises:
             ValueError: where names are missing or do not belong here, or a shape does not fit; nothing is changed.
         """
-        names = {
-            f"layers.{i}.{name}": (i, name, spec) for i, specs in enumerate(self._specs) for name, spec in specs.items()
-        }
+        names = self.specs()
         given = set(states) - {"length"}
         if "length" not in states or (given and given != set(names)):
             wrong = sorted(given ^ set(names)) or ["length"]
             raise ValueError(f"these states are of another model: {wrong[0]} is missing or unknown")
         for key in sorted(given):
-            shape, spec = tuple(states[key].shape), names[key][2]
+            shape, spec = tuple(states[key].shape), names[key]
             fixed = len(spec.shape) - spec.grows
             if len(shape) != 1 + len(spec.shape) or shape[1 : fixed + 1] != spec.shape[:fixed]:
                 expected = ("batch", *spec.shape[:fixed], *["length"] * spec.grows)
@@ -301,7 +303,8 @@ class RecurrentCache(Cache):
         length = int(states["length"])
         self._length = self._length.fill_(length) if self.is_static else length
         for key in sorted(given):
-            self.store(*names[key][:2], states[key].clone())  # a caller may load it again
+            _, layer_idx, name = key.split(".", 2)
+            self.store(int(layer_idx), name, states[key].clone())  # a caller may load it again
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a function of the batch dimension to every state and every recorded input."""

@@ -29,6 +29,7 @@ from hf_archs.attention import (
 )
 from hf_archs.cache import States
 from hf_archs.configuration import check_range
+from hf_archs.kernels.exporting import any_length, count_chunks
 from hf_archs.kernels.numerics import cast, made_once, no_autocast, wide
 from hf_archs.registry import StateSpec, register_mixer
 
@@ -136,8 +137,11 @@ class CompressiveMemory(nn.Module):
         # a block whose beginning is no column any more is in the state
         is_end = (position >= 0) & (position % rate == rate - 1) & (coordinate > rate - 2 - past)
         ends = F.pad(is_end.cumsum(1), (1, 0))
-        number = torch.arange(1, -(-length // rate) + 1, device=start.device)
-        after = torch.searchsorted(ends, number.expand(ends.shape[0], -1).contiguous())  # the column after the last
+        count = count_chunks(length, rate) if any_length() else -(-length // rate)
+        # the column after the last of each block; scattered, since ONNX has no search
+        after = ends.new_full((ends.shape[0], count + 1), past + length + 1)
+        number = torch.where(is_end, ends[:, 1:] - 1, count).clamp(max=count)
+        after = after.scatter(1, number, (coordinate + past + 1).expand_as(number))[:, :count]
         place = (after.unsqueeze(2) + torch.arange(-rate, 0, device=start.device)).clamp(0, past + length - 1)
         k, v = self._compressed(take_columns(columns.k, place), take_columns(columns.v, place))
         begin = after - rate - past

@@ -162,7 +162,8 @@ def _reach(seq_idx: Tensor, size: int) -> Tensor:
     The inputs before position 0 count as that position's document.
     """
     length = seq_idx.shape[1]
-    continues = F.pad((seq_idx[:, 1:] == seq_idx[:, :-1]).to(torch.int32), (size, 0), value=1)
+    begins = (seq_idx != seq_idx.roll(1, 1)) & (torch.arange(length, device=seq_idx.device) > 0)
+    continues = F.pad((~begins).to(torch.int32), (size - 1, 0), value=1)
     unbroken = continues[:, size - 1 :]
     reach = unbroken
     for back in range(1, size):

@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_archs.kernels.exporting import in_chunks, out_of_chunks, scan
 from hf_archs.kernels.numerics import LOG2_E
 
 CHUNK = 64  # tokens between two kept states
@@ -350,32 +351,39 @@ def decay_scan_plain(
     initial_state: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The same over all pairs of tokens at once, as attention does it (Dao and Gu, section 5).
+    """The same in ordinary operators and a loop of the graph over chunks, for exporters, which know no others.
 
-    It is for exporters: they know no custom operator, unroll loops, and cannot cut a symbolic length into chunks.
+    Within a chunk it goes over all pairs of tokens at once, as attention does it (Dao and Gu, section 5).
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     r = h // g
-    # (b, g, l, n) and (b, g, r, l, ...)
-    reads, keys = q.to(dtype).transpose(1, 2), k.to(dtype).transpose(1, 2)
     write = v.to(dtype) if scale is None else v * scale.to(dtype).unsqueeze(3)
-    write = write.transpose(1, 2).unflatten(1, (g, r))
-    logs = log_decay.to(dtype).transpose(1, 2).unflatten(1, (g, r))
+    # behind the end nothing is written or read, and nothing decays
+    reads, keys = (in_chunks(t.to(dtype), CHUNK).transpose(2, 3) for t in (q, k))  # (b, c, g, m, n)
+    write = in_chunks(write, CHUNK).transpose(2, 3).unflatten(2, (g, r))  # (b, c, g, r, m, p)
+    logs = in_chunks(log_decay.to(dtype), CHUNK).transpose(2, 3).unflatten(2, (g, r))  # (b, c, g, r, m)
 
-    lower = torch.ones(l, l, dtype=torch.bool, device=v.device).tril()  # (i, j)
-    sums = torch.where(lower.tril(-1), logs.unsqueeze(4), 0).cumsum(3)  # never a difference of sums
-    seen, first = lower, torch.ones(b, l, dtype=torch.bool, device=v.device)
+    lower = seen = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).tril()  # (i, j)
+    sums = torch.where(lower.tril(-1), logs.unsqueeze(5), 0).cumsum(4)  # never a difference of sums
+    from_start = logs.cumsum(4).exp()  # (b, c, g, r, i)
     if documents is not None:
-        seen = lower & (documents.unsqueeze(2) == documents.unsqueeze(1))[:, None, None]
-        first = documents == 0
-    between = torch.where(seen, sums, -torch.inf).exp()  # (b, g, r, i, j)
-    from_start = logs.cumsum(3).exp() * first[:, None, None]  # (b, g, r, i)
+        here = in_chunks(documents + 1, CHUNK)  # (b, c, m)
+        here = torch.where(here == 0, documents[:, -1:, None] + 1, here)  # no document begins behind the end
+        first = torch.arange(here.shape[1], device=here.device).unsqueeze(1) == 0
+        before = torch.where(first, 1, here[:, :, -1:].roll(1, 1))
+        seen = lower & (here.unsqueeze(3) == here.unsqueeze(2))[:, :, None, None]
+        from_start = from_start * (here == before)[:, :, None, None]
+    between = torch.where(seen, sums, -torch.inf).exp()  # (b, c, g, r, i, j)
+    written = torch.matmul((write * between[..., -1, :].unsqueeze(5)).mT, keys.unsqueeze(3))  # (b, c, g, r, p, n)
 
-    before = write.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dtype)
-    before = before.unflatten(1, (g, r))  # (b, g, r, p, n)
-    y = torch.matmul(between * torch.matmul(reads, keys.transpose(2, 3)).unsqueeze(2), write)
-    y = y + from_start.unsqueeze(4) * torch.matmul(reads.unsqueeze(2), before.transpose(3, 4))
-    kept = torch.matmul((write * between[:, :, :, -1].unsqueeze(4)).transpose(3, 4), keys.unsqueeze(2))
-    state = kept + from_start[:, :, :, -1, None, None] * before
-    return y.flatten(1, 2).transpose(1, 2).to(v.dtype), state.flatten(1, 2)
+    def step(state: Tensor, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        over, written = chunk
+        return over * state + written, state
+
+    state = write.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dtype)
+    over = from_start[..., -1, None, None]
+    state, starts = scan(step, state.unflatten(1, (g, r)), (over.transpose(0, 1), written.transpose(0, 1)))
+    y = torch.matmul(between * torch.matmul(reads, keys.mT).unsqueeze(3), write)  # (b, c, g, r, m, p)
+    y = y + from_start.unsqueeze(5) * torch.matmul(reads.unsqueeze(3), starts.transpose(0, 1).mT)
+    return out_of_chunks(y.flatten(2, 3).transpose(2, 3), l).to(v.dtype), state.flatten(1, 2)

@@ -19,6 +19,7 @@ from transformers import initialization as init
 
 from hf_archs.backend import backend_for
 from hf_archs.cache import Once
+from hf_archs.kernels.exporting import any_length
 from hf_archs.kernels.numerics import no_autocast
 from hf_archs_hyena.configuration import HyenaMixerConfig
 from hf_archs_hyena.long_conv import long_conv, long_conv_step
@@ -168,7 +169,7 @@ class ImplicitFilter(HyenaFilter):
         return torch.cat([t, torch.cos(angle), -torch.sin(angle)], dim=1), t
 
     def taps(self, length: int) -> torch.Tensor:
-        if length < LONG or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or length < LONG:
             return self._taps(length)
         # the network's activations would take more memory than the rest of the mixer's: compute them again
         taps = checkpoint(self._taps, length, use_reentrant=False, preserve_rng_state=False)
@@ -177,18 +178,23 @@ class ImplicitFilter(HyenaFilter):
 
     def _taps(self, length: int) -> torch.Tensor:
         z, t = self._features(length)
+        any_lag = any_length()  # then what lies beyond the last one is masked, not cut off
         if self.z is not None:
-            z = self.z[0, :length]
+            lag = torch.arange(length, device=t.device)
+            z = self.z[0, lag.clamp(max=self.config.max_positions - 1)] if any_lag else self.z[0, :length]
         frequency = self.config.filter_frequency if self.freq is None else self.freq
         *hidden, last = self.layers
         for layer in hidden:
             z = torch.sin(frequency * layer(z.to(self.deltas.dtype)))
         window = torch.exp(t * -self.deltas[0].abs()) + self.config.filter_shift
-        return (last(z) * window).t()
+        taps = (last(z) * window).t()
+        return torch.where(t.squeeze(1) <= 1, taps, 0) if any_lag else taps
 
     def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> tuple[torch.Tensor, bool]:
         """The taps, and whether the present's is the last of them."""
         past = 0 if state is None else state.shape[2]
+        if any_length():
+            return self.taps(past + v.shape[1]), False
         length = min(past + v.shape[1], self.config.max_positions)
         if state is None or once is None or torch.compiler.is_compiling():
             return self.taps(length), False

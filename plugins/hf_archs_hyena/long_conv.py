@@ -199,19 +199,23 @@ def _exportable(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> Tensor:
-    """The convolution in ordinary operators, as a product with a matrix of taps: exporters know no others, and few
-    runtimes a Fourier transform."""
+    """The convolution in ordinary operators, for exporters, which know no others, and few runtimes a Fourier transform.
+
+    Documents in a row make it a product with a matrix of taps for each.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     v = (x if gate_in is None else x * gate_in).to(dtype)
     seen = v.transpose(1, 2) if initial_state is None else torch.cat([initial_state.to(dtype), v.transpose(1, 2)], 2)
-    l, t = x.shape[1], seen.shape[2]
-    lag = torch.arange(t - l, t, device=x.device).unsqueeze(1) - torch.arange(t, device=x.device)  # (l, t)
-    visible = (lag >= 0) & (lag < taps.shape[1])
-    matrix = torch.where(visible, taps.to(dtype)[:, lag.clamp(0, taps.shape[1] - 1)], 0)
+    l, t, k, taps = x.shape[1], seen.shape[2], taps.shape[1], taps.to(dtype)
     if seq_idx is None:
-        y = torch.einsum("bct,clt->blc", seen, matrix)
+        y = F.conv1d(F.pad(seen, (k - 1, 0)), taps.flip(1).unsqueeze(1), groups=taps.shape[0])[:, :, t - l :]
+        y = y.transpose(1, 2)
     else:
-        document = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (t - l + 1, 0)).cumsum(1)  # (b, t)
+        lag = torch.arange(t - l, t, device=x.device).unsqueeze(1) - torch.arange(t, device=x.device)  # (l, t)
+        matrix = torch.where((lag >= 0) & (lag < k), taps[:, lag.clamp(0, k - 1)], 0)
+        numbers = number_documents(seq_idx)
+        assert numbers is not None
+        document = F.pad(numbers, (t - l, 0))  # (b, t)
         same = document[:, t - l :].unsqueeze(2) == document.unsqueeze(1)
         y = torch.einsum("bct,clt,blt->blc", seen, matrix, same.to(dtype))
     if bias is not None:

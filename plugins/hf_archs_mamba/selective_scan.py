@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_archs.backend import backend_for
 from hf_archs.kernels.arguments import check_shapes
+from hf_archs.kernels.exporting import scan
 from hf_archs.kernels.numerics import LOG2_E, cast, constant, differentiates_once, no_autocast, wide
 from hf_archs_mamba import selective_scan_portable as portable
 
@@ -67,7 +68,7 @@ def selective_scan(
     if backend == "portable" and x.shape[1] == 1:
         return _step(x, dt, A, B, C, D, z, initial_state, lengths)
     if torch.compiler.is_exporting():
-        return _scan_by_doubling(*inputs)
+        return _scan_by_token(*inputs)
     keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, final_state, _ = _selective_scan(*inputs, keep_states)
     return y, final_state
@@ -173,7 +174,7 @@ def _step(
     return cast(y, y_dtype), state.transpose(1, 2)
 
 
-def _scan_by_doubling(
+def _scan_by_token(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -185,34 +186,32 @@ def _scan_by_doubling(
     seq_idx: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The whole scan in log2(length) rounds of ordinary operators, for exporters, which know no others.
-
-    Each position holds the map ``h -> decay h + state`` of the tokens up to it, and every round joins a position's map
-    with the one of as many tokens before.
-    """
+    """The scan in ordinary operators and a loop of the graph, for exporters, which know no others."""
     y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
     reset, pad = portable.boundaries(seq_idx, lengths, x)
     delta = F.softplus(dt)
     if pad is not None:
         delta = delta.masked_fill(pad.unsqueeze(2), 0)
-    decay = (delta.unsqueeze(3) * A).exp()
+    decay = (delta.unsqueeze(3) * A).exp()  # (b, l, c, n)
     if reset is not None:
         decay = decay.masked_fill(reset[:, :, None, None], 0)
-    state = (delta * x).unsqueeze(3) * B.unsqueeze(2)
-    shift = 1
-    while shift < x.shape[1]:
-        state = torch.cat([state[:, :shift], state[:, shift:] + decay[:, shift:] * state[:, :-shift]], 1)
-        decay = torch.cat([decay[:, :shift], decay[:, shift:] * decay[:, :-shift]], 1)
-        shift *= 2
-    if initial_state is not None:
-        state = state + decay * initial_state.to(dtype).unsqueeze(1)
-    y = (state * C.unsqueeze(2)).sum(3)
+    write = (delta * x).unsqueeze(3) * B.unsqueeze(2)
+
+    # no more than this: exporters lose what a loop takes from outside, and views in it
+    def step(state: Tensor, token: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        decay, write = token
+        state = decay * state + write
+        return state, state
+
+    before = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.to(dtype)
+    state, states = scan(step, before, (decay.transpose(0, 1), write.transpose(0, 1)))
+    y = (states.transpose(0, 1) * C.unsqueeze(2)).sum(3)
     if D is not None:
         y = y + D.to(dtype) * x
     if z is not None:
         y = y * F.silu(z.to(dtype))
-    return y.to(y_dtype), state[:, -1]
+    return y.to(y_dtype), state
 
 
 # The op as PyTorch's op library sees it. Missing tensors come back empty, since a schema has no optional results.

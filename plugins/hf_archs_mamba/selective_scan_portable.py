@@ -122,7 +122,7 @@ def boundaries(seq_idx: Tensor | None, lengths: Tensor | None, x: Tensor) -> tup
     if lengths is not None:
         pad = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
     if seq_idx is not None:
-        reset = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        reset = (seq_idx != seq_idx.roll(1, 1)) & (torch.arange(x.shape[1], device=x.device) > 0)
         if pad is not None:
             reset &= ~pad
     return reset, pad

@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, use_experts_implementation
 
+from hf_archs.kernels.exporting import any_length
 from hf_archs.kernels.numerics import cast
 from hf_archs_moe.experts import expert_mlp
 
@@ -36,7 +37,8 @@ class _Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         outputs = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[1], dtype=dtype)
-        for expert in top_k_index.unique().tolist():
+        # a graph for other tokens has to go through all of them
+        for expert in range(self.num_experts) if any_length() else top_k_index.unique().tolist():
             if expert < self.num_experts:
                 token, choice = torch.where(top_k_index == expert)
                 if self.gated:

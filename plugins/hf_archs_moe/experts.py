@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_archs.backend import backend_for, is_transformed
 from hf_archs.kernels.arguments import check_shapes
+from hf_archs.kernels.exporting import any_length
 from hf_archs.kernels.numerics import cast, differentiates_once, no_autocast, wide
 from hf_archs_moe import experts_portable as portable
 
@@ -77,7 +78,7 @@ def expert_mlp(
         return _dense(x, expert_index, expert_weight, up, down, activation, gated)
     if backend_for(x) == "reference":
         return expert_mlp_reference(x, expert_index, expert_weight, up, down, activation=activation, gated=gated)
-    if torch.compiler.is_exporting():
+    if any_length():
         return _dense(x, expert_index, expert_weight, up, down, activation, gated)
     inputs = (x, expert_index, expert_weight, up, down, activation, gated)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, expert_weight, up, down)):
@@ -147,7 +148,8 @@ def expert_mlp_reference(
 def _dense(
     x: Tensor, expert_index: Tensor, expert_weight: Tensor, up: Tensor, down: Tensor, activation: str, gated: bool
 ) -> Tensor:
-    """Every token through every expert, for exporters, which know neither our op nor shapes that depend on values."""
+    """Every token through every expert, for exporters, which know neither our op nor shapes that depend on values, and
+    for `torch.jit.trace`, which would send all tokens to come to the experts of the example."""
     chosen = expert_index.unsqueeze(2) == torch.arange(up.shape[0], device=x.device)  # (t, k, e)
     weight = torch.where(chosen, wide(expert_weight).unsqueeze(2), 0).sum(1)  # (t, e)
     inner = _activate(x @ up.transpose(1, 2), activation, gated)
