@@ -213,7 +213,9 @@ def _exportable(
     else:
         lag = torch.arange(t - l, t, device=x.device).unsqueeze(1) - torch.arange(t, device=x.device)  # (l, t)
         matrix = torch.where((lag >= 0) & (lag < k), taps[:, lag.clamp(0, k - 1)], 0)
-        document = F.pad(number_documents(seq_idx), (t - l, 0))  # (b, t)
+        documents = number_documents(seq_idx)
+        assert documents is not None  # of more than one token
+        document = F.pad(documents, (t - l, 0))  # (b, t)
         same = document[:, t - l :].unsqueeze(2) == document.unsqueeze(1)
         y = torch.einsum("bct,clt,blt->blc", seen, matrix, same.to(dtype))
     if bias is not None:
