@@ -102,7 +102,7 @@ def read_mask(attention_mask: Any, batch: int, length: int, cache: RecurrentCach
             f"attention_mask has shape {tuple(attention_mask.shape)}; allowed are ({batch}, columns) and, where every "
             f"layer is attention, ({batch} or 1, 1, {length}, columns)"
         )
-    mask = attention_mask[:, attention_mask.shape[1] - min(length, attention_mask.shape[1]) :]
+    mask = attention_mask[:, -length:]
     if mask.shape[1] < length:
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns for {length} new tokens; allowed are {length} or more"

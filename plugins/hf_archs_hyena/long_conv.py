@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_archs.backend import backend_for
 from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
-from hf_archs.kernels.numerics import differentiates_once, no_autocast
+from hf_archs.kernels.numerics import no_autocast
 from hf_archs_hyena import long_conv_fft
 
 
@@ -213,9 +213,9 @@ def _exportable(
     else:
         lag = torch.arange(t - l, t, device=x.device).unsqueeze(1) - torch.arange(t, device=x.device)  # (l, t)
         matrix = torch.where((lag >= 0) & (lag < k), taps[:, lag.clamp(0, k - 1)], 0)
-        numbers = number_documents(seq_idx)
-        assert numbers is not None
-        document = F.pad(numbers, (t - l, 0))  # (b, t)
+        documents = number_documents(seq_idx)
+        assert documents is not None  # of more than one token
+        document = F.pad(documents, (t - l, 0))  # (b, t)
         same = document[:, t - l :].unsqueeze(2) == document.unsqueeze(1)
         y = torch.einsum("bct,clt,blt->blc", seen, matrix, same.to(dtype))
     if bias is not None:
@@ -280,4 +280,3 @@ def _backward(ctx, grad_y):
 
 
 _long_conv.register_autograd(_backward, setup_context=_setup_context)
-differentiates_once(_long_conv_backward)

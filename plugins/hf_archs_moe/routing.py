@@ -360,8 +360,9 @@ class Router(nn.Module):
         places = capacity(mask.sum(1), factor, self.config.num_experts)
         # stable, so that of equal tokens the earlier ones are taken, wherever pads stand
         scores = scores.view(b, l, -1).masked_fill(~mask.unsqueeze(-1), -1.0)
-        # (ONNX has no stable sort by that name; its own is)
-        order = scores.argsort(dim=1, descending=True, stable=not torch.onnx.is_in_onnx_export())
+        # (ONNX has one sort, which is)
+        stable = {} if torch.onnx.is_in_onnx_export() else {"stable": True}
+        order = scores.sort(dim=1, descending=True, **stable).indices
         taken = torch.arange(l, device=mask.device)[:, None] < places[:, None, None]
         return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, taken.expand_as(order)).flatten(0, 1)
 
