@@ -589,7 +589,7 @@ def selective_scan_fwd(
     else:
         segments = triton.cdiv(l, segment)
     A, B, C = _arranged(A, B, C, l, config["T"])
-    D, seq_idx = (None if t is None else t.contiguous() for t in (D, seq_idx))
+    D, seq_idx, lengths = (None if t is None else t.contiguous() for t in (D, seq_idx, lengths))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     final_state = x.new_empty(b, c, n, dtype=torch.float32)
     kept = x.new_empty((triton.cdiv(l, CHUNK), b, n, c) if keep_states else 0, dtype=torch.float32)
@@ -639,7 +639,7 @@ def selective_scan_bwd(
     else:
         segments = triton.cdiv(l, segment)
     A, B, C = _arranged(A, B, C, l, config["T"])
-    D, seq_idx = (None if t is None else t.contiguous() for t in (D, seq_idx))
+    D, seq_idx, lengths = (None if t is None else t.contiguous() for t in (D, seq_idx, lengths))
     grad_y = None if grad_y is None else grad_y.contiguous()
     dx, ddt = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt))
     dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)

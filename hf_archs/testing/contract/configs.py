@@ -65,7 +65,7 @@ def other_values(value: Any, hint: Any) -> list[Any]:
             found += [True, False]
         elif option is int:
             whole = value if isinstance(value, int) else 2
-            found += [whole + 1, whole - 1, whole * 2, whole // 2, 1, 3]
+            found += [whole + 1, whole - 1, whole * 2, whole // 2, 1, 3, 64]
         elif option is float:
             start = value if isinstance(value, float) and math.isfinite(value) else 1.0
             found += [start * 2, start / 2, start * 100, start / 100, 0.0, 1.0]
