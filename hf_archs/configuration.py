@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from hf_archs import __version__, conversion, hub, registry
 from hf_archs.call import NEW_NAME, OLD_NAME
-from hf_archs.formats import IDLE, MOST_LAYERS
+from hf_archs.formats import IDLE, MOST_LABELS, MOST_LAYERS
 
 logger = logging.get_logger(__name__)
 
@@ -162,12 +162,32 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
     bos_token_id: int | None = validated_field(partial(_check_token_id, "bos_token_id"), default=0)
     eos_token_id: int | list[int] | None = validated_field(partial(_check_token_id, "eos_token_id"), default=0)
 
-    def _check_host_fields(self) -> None:
-        """Those that transformers computes with before it looks at their types."""
+    def _check_host_fields(self, given: dict[str, Any]) -> None:
+        """Those that transformers computes with, or makes lists of, before it looks at their types.
+
+        Args:
+            given: the values that are no fields of the class.
+        """
         dtype: Any = self.dtype
         known = dtype is None or isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype)
         self._allow(known, "dtype", "are torch's, such as 'bfloat16', and None")
-        self._allow(isinstance(self.id2label, dict | None), "id2label", "is a dict of numbers and labels, and None")
+        labels: Any = self.id2label
+        numbered = isinstance(labels, dict) and all(str(key).removeprefix("-").isdigit() for key in labels)
+        self._allow(labels is None or numbered, "id2label", "is a dict of numbers and labels, and None")
+        wanted: Any = self.output_hidden_states
+        selected = isinstance(wanted, list) and all(isinstance(index, int) for index in wanted)
+        self._allow(
+            wanted is None or isinstance(wanted, int) or selected,
+            "output_hidden_states",
+            "are a bool, the index of a layer, a list of indices, and None",
+        )
+        count = given.get("num_labels", 2)
+        if not (isinstance(count, int) and 0 <= count <= MOST_LABELS):
+            raise ValueError(f"{type(self).__name__}: num_labels is {count!r}; allowed are 0 to {MOST_LABELS}")
+        if given.get("per_layer_config") not in (None, {}):
+            raise ValueError(
+                f"{type(self).__name__} takes no per_layer_config; layers that differ are a hybrid's layer_pattern"
+            )
 
     def validate_sizes(self) -> None:
         check_range(self, "vocab_size", 1, 2**24)
@@ -215,7 +235,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         # first of all: others compute with these, and transformers goes through all layers here
         self.validate_mixer_sizes()
         self.validate_sizes()
-        self._check_host_fields()
+        self._check_host_fields(kwargs)
         # where they are no fields they follow from others, and stand in the file for those who read only that
         follow = {name: kwargs.pop(name, None) for name in FOLLOW if name not in self.__dataclass_fields__}
         self._check_names(kwargs, kwargs.pop("hf_archs_version", None))

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 
 from hf_archs.registry import Architecture
 
-MOST_LAYERS = 2**12
+MOST_LAYERS, MOST_LABELS = 2**12, 2**20
 OURS = "model"  # `base_model_prefix` of every class of this library
 
 # Fields that stand in the config.json of any model and change no result: what transformers 4 wrote into every one of
@@ -161,10 +161,11 @@ class NativeFormat(ABC):
                 "stand; allowed are the weights before they were quantised (quantise them while loading: "
                 "from_pretrained(..., quantization_config=...))"
             )
-        layers = raw.get(self.fields.get("num_hidden_layers", ""), 1)
-        if isinstance(layers, int) and layers > MOST_LAYERS:  # or a list of them fills the memory
-            name = self.fields["num_hidden_layers"]
-            raise ValueError(f"{name} is {layers} in this {self.name} checkpoint; allowed are 1 to {MOST_LAYERS}")
+        # or a list of them fills the memory
+        for name, most in ((self.fields.get("num_hidden_layers", ""), MOST_LAYERS), ("num_labels", MOST_LABELS)):
+            value = raw.get(name)
+            if isinstance(value, int) and value > most:
+                raise ValueError(f"{name} is {value} in this {self.name} checkpoint; allowed are 1 to {most}")
         given, defaults = self.expand(raw)
         common = _common(given)
         fields = {ours: given[theirs] for ours, theirs in self.fields.items() if theirs in given}
