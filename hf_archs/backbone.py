@@ -334,7 +334,8 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
             ValueError: for a checkpoint of another architecture, or an option that ours cannot represent; for weights
                 in a pickle, unless ``use_safetensors=False`` asks for them.
             CheckFailed: a RuntimeError, where a tensor has another shape than the config asks for, is missing, or is
-                left over; see `hf_archs.conversion.Reading.check`.
+                left over (the latter two unless ``output_loading_info=True`` asks for a list of them); see
+                `hf_archs.conversion.Reading.check`.
             SafetensorError: where a weights file is corrupt or truncated.
         """
         native = conversion.prepare(cls, pretrained_model_name_or_path, kwargs)
@@ -347,7 +348,11 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         reading = None
         if kwargs.get("state_dict") is None:  # which a caller may have made of some weights alone
             reading = conversion.Reading(
-                pretrained_model_name_or_path, native is not None, kwargs.get("ignore_mismatched_sizes", False)
+                pretrained_model_name_or_path,
+                native is not None,
+                any_shape=kwargs.get("ignore_mismatched_sizes", False),
+                reported=kwargs.get("output_loading_info", False),
+                whole=call.whole,
             )
         try:
             with during(reading=reading):

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_archs import registry
+from hf_archs.call import during
 from hf_archs.model_card import is_automatic
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors")
@@ -221,16 +222,14 @@ def load_model(source: str, *, copies: int = 1, **kwargs: Any) -> PreTrainedMode
 
     Raises:
         OSError, ValueError, CheckFailed, SafetensorError: see `read_config`, `check_memory`, `check_weights` and
-            ``from_pretrained``; `ValueError` too where there is no language-model head.
+            ``from_pretrained``; `CheckFailed` too where there is no language-model head.
     """
     architecture, config = read_config(source)
     check_memory(config, copies)
     check_weights(Path(source).expanduser())
     model_class: Any = architecture.causal_lm_class
-    model, loading = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"{source!r} lacks {len(missing)} of the model's weights, {missing[0]} among them")
-    return model
+    with during(whole=True):
+        return model_class.from_pretrained(source, **kwargs)
 
 
 def load_adapter(model: PreTrainedModel, source: str, **kwargs: Any) -> PeftModel:

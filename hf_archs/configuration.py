@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -39,9 +39,15 @@ def _is_newer(version: object) -> bool:
 
 
 def _check_token_id(field: str, value: Any) -> None:
-    """Refuse a negative one when it is set: transformers only warns, and -1 would be the last row of the embedding."""
+    """Refuse a negative one when it is set: transformers only warns, and -1 would be the last row of the embedding.
+
+    As the end of a text, -1 is the host's word for never.
+    """
+    never = field == "eos_token_id"
+    if never and value == -1:
+        return
     if any(isinstance(token, int) and token < 0 for token in (value if isinstance(value, list) else [value])):
-        raise ValueError(f"{field} is {value}; allowed are 0 to vocab_size - 1, and None")
+        raise ValueError(f"{field} is {value}; allowed are 0 to vocab_size - 1, {'-1 for never, ' * never}and None")
 
 
 @strict
@@ -260,23 +266,37 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         Raises:
             ValueError: for a name that is nearly that of a field.
         """
-        unknown = [name for name in given if not (hasattr(type(self), name) or name in IDLE or name[0] == "_")]
+        unknown = [name for name in given if not self._is_known(name)]
         if unknown and _is_newer(written_by):
             logger.warning(
                 f"hf-archs {written_by} wrote this config, and the installed one, {__version__}, does not know "
                 f"{', '.join(unknown)}: the model may be another one; pip install -U hf-archs"
             )
             return
+        for name, near in self._misspelt(unknown).items():
+            raise ValueError(f"{type(self).__name__} has no field {name!r}; did you mean {near}?")
+
+    def _is_known(self, name: str) -> bool:
+        return name in self.__dataclass_fields__ or hasattr(type(self), name) or name in IDLE or name[0] == "_"
+
+    def _misspelt(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of some names that are no fields and nearly one, and which."""
         own = [name for name in self.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
-        for name in unknown:
+        found = {}
+        for name in names:
+            if self._is_known(name):
+                continue
             words = set(name.split("_"))
             inside = [field for field in own if len(words) > 1 and words < set(field.split("_"))]
             near = difflib.get_close_matches(name, own, n=1, cutoff=0.8) or inside
             if near:
-                raise ValueError(f"{type(self).__name__} has no field {name!r}; did you mean {' or '.join(near)}?")
+                found[name] = " or ".join(near)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
+        for name in self._misspelt(output):  # which somebody set on this object, and no file of ours may hold
+            del output[name]
         output["hf_archs_version"] = __version__
         output.update({name: getattr(self, name) for name in FOLLOW if getattr(self, name, None) is not None})
         auto_map = hub.auto_map(type(self))
@@ -287,6 +307,8 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in transformers; beside ``config.json`` stands the stub that lets Auto classes find this library."""
         self.validate()  # type: ignore[attr-defined]  # before anything is written
+        for name, near in self._misspelt(vars(self)).items():
+            logger.warning(f"{type(self).__name__} has no field {name!r}, and it is not saved; did you mean {near}?")
         if not os.path.isfile(save_directory):  # transformers has its own sentence for that
             hub.write_stub(type(self), save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

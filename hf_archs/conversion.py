@@ -224,11 +224,15 @@ class Reading:
         source: folder or repository.
         native: whether it is of a native format.
         any_shape: whether tensors may have other shapes than the config asks for, and are made anew then.
+        reported: whether the caller gets a list of what is missing and left over, and decides.
+        whole: whether the head has to be there.
     """
 
     source: Any
     native: bool
     any_shape: bool
+    reported: bool
+    whole: bool
 
     def check(self, model: PreTrainedModel, found: Any) -> None:
         """Hold the names and shapes in the files against the model.
@@ -242,7 +246,7 @@ class Reading:
         Raises:
             CheckFailed: naming a tensor and how many others there are.
         """
-        base = "" if model.base_model is model else f"{OURS}."
+        base = "" if model.base_model is model or self.whole else f"{OURS}."
         tied: Any = model.all_tied_weights_keys  # which files hold once
         missing = sorted(name for name in found.missing_keys if name.startswith(base) and name not in tied)
         below, heads = (
@@ -260,6 +264,8 @@ class Reading:
         elif found.mismatched_keys and not self.any_shape:
             name, given, expected = min(found.mismatched_keys)
             wrong = f"{name} has shape {tuple(given)} in {self.source}, and its config asks for {tuple(expected)}"
+        elif self.reported:
+            return
         elif missing:
             wrong = f"{missing[0]}{_and_others(missing)} is missing in {self.source}, whose config asks for it"
         elif left:

@@ -295,6 +295,10 @@ def test_weights_that_do_not_fit_or_do_not_read(tmp_path):
     with pytest.raises(errors.CheckFailed, match="A_log has shape"):
         checkpoints.load_model(str(source))
     (source / "config.json").write_text(config)
+    architecture = hf_archs.get_architecture("mamba")
+    architecture.model_class(architecture.tiny_config(tie_word_embeddings=False)).save_pretrained(tmp_path / "no head")
+    with pytest.raises(errors.CheckFailed, match=r"lm_head\.weight is missing in"):
+        checkpoints.load_model(str(tmp_path / "no head"))
     weights = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(weights[:-1000])
     with pytest.raises(SafetensorError, match=r"model.safetensors is corrupt or truncated"):

@@ -195,6 +195,18 @@ class ConfigContract(Contract):
         with pytest.raises(ValueError, match=f"has no field '{name}'"):
             AutoConfig.from_pretrained(tmp_path)
 
+    def test_a_misspelt_attribute(
+        self, architecture: Architecture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Set on a config it is not saved, so that the model of an hour's training can be read; and that is said."""
+        config = architecture.tiny_config()
+        config.hidden_sizes, config.task_tag = 3, "a"
+        config.save_pretrained(tmp_path)
+        assert [
+            "no field 'hidden_sizes', and it is not saved; did you mean hidden_size" in m for m in caplog.messages
+        ] == [True]
+        assert AutoConfig.from_pretrained(tmp_path).task_tag == "a"
+
     def test_fields_of_others_are_kept(
         self, architecture: Architecture, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -230,7 +242,7 @@ class ConfigContract(Contract):
     def test_token_ids(self, architecture: Architecture, field: str, tmp_path: Path) -> None:
         """Wrong ones are refused when they are set, or before anything of the model is written."""
         model = architecture.causal_lm_class(architecture.tiny_config())
-        values: list[Any] = [-1] if field != "eos_token_id" else [-1, [3, -1]]
+        values: list[Any] = [-1] if field != "eos_token_id" else [-2, [3, -1]]
         for value in values:
             with pytest.raises(REFUSED, match=rf"{field} is {re.escape(str(value))}; allowed are 0 to vocab_size - 1"):
                 setattr(model.config, field, value)
@@ -238,6 +250,9 @@ class ConfigContract(Contract):
         with pytest.raises(REFUSED, match=rf"{field} is 128; allowed are 0 to vocab_size - 1 = 127, and None"):
             model.save_pretrained(tmp_path)
         assert not list(tmp_path.iterdir())
+        setattr(model.config, field, None if field != "eos_token_id" else -1)  # the host's word for never
+        model.save_pretrained(tmp_path)
+        assert getattr(AutoConfig.from_pretrained(tmp_path), field) == getattr(model.config, field)
 
     @pytest.mark.parametrize(
         "fields",
