@@ -192,7 +192,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
             raise ValueError(f"{type(self).__name__}: num_labels is {count!r}; allowed are 0 to {MOST_LABELS}")
         if given.get("per_layer_config") not in (None, {}):
             raise ValueError(
-                f"{type(self).__name__} takes no per_layer_config; layers that differ are a hybrid's layer_pattern"
+                f"{type(self).__name__} takes no per_layer_config; layers that differ are those of a layer_pattern"
             )
 
     def validate_sizes(self) -> None:
