@@ -178,7 +178,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         known = dtype is None or isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype)
         self._allow(known, "dtype", "are torch's, such as 'bfloat16', and None")
         labels: Any = self.id2label
-        numbered = isinstance(labels, dict) and all(str(key).removeprefix("-").isdigit() for key in labels)
+        numbered = isinstance(labels, dict) and all(str(key).removeprefix("-").isdecimal() for key in labels)
         self._allow(labels is None or numbered, "id2label", "is a dict of numbers and labels, and None")
         wanted: Any = self.output_hidden_states
         selected = isinstance(wanted, list) and all(isinstance(index, int) for index in wanted)

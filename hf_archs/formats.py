@@ -161,11 +161,12 @@ class NativeFormat(ABC):
                 "stand; allowed are the weights before they were quantised (quantise them while loading: "
                 "from_pretrained(..., quantization_config=...))"
             )
-        # or a list of them fills the memory
-        for name, most in ((self.fields.get("num_hidden_layers", ""), MOST_LAYERS), ("num_labels", MOST_LABELS)):
+        layers = self.fields.get("num_hidden_layers", "")
+        # of which transformers' config makes lists, before it looks at them: too many fill the memory
+        for name, least, most in ((layers, 1, MOST_LAYERS), ("num_labels", 0, MOST_LABELS)):
             value = raw.get(name)
             if isinstance(value, int) and value > most:
-                raise ValueError(f"{name} is {value} in this {self.name} checkpoint; allowed are 1 to {most}")
+                raise ValueError(f"{name} is {value} in this {self.name} checkpoint; allowed are {least} to {most}")
         given, defaults = self.expand(raw)
         common = _common(given)
         fields = {ours: given[theirs] for ours, theirs in self.fields.items() if theirs in given}

@@ -17,8 +17,8 @@ from hf_archs.registry import get_architecture
 
 MISSING = object()
 WRONG = ["nonsense", -1, 0, 2**62, float("nan"), float("inf"), None, [], {}, 1.5, True, [-1], ["x"], MISSING]
-# what any file may say beside the fields that stand in one, and a tool may have written
-HOST = ("output_hidden_states", "num_labels", "id2label", "per_layer_config", "dtype")
+# what transformers reads in any file, and writes into none of these
+HOST = ("num_labels", "per_layer_config")
 # transformers' own sentence about several fields, and a name that says nothing of a value
 UNNAMED = ("dimensions for the Mamba head state", "which follows from the other fields", "layer_pattern has")
 
@@ -92,15 +92,32 @@ def test_a_config_of_others(name, form, tmp_path):
         check_config(name, raw, field, pick.choice(WRONG), tmp_path)
 
 
-def test_more_layers_than_fit_the_memory(tmp_path):
-    """Before transformers, or this library, makes a list of them."""
-    for name, form in kinds():
-        raw = content(small(name, form).config)
-        if "num_hidden_layers" in raw:
-            write(tmp_path, {**raw, "num_hidden_layers": 2**62})
-            said = one_sentence(lambda: get_architecture(name).config_class.from_pretrained(tmp_path))  # noqa: B023
-            assert "num_hidden_layers" in said
-            assert "allowed are 1 to 4096" in said
+@pytest.mark.parametrize(("name", "form"), list(kinds()))
+def test_fields_of_the_host(name, form, tmp_path):
+    """Values that transformers takes, makes lists of, or fails at in other words are refused by field in any file."""
+    raw, config_class = content(small(name, form).config), get_architecture(name).config_class
+    for field, value, allowed in (
+        ("num_hidden_layers", 2**62, "allowed are 1 to 4096"),  # a list of them would fill the memory
+        ("num_labels", 2**62, "allowed are 0 to 1048576"),
+        ("num_labels", None, "allowed are 0 to 1048576"),
+        ("id2label", {"a": "b"}, "dict of numbers and labels"),
+        ("id2label", {"²": "b"}, "dict of numbers and labels"),
+        ("output_hidden_states", "nonsense", "a bool, the index of a layer, a list of indices, and None"),
+        ("output_hidden_states", ["x"], "a bool, the index of a layer, a list of indices, and None"),
+        ("per_layer_config", {"0": {"use_cache": False}}, "per_layer_config"),
+        ("per_layer_config", 0, "per_layer_config"),
+    ):
+        if field in (*raw, *HOST):
+            write(tmp_path, {**raw, field: value})
+            said = one_sentence(lambda: config_class.from_pretrained(tmp_path))
+            assert said is not None, f"{field} = {value!r} is taken"
+            assert field in said, said
+            if form is None or isinstance(value, int):
+                assert allowed in said, said
+    taken = [("output_hidden_states", [0, 1]), ("num_labels", 3)]
+    for field, value in [*taken, ("per_layer_config", {})] if form is None else taken:
+        write(tmp_path, {**raw, field: value})
+        assert one_sentence(lambda: config_class.from_pretrained(tmp_path)) is None, field
 
 
 @pytest.mark.parametrize("form", [None, "mamba"])
