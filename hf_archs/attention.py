@@ -26,18 +26,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_archs.backend import is_transformed
 from hf_archs.cache import Slot, States
 from hf_archs.call import call
-from hf_archs.configuration import MixerConfig, check_range
 from hf_archs.kernels.arguments import last_inputs, number_documents
 from hf_archs.kernels.exporting import any_length, in_chunks, out_of_chunks
 from hf_archs.kernels.numerics import cast, made_once, no_autocast, wide
 from hf_archs.masks import Pairs, limited, sees_nothing
 from hf_archs.norm import ArchRMSNorm
-from hf_archs.registry import StateSpec, register_mixer
+from hf_archs.parts import PartConfig, StateSpec, check_range
+from hf_archs.registry import register_mixer
 
 
 @strict
 @dataclass(kw_only=True)
-class AttentionConfig(MixerConfig):
+class AttentionConfig(PartConfig):
     """Fields of attention (Vaswani et al. 2017, section 3.2).
 
     Args:
@@ -308,8 +308,6 @@ class Attention(nn.Module):
 
     is_causal = True
     reach: int | None = None  # the most direct columns that a query sees; None for all
-    follows_pairs = True  # a mask of four dimensions, `hf_archs.call.call.pairs`
-    shows_weights = True  # those of the direct columns, from `eager` attention, to `hf_archs.call.call.show`
 
     def __init__(self, config: AttentionConfig):
         super().__init__()
@@ -614,11 +612,6 @@ class SlidingAttention(Attention):
     def _state_specs(self) -> dict[str, StateSpec]:
         return sliding_attention_state(self.config)
 
-    @property
-    def follows_pairs(self) -> bool:  # type: ignore[override]
-        """Not where the first tokens of every document are seen, since such a mask does not say where one begins."""
-        return not self.config.global_tokens
-
     def _sees_all(self, length: int) -> bool:
         return not any_length() and length <= self.config.window
 
@@ -669,8 +662,20 @@ class SlidingAttention(Attention):
         return {"global_key": k, "global_value": v}
 
 
+# all are projections to and from heads
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
 register_mixer(
-    "attention", Attention, AttentionConfig, state=attention_state, layer_type=lambda config: "full_attention"
+    "attention",
+    Attention,
+    AttentionConfig,
+    state=attention_state,
+    layer_type=lambda config: "full_attention",
+    follows_pairs=lambda config: True,
+    shows_weights=True,
+    lora_targets=PROJECTIONS,
+    even_targets=PROJECTIONS,
+    tiny={"num_heads": 4, "num_key_value_heads": 2},
 )
 register_mixer(
     "sliding_attention",
@@ -678,4 +683,11 @@ register_mixer(
     SlidingAttentionConfig,
     state=sliding_attention_state,
     layer_type=lambda config: "sliding_attention",
+    window=lambda config: config.window,
+    # such a mask does not say where a document begins, and so which are its first tokens
+    follows_pairs=lambda config: not config.global_tokens,
+    shows_weights=True,
+    lora_targets=PROJECTIONS,
+    even_targets=PROJECTIONS,
+    tiny={"num_heads": 4, "window": 7, "global_tokens": 2},
 )

@@ -41,6 +41,7 @@ from hf_archs.configuration import ArchConfig
 from hf_archs.kernels.numerics import below_autograd, wide
 from hf_archs.masks import Pairs, read_documents, read_mask, read_pairs
 from hf_archs.norm import NORMS
+from hf_archs.parts import RoutedFeedForward, SelfInitialized
 from hf_archs.registry import get_feed_forward, get_mixer
 from hf_archs.sharding import Shardable
 from hf_archs.sharing import share_layers
@@ -106,12 +107,8 @@ class AttentionWeights(nn.Identity):
 class ArchBlock(Shardable, GradientCheckpointingLayer):
     """One layer: ``x + mixer(norm(x))`` and ``x + feed_forward(norm(x))``, as far as the plan has them.
 
-    A mixer is called as ``mixer(hidden_states, state=slot, lengths=lengths, seq_idx=seq_idx)`` with real tokens
-    first in every row; ``slot`` (a `hf_archs.cache.Slot`, or None without a cache) holds the states it continues.
-
-    A feed-forward is called as ``feed_forward(hidden_states)``. One with a router has an attribute ``routes``; it is
-    called with ``mask=``, the real tokens ``(b, l)`` or None, and ``count=``, whether somebody asks for what stands
-    beside its output: a vector of statistics, and the router's logits ``(b * l, experts)``.
+    Its mixer is a `hf_archs.parts.TokenMixer`, its feed-forward a module over the hidden states or a
+    `hf_archs.parts.RoutedFeedForward`.
     """
 
     def __init__(self, config: ArchConfig, layer_idx: int):
@@ -126,7 +123,7 @@ class ArchBlock(Shardable, GradientCheckpointingLayer):
         self.attention_weights: AttentionWeights | None = None
         if plan.mixer is not None:
             self.mixer = get_mixer(plan.mixer).module_class(plan.mixer_config)
-            if any(hasattr(module, "shows_weights") for module in self.mixer.modules()):
+            if any(entry.shows_weights for entry, _ in plan.mixers()):
                 self.attention_weights = AttentionWeights()
         if plan.feed_forward is not None:
             if plan.mixer is not None:
@@ -155,7 +152,7 @@ class ArchBlock(Shardable, GradientCheckpointingLayer):
             return residual
         normed = (self.norm if self.mixer is None else self.feed_forward_norm)(residual)
         with self._site("feed_forward"):
-            if not hasattr(self.feed_forward, "routes"):
+            if not isinstance(self.feed_forward, RoutedFeedForward):
                 return residual + self.feed_forward(normed)
             output, statistics, logits = self.feed_forward(normed, mask=layout.mask(), count=count)
         return (residual + output, statistics, logits) if count else residual + output
@@ -259,7 +256,12 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
     _supports_context_parallel = False  # neither states nor padding settled in the backbone can be cut up by rank
     # states, decays and step biases, which every mixer keeps in a submodule of this name; what balances routers
     _keep_in_fp32_modules_strict = ["ssm", "e_score_correction_bias"]
-    _can_record_outputs = {"hidden_states": ArchBlock}
+
+    @property
+    def _can_record_outputs(self) -> dict[str, type[nn.Module]]:  # type: ignore[override]
+        mixer = getattr(self.config, "mixer_type", None)
+        shown = mixer is None or get_mixer(mixer).shows_weights
+        return {"hidden_states": ArchBlock, **({"attentions": AttentionWeights} if shown else {})}
 
     def post_init(self) -> None:
         super().post_init()
@@ -299,12 +301,11 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        own = getattr(module, "init_weights", None)
-        if own is not None and not isinstance(module, PreTrainedModel):
-            own()
+        if isinstance(module, SelfInitialized) and not isinstance(module, PreTrainedModel):
+            module.init_weights()
         if isinstance(module, ArchBlock) and self.config.rescale_prenorm_residual:
             # modules are initialised children first, so the projections have their plain values here
-            plans = map(self.config.layer_plan, range(self.config.num_hidden_layers))
+            plans = self.config.layer_plans()
             additions = sum((plan.mixer is not None) + (plan.feed_forward is not None) for plan in plans)
             for name, parameter in module.named_parameters():
                 if name.endswith(("out_proj.weight", "down_proj.weight", "experts.down_proj")):
@@ -578,7 +579,7 @@ class ArchModel(ArchPreTrainedModel):
         if config.embedding_norm:
             self.embed_norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
         self.layers = nn.ModuleList(ArchBlock(config, i) for i in range(config.num_hidden_layers))
-        self._tied_weights_keys = share_layers(self.layers, [config.layer_plan(i) for i in range(len(self.layers))])
+        self._tied_weights_keys = share_layers(self.layers, config.layer_plans())
         self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)
         self.has_routers = bool(self.routers())
         self.gradient_checkpointing = False
@@ -716,22 +717,20 @@ class ArchModel(ArchPreTrainedModel):
 
     def _check_following(self) -> bool:
         """Whether any of the mixers has a window; a `ValueError` unless all can follow a mask of four dimensions."""
-        windows = False
-        for i, layer in enumerate(self.layers):
-            for mixer in getattr(layer.mixer, "parts", {"": layer.mixer}).values():
-                if mixer is not None and not getattr(mixer, "follows_pairs", False):
-                    raise ValueError(
-                        f"attention_mask has four dimensions, and layer {i}, a {type(mixer).__name__}, cannot follow "
-                        "it; allowed are masks of two dimensions, and documents are marked by seq_idx, position_ids, "
-                        "cu_seq_lens_q, or numbers from 1 on in such a mask"
-                    )
-                windows = windows or getattr(mixer, "reach", None) is not None
-        return windows
+        mixers = [(i, *mixer) for i, plan in enumerate(self.config.layer_plans()) for mixer in plan.mixers()]
+        for i, entry, config in mixers:
+            if not entry.follows_pairs(config):
+                raise ValueError(
+                    f"attention_mask has four dimensions, and layer {i}, a {entry.module_class.__name__}, cannot "
+                    "follow it; allowed are masks of two dimensions, and documents are marked by seq_idx, "
+                    "position_ids, cu_seq_lens_q, or numbers from 1 on in such a mask"
+                )
+        return any(entry.window is not None for _, entry, _ in mixers)
 
-    def routers(self) -> dict[int, Any]:
+    def routers(self) -> dict[int, RoutedFeedForward]:
         """The feed-forwards with a router, by their layers. (A stage of a pipeline has other modules for the rest.)"""
         parts = {i: getattr(layer, "feed_forward", None) for i, layer in enumerate(self.layers)}
-        return {i: part for i, part in parts.items() if hasattr(part, "routes")}
+        return {i: part for i, part in parts.items() if isinstance(part, RoutedFeedForward)}
 
     def auxiliary_losses(self, statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The routers' own losses, from the statistics of one forward, those of one config together.
@@ -921,8 +920,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             ValueError: where a layer cannot generate, or the cache asked for cannot be made.
         """
         for router in self.model.routers().values():
-            if hasattr(router, "check_generation"):
-                router.check_generation()
+            router.check_generation()
         mask = model_kwargs.get("attention_mask")
         if generation_config.prefill_chunk_size is not None and mask is not None and bool((mask > 1).any()):
             raise ValueError(

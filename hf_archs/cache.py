@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import is_torchdynamo_compiling
 
 from hf_archs.call import NAME, call
-from hf_archs.registry import StateSpec
+from hf_archs.parts import StateSpec
 
 KINDS = ("conv", "recurrent")  # of states in transformers' layers
 States = dict[str, torch.Tensor]
@@ -146,7 +146,7 @@ class RecurrentCache(Cache):
     max_cache_len: int | None = None  # columns of growing states in a static cache; None where nobody said
 
     def _setup(self, config: Any, offloading: bool = False) -> None:
-        plans = [config.layer_plan(i).states() for i in range(config.num_hidden_layers)]
+        plans = [plan.states() for plan in config.layer_plans()]
         # transformers makes room for one state of each kind
         counts = [max((sum(s.kind == kind for s in specs.values()) for kind in KINDS), default=1) for specs in plans]
         Cache.__init__(self, [LinearAttentionLayer(number_of_states=max(n, 1)) for n in counts], offloading=offloading)

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 
 from hf_archs import registry
-from hf_archs.configuration import ArchConfig, LayerPlan, MixerConfig
+from hf_archs.configuration import ArchConfig
 from hf_archs.parallel import ParallelConfig
+from hf_archs.parts import PartConfig
 
 NONE = "none"
 
 # a registered name, and the config of the instance
-Instance = tuple[str, MixerConfig]
+Instance = tuple[str, PartConfig]
 
 
 @strict
@@ -84,12 +84,12 @@ class ComposedConfig(ArchConfig):
     @property
     def num_heads(self) -> int:
         """The most heads that any mixer has."""
-        plans = [self.layer_plan(i) for i in range(self.num_hidden_layers)]
+        plans = self.layer_plans()
         return max((plan.mixer_config.num_heads for plan in plans if plan.mixer_config is not None), default=1)
 
     def _attention(self) -> Any:
         """The config of attention, where every layer has it with heads of one shape; else an `AttributeError`."""
-        configs: list[Any] = [self.layer_plan(i).mixer_config for i in range(self.num_hidden_layers)]
+        configs: list[Any] = [plan.mixer_config for plan in self.layer_plans()]
         full = set(self.layer_types) == {"full_attention"}
         if not full or len({(config.key_value_heads, config.head_size) for config in configs}) > 1:
             raise AttributeError(f"{type(self).__name__}: its layers have no keys of one shape")
@@ -108,67 +108,28 @@ class ComposedConfig(ArchConfig):
     @property
     def sliding_window(self) -> int:
         """The widest window, where there is one: transformers' caches for ``sliding_attention`` look for it."""
-        configs: list[Any] = [self.layer_plan(i).mixer_config for i in range(self.num_hidden_layers)]
-        windows = [config.window for config in configs if hasattr(config, "window")]
+        mixers = [mixer for plan in self.layer_plans() for mixer in plan.mixers()]
+        windows = [entry.window(config) for entry, config in mixers if entry.window is not None]
         if not windows:
             raise AttributeError(f"{type(self).__name__}: no layer has a window")
         return max(windows)
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which depends on the fields
-        """How the layers are sharded over processes: what every mixer and feed-forward of the pattern can be."""
-        plan = self._feed_forward_plan("tp_plan")
-        whole: set[str] = set()
-        plans = [self.layer_plan(i) for i in range(self.num_hidden_layers)]
-        for layer in {(id(p.mixer_config), id(p.feed_forward_config)): p for p in plans}.values():
-            if layer.mixer is not None:
-                own = _linear_layers("layers.*.mixer", registry.get_mixer(layer.mixer), layer.mixer_config)
-                plan.update(own)
-                if layer.shared_mixer is not None and layer.shared_mixer.site_rank:
-                    whole.update(own)
-            if layer.shared_feed_forward is not None and layer.shared_feed_forward.site_rank:
-                whole.update(_feed_forward_names(layer, "tp_plan"))
-        # a plan for a linear layer would shard its low-rank parts too, in dimensions that do not fit
-        return {name: style for name, style in plan.items() if name not in whole}
-
-    @property
     def base_model_ep_plan(self) -> dict[str, str]:  # type: ignore[override]
         """How experts are spread over processes."""
-        return self._feed_forward_plan("ep_plan")
+        plans = [plan.feed_forward_plan("ep_plan") for plan in self.layer_plans()]
+        return {f"layers.*.{name}": style for plan in plans for name, style in plan.items()}
 
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:  # type: ignore[override]
         """The units of FSDP2: what layers share is one of its own."""
-        plans = [self.layer_plan(i) for i in range(self.num_hidden_layers)]
+        plans = self.layer_plans()
         parts = [part for part in ("mixer", "feed_forward") if any(getattr(p, f"shared_{part}") for p in plans)]
         return {f"layers.*.{part}": "free_full_weight" for part in parts} | ArchConfig.base_model_fsdp_plan
-
-    def _feed_forward_plan(self, kind: str) -> dict[str, str]:
-        plan: dict[str, str] = {}
-        for i in range(self.num_hidden_layers):
-            plan.update(_feed_forward_names(self.layer_plan(i), kind))
-        return plan
-
-
-def _feed_forward_names(layer: LayerPlan, kind: str) -> dict[str, str]:
-    """What the plan ``kind`` of a layer's feed-forward says, by the names in a model."""
-    if layer.feed_forward is None:
-        return {}
-    own = getattr(registry.get_feed_forward(layer.feed_forward).module_class, kind, None)
-    names = own(layer.feed_forward_config) if own else {}
-    return {f"layers.*.feed_forward.{name}": style for name, style in names.items()}
 
 
 def _copied(source: Any) -> Any:
     return {k: _copied(v) for k, v in source.items()} if isinstance(source, Mapping) else source
-
-
-def _linear_layers(prefix: str, entry: registry.Mixer, config: Any) -> dict[str, str]:
-    """Every linear layer is sharded; what is between them is short of parameters and runs on every rank."""
-    with torch.device("meta"):
-        module = entry.module_class(config)
-    linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-    return {f"{prefix}.{name}": "colwise_gather_output" for name in linear}
 
 
 def make_instance(kind: str, name: str, fields: Mapping[str, Any], owner: ArchConfig) -> Instance:

@@ -1,33 +1,27 @@
 """The fields that every architecture and every mixer shares, and how a layer finds its mixer."""
 
 import difflib
-import inspect
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict, validated_field
 from packaging.version import InvalidVersion, Version
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from hf_archs import __version__, conversion, hub, registry
 from hf_archs.call import NEW_NAME, OLD_NAME
 from hf_archs.formats import IDLE, MOST_LABELS, MOST_LAYERS
+from hf_archs.parts import PartConfig, StateSpec, check_range
 
 logger = logging.get_logger(__name__)
 
 FOLLOW = ("num_heads", "num_key_value_heads")  # what PEFT's prompt and prefix tuning look for in a config's dict
-
-
-def check_range(config: object, field: str, low: float, high: float) -> None:
-    """Raise a `ValueError` that names field, value and what is allowed, unless ``low <= value <= high``."""
-    value = getattr(config, field)
-    if not low <= value <= high:
-        raise ValueError(f"{type(config).__name__}: {field} is {value}; allowed are {low} to {high}")
 
 
 def _is_newer(version: object) -> bool:
@@ -50,51 +44,6 @@ def _check_token_id(field: str, value: Any) -> None:
         raise ValueError(f"{field} is {value}; allowed are 0 to vocab_size - 1, {'-1 for never, ' * never}and None")
 
 
-@strict
-@dataclass(kw_only=True)
-class MixerConfig:
-    """What every token mixer is told; each kind of mixer adds its own fields in a subclass.
-
-    The config of a pure stack inherits from the config of its mixer and is handed to the mixer as it is; in a hybrid
-    every named instance has a mixer config of its own.
-    """
-
-    hidden_size: int = 768
-    norm_eps: float = 1e-5
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # `from __future__ import annotations` makes strings of types, and `strict` checks no value against a string
-        cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)
-
-    @property
-    def model_config(self) -> Any:
-        """The config of the model that this one belongs to: itself, unless it is one of several named instances.
-
-        transformers keeps there which implementation of attention and of experts runs.
-        """
-        return self.__dict__.get("_model_config", self)
-
-    def belongs_to(self, model_config: Any) -> Self:
-        """This config, as an instance in the model of ``model_config``."""
-        self.__dict__["_model_config"] = model_config
-        return self
-
-    @property
-    def num_heads(self) -> int:
-        """One, unless the mixer has heads. (Prompt tuning asks every config for them.)"""
-        return 1
-
-    def _allow(self, allowed: bool, field: str, what: str) -> None:
-        """Raise a `ValueError` that names field, value and what is allowed, unless ``allowed``."""
-        if not allowed:
-            raise ValueError(f"{type(self).__name__}: {field} is {getattr(self, field)!r}; allowed {what}")
-
-    def validate_mixer_sizes(self) -> None:
-        check_range(self, "hidden_size", 1, 2**17)
-        check_range(self, "norm_eps", 0.0, 1.0)
-
-
 @dataclass(frozen=True)
 class Shared:
     """What several layers have in common: its name, and the rank of what each of them adds to its linear layers."""
@@ -111,19 +60,45 @@ class LayerPlan:
     """
 
     mixer: str | None
-    mixer_config: MixerConfig | None
+    mixer_config: PartConfig | None
     feed_forward: str | None = None
-    feed_forward_config: MixerConfig | None = None
+    feed_forward_config: PartConfig | None = None
     shared_mixer: Shared | None = None
     shared_feed_forward: Shared | None = None
 
-    def states(self) -> dict[str, registry.StateSpec]:
+    def states(self) -> dict[str, StateSpec]:
         """What the layer keeps between tokens."""
         return {} if self.mixer is None else registry.get_mixer(self.mixer).state(self.mixer_config)
 
+    def mixers(self) -> list[tuple[registry.Mixer, Any]]:
+        """The mixers of the layer, each with its config; those that stand side by side one by one."""
+        if self.mixer is None:
+            return []
+        entry = registry.get_mixer(self.mixer)
+        if entry.parts is None:
+            return [(entry, self.mixer_config)]
+        return [(registry.get_mixer(name), config) for name, config in entry.parts(self.mixer_config)]
+
+    def linear_layers(self) -> list[str]:
+        """The names in a block of the mixer's linear layers, but for those that make the parameters of a recurrence."""
+        if self.mixer is None:
+            return []
+        with torch.device("meta"):
+            module = registry.get_mixer(self.mixer).module_class(self.mixer_config)
+        linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+        return [f"mixer.{name}" for name in linear if "ssm" not in name.split(".")]
+
+    def feed_forward_plan(self, kind: Literal["tp_plan", "ep_plan"]) -> dict[str, str]:
+        """How the feed-forward is shared out over processes, by the names in a block."""
+        if self.feed_forward is None:
+            return {}
+        plan = getattr(registry.get_feed_forward(self.feed_forward), kind)
+        styles = {} if plan is None else plan(self.feed_forward_config)
+        return {f"feed_forward.{name}": style for name, style in styles.items()}
+
 
 @strict
-class ArchConfig(PreTrainedConfig, MixerConfig):
+class ArchConfig(PreTrainedConfig, PartConfig):
     """Base of every architecture's config.
 
     Args:
@@ -215,11 +190,35 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         """What stands in layer ``layer_idx``; a pure stack has the same everywhere."""
         return LayerPlan(self.mixer_type, self)
 
+    def layer_plans(self) -> list[LayerPlan]:
+        """What stands in every layer."""
+        return [self.layer_plan(i) for i in range(self.num_hidden_layers)]
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which depends on the fields
+        """How the layers are sharded over processes. Of a mixer every linear layer is; the recurrence between them is
+        short of parameters, and runs on every rank.
+        """
+        plan: dict[str, str] = {}
+        whole: set[str] = set()
+        for layer in {(id(p.mixer_config), id(p.feed_forward_config)): p for p in self.layer_plans()}.values():
+            own = dict.fromkeys(layer.linear_layers(), "colwise_gather_output")
+            feed_forward = layer.feed_forward_plan("tp_plan")
+            plan |= feed_forward | own
+            # a plan for a linear layer would shard its low-rank parts too, in dimensions that do not fit
+            if layer.shared_mixer is not None and layer.shared_mixer.site_rank:
+                whole |= own.keys()
+            if layer.shared_feed_forward is not None and layer.shared_feed_forward.site_rank:
+                whole |= feed_forward.keys()
+        return {f"layers.*.{name}": style for name, style in plan.items() if name not in whole}
+
     @property
     def layer_types(self) -> list[str]:
         """The kind of each layer in transformers' words; ``moe`` stands for one without a mixer, experts or not."""
-        plans = [self.layer_plan(i) for i in range(self.num_hidden_layers)]
-        return ["moe" if p.mixer is None else registry.get_mixer(p.mixer).layer_type(p.mixer_config) for p in plans]
+        return [
+            "moe" if plan.mixer is None else registry.get_mixer(plan.mixer).layer_type(plan.mixer_config)
+            for plan in self.layer_plans()
+        ]
 
     @layer_types.setter
     def layer_types(self, value: list[str]) -> None:  # which PEFT's shadow networks set once more

@@ -12,7 +12,7 @@ import torch
 from hf_archs.attention import AttentionConfig
 from hf_archs.backbone import ArchBlock
 from hf_archs.configuration import ArchConfig, LayerPlan
-from hf_archs.registry import StateSpec
+from hf_archs.parts import RoutedFeedForward, StateSpec
 
 # operations of a token for each element of a recurrent state: decay, write and read are a product and a sum each
 PER_STATE = 6
@@ -47,13 +47,13 @@ def layer_costs(config: ArchConfig, length: int, dtype: torch.dtype = torch.bflo
     """
     if length < 1:
         raise ValueError(f"length is {length}; allowed are 1 and more")
-    plans = [config.layer_plan(i) for i in range(config.num_hidden_layers)]
+    plans = config.layer_plans()
     return _costs(config, plans, length, dtype)
 
 
 def attention_costs(config: ArchConfig, length: int, dtype: torch.dtype = torch.bfloat16) -> list[LayerCost]:
     """The same of the model whose mixers are all attention, with the heads its attention has, or of 64 channels."""
-    plans = [config.layer_plan(i) for i in range(config.num_hidden_layers)]
+    plans = config.layer_plans()
     found = [p.mixer_config for p in plans if isinstance(p.mixer_config, AttentionConfig)]
     heads = found[0].num_heads if found else math.gcd(max(config.hidden_size // 64, 1), config.hidden_size)
     groups = found[0].num_key_value_heads if found else None
@@ -87,9 +87,9 @@ def _costs(config: ArchConfig, plans: list[LayerPlan], length: int, dtype: torch
             block = ArchBlock(_Planned(config, plan), i)  # type: ignore[arg-type]
         counted = {name: p.numel() for name, p in block.named_parameters()}
         active = sum(counted.values())
-        if hasattr(block.feed_forward, "active_fraction"):
+        if isinstance(block.feed_forward, RoutedFeedForward):
             experts = sum(n for name, n in counted.items() if ".experts." in name)
-            active -= round(experts * (1 - block.feed_forward.active_fraction()))  # type: ignore[operator, union-attr]
+            active -= round(experts * (1 - block.feed_forward.active_fraction()))
         own = sum(counted.values())
         for part, name in (("mixer", plan.shared_mixer), ("feed_forward", plan.shared_feed_forward)):
             if name is not None and (part, name) in seen:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.export import Dim
 
 from hf_archs.cache import ArchDynamicCache, States
-from hf_archs.registry import StateSpec
+from hf_archs.parts import StateSpec
 
 
 class Logits(nn.Module):

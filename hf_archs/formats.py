@@ -12,21 +12,16 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-)
+from transformers.core_model_loading import WeightConverter
 
-from hf_archs.registry import Architecture
+if TYPE_CHECKING:
+    from hf_archs.registry import Architecture
 
 MOST_LAYERS, MOST_LABELS = 2**12, 2**20
 OURS = "model"  # `base_model_prefix` of every class of this library
@@ -368,25 +363,6 @@ class StateSpacesFormat(NativeFormat):
         # "auto" is what ours calls None: it follows from the width
         given.update({f"ssm_cfg.{name}": None if value == "auto" else value for name, value in layer.items()})
         return given, {**defaults, **{f"ssm_cfg.{name}": value for name, value in self.layer_defaults.items()}}
-
-
-def expert_conversions() -> list[WeightConverter | WeightRenaming]:
-    """How a mixture of experts stands in files: every expert under names of its own, as other tools want it.
-
-    In memory all of a layer's are one tensor. Experts that are not gated have one projection in, under another name:
-    a loader could not tell it from half of a gated one.
-    """
-
-    def merge(sources: list[str], target: str, *operations: ConversionOps) -> WeightConverter:
-        prefix = "feed_forward.experts"
-        patterns = [f"{prefix}.*.{source}.weight" for source in sources]
-        return WeightConverter(patterns, f"{prefix}.{target}", operations=[MergeModulelist(dim=0), *operations])
-
-    return [
-        merge(["gate_proj", "up_proj"], "gate_up_proj", Concatenate(dim=1)),
-        merge(["in_proj"], "up_proj"),
-        merge(["down_proj"], "down_proj"),
-    ]
 
 
 def state_spaces_layer(raw: Mapping[str, Any]) -> str | None:

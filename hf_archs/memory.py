@@ -16,6 +16,7 @@ from torch import nn
 from transformers import initialization as init
 
 from hf_archs.attention import (
+    PROJECTIONS,
     Blocks,
     Columns,
     Extra,
@@ -28,10 +29,10 @@ from hf_archs.attention import (
     take_columns,
 )
 from hf_archs.cache import States
-from hf_archs.configuration import check_range
 from hf_archs.kernels.exporting import any_length, count_chunks
 from hf_archs.kernels.numerics import cast, made_once, no_autocast, wide
-from hf_archs.registry import StateSpec, register_mixer
+from hf_archs.parts import StateSpec, check_range
+from hf_archs.registry import register_mixer
 
 
 @strict
@@ -258,7 +259,6 @@ class MemoryAttention(SlidingAttention):
     """Attention to a window of tokens and to a memory of those that left it."""
 
     config: MemoryConfig
-    follows_pairs = False  # type: ignore[assignment]  # its blocks are of a document, and such a mask says of none
 
     def __init__(self, config: MemoryConfig):
         super().__init__(config)
@@ -298,4 +298,14 @@ class MemoryAttention(SlidingAttention):
         return {**super()._more_after(columns, start, end), **more}
 
 
-register_mixer("memory", MemoryAttention, MemoryConfig, state=memory_state)
+register_mixer(
+    "memory",
+    MemoryAttention,
+    MemoryConfig,
+    state=memory_state,
+    window=lambda config: config.window,
+    shows_weights=True,
+    lora_targets=PROJECTIONS,
+    even_targets=PROJECTIONS,
+    tiny={"num_heads": 4, "window": 5, "memory_slots": 4, "compression_rate": 3},
+)

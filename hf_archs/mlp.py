@@ -9,13 +9,13 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hf_archs.configuration import MixerConfig, check_range
+from hf_archs.parts import PartConfig, check_range
 from hf_archs.registry import register_feed_forward
 
 
 @strict
 @dataclass(kw_only=True)
-class MLPConfig(MixerConfig):
+class MLPConfig(PartConfig):
     """Fields of the feed-forward.
 
     Args:
@@ -50,16 +50,20 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
         self.act = ACT2FN[config.hidden_act]
 
-    @staticmethod
-    def tp_plan(config: MLPConfig) -> dict[str, str]:
-        """How its layers are sharded over processes (Shoeybi et al. 2019, section 3)."""
-        wide = ("gate_proj", "up_proj") if config.gated else ("up_proj",)
-        return {**dict.fromkeys(wide, "colwise"), "down_proj": "rowwise"}
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(hidden_states)))
         return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-register_feed_forward("mlp", MLP, MLPConfig)
+def mlp_tp_plan(config: MLPConfig) -> dict[str, str]:
+    """How its layers are sharded over processes (Shoeybi et al. 2019, section 3)."""
+    wide = ("gate_proj", "up_proj") if config.gated else ("up_proj",)
+    return {**dict.fromkeys(wide, "colwise"), "down_proj": "rowwise"}
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+register_feed_forward(
+    "mlp", MLP, MLPConfig, tp_plan=mlp_tp_plan, lora_targets=PROJECTIONS, tiny={"intermediate_size": 96}
+)

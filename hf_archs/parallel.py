@@ -11,13 +11,13 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from hf_archs.cache import Slot
-from hf_archs.configuration import MixerConfig
-from hf_archs.registry import StateSpec, get_mixer, register_mixer
+from hf_archs.parts import PartConfig, StateSpec
+from hf_archs.registry import get_mixer, register_mixer
 
 
 @strict
 @dataclass(kw_only=True)
-class ParallelConfig(MixerConfig):
+class ParallelConfig(PartConfig):
     """Fields of a layer of several mixers.
 
     Args:
@@ -69,4 +69,11 @@ def parallel_layer_type(config: ParallelConfig) -> str:
     return kinds.pop() if len(kinds) == 1 else "hybrid"
 
 
-register_mixer("parallel", ParallelMixer, ParallelConfig, state=parallel_state, layer_type=parallel_layer_type)
+register_mixer(
+    "parallel",
+    ParallelMixer,
+    ParallelConfig,
+    state=parallel_state,
+    layer_type=parallel_layer_type,
+    parts=lambda config: config.parts.values(),
+)

@@ -11,12 +11,11 @@ import importlib
 import importlib.metadata
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,7 +29,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from hf_archs.parts import PartConfig, RoutedFeedForward, StateSpec, TokenMixer
 
 if TYPE_CHECKING:
     from hf_archs.formats import NativeFormat
@@ -39,68 +41,69 @@ ENTRY_POINT_GROUP = "hf_archs.plugins"
 
 
 @dataclass(frozen=True)
-class StateSpec:
-    """One tensor of a mixer's state.
-
-    Attributes:
-        kind: ``"conv"`` (a window of past inputs) or ``"recurrent"``: where transformers' cache keeps it.
-        shape: without the batch dimension. The last dimension may be None: time, for a mixer that needs all it has
-            read. Such a state grows with every token; its last column is the row's latest token, and zeros in the
-            first columns are tokens that never were (a static cache begins with nothing else).
-        dtype: None for the dtype of the activations.
-        together: whether the values of a column of a growing state lie together in a static cache, for mixers that read
-            column by column, and not those of a row.
-    """
-
-    kind: str
-    shape: tuple[int | None, ...]
-    dtype: torch.dtype | None = None
-    together: bool = False
-
-    @property
-    def grows(self) -> bool:
-        """Whether the state holds something of every token."""
-        return self.shape[-1:] == (None,)
-
-
-@dataclass(frozen=True)
 class Mixer:
-    """A registered token mixer: its module class, its config class, and a function from config to its states.
-
-    ``layer_type`` says in transformers' words what a layer of it is, from its config.
-    """
+    """A registered token mixer; `register_mixer` says what its fields are."""
 
     name: str
     module_class: type[nn.Module]
-    config_class: type
+    config_class: type[PartConfig]
     state: Callable[[Any], dict[str, StateSpec]]
     layer_type: Callable[[Any], str]
+    parts: Callable[[Any], Iterable[tuple[str, PartConfig]]] | None
+    window: Callable[[Any], int] | None
+    follows_pairs: Callable[[Any], bool]
+    shows_weights: bool
+    lora_targets: tuple[str, ...]
+    even_targets: tuple[str, ...]
+    tiny: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A registered feed-forward: its module class and its config class."""
+    """A registered feed-forward; `register_feed_forward` says what its fields are."""
 
     name: str
     module_class: type[nn.Module]
-    config_class: type
+    config_class: type[PartConfig]
+    tp_plan: Callable[[Any], dict[str, str]] | None
+    ep_plan: Callable[[Any], dict[str, str]] | None
+    lora_targets: tuple[str, ...]
+    even_targets: tuple[str, ...]
+    tiny: Mapping[str, Any]
+    conversions: tuple[WeightConverter | WeightRenaming, ...]
+
+    @property
+    def routes(self) -> bool:
+        """Whether it has a router."""
+        return issubclass(self.module_class, RoutedFeedForward)
 
 
-@dataclass(frozen=True)
+# of each class of an architecture: the Auto class, and the base in this library or in transformers that tells it
+_ROLES: dict[str, tuple[Any, str]] = {
+    "model_class": (AutoModel, "ArchModel"),
+    "causal_lm_class": (AutoModelForCausalLM, "ArchForCausalLM"),
+    "masked_lm_class": (AutoModelForMaskedLM, "ArchForMaskedLM"),
+    "sequence_classification_class": (AutoModelForSequenceClassification, "GenericForSequenceClassification"),
+    "token_classification_class": (AutoModelForTokenClassification, "GenericForTokenClassification"),
+    "question_answering_class": (AutoModelForQuestionAnswering, "GenericForQuestionAnswering"),
+}
+
+
+@dataclass(frozen=True, init=False)
 class Architecture:
     """A registered architecture: the classes, and what the library and its users need to know of it.
 
     Attributes:
         name: what the registry, the command line and the documents call it.
-        lora_targets: names of the linear layers that LoRA adapts by default.
-        even_targets: those of them whose widths are multiples of ``hidden_size`` or of a head's size, for adapters
-            that cut a matrix into blocks; empty: all.
-        tiny: config fields of the tiny model that tests use.
+        config_class, model_class, causal_lm_class, masked_lm_class, sequence_classification_class,
+            token_classification_class, question_answering_class: the classes, found in ``modeling`` by their bases.
+        tiny: config fields of the tiny model that tests use, those of its mixer among them.
         sizes: config fields of each named size that ``hf-archs init`` offers.
         native_formats: the foreign checkpoint formats that can be read and written.
     """
 
     name: str
+    modeling: ModuleType | None
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
@@ -108,36 +111,102 @@ class Architecture:
     sequence_classification_class: type[PreTrainedModel]
     token_classification_class: type[PreTrainedModel]
     question_answering_class: type[PreTrainedModel]
-    mixer_class: type[nn.Module]
-    lora_targets: tuple[str, ...]
-    even_targets: tuple[str, ...] = ()
-    tiny: Mapping[str, Any] = field(default_factory=dict)
-    sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    native_formats: tuple[NativeFormat, ...] = ()
+    tiny: Mapping[str, Any]
+    sizes: Mapping[str, Mapping[str, Any]]
+    native_formats: tuple[NativeFormat, ...]
+
+    def __init__(
+        self,
+        name: str,
+        modeling: ModuleType | None = None,
+        *,
+        tiny: Mapping[str, Any] | None = None,
+        sizes: Mapping[str, Mapping[str, Any]] | None = None,
+        native_formats: Sequence[NativeFormat] = (),
+        lora_targets: Sequence[str] = (),
+        even_targets: Sequence[str] = (),
+        mixer_class: type[nn.Module] | None = None,
+        **classes: type,
+    ):
+        """
+        Args:
+            name, tiny, sizes, native_formats: see above.
+            modeling: the module with the model classes, one for each Auto class.
+            lora_targets, even_targets: in place of those that its mixers and feed-forwards were registered with.
+            mixer_class, classes: to 0.1 the classes were passed one by one. That warns now.
+
+        Raises:
+            TypeError: where a class is missing in ``modeling``, or an argument is none of these.
+        """
+        if unknown := sorted(set(classes) - {"config_class", *_ROLES}):
+            raise TypeError(f"architecture {name!r}: there is no argument {unknown[0]!r}")
+        if modeling is None:
+            warnings.warn(
+                f"architecture {name!r}: its classes are passed one by one; pass modeling=, the module that they stand "
+                "in. The next release takes nothing else",
+                FutureWarning,
+                stacklevel=2,
+            )
+        own = {"_lora_targets": tuple(lora_targets), "_even_targets": tuple(even_targets)}
+        vars(self).update(name=name, modeling=modeling, **{**_find_classes(name, modeling), **classes}, **own)
+        vars(self).update(tiny=tiny or {}, sizes=sizes or {}, native_formats=tuple(native_formats))
 
     @property
     def model_type(self) -> str:
         """The ``model_type`` of the config, as it stands in ``config.json``."""
         return self.config_class.model_type
 
+    def parts(self) -> list[Mixer | FeedForward]:
+        """The mixers and feed-forwards that its layers can be made of: all there are, unless it is a pure stack."""
+        mixer = getattr(self.config_class, "mixer_type", None)
+        if mixer is None:
+            return [*_mixers.values(), *_feed_forwards.values()]
+        config = self.tiny_config()
+        plans = [config.layer_plan(i) for i in range(config.num_hidden_layers)]
+        feed_forwards = {plan.feed_forward: None for plan in plans if plan.feed_forward is not None}
+        return [get_mixer(mixer), *map(get_feed_forward, feed_forwards)]
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Names of the linear layers that LoRA adapts by default; a model has those of its own parts."""
+        return self._lora_targets or tuple(  # type: ignore[attr-defined]
+            dict.fromkeys(target for part in self.parts() for target in part.lora_targets)
+        )
+
+    @property
+    def even_targets(self) -> tuple[str, ...]:
+        """Those of them whose widths are multiples of ``hidden_size`` or of a head's size in every part, for adapters
+        that cut a matrix into blocks.
+        """
+        uneven = {name for part in self.parts() for name in {*part.lora_targets} - {*part.even_targets}}
+        return self._even_targets or tuple(  # type: ignore[attr-defined]
+            name for name in self.lora_targets if name not in uneven
+        )
+
     def tiny_config(self, **overrides: Any) -> Any:
         """A config of vocabulary 128, width 64 and two layers (unless the architecture needs up to four)."""
-        fields = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, **self.tiny, **overrides}
+        mixer = getattr(self.config_class, "mixer_type", None)
+        own = {} if mixer is None else get_mixer(mixer).tiny
+        fields = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, **own, **self.tiny, **overrides}
         return self.config_class(**fields)
 
     def auto_classes(self) -> dict[str, tuple[type, type]]:
         """The Auto class and the class it resolves to, by the name that stands in ``auto_map``."""
-        return {
-            "AutoModel": (AutoModel, self.model_class),
-            "AutoModelForCausalLM": (AutoModelForCausalLM, self.causal_lm_class),
-            "AutoModelForMaskedLM": (AutoModelForMaskedLM, self.masked_lm_class),
-            "AutoModelForSequenceClassification": (
-                AutoModelForSequenceClassification,
-                self.sequence_classification_class,
-            ),
-            "AutoModelForTokenClassification": (AutoModelForTokenClassification, self.token_classification_class),
-            "AutoModelForQuestionAnswering": (AutoModelForQuestionAnswering, self.question_answering_class),
-        }
+        return {auto.__name__: (auto, getattr(self, role)) for role, (auto, _) in _ROLES.items()}
+
+
+def _find_classes(name: str, modeling: ModuleType | None) -> dict[str, type]:
+    if modeling is None:
+        return {}
+    own = [c for c in vars(modeling).values() if isinstance(c, type) and c.__module__ == modeling.__name__]
+    found: dict[str, type] = {}
+    for role, (_, base) in _ROLES.items():
+        there = [c for c in own if any(parent.__name__ == base for parent in c.__mro__[1:])]
+        if len(there) != 1:
+            names = ", ".join(c.__name__ for c in there) or "none"
+            raise TypeError(f"architecture {name!r}: {modeling.__name__} has {names} on {base}; allowed is one class")
+        found[role] = there[0]
+    return {**found, "config_class": found["model_class"].config_class}  # type: ignore[attr-defined]
 
 
 _architectures: dict[str, Architecture] = {}
@@ -168,31 +237,57 @@ def _get(kind: str, table: Mapping[str, Any], name: str) -> Any:
 
 def register_mixer(
     name: str,
-    module_class: type[nn.Module],
-    config_class: type,
+    module_class: type[TokenMixer],
+    config_class: type[PartConfig],
     *,
     state: Callable[[Any], dict[str, StateSpec]],
     layer_type: Callable[[Any], str] = lambda config: "linear_attention",
+    parts: Callable[[Any], Iterable[tuple[str, PartConfig]]] | None = None,
+    window: Callable[[Any], int] | None = None,
+    follows_pairs: Callable[[Any], bool] = lambda config: False,
+    shows_weights: bool = False,
+    lora_targets: Sequence[str] = (),
+    even_targets: Sequence[str] = (),
+    tiny: Mapping[str, Any] | None = None,
 ) -> Mixer:
     """Make a token mixer available to every architecture under ``name``.
 
     Args:
-        module_class: built as ``module_class(config)`` and called as
-            ``module(hidden_states, state=slot, lengths=..., seq_idx=...)``; see `hf_archs.backbone.ArchBlock`.
-        config_class: a subclass of `hf_archs.configuration.MixerConfig`.
+        module_class: a `hf_archs.parts.TokenMixer`, built as ``module_class(config)``.
+        config_class: a subclass of `hf_archs.parts.PartConfig`.
         state: the mixer's states, from its config.
-        layer_type: what a layer of it is, in transformers' words, from its config.
+        layer_type: the kind of a layer of it in transformers' words, from its config.
+        parts: of a mixer that is several side by side, each one's registered name and config.
+        window: of one that sees the last tokens alone, how many.
+        follows_pairs: whether it follows a mask of four dimensions, `hf_archs.call.call.pairs`.
+        shows_weights: whether it hands the weights of attention to `hf_archs.call.call.show`, where somebody looks.
+        lora_targets: names of its linear layers that LoRA adapts by default.
+        even_targets: those of them whose widths are multiples of ``hidden_size`` or of a head's size, for adapters
+            that cut a matrix into blocks.
+        tiny: config fields of the tiny mixer that tests use.
 
     Raises:
         ValueError: where the name is taken.
-        TypeError: where ``config_class`` is no mixer config.
+        TypeError: where ``config_class`` is no config of a part.
     """
-    from hf_archs.configuration import MixerConfig  # configuration imports this module
-
-    if not (isinstance(config_class, type) and issubclass(config_class, MixerConfig)):
-        raise TypeError(f"mixer {name!r}: config_class is {config_class!r}, which is no subclass of MixerConfig")
-    entry = Mixer(name, module_class, config_class, state, layer_type)
+    if not (isinstance(config_class, type) and issubclass(config_class, PartConfig)):
+        raise TypeError(f"mixer {name!r}: config_class is {config_class!r}, which is no subclass of PartConfig")
+    entry = Mixer(
+        name,
+        cast(type[nn.Module], module_class),
+        config_class,
+        state,
+        layer_type,
+        parts,
+        window,
+        follows_pairs,
+        shows_weights,
+        tuple(lora_targets),
+        tuple(even_targets),
+        tiny or {},
+    )
     _add("mixer", _mixers, name, entry)
+    _enter_parts()
     return entry
 
 
@@ -201,20 +296,57 @@ def get_mixer(name: str) -> Mixer:
     return _get("mixer", _mixers, name)
 
 
-def register_feed_forward(name: str, module_class: type[nn.Module], config_class: type) -> FeedForward:
-    """Make a feed-forward available under ``name``: ``module_class(config)``, called with the hidden states.
+def mixers() -> list[str]:
+    """The names of all registered mixers, sorted."""
+    return sorted(_mixers)
+
+
+def register_feed_forward(
+    name: str,
+    module_class: type[nn.Module],
+    config_class: type[PartConfig],
+    *,
+    tp_plan: Callable[[Any], dict[str, str]] | None = None,
+    ep_plan: Callable[[Any], dict[str, str]] | None = None,
+    lora_targets: Sequence[str] = (),
+    even_targets: Sequence[str] = (),
+    tiny: Mapping[str, Any] | None = None,
+    conversions: Sequence[WeightConverter | WeightRenaming] = (),
+) -> FeedForward:
+    """Make a feed-forward available to every architecture under ``name``.
+
+    Args:
+        module_class: built as ``module_class(config)`` and called with the hidden states (b, l, d), of which it gives
+            as many; one with a router is a `hf_archs.parts.RoutedFeedForward`.
+        config_class: a subclass of `hf_archs.parts.PartConfig`.
+        tp_plan: how its layers are sharded over processes, in transformers' words, from its config.
+        ep_plan: how its experts are spread over them.
+        lora_targets, even_targets, tiny: as those of `register_mixer`.
+        conversions: between its parameters in memory and in files, named from ``feed_forward.`` on.
 
     Raises:
         ValueError: where the name is taken.
+        TypeError: where ``config_class`` is no config of a part.
     """
-    entry = FeedForward(name, module_class, config_class)
+    if not (isinstance(config_class, type) and issubclass(config_class, PartConfig)):
+        raise TypeError(f"feed-forward {name!r}: config_class is {config_class!r}, which is no subclass of PartConfig")
+    targets, even = tuple(lora_targets), tuple(even_targets)
+    entry = FeedForward(
+        name, module_class, config_class, tp_plan, ep_plan, targets, even, tiny or {}, tuple(conversions)
+    )
     _add("feed-forward", _feed_forwards, name, entry)
+    _enter_parts()
     return entry
 
 
 def get_feed_forward(name: str) -> FeedForward:
     """The registered feed-forward of that name; a `ValueError` lists the near names."""
     return _get("feed-forward", _feed_forwards, name)
+
+
+def feed_forwards() -> list[str]:
+    """The names of all registered feed-forwards, sorted."""
+    return sorted(_feed_forwards)
 
 
 def register(architecture: Architecture) -> Architecture:
@@ -225,8 +357,6 @@ def register(architecture: Architecture) -> Architecture:
         ValueError: where its name, its model type or the name of its config class is taken; nothing is registered
             then.
     """
-    from hf_archs import formats  # which imports this module
-
     config_class = architecture.config_class
     if not (isinstance(config_class, type) and issubclass(config_class, PreTrainedConfig)):
         raise TypeError(
@@ -255,11 +385,22 @@ def register(architecture: Architecture) -> Architecture:
         auto_class.register(config_class, model_class)  # type: ignore[attr-defined]
     _register_names(architecture)
     _register_adapter_targets(architecture)
-    conversions = formats.expert_conversions()
-    for form in architecture.native_formats:
-        conversions += form.conversions
-    register_checkpoint_conversion_mapping(config_class.model_type, conversions)
+    _register_conversions(architecture)
     return architecture
+
+
+def _enter_parts() -> None:
+    """Tell the architectures that are there already of a new part."""
+    for architecture in _architectures.values():
+        _register_adapter_targets(architecture)
+        _register_conversions(architecture)
+
+
+def _register_conversions(architecture: Architecture) -> None:
+    """Enter how the parameters of feed-forwards stand in files, and those of its native formats."""
+    owners: list[Any] = [*_feed_forwards.values(), *architecture.native_formats]
+    conversions = [conversion for owner in owners for conversion in owner.conversions]
+    register_checkpoint_conversion_mapping(architecture.model_type, conversions, overwrite=True)
 
 
 def _register_names(architecture: Architecture) -> None:

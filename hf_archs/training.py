@@ -40,6 +40,7 @@ from transformers.training_args import OptimizerNames
 from hf_archs import checkpoints, errors, text
 from hf_archs.adapters import add_adapter
 from hf_archs.model_card import model_card
+from hf_archs.parts import BringsCallbacks
 from hf_archs.watching import PlainTrainerWarning
 
 UNTOLD_REPORTERS = ("azure_ml", "flyte")  # transformers does not always tell that they are installed
@@ -80,13 +81,12 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[s
 def callbacks(model: nn.Module) -> list[TrainerCallback]:
     """The Trainer callbacks that the layers of ``model`` need.
 
-    A layer that must act between steps, as a router does to balance its load, has a method ``trainer_callbacks()``
-    that returns them; here they are gathered, one of each kind, which serves all layers.
+    Those of every `hf_archs.parts.BringsCallbacks` among them, one of each class.
     """
     found: dict[type, TrainerCallback] = {}
     for module in model.modules():
-        if "trainer_callbacks" in dir(type(module)):
-            for callback in module.trainer_callbacks():  # type: ignore[operator]
+        if isinstance(module, BringsCallbacks):
+            for callback in module.trainer_callbacks():
                 found.setdefault(type(callback), callback)
     return list(found.values())
 

@@ -1,7 +1,7 @@
 """Hybrids as an architecture of hf-archs: layers of any registered mixers and feed-forwards, in any pattern."""
 
-from hf_archs.parallel import ParallelMixer
 from hf_archs.registry import Architecture, register
+from hf_archs_hybrid import modeling
 from hf_archs_hybrid.configuration import ArchHybridConfig
 from hf_archs_hybrid.conversion import BAMBA, JAMBA, NEMOTRON_H
 from hf_archs_hybrid.modeling import (
@@ -29,18 +29,8 @@ __all__ = [
 
 register(
     Architecture(
-        name="hybrid",
-        config_class=ArchHybridConfig,
-        model_class=ArchHybridModel,
-        causal_lm_class=ArchHybridForCausalLM,
-        masked_lm_class=ArchHybridForMaskedLM,
-        sequence_classification_class=ArchHybridForSequenceClassification,
-        token_classification_class=ArchHybridForTokenClassification,
-        question_answering_class=ArchHybridForQuestionAnswering,
-        mixer_class=ParallelMixer,
-        # those of the layers that a pattern has; PEFT passes over the others
-        lora_targets=("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
-        even_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
+        "hybrid",
+        modeling,
         tiny={
             "mixers": {
                 "ssm": {"type": "mamba2", "state_size": 16, "head_dim": 16},

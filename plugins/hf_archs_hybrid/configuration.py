@@ -69,7 +69,7 @@ class ArchHybridConfig(ComposedConfig):
         placed = {name for i in range(self.num_hidden_layers) for name in self.placed(i)}
         for name, fields in (self.feed_forward or {}).items():
             kind, config = self.feed_forward_instance(name, _own(fields))
-            if name in placed and hasattr(get_feed_forward(kind).module_class, "routes"):
+            if name in placed and get_feed_forward(kind).routes:
                 return name, config
         raise AttributeError(f"{type(self).__name__}: no feed-forward has a router")
 

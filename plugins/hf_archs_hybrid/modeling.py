@@ -9,14 +9,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 
-from hf_archs.backbone import (
-    ArchBlock,
-    ArchForCausalLM,
-    ArchForMaskedLM,
-    ArchModel,
-    ArchPreTrainedModel,
-    AttentionWeights,
-)
+from hf_archs.backbone import ArchForCausalLM, ArchForMaskedLM, ArchModel, ArchPreTrainedModel
 from hf_archs_hybrid.configuration import ArchHybridConfig
 
 
@@ -26,7 +19,6 @@ class ArchHybridPreTrainedModel(ArchPreTrainedModel):
 
 class ArchHybridModel(ArchModel):
     config_class = ArchHybridConfig
-    _can_record_outputs = {"hidden_states": ArchBlock, "attentions": AttentionWeights}
 
 
 class ArchHybridForCausalLM(ArchForCausalLM, GenerationMixin):

@@ -2,6 +2,7 @@
 
 from hf_archs.dna import dna_tokenizer
 from hf_archs.registry import Architecture, register, register_mixer
+from hf_archs_hyena import modeling
 from hf_archs_hyena.configuration import ArchHyenaConfig, HyenaMixerConfig, hyena_state
 from hf_archs_hyena.conversion import HYENADNA, ORIGINAL
 from hf_archs_hyena.distillation import distill_filters
@@ -34,22 +35,20 @@ __all__ = [
 # the token ids of HyenaDNA's vocabulary: 12 characters and special tokens, in 16 rows
 _DNA = {"vocab_size": 16, "pad_token_id": 4, "bos_token_id": 2, "eos_token_id": 1}
 
-register_mixer("hyena", HyenaMixer, HyenaMixerConfig, state=hyena_state)
+register_mixer(
+    "hyena",
+    HyenaMixer,
+    HyenaMixerConfig,
+    state=hyena_state,
+    lora_targets=("in_proj", "out_proj"),
+    even_targets=("in_proj", "out_proj"),
+    # a low frequency: at high ones the slope of a filter changes too fast for finite differences
+    tiny={"max_positions": 16384, "filter_size": 16, "filter_frequency": 1.0},
+)
 register(
     Architecture(
-        name="hyena",
-        config_class=ArchHyenaConfig,
-        model_class=ArchHyenaModel,
-        causal_lm_class=ArchHyenaForCausalLM,
-        masked_lm_class=ArchHyenaForMaskedLM,
-        sequence_classification_class=ArchHyenaForSequenceClassification,
-        token_classification_class=ArchHyenaForTokenClassification,
-        question_answering_class=ArchHyenaForQuestionAnswering,
-        mixer_class=HyenaMixer,
-        lora_targets=("in_proj", "out_proj", "up_proj", "down_proj"),
-        even_targets=("in_proj", "out_proj"),
-        # a low frequency: at high ones the slope of a filter changes too fast for finite differences
-        tiny={"max_positions": 16384, "filter_size": 16, "filter_frequency": 1.0},
+        "hyena",
+        modeling,
         native_formats=(HYENADNA, ORIGINAL),
         sizes={
             "4m": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096, "max_positions": 16384},

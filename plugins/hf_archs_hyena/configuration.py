@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 
-from hf_archs.configuration import ArchConfig, LayerPlan, MixerConfig, check_range
+from hf_archs.configuration import ArchConfig, LayerPlan
 from hf_archs.mlp import MLPConfig
-from hf_archs.registry import StateSpec
+from hf_archs.parts import PartConfig, StateSpec, check_range
 
 FilterType = Literal["implicit", "modal", "medium", "short"]
 MAX_TAPS = 128
@@ -18,7 +18,7 @@ MAX_TAPS = 128
 
 @strict
 @dataclass(kw_only=True)
-class HyenaFields(MixerConfig):
+class HyenaFields(PartConfig):
     """What every Hyena mixer is told, whatever its filters (Poli et al. 2023, sections 3 and 4).
 
     Args:
@@ -147,17 +147,6 @@ class ArchHyenaConfig(ArchConfig, HyenaFields, MLPConfig):
         if not self.filter_types:
             raise ValueError(f"{type(self).__name__}: filter_types is {self.filter_types}; allowed are one or more")
         super().__post_init__(**kwargs)
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which depends on the fields here
-        """How the layers are sharded. Convolutions run on every rank: what is between the projections is small."""
-        projections = ("gate_proj", "up_proj") if self.gated else ("up_proj",)
-        return {
-            "layers.*.mixer.in_proj": "colwise_gather_output",
-            "layers.*.mixer.out_proj": "colwise_gather_output",
-            **{f"layers.*.feed_forward.{name}": "colwise" for name in projections},
-            "layers.*.feed_forward.down_proj": "rowwise",
-        }
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
         kind = self.filter_types[layer_idx % len(self.filter_types)]

@@ -1,6 +1,7 @@
 """Mamba (Gu and Dao 2023) as an architecture of hf-archs, and its op `selective_scan`."""
 
 from hf_archs.registry import Architecture, register, register_mixer
+from hf_archs_mamba import modeling
 from hf_archs_mamba.configuration import ArchMambaConfig, MambaMixerConfig, mamba_state
 from hf_archs_mamba.conversion import FALCON_MAMBA, FLA, MAMBA, STATE_SPACES
 from hf_archs_mamba.mixer import MambaMixer
@@ -27,21 +28,19 @@ __all__ = [
     "selective_scan",
 ]
 
-register_mixer("mamba", MambaMixer, MambaMixerConfig, state=mamba_state)
+register_mixer(
+    "mamba",
+    MambaMixer,
+    MambaMixerConfig,
+    state=mamba_state,
+    lora_targets=("in_proj", "x_proj", "dt_proj", "out_proj"),
+    even_targets=("in_proj", "out_proj"),
+    tiny={"state_size": 8},
+)
 register(
     Architecture(
-        name="mamba",
-        config_class=ArchMambaConfig,
-        model_class=ArchMambaModel,
-        causal_lm_class=ArchMambaForCausalLM,
-        masked_lm_class=ArchMambaForMaskedLM,
-        sequence_classification_class=ArchMambaForSequenceClassification,
-        token_classification_class=ArchMambaForTokenClassification,
-        question_answering_class=ArchMambaForQuestionAnswering,
-        mixer_class=MambaMixer,
-        lora_targets=("in_proj", "x_proj", "dt_proj", "out_proj"),
-        even_targets=("in_proj", "out_proj"),
-        tiny={"state_size": 8},
+        "mamba",
+        modeling,
         native_formats=(MAMBA, FALCON_MAMBA, FLA, STATE_SPACES),
         # the published models' widths and depths (Gu and Dao 2023, table 12)
         sizes={

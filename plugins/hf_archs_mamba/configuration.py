@@ -9,13 +9,13 @@ from typing import ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 
-from hf_archs.configuration import ArchConfig, MixerConfig, check_range
-from hf_archs.registry import StateSpec
+from hf_archs.configuration import ArchConfig
+from hf_archs.parts import PartConfig, StateSpec, check_range
 
 
 @strict
 @dataclass(kw_only=True)
-class MambaMixerConfig(MixerConfig):
+class MambaMixerConfig(PartConfig):
     """Fields of the selective state-space mixer (Gu and Dao 2023, section 3).
 
     Args:
@@ -90,10 +90,3 @@ class ArchMambaConfig(ArchConfig, MambaMixerConfig):
 
     model_type = "hf_archs_mamba"
     mixer_type: ClassVar[str] = "mamba"
-    # the projections are sharded; the recurrence between them is short of parameters and runs on every rank
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        "layers.*.mixer.in_proj": "colwise_gather_output",
-        "layers.*.mixer.x_proj": "colwise_gather_output",
-        "layers.*.mixer.dt_proj": "colwise_gather_output",
-        "layers.*.mixer.out_proj": "colwise_gather_output",
-    }

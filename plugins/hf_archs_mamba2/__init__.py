@@ -1,6 +1,7 @@
 """Mamba-2 (Dao and Gu 2024) as an architecture of hf-archs, and its op `ssd_scan`."""
 
 from hf_archs.registry import Architecture, register, register_mixer
+from hf_archs_mamba2 import modeling
 from hf_archs_mamba2.configuration import ArchMamba2Config, Mamba2MixerConfig, mamba2_state
 from hf_archs_mamba2.conversion import FLA, MAMBA2, STATE_SPACES
 from hf_archs_mamba2.mixer import Mamba2Mixer
@@ -27,21 +28,19 @@ __all__ = [
     "ssd_scan",
 ]
 
-register_mixer("mamba2", Mamba2Mixer, Mamba2MixerConfig, state=mamba2_state)
+register_mixer(
+    "mamba2",
+    Mamba2Mixer,
+    Mamba2MixerConfig,
+    state=mamba2_state,
+    lora_targets=("in_proj", "out_proj"),
+    even_targets=("out_proj",),
+    tiny={"state_size": 16, "head_dim": 16, "n_groups": 2},
+)
 register(
     Architecture(
-        name="mamba2",
-        config_class=ArchMamba2Config,
-        model_class=ArchMamba2Model,
-        causal_lm_class=ArchMamba2ForCausalLM,
-        masked_lm_class=ArchMamba2ForMaskedLM,
-        sequence_classification_class=ArchMamba2ForSequenceClassification,
-        token_classification_class=ArchMamba2ForTokenClassification,
-        question_answering_class=ArchMamba2ForQuestionAnswering,
-        mixer_class=Mamba2Mixer,
-        lora_targets=("in_proj", "out_proj"),
-        even_targets=("out_proj",),
-        tiny={"state_size": 16, "head_dim": 16, "n_groups": 2},
+        "mamba2",
+        modeling,
         native_formats=(MAMBA2, FLA, STATE_SPACES),
         # the published models' widths and depths (Dao and Gu 2024, table 10)
         sizes={

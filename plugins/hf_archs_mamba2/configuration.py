@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 
-from hf_archs.configuration import ArchConfig, MixerConfig, check_range
-from hf_archs.registry import StateSpec
+from hf_archs.configuration import ArchConfig
+from hf_archs.parts import PartConfig, StateSpec, check_range
 
 
 @strict
 @dataclass(kw_only=True)
-class Mamba2MixerConfig(MixerConfig):
+class Mamba2MixerConfig(PartConfig):
     """Fields of the state-space-duality mixer (Dao and Gu 2024, section 7).
 
     Args:
@@ -103,8 +103,3 @@ class ArchMamba2Config(ArchConfig, Mamba2MixerConfig):
 
     model_type = "hf_archs_mamba2"
     mixer_type: ClassVar[str] = "mamba2"
-    # the projections are sharded; the recurrence between them is short of parameters and runs on every rank
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        "layers.*.mixer.in_proj": "colwise_gather_output",
-        "layers.*.mixer.out_proj": "colwise_gather_output",
-    }

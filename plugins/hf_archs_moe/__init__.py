@@ -1,12 +1,12 @@
 """Mixtures of experts as an architecture of hf-archs, and their feed-forward for every other one."""
 
-from hf_archs.attention import Attention
 from hf_archs.registry import Architecture, register, register_feed_forward
+from hf_archs_moe import modeling
 from hf_archs_moe.callbacks import RouterCallback
 from hf_archs_moe.configuration import ArchMoEConfig, MoEConfig
 from hf_archs_moe.conversion import LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE
 from hf_archs_moe.experts import expert_mlp
-from hf_archs_moe.feed_forward import MoE
+from hf_archs_moe.feed_forward import MoE, moe_ep_plan, moe_tp_plan
 from hf_archs_moe.modeling import (
     ArchMoEForCausalLM,
     ArchMoEForMaskedLM,
@@ -15,6 +15,7 @@ from hf_archs_moe.modeling import (
     ArchMoEForTokenClassification,
     ArchMoEModel,
 )
+from hf_archs_moe.on_disk import expert_conversions
 from hf_archs_moe.routing import Router, Statistics
 
 __all__ = [
@@ -33,20 +34,20 @@ __all__ = [
     "expert_mlp",
 ]
 
-register_feed_forward("moe", MoE, MoEConfig)
+register_feed_forward(
+    "moe",
+    MoE,
+    MoEConfig,
+    tp_plan=moe_tp_plan,
+    ep_plan=moe_ep_plan,
+    lora_targets=("gate_proj", "up_proj", "down_proj"),  # of the shared expert
+    tiny={"num_experts": 4, "moe_intermediate_size": 48},
+    conversions=expert_conversions(),
+)
 register(
     Architecture(
-        name="moe",
-        config_class=ArchMoEConfig,
-        model_class=ArchMoEModel,
-        causal_lm_class=ArchMoEForCausalLM,
-        masked_lm_class=ArchMoEForMaskedLM,
-        sequence_classification_class=ArchMoEForSequenceClassification,
-        token_classification_class=ArchMoEForTokenClassification,
-        question_answering_class=ArchMoEForQuestionAnswering,
-        mixer_class=Attention,
-        lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "gate_proj", "up_proj", "down_proj"),
-        even_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
+        "moe",
+        modeling,
         tiny={
             "mixer": {"type": "attention", "num_heads": 4, "num_key_value_heads": 2},
             "num_experts": 4,

@@ -9,14 +9,15 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
 from hf_archs.composition import ComposedConfig, Instance
-from hf_archs.configuration import LayerPlan, MixerConfig, check_range
+from hf_archs.configuration import LayerPlan
+from hf_archs.parts import PartConfig, check_range
 
 BALANCED = ("top_k", "switch", "gshard")  # routers with a loss that balances their load
 
 
 @strict
 @dataclass(kw_only=True)
-class MoEConfig(MixerConfig):
+class MoEConfig(PartConfig):
     """Fields of a mixture of experts: a router, the experts, and one more that computes every token.
 
     Args:

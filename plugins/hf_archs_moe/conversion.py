@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hf_archs.configuration import MixerConfig
 from hf_archs.formats import TransformersFormat
+from hf_archs.parts import PartConfig
 from hf_archs_moe.configuration import MoEConfig
 
 _SAME = (
@@ -186,7 +186,7 @@ class DenseFormat(TransformersFormat):
 
 
 # what says where experts are, and what they are, where there are none
-_OF_EXPERTS = {f.name for f in dataclasses.fields(MoEConfig)} - {f.name for f in dataclasses.fields(MixerConfig)}
+_OF_EXPERTS = {f.name for f in dataclasses.fields(MoEConfig)} - {f.name for f in dataclasses.fields(PartConfig)}
 _NO_EXPERTS: dict[str, Any] = {
     **_COMMON,
     "layer_renames": {**_COMMON["layer_renames"], **_DENSE},

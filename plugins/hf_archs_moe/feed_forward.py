@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_archs.mlp import MLP, MLPConfig
+from hf_archs.mlp import MLP, MLPConfig, mlp_tp_plan
+from hf_archs.parts import RoutedFeedForward
 from hf_archs_moe.configuration import MoEConfig
 from hf_archs_moe.expert_layer import ArchExperts
 from hf_archs_moe.routing import BALANCE_LOSSES, Router, Statistics, predictor_loss, router_figures, z_loss
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
-class MoE(nn.Module):
+
+def moe_tp_plan(config: MoEConfig) -> dict[str, str]:
+    """How every expert is sharded over processes: in the width of its hidden layer, as any feed-forward."""
+    wide = {"experts.gate_up_proj": "packed_colwise"} if config.gated else {"experts.up_proj": "colwise"}
+    plan = {**wide, "experts.down_proj": "rowwise", "experts": "moe_tp_experts"}
+    if config.shared_expert_intermediate_size:
+        shared = mlp_tp_plan(MLPConfig(gated=config.gated))
+        plan.update({f"shared_experts.{name}": style for name, style in shared.items()})
+    return plan
+
+
+def moe_ep_plan(config: MoEConfig) -> dict[str, str]:
+    """How the experts are spread over processes, in transformers' words."""
+    names = ("gate_up_proj" if config.gated else "up_proj", "down_proj")
+    return {**{f"experts.{name}": "grouped_gemm" for name in names}, "experts": "ep_dispatch_experts"}
+
+
+class MoE(RoutedFeedForward):
     """Every token through the experts that its router gives it, and through the shared one where there is one."""
 
-    routes = True  # asks the block for the mask, and gives statistics
+    config: MoEConfig
+    gate: Router
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -37,22 +58,6 @@ class MoE(nn.Module):
             )
         if config.shared_expert_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
-
-    @staticmethod
-    def tp_plan(config: MoEConfig) -> dict[str, str]:
-        """How every expert is sharded over processes: in the width of its hidden layer, as any feed-forward."""
-        wide = {"experts.gate_up_proj": "packed_colwise"} if config.gated else {"experts.up_proj": "colwise"}
-        plan = {**wide, "experts.down_proj": "rowwise", "experts": "moe_tp_experts"}
-        if config.shared_expert_intermediate_size:
-            shared = MLP.tp_plan(MLPConfig(gated=config.gated))
-            plan.update({f"shared_experts.{name}": style for name, style in shared.items()})
-        return plan
-
-    @staticmethod
-    def ep_plan(config: MoEConfig) -> dict[str, str]:
-        """How the experts are spread over processes, in transformers' words."""
-        names = ("gate_up_proj" if config.gated else "up_proj", "down_proj")
-        return {**{f"experts.{name}": "grouped_gemm" for name in names}, "experts": "ep_dispatch_experts"}
 
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None = None, count: bool = True
@@ -120,6 +125,12 @@ class MoE(nn.Module):
     def active_fraction(self) -> float:
         """How much of the experts' weights a token uses."""
         return self.config.experts_per_token / self.config.num_experts
+
+    def trainer_callbacks(self) -> list[TrainerCallback]:
+        """The one that moves corrections and logs figures, for all routers of a model."""
+        from hf_archs_moe.callbacks import RouterCallback  # transformers' callbacks are slow to import, and few need it
+
+        return [RouterCallback()]
 
     def check_generation(self) -> None:
         """Raise a `ValueError` where a token's experts depend on later tokens."""

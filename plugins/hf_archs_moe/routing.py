@@ -6,7 +6,7 @@ Letters in shapes: b batch, l length, d hidden size, n tokens (b times l), e exp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,6 @@ from transformers import initialization as init
 from hf_archs.backend import is_transformed
 from hf_archs.kernels.numerics import cast, no_autocast, wide
 from hf_archs_moe.configuration import MoEConfig
-
-if TYPE_CHECKING:
-    from hf_archs_moe.callbacks import RouterCallback
 
 TINY = 1e-20  # added to sums of scores, which may underflow
 
@@ -382,12 +379,6 @@ class Router(nn.Module):
         """
         if self.config.router == "loss_free":
             self.e_score_correction_bias.add_(torch.sign(load.mean() - load), alpha=self.config.bias_update_rate)
-
-    def trainer_callbacks(self) -> list[RouterCallback]:
-        """For `hf_archs.training.callbacks`."""
-        from hf_archs_moe.callbacks import RouterCallback  # transformers' callbacks are slow to import, and few need it
-
-        return [RouterCallback()]
 
 
 def router_figures(router: Router, counts: Statistics) -> dict[str, Tensor]:

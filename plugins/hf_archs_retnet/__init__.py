@@ -1,6 +1,7 @@
 """RetNet (Sun et al. 2023) as an architecture of hf-archs, and its op `retention`."""
 
 from hf_archs.registry import Architecture, register, register_feed_forward, register_mixer
+from hf_archs_retnet import modeling
 from hf_archs_retnet.configuration import ArchRetNetConfig, RetNetMixerConfig, retnet_state
 from hf_archs_retnet.conversion import FLA, SYNCDOTH, TORCHSCALE, TORCHSCALE_2023
 from hf_archs_retnet.mixer import RetNetMixer
@@ -13,7 +14,7 @@ from hf_archs_retnet.modeling import (
     ArchRetNetModel,
 )
 from hf_archs_retnet.retention import multi_scale_log_decay, retention, retention_parallel, retention_reference
-from hf_archs_retnet.sub_ln import SubLNMLP, SubLNMLPConfig
+from hf_archs_retnet.sub_ln import SubLNMLP, SubLNMLPConfig, sub_ln_tp_plan
 
 __all__ = [
     "ArchRetNetConfig",
@@ -41,21 +42,29 @@ _PAPER = {
     "gated": False,
 }
 
-register_mixer("retnet", RetNetMixer, RetNetMixerConfig, state=retnet_state)
-register_feed_forward("sub_ln_mlp", SubLNMLP, SubLNMLPConfig)
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "g_proj", "out_proj")
+
+register_mixer(
+    "retnet",
+    RetNetMixer,
+    RetNetMixerConfig,
+    state=retnet_state,
+    lora_targets=_PROJECTIONS,
+    even_targets=_PROJECTIONS,
+    tiny={"num_heads": 2},
+)
+register_feed_forward(
+    "sub_ln_mlp",
+    SubLNMLP,
+    SubLNMLPConfig,
+    tp_plan=sub_ln_tp_plan,
+    lora_targets=("up_proj", "down_proj"),
+    tiny={"intermediate_size": 96},
+)
 register(
     Architecture(
-        name="retnet",
-        config_class=ArchRetNetConfig,
-        model_class=ArchRetNetModel,
-        causal_lm_class=ArchRetNetForCausalLM,
-        masked_lm_class=ArchRetNetForMaskedLM,
-        sequence_classification_class=ArchRetNetForSequenceClassification,
-        token_classification_class=ArchRetNetForTokenClassification,
-        question_answering_class=ArchRetNetForQuestionAnswering,
-        mixer_class=RetNetMixer,
-        lora_targets=("q_proj", "k_proj", "v_proj", "g_proj", "out_proj"),
-        tiny={"num_heads": 2},
+        "retnet",
+        modeling,
         native_formats=(FLA, TORCHSCALE, SYNCDOTH, TORCHSCALE_2023),
         sizes={
             "4m": {

@@ -9,15 +9,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 
-from hf_archs.configuration import ArchConfig, LayerPlan, MixerConfig, check_range
-from hf_archs.mlp import MLP, MLPConfig
-from hf_archs.registry import StateSpec
-from hf_archs_retnet.sub_ln import SubLNMLP
+from hf_archs.configuration import ArchConfig, LayerPlan
+from hf_archs.mlp import MLPConfig
+from hf_archs.parts import PartConfig, StateSpec, check_range
 
 
 @strict
 @dataclass(kw_only=True)
-class RetNetMixerConfig(MixerConfig):
+class RetNetMixerConfig(PartConfig):
     """Fields of multi-scale retention (Sun et al. 2023, section 2.3).
 
     Args:
@@ -121,15 +120,6 @@ class ArchRetNetConfig(ArchConfig, RetNetMixerConfig, MLPConfig):
     def validate_feed_forward(self) -> None:
         check_range(self, "hidden_ratio", 1e-3, 1024.0)
         self._allow(not (self.inner_norm and self.gated), "inner_norm", "is False where gated is True")
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which depends on the fields
-        """How the layers are sharded. Retention runs on every rank: between its projections parameters are few."""
-        feed_forward = SubLNMLP.tp_plan(self) if self.inner_norm else MLP.tp_plan(self)
-        return {
-            **{f"layers.*.mixer.{x}_proj": "colwise_gather_output" for x in ("q", "k", "v", "g", "out")},
-            **{f"layers.*.feed_forward.{name}": style for name, style in feed_forward.items()},
-        }
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
         return LayerPlan(self.mixer_type, self, "sub_ln_mlp" if self.inner_norm else "mlp", self)

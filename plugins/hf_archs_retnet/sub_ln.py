@@ -29,10 +29,10 @@ class SubLNMLP(MLP):
         super().__init__(config)
         self.norm = ArchLayerNorm(config.intermediate_size, config.norm_eps)
 
-    @staticmethod
-    def tp_plan(config: MLPConfig) -> dict[str, str]:
-        """Every process has the whole hidden layer, which the norm goes over."""
-        return dict.fromkeys(("up_proj", "down_proj"), "colwise_gather_output")
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.norm(self.act(self.up_proj(hidden_states))))
+
+
+def sub_ln_tp_plan(config: MLPConfig) -> dict[str, str]:
+    """Every process has the whole hidden layer, which the norm goes over."""
+    return dict.fromkeys(("up_proj", "down_proj"), "colwise_gather_output")

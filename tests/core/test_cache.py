@@ -7,7 +7,7 @@ from transformers import DynamicCache, MambaConfig, StaticCache
 import hf_archs
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, adopt
 from hf_archs.call import NAME
-from hf_archs.registry import StateSpec
+from hf_archs.parts import StateSpec
 from hf_archs.testing.contract.models import assert_close, lively, logits, tokens
 from hf_archs.testing.contract.padding import padded
 

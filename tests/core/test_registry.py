@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ import torch
 
 import hf_archs
 from hf_archs import registry
-from hf_archs.configuration import MixerConfig
+from hf_archs.parts import PartConfig
 
 
 def python(code: str, *paths: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -43,151 +44,9 @@ def distribution(folder: Path, name: str, entry_points: dict[str, str]) -> None:
     (info / "entry_points.txt").write_text("\n".join(["[hf_archs.plugins]", *lines, ""]))
 
 
-TOY = '''
-"""An architecture of a third party: an exponential moving average as its mixer, and the core's feed-forward."""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from huggingface_hub.dataclasses import strict
-from torch import nn
-from transformers import GenerationMixin
-from transformers import initialization as init
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-)
-
-from hf_archs.backbone import ArchForCausalLM, ArchForMaskedLM, ArchModel, ArchPreTrainedModel
-from hf_archs.configuration import ArchConfig, LayerPlan, MixerConfig, check_range
-from hf_archs.mlp import MLPConfig
-from hf_archs.registry import Architecture, StateSpec, register, register_mixer
-
-
-@strict
-@dataclass(kw_only=True)
-class AverageConfig(MixerConfig):
-    initial_decay: float = 0.9
-
-    def validate_average(self) -> None:
-        check_range(self, "initial_decay", 0.01, 0.99)
-
-
-class Decay(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.logit = nn.Parameter(torch.empty(config.hidden_size))
-
-    def init_weights(self):
-        init.constant_(self.logit, torch.logit(torch.tensor(self.config.initial_decay)).item())
-
-    def forward(self, x, state, lengths, seq_idx):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        decay = torch.sigmoid(self.logit.to(wide))
-        average = x.new_zeros(x.shape[0], x.shape[2], dtype=wide) if state is None else state.to(wide)
-        averages = []
-        for t in range(x.shape[1]):
-            if seq_idx is not None and t > 0:
-                real = True if lengths is None else t < lengths
-                begins = (seq_idx[:, t] != seq_idx[:, t - 1]) & real
-                average = torch.where(begins[:, None], 0, average)
-            new = decay * average + x[:, t].to(wide)
-            average = new if lengths is None else torch.where((t < lengths)[:, None], new, average)
-            averages.append(average)
-        return torch.stack(averages, 1).to(x.dtype), average
-
-
-class Average(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.in_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.ssm = Decay(config)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states, state=None, lengths=None, seq_idx=None):
-        before = None if state is None else state.get("average")
-        x = torch.tanh(self.in_proj(hidden_states))
-        y, after = self.ssm(x, before, lengths, seq_idx)
-        if state is not None:
-            inputs = {"x": x} if seq_idx is None else {"x": x, "seq_idx": seq_idx}
-            state.update({"average": after}, inputs, self._replay)
-        return self.out_proj(y)
-
-    def _replay(self, inputs, before, lengths):
-        return {"average": self.ssm(inputs["x"], before["average"], lengths, inputs.get("seq_idx"))[1]}
-
-
-@strict
-class ArchToyConfig(ArchConfig, AverageConfig):
-    model_type = "toy_by_a_third_party"
-    mixer_type: ClassVar[str] = "toy_average"
-
-    intermediate_size: int = 96
-
-    def layer_plan(self, layer_idx):
-        wide = MLPConfig(hidden_size=self.hidden_size, intermediate_size=self.intermediate_size)
-        return LayerPlan(self.mixer_type, self, "mlp", wide)
-
-
-class ArchToyPreTrainedModel(ArchPreTrainedModel):
-    config_class = ArchToyConfig
-
-
-class ArchToyModel(ArchModel):
-    config_class = ArchToyConfig
-
-
-class ArchToyForCausalLM(ArchForCausalLM, GenerationMixin):
-    config_class = ArchToyConfig
-    _model_class = ArchToyModel
-
-
-class ArchToyForMaskedLM(ArchForMaskedLM):
-    config_class = ArchToyConfig
-    _model_class = ArchToyModel
-
-
-class ArchToyForSequenceClassification(GenericForSequenceClassification, ArchToyPreTrainedModel):
-    pass
-
-
-class ArchToyForTokenClassification(GenericForTokenClassification, ArchToyPreTrainedModel):
-    pass
-
-
-class ArchToyForQuestionAnswering(GenericForQuestionAnswering, ArchToyPreTrainedModel):
-    pass
-
-
-register_mixer(
-    "toy_average",
-    Average,
-    AverageConfig,
-    state=lambda config: {"average": StateSpec("recurrent", (config.hidden_size,), torch.float32)},
-)
-register(
-    Architecture(
-        name="toy",
-        config_class=ArchToyConfig,
-        model_class=ArchToyModel,
-        causal_lm_class=ArchToyForCausalLM,
-        masked_lm_class=ArchToyForMaskedLM,
-        sequence_classification_class=ArchToyForSequenceClassification,
-        token_classification_class=ArchToyForTokenClassification,
-        question_answering_class=ArchToyForQuestionAnswering,
-        mixer_class=Average,
-        lora_targets=("in_proj", "out_proj"),
-        tiny={"intermediate_size": 96},
-    )
-)
-'''
-
 TOY_CONTRACT = """
+from dataclasses import replace
+
 import pytest
 import hf_archs
 from hf_archs.testing.contract import ArchitectureContract
@@ -197,6 +56,14 @@ class TestToy(ArchitectureContract):
     @classmethod
     def architecture(cls):
         return hf_archs.get_architecture("toy")
+
+class TestHybrid(ArchitectureContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def architecture(cls):
+        tiny = {name: {"type": name, **hf_archs.get_mixer(name).tiny} for name in ("toy_average", "mamba")}
+        fields = {"mixers": tiny, "layer_pattern": "toy_average+mamba toy_average", "feed_forward": {}}
+        return replace(hf_archs.get_architecture("hybrid"), tiny={**fields, "feed_forward_pattern": None})
 """
 
 # what costs minutes in all (the Trainer, compilers, length 2,048) is left to the built-in architectures
@@ -210,14 +77,13 @@ TOY_TESTS = (
 @pytest.fixture
 def toy(tmp_path):
     """A folder with the toy plugin as an installed distribution."""
-    (tmp_path / "site" / "toy_plugin").mkdir(parents=True)
-    (tmp_path / "site" / "toy_plugin" / "__init__.py").write_text(TOY)
+    shutil.copytree(Path(__file__).parent.parent / "data" / "toy_plugin", tmp_path / "site" / "toy_plugin")
     distribution(tmp_path / "site", "toy-plugin", {"toy": "toy_plugin"})
     return tmp_path / "site"
 
 
 def test_a_third_party_plugin_passes_the_contract(toy, tmp_path):
-    """Found through its entry point, it needs nothing but its one file."""
+    """Found through its entry point, it needs nothing but its own folder, and so do hybrids of it and of others."""
     (tmp_path / "test_toy.py").write_text(TOY_CONTRACT)
     conftest = Path(__file__).parent.parent / "conftest.py"
     (tmp_path / "conftest.py").write_text(conftest.read_text())
@@ -229,7 +95,28 @@ def test_a_third_party_plugin_passes_the_contract(toy, tmp_path):
     """
     done = python(code, toy)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert int(done.stdout.split(" passed")[0].split()[-1]) > 50
+    assert int(done.stdout.split(" passed")[0].split()[-1]) > 100
+
+
+def test_hybrids_take_what_a_plugin_says_of_its_mixer(toy):
+    """Its targets of LoRA, its plan for processes; nothing outside of its folder names it."""
+    passes(
+        """
+        import hf_archs
+        from peft.utils import constants
+        hybrid = hf_archs.get_architecture("hybrid")
+        config = hybrid.tiny_config(mixers={"ema": {"type": "toy_average"}}, layer_pattern="ema", feed_forward=None,
+                                    feed_forward_pattern=None)
+        assert "toy_average" in hf_archs.registry.mixers()
+        plan = {f"layers.*.mixer.{name}": "colwise_gather_output" for name in ("in_proj", "out_proj")}
+        assert config.base_model_tp_plan == plan, config.base_model_tp_plan
+        assert plan.items() < hf_archs.get_architecture("toy").tiny_config().base_model_tp_plan.items()
+        assert hf_archs.get_architecture("toy").lora_targets[:2] == ("in_proj", "out_proj")
+        targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["hf_archs_hybrid"]
+        assert set(hf_archs.get_mixer("toy_average").lora_targets) <= set(targets)
+        """,
+        toy,
+    )
 
 
 def test_a_third_party_plugin_has_its_own_name_in_the_stub(toy, tmp_path):
@@ -379,7 +266,7 @@ def test_names_that_are_taken():
     with pytest.raises(ValueError, match="mixer 'mamba' is registered already, by hf_archs_mamba"):
         registry.register_mixer("mamba", mixer.module_class, mixer.config_class, state=mixer.state)
     with pytest.raises(ValueError, match=r"feed-forward 'mlp' is registered already, by hf_archs\.mlp"):
-        registry.register_feed_forward("mlp", torch.nn.Linear, MixerConfig)
+        registry.register_feed_forward("mlp", torch.nn.Linear, PartConfig)
 
 
 def test_classes_that_are_no_config():
@@ -394,7 +281,7 @@ def test_classes_that_are_no_config():
 
     with pytest.raises(TypeError, match="NoType has no model_type"):
         registry.register(replace(mamba, name="other", config_class=NoType))
-    with pytest.raises(TypeError, match=r"mixer 'other'.*dict.*no subclass of MixerConfig"):
+    with pytest.raises(TypeError, match=r"mixer 'other'.*dict.*no subclass of PartConfig"):
         registry.register_mixer("other", torch.nn.Linear, dict, state=lambda config: {})
     assert "other" not in registry.architectures()
 
@@ -434,4 +321,4 @@ def test_find_architecture():
         assert registry.distribution_of(architecture) == "hf-archs"
         assert architecture.model_type == f"hf_archs_{name}"
         assert architecture.config_class.__name__.startswith("Arch")
-    assert registry.find_architecture(MixerConfig) is None
+    assert registry.find_architecture(PartConfig) is None

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_m
 from torch import nn
 
 from hf_archs.backend import use_backend
-from hf_archs.registry import Architecture
+from hf_archs.registry import Architecture, get_feed_forward
 from hf_archs.testing.contract.generation import generate
 from hf_archs.testing.contract.models import (
     STATE_MODULE,
@@ -59,9 +59,15 @@ class AdapterContract(Contract):
             assert gradient.abs().max() > 1e-6, f"{name}: {gradient.abs().max():.1e} on the {route} route"
 
     def test_default_targets(self, model: Any, architecture: Architecture) -> None:
-        """With no targets named, LoRA adapts the layers that the architecture names, and each of them exists."""
-        names = {name for name in linear_names(model) if name.rpartition(".")[2] in architecture.lora_targets}
-        assert {name.rpartition(".")[2] for name in names} == set(architecture.lora_targets)
+        """With no targets named, LoRA adapts the layers that the model's mixers and feed-forwards name."""
+        plans = model.config.layer_plans()
+        mixers = [entry for plan in plans for entry, _ in plan.mixers()]
+        feed_forwards = [get_feed_forward(plan.feed_forward) for plan in plans if plan.feed_forward is not None]
+        targets = {target for part in [*mixers, *feed_forwards] for target in part.lora_targets}
+        assert targets <= set(architecture.lora_targets)
+        names = {name for name in linear_names(model) if name.rpartition(".")[2] in targets}
+        for entry in mixers:
+            assert set(entry.lora_targets) <= {name.rpartition(".")[2] for name in names}, entry.name
         assert adapted(get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM))) == names
 
     def test_each_layer_alone_changes_the_answer(self, model: Any) -> None:

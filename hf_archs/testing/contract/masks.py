@@ -36,10 +36,8 @@ def numbered() -> tuple[torch.Tensor, torch.Tensor]:
 
 def follows_pairs(model: Any) -> bool:
     """Whether every layer can follow a mask of four dimensions."""
-    mixers = [
-        mixer for layer in model.model.layers for mixer in getattr(layer.mixer, "parts", {0: layer.mixer}).values()
-    ]
-    return all(getattr(mixer, "follows_pairs", False) for mixer in mixers)
+    mixers = [mixer for plan in model.config.layer_plans() for mixer in plan.mixers()]
+    return all(entry.follows_pairs(config) for entry, config in mixers)
 
 
 def apart(numbers: torch.Tensor) -> torch.Tensor:

@@ -25,11 +25,10 @@ def specified(config: Any, activations: torch.dtype) -> dict[str, torch.dtype]:
 
 def follow(leader: Any, follower: Any) -> None:
     """Let every router of ``follower`` give what the same one of ``leader`` gave last."""
-    for first, second in zip(leader.model.layers, follower.model.layers, strict=True):
-        if hasattr(first.feed_forward, "routes"):
-            given: list[Any] = []
-            first.feed_forward.gate.register_forward_hook(lambda *call, given=given: given.append(call[-1]))
-            second.feed_forward.gate.register_forward_hook(lambda *call, given=given: given.pop())
+    for first, second in zip(leader.model.routers().values(), follower.model.routers().values(), strict=True):
+        given: list[Any] = []
+        first.gate.register_forward_hook(lambda *call, given=given: given.append(call[-1]))
+        second.gate.register_forward_hook(lambda *call, given=given: given.pop())
 
 
 class PrecisionContract(Contract):
