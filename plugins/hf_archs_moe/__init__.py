@@ -41,7 +41,7 @@ register_feed_forward(
     tp_plan=moe_tp_plan,
     ep_plan=moe_ep_plan,
     lora_targets=("gate_proj", "up_proj", "down_proj"),  # of the shared expert
-    tiny={"num_experts": 4, "moe_intermediate_size": 48},
+    tiny={"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 32},
     conversions=expert_conversions(),
 )
 register(

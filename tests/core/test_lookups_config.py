@@ -18,6 +18,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import TransformersKwargs
 
 import hf_archs
+from hf_archs import registry
 from hf_archs.testing.contract.models import assert_close, lively, logits, state_parameters, tokens
 
 ARCHITECTURES = hf_archs.architectures()
@@ -88,12 +89,43 @@ def test_every_tuner_has_default_targets(architecture):
     with torch.device("meta"):
         model = architecture.causal_lm_class(architecture.tiny_config())
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()} | {"feed_forward_norm"}
+    names |= {target for part in architecture.parts() for target in part.lora_targets}  # see the next test
     tables = [name for name in vars(constants) if name.endswith("_TARGET_MODULES_MAPPING")]
     assert len(tables) > 30
     for table in tables:
         found = getattr(constants, table)[architecture.model_type]
         assert found, table
         assert set(found) <= names, table
+
+
+PARTS = [*map(registry.get_mixer, registry.mixers()), *map(registry.get_feed_forward, registry.feed_forwards())]
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part.name != "parallel"], ids=lambda part: part.name)
+def test_targets_of_parts(part):
+    """LoRA adapts every linear layer of every mixer and feed-forward, but for those that make a recurrence's parameters
+    or a gate of one number.
+    """
+    with torch.device("meta"):
+        module = part.module_class(part.config_class(hidden_size=64, **part.tiny))
+    linear = [name.split(".") for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    assert {path[-1] for path in linear if "ssm" not in path} == set(part.lora_targets)
+    assert set(part.even_targets) <= set(part.lora_targets)
+
+
+def test_default_lora_of_a_hybrid_reaches_every_layer_of_its_mixers():
+    """Those that the mixers' own architectures adapt, whichever mixers they are."""
+    mixers = {name: {"type": name, **registry.get_mixer(name).tiny} for name in ("mamba", "retnet", "hyena")}
+    config = registry.get_architecture("hybrid").tiny_config(
+        mixers=mixers, layer_pattern=[*mixers], num_hidden_layers=3, feed_forward=None, feed_forward_pattern=None
+    )
+    model = registry.get_architecture("hybrid").causal_lm_class(config)
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+    for layer, name in enumerate(mixers):
+        module = wrapped.base_model.model.model.layers[layer].mixer
+        adapted = {n.rpartition(".")[2] for n, child in module.named_modules() if hasattr(child, "lora_A")}
+        assert adapted == set(registry.get_mixer(name).lora_targets), name
+        assert adapted <= set(registry.get_architecture(name).lora_targets)
 
 
 # PEFT says so of Llama's norms and sizes too
