@@ -100,8 +100,8 @@ class PartConfig:
 class TokenMixer(Protocol):
     """A token mixer as a block calls it, and `hf_archs.registry.register_mixer` takes it: built as ``cls(config)``.
 
-    It is an `nn.Module`. Parameters of the recurrence (states, decays, step biases, Hyena's filters) stand in a submodule
-    ``ssm``, a name that checkpoints, adapters and quantisers know; they stay in float32.
+    It is an `nn.Module`. Parameters of the recurrence (states, decays, step biases, Hyena's filters) stand in a
+    submodule ``ssm``, a name that checkpoints, adapters and quantisers know; they stay in float32.
     """
 
     def forward(
