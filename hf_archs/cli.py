@@ -14,8 +14,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.measure import measure_renderables
 from rich.table import Table
 from typer.core import TyperCommand
 
@@ -83,24 +81,6 @@ def _say(sentence: str) -> None:
     console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
-def _show(table: Table) -> None:
-    """Print a table without cutting a word: wider than the terminal where it must be, and in pipes as wide as it is."""
-    measures = [
-        measure_renderables(console, console.options.update_width(10**6), [column.header, *column.cells])
-        for column in table.columns
-    ]
-    frame = 3 * len(measures) + 1  # a border before every column and one after all, a space on both sides of each
-    widest = frame + sum(measure.maximum for measure in measures)
-    spare = console.width - frame - sum(measure.minimum for measure in measures)
-    narrow = console.is_terminal and widest > console.width
-    if narrow:
-        flexible = sum(measure.span for measure in measures)
-        for column, measure in zip(table.columns, measures):
-            column.width = measure.minimum + max(spare, 0) * measure.span // max(flexible, 1)
-    wide = Console(file=console.file, width=max(console.width, widest if not narrow else console.width - spare))
-    wide.print(table)
-
-
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A config field; may be repeated.")]
 OtherTokenizer = Annotated[
     str | None, typer.Option("--tokenizer", help="Checkpoint whose tokenizer to use, where the model has none.")
@@ -125,14 +105,14 @@ def _overrides(pairs: list[str] | None) -> dict[str, Any]:
 @app.command("list", cls=_Command)
 def list_architectures() -> None:
     """List the architectures, their sizes and what they can read."""
-    from hf_archs import registry
+    from hf_archs import registry, tables
 
     table = Table("architecture", "model type", "sizes", "native checkpoints", "LoRA on")
     for name in registry.architectures():
         a = registry.get_architecture(name)
         formats = ", ".join(map(str, a.native_formats))
         table.add_row(name, a.model_type, ", ".join(("tiny", *a.sizes)), formats, ", ".join(a.lora_targets))
-    _show(table)
+    tables.show(table, console)
 
 
 @app.command(cls=_Command)
@@ -141,55 +121,10 @@ def doctor() -> None:
 
     Versions are compared with the tested ones. The status is 1 if one is not allowed or missing, or a plugin failed.
     """
-    import platform
+    from hf_archs import doctor as installation
 
-    import torch
-
-    import hf_archs
-    from hf_archs import backend, registry, versions
-
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    assert device is not None
-    table = Table("what", "found", "against what was tested", title="hf-archs doctor", title_justify="left")
-    table.add_row("hf-archs", hf_archs.__version__)
-    table.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    comparisons = versions.compare()
-    for c in comparisons:
-        table.add_row(c.name, c.found or "not installed", c.verdict if c.allowed else f"[red]{c.verdict}[/]")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    table.add_row("device", f"{device.type} ({name})")
-    table.add_row("architectures", ", ".join(registry.architectures()))
-    table.add_section()
-    chosen = backend.backend_for(torch.empty(0, device=device))
-    for op, forms in _implementations().items():
-        table.add_row(f"op {op}", chosen if chosen in forms else "portable")
-    table.add_section()
-    failed = registry.failed_plugins()
-    for plugin, why in failed.items():
-        table.add_row(f"plugin {plugin}", f"[red]failed:[/] {escape(why)}")
-    if not failed:
-        table.add_row("plugins", "all loaded")
-    _show(table)
-    if failed or not all(c.allowed for c in comparisons):
+    if not installation.examine(console):
         raise typer.Exit(1)
-
-
-def _implementations() -> dict[str, set[str]]:
-    """Every op of hf_archs and the plugins, and its forms: an op ``x`` has ``x_portable.py`` and ``x_triton.py``."""
-    import importlib.metadata
-    import importlib.util
-
-    from hf_archs import registry
-
-    plugins = importlib.metadata.entry_points(group=registry.ENTRY_POINT_GROUP)
-    ops: dict[str, set[str]] = {}
-    for package in sorted({"hf_archs", *(plugin.module.partition(".")[0] for plugin in plugins)}):
-        spec = importlib.util.find_spec(package)
-        for folder in (spec and spec.submodule_search_locations) or ():
-            for form in ("portable", "triton"):
-                for file in sorted(Path(folder).rglob(f"*_{form}.py")):
-                    ops.setdefault(file.stem.removesuffix(f"_{form}"), {"reference"}).add(form)
-    return ops
 
 
 @app.command(cls=_Command)
@@ -337,7 +272,7 @@ def describe(
     picture: Annotated[Path | None, typer.Option(help="PNG file to draw into.")] = None,
 ) -> None:
     """Show what every layer is and costs. The same model with attention everywhere stands beside it."""
-    from hf_archs import checkpoints, errors
+    from hf_archs import checkpoints, errors, tables
     from hf_archs import describe as costs
 
     if picture is not None:
@@ -355,7 +290,7 @@ def describe(
     table.add_section()
     table.add_row("all", "", "", *costs.numbers(costs.total(layers)))
     table.add_row("all", "attention everywhere", "", *costs.numbers(costs.total(attention)))
-    _show(table)
+    tables.show(table, console)
     if picture is not None:
         costs.draw(layers, attention, length, picture)
         _say(f"drawn into {picture}")
@@ -370,7 +305,7 @@ def inspect(
     tokenizer: OtherTokenizer = None,
 ) -> None:
     """Show what the routers of a model do with a text. That is load, entropy, drops, correction of the scores."""
-    from hf_archs import checkpoints, errors, inspection, text
+    from hf_archs import checkpoints, errors, inspection, tables, text
 
     if picture is not None:
         errors.needs("matplotlib", "--picture", "plot")
@@ -385,7 +320,7 @@ def inspect(
     for layer, found in figures.items():
         numbers = f"{found['max_load']:.2f}", f"{found['entropy']:.3f}", f"{found['drop_rate']:.1%}"
         table.add_row(str(layer), str(int(found["load"].argmax())), *numbers)
-    _show(table)
+    tables.show(table, console)
     if picture is not None:
         inspection.draw(figures, picture)
         _say(f"drawn into {picture}")

@@ -24,7 +24,6 @@ from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 from huggingface_hub.utils import get_session
 from safetensors.torch import save_file
 
-from hf_archs.testing import hub as hub_module
 from hf_archs.testing.hub import EmbeddedHub
 
 # the client's own: it hands files to httpx2 in the old way
@@ -484,9 +483,8 @@ def test_own_users_and_bad_arguments(online, tmp_path):
 
 def test_the_hub_as_a_process(online, tmp_path):
     options = ["--root", str(tmp_path), "--port", "0"]
-    # by its file and not by -m, which does the same after importing torch
     with subprocess.Popen(
-        [sys.executable, hub_module.__file__, *options], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "hf_archs.testing.hub", *options], stdout=subprocess.PIPE, text=True
     ) as process:
         endpoint = process.stdout.readline().strip()
         try:
@@ -500,7 +498,7 @@ def test_the_hub_as_a_process(online, tmp_path):
 
 
 def test_the_hub_ends_with_whoever_holds_its_input(tmp_path):
-    command = [sys.executable, hub_module.__file__, "--root", str(tmp_path), "--until-eof"]
+    command = [sys.executable, "-m", "hf_archs.testing.hub", "--root", str(tmp_path), "--until-eof"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().startswith("http://127.0.0.1:")
         process.stdin.close()

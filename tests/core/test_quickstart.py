@@ -23,9 +23,11 @@ from typer.testing import CliRunner
 
 import hf_archs
 from hf_archs import checkpoints, cli, publish, text
-from hf_archs import quickstart as job
 from hf_archs.errors import CheckFailed
-from hf_archs.quickstart import GenomeOptions, TextOptions, make_options, quickstart
+from hf_archs.quickstart import GenomeOptions, TextOptions, make_options, quickstart, text_job, training
+from hf_archs.quickstart.cards import text_cards
+from hf_archs.quickstart.figures import draw, in_bits
+from hf_archs.quickstart.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 FIELDS = {"arch", "parameters", "seconds", "tokens_per_second", "bits_per_byte", "merged_equals_unmerged"}
@@ -55,7 +57,7 @@ def recorder():
 def sample():
     """Less of the held-out text is measured than there is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "SAMPLE", 300)
+        patch.setattr(text_job, "SAMPLE", 300)
         yield 300
 
 
@@ -142,7 +144,7 @@ def test_the_files_and_the_table(done):
 
 def test_the_card_of_the_default_data(done):
     _, summary, _ = done
-    cards = job._cards(TextOptions(), summary["bits_per_byte"], summary["characters"])
+    cards = text_cards(TextOptions(), summary["bits_per_byte"], summary["characters"])
     assert {card["license"] for card in cards.values()} == {"apache-2.0"}
     assert any(what.startswith("held-out code (") for what in cards["model"]["results"])
 
@@ -161,10 +163,10 @@ def test_an_interrupted_run_goes_on(done, data, tmp_path, monkeypatch):
     """In the pretraining, then in LoRA before and after a checkpoint; it gives what an uninterrupted run gives."""
     _, expected, _ = done
     monkeypatch.setattr(publish, "run", exchange)
-    monkeypatch.setattr(job, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
     options = miniature(data, tmp_path / "out")
     steps = []
-    on_step_end = job._Steps.on_step_end
+    on_step_end = training.Steps.on_step_end
 
     def interrupt(self, args, state, control, **kwargs):
         steps.append((self.bar.what, state.global_step))
@@ -172,7 +174,7 @@ def test_an_interrupted_run_goes_on(done, data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         on_step_end(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(job._Steps, "on_step_end", interrupt)
+    monkeypatch.setattr(training.Steps, "on_step_end", interrupt)
     stops = {
         ("pretraining", 7): "tokenizer, figures before, pretraining up to step 6",
         ("LoRA", 1): "model, figures after, text",
@@ -202,7 +204,7 @@ def test_other_options_start_anew(tmp_path):
 
     def begin(data=b"data", **changed):
         console = recorder()
-        run = job._Run(dataclasses.replace(options, **changed), data, console)
+        run = Run(dataclasses.replace(options, **changed), data, console)
         return run, console.export_text()
 
     run, printed = begin()
@@ -234,17 +236,17 @@ def test_half_a_checkpoint_is_none(tmp_path):
         save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
         if whole:
             (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    assert job._newest(tmp_path) == (str(tmp_path / "checkpoint-10"), 10)
-    assert job._newest(tmp_path / "none") == (None, 0)
+    assert training.newest_of(tmp_path) == (str(tmp_path / "checkpoint-10"), 10)
+    assert training.newest_of(tmp_path / "none") == (None, 0)
 
 
 def test_checkpoints_come_now_and_then_and_not_at_the_end(monkeypatch):
-    steps = job._Steps(lambda *told: None)
+    steps = training.Steps(lambda *told: None)
     state = SimpleNamespace(global_step=0, max_steps=3)
     steps.on_train_begin(None, state, None)
     saved = []
     for every, steps_done in ((1e9, 1), (0.0, 2), (0.0, 3)):
-        monkeypatch.setattr(job, "SAVE_EVERY", every)
+        monkeypatch.setattr(training, "SAVE_EVERY", every)
         state.global_step = steps_done
         control = SimpleNamespace(should_save=False)
         steps.on_step_end(None, state, control)
@@ -257,8 +259,8 @@ def test_the_picture(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *a, **k: drawn.append(figure.axes[0]))
     for count in (1, 2, 7, 130):
-        losses = {"pretraining": job._bits([2.0] * count, 3.0), "LoRA": job._bits([4.0], 2.0)}
-        job._draw(losses, "byte", tmp_path)
+        losses = {"pretraining": in_bits([2.0] * count, 3.0), "LoRA": in_bits([4.0], 2.0)}
+        draw(losses, "byte", tmp_path)
         axes = drawn.pop()
         assert axes.get_ylabel() == "training loss (bits per byte)"
         ticks = axes.get_xticks().tolist()
@@ -274,7 +276,7 @@ def test_bytes_per_token():
     tokenizer = text.train_tokenizer(corpus.values(), 258)
     rows = text.token_blocks(tokenizer, corpus.values(), 9)
     tokens = sum(len(row) for row in rows["input_ids"])
-    assert job._bytes_per_token(tokenizer, rows) == pytest.approx(360 / tokens, rel=0.05)
+    assert text_job._bytes_per_token(tokenizer, rows) == pytest.approx(360 / tokens, rel=0.05)
 
 
 def test_encoding_and_measuring_say_how_far_they_are():
@@ -340,7 +342,8 @@ def test_an_output_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("module", ["matplotlib", "starlette.applications"])
 def test_a_missing_package_is_named_before_anything_is_trained(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, "hf_archs.testing.hub", raising=False)
+    for name in [name for name in sys.modules if name.startswith("hf_archs.testing.hub")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=rf"needs the package {module}: pip install 'hf-archs\[quickstart\]'"):
         quickstart(TextOptions(size="tiny", output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,90 @@
+"""A commit: files written, moved in and deleted at once."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+from urllib.parse import unquote
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from hf_archs.testing.hub.access import Access
+from hf_archs.testing.hub.files import Files, folders_of, lfs_entry
+from hf_archs.testing.hub.refusal import HubError
+from hf_archs.testing.hub.repository import Repository
+from hf_archs.testing.hub.xet import take_from_xet
+
+
+class Commits(Access):
+    """The endpoint of commits and of pull requests with changes."""
+
+    async def commit(self, request: Request) -> Response:
+        """Apply the lines of a commit, all or none, and move the branch to it."""
+        proposed = "create_pr" in request.query_params
+        lines = [json.loads(line) for line in (await request.body()).splitlines()]
+        repo = self.open(request, "propose" if proposed else "write")
+        user, revision = self.caller(request)[0] or "", unquote(request.path_params["revision"])
+        head = repo.at(revision)
+        if not lines or lines[0]["key"] != "header":
+            raise HubError(400, "a commit begins with its header")
+        header = lines[0]["value"]
+        parent = header.get("parentCommit")
+        if parent and not head["oid"].startswith(parent.lower()):
+            raise HubError(412, f"A commit has happened since: {revision} is at {head['oid']}, not {parent}")
+        ref = repo.ref_of(revision)
+        if not proposed and (ref is None or ref.startswith("refs/tags/")):
+            raise HubError(400, f"can only commit to a branch or a pull request, and {revision!r} is neither")
+        files = dict(head["files"])
+        take_from_xet(repo, {line["value"]["oid"] for line in lines if line["key"] == "lfsFile"})
+        for line in lines[1:]:
+            _apply(repo, files, line["key"], line["value"])
+        if clash := folders_of(files) & files.keys():
+            raise HubError(400, f"{min(clash)} would be both a file and a folder")
+        answer = {}
+        title, message = header["summary"], header.get("description", "")
+        if proposed:
+            num = repo.open_discussion(title, user, True)["num"]
+            ref = f"refs/pr/{num}"
+            answer["pullRequestUrl"] = f"{self._page(request, repo)}/discussions/{num}"
+        oid = repo.commit(str(ref), head["oid"], files, title, message, user)
+        url = f"{self._page(request, repo)}/commit/{oid}"
+        return JSONResponse(answer | {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
+
+    def _page(self, request: Request, repo: Repository) -> str:
+        return f"{request.base_url}{'' if repo.kind == 'models' else f'{repo.kind}/'}{repo.id}"
+
+
+def _apply(repo: Repository, files: Files, key: str, value: dict[str, Any]) -> None:
+    """Apply one line of a commit to ``files``."""
+    path = _checked_path(value["path"].rstrip("/") if key == "deletedFolder" else value["path"])
+    if key == "file":
+        if value.get("encoding", "utf-8") == "base64":
+            content = base64.b64decode(value["content"], validate=True)
+        else:
+            content = value["content"].encode()
+        files[path] = repo.store(content)
+    elif key == "lfsFile":
+        file = repo.object(value["oid"])
+        if not file.exists():
+            raise HubError(400, f"{path} points to the LFS object {value['oid']}, which was never uploaded")
+        size = file.stat().st_size
+        if value.get("size", size) != size:
+            raise HubError(400, f"{path} is said to have {value['size']} bytes, and has {size}")
+        files[path] = lfs_entry(value["oid"], size)
+    elif key in ("deletedFile", "deletedFolder"):
+        gone = [p for p in files if p == path or (key == "deletedFolder" and p.startswith(f"{path}/"))]
+        if not gone:
+            what = "file" if key == "deletedFile" else "folder"
+            raise HubError(404, f"A {what} with this name doesn't exist: {path}", "EntryNotFound")
+        for name in gone:
+            del files[name]
+    else:
+        raise HubError(400, f"unknown operation in a commit: {key!r}")
+
+
+def _checked_path(path: str) -> str:
+    if not path or any(part in ("", ".", "..", ".git") for part in path.split("/")) or "\0" in path:
+        raise HubError(400, f"Invalid path in commit: {path!r}")
+    return path

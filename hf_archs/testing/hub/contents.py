@@ -1,0 +1,103 @@
+"""A repository's files at a revision."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+from urllib.parse import parse_qs, unquote
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from hf_archs.testing.hub.access import Access
+from hf_archs.testing.hub.card import card_metadata
+from hf_archs.testing.hub.files import below, file_row, folder_row, folders_of
+from hf_archs.testing.hub.refusal import HubError
+from hf_archs.testing.hub.repository import Repository
+
+
+class Contents(Access):
+    """The endpoints that read a repository."""
+
+    def _info(self, repo: Repository, commit: dict[str, Any]) -> dict[str, Any]:
+        def text_of(path: str) -> str:
+            entry = commit["files"].get(path)
+            return repo.object(entry["sha256"]).read_text("utf-8", "replace") if entry else ""
+
+        card: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):  # a card that the Hub cannot read is shown without its metadata
+            card = card_metadata(text_of("README.md"))
+        tags = card.get("tags") or []
+        return {
+            "id": repo.id,
+            "modelId": repo.id,
+            "author": repo.owner,
+            "sha": commit["oid"],
+            "createdAt": repo.meta["created"],
+            "lastModified": commit["date"],
+            "private": repo.meta["private"],
+            "gated": False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": tags if isinstance(tags, list) else [tags],
+            "library_name": card.get("library_name"),
+            "pipeline_tag": card.get("pipeline_tag"),
+            "cardData": card,
+            "siblings": [{"rfilename": path} for path in commit["files"]],
+        }
+
+    async def info(self, request: Request) -> Response:
+        """A repository at a revision: its card, its files."""
+        repo = self.open(request)
+        commit = self.commit_of(request, repo)
+        info = self._info(repo, commit)
+        if "blobs" in request.query_params:
+            for sibling in info["siblings"]:
+                row = file_row(sibling["rfilename"], commit["files"][sibling["rfilename"]])
+                sibling |= {"size": row["size"], "blobId": row["oid"]}
+                if "lfs" in row:
+                    sibling["lfs"] = row["lfs"] | {"sha256": row["lfs"]["oid"]}
+        return JSONResponse(info)
+
+    async def tree(self, request: Request) -> Response:
+        """The files and folders in a folder."""
+        repo = self.open(request)
+        commit = self.commit_of(request, repo)
+        files = commit["files"]
+        folder = unquote(request.path_params.get("path", "")).strip("/")
+        if folder and not below(files, folder):
+            raise HubError(404, f"{folder} does not exist on {commit['oid']}", "EntryNotFound", commit["oid"])
+        recursive = request.query_params.get("recursive", "").lower() in ("true", "1")
+        start = len(folder) + 1 if folder else 0
+
+        def is_listed(path: str) -> bool:
+            return path.startswith(f"{folder}/" if folder else "") and (recursive or "/" not in path[start:])
+
+        folders = [folder_row(path, files) for path in sorted(folders_of(files)) if is_listed(path)]
+        return JSONResponse(folders + [file_row(path, entry) for path, entry in files.items() if is_listed(path)])
+
+    async def paths_info(self, request: Request) -> Response:
+        """The files and folders with these paths."""
+        repo = self.open(request)
+        files = self.commit_of(request, repo)["files"]
+        paths = [path.rstrip("/") for path in parse_qs((await request.body()).decode()).get("paths", [])]
+        rows = [file_row(path, files[path]) for path in paths if path in files]
+        return JSONResponse(rows + [folder_row(path, files) for path in paths if below(files, path)])
+
+    async def resolve(self, request: Request) -> Response:
+        """The content of a file."""
+        repo = self.open(request)
+        commit = self.commit_of(request, repo)
+        path = unquote(request.path_params["path"])
+        entry = commit["files"].get(path)
+        if entry is None:
+            raise HubError(404, "Entry not found", "EntryNotFound", commit["oid"])
+        headers = {"X-Repo-Commit": commit["oid"], "ETag": f'"{entry["oid"]}"'}
+        if entry["lfs"]:
+            headers["ETag"] = headers["X-Linked-Etag"] = f'"{entry["sha256"]}"'
+            headers["X-Linked-Size"] = str(entry["size"])
+        # FileResponse answers HEAD and Range; an LFS file is served here and not by a redirect, after which the
+        # client would look for X-Repo-Commit in vain
+        file, name = repo.object(entry["sha256"]), path.rpartition("/")[2]
+        return FileResponse(file, headers=headers, media_type="application/octet-stream", filename=name)

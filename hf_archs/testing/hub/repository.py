@@ -1,0 +1,127 @@
+"""One repository on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hf_archs.testing.hub.files import Files, git_oid, tree_oid
+from hf_archs.testing.hub.refusal import HubError
+
+LFS_SUFFIXES = "7z arrow bin bz2 ckpt gz h5 joblib model msgpack npy npz onnx parquet pickle pkl pt pth safetensors tar"
+GIT_ATTRIBUTES = "".join(f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES.split())
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # the one form that the client reads
+
+
+def _sha256_and_size(path: Path) -> tuple[str, int]:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+
+
+class Repository:
+    """One repository on disk; the docstring of `hf_archs.testing.hub` has the layout."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.kind, self.owner, self.name = folder.parts[-3:]
+        self.id = f"{self.owner}/{self.name}"
+        self.meta: dict[str, Any] = json.loads((folder / "repo.json").read_text())
+        self.refs: dict[str, str] = self.meta["refs"]
+
+    @classmethod
+    def create(cls, folder: Path, private: bool) -> Repository:
+        """A new repository with its first commit, which says which files are LFS."""
+        for name in ("commits", "objects", "incoming"):
+            (folder / name).mkdir(parents=True)
+        meta = {"private": private, "created": _now(), "refs": {}, "discussions": []}
+        (folder / "repo.json").write_text(json.dumps(meta))
+        repo = cls(folder)
+        files = {".gitattributes": repo.store(GIT_ATTRIBUTES.encode())}
+        repo.commit("refs/heads/main", None, files, "initial commit", "", repo.owner)
+        return repo
+
+    def save(self) -> None:
+        """Write ``repo.json``, at once or not at all."""
+        new = self.folder / "repo.json.new"
+        new.write_text(json.dumps(self.meta, indent=1))
+        new.replace(self.folder / "repo.json")
+
+    def object(self, sha256: str) -> Path:
+        """Where the content of this sha256 lies or would lie."""
+        if not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise HubError(400, f"not a sha256: {sha256!r}")
+        return self.folder / "objects" / sha256
+
+    def store(self, content: bytes) -> dict[str, Any]:
+        """Keep a small file and return its entry."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        self.object(sha256).write_bytes(content)
+        return {"oid": git_oid("blob", content), "size": len(content), "sha256": sha256, "lfs": False}
+
+    def adopt(self, file: Path, sha256: str, size: int, found: tuple[str, int] | None = None) -> None:
+        """Move an uploaded ``file`` to the objects, or delete it and refuse where it is not what was promised."""
+        found = found or _sha256_and_size(file)
+        if found != (sha256, size):
+            file.unlink()
+            raise HubError(422, f"the upload has sha256 {found[0]} and {found[1]} bytes, not {sha256} and {size}")
+        file.replace(self.object(sha256))
+
+    def commit(self, ref: str, parent: str | None, files: Files, title: str, message: str, author: str) -> str:
+        """Write a commit with these files, move ``ref`` to it and return its id."""
+        stamp = f"{author} <{author}@localhost> {int(time.time())} +0000"
+        parents = f"parent {parent}\n" if parent else ""
+        text = f"tree {tree_oid(files)}\n{parents}author {stamp}\ncommitter {stamp}\n\n{title}\n\n{message}\n"
+        oid = git_oid("commit", text.encode())
+        record: dict[str, Any] = {"oid": oid, "parent": parent, "title": title, "message": message, "author": author}
+        record |= {"date": _now(), "files": dict(sorted(files.items()))}
+        (self.folder / "commits" / f"{oid}.json").write_text(json.dumps(record, indent=1))
+        self.refs[ref] = oid
+        self.save()
+        return oid
+
+    def ref_of(self, revision: str) -> str | None:
+        """The full name of a branch, tag or pull request; None for anything else."""
+        candidates = (f"refs/heads/{revision}", f"refs/tags/{revision}", revision)
+        return next((ref for ref in candidates if ref in self.refs), None)
+
+    def at(self, revision: str) -> dict[str, Any]:
+        """The commit that a branch, a tag, a full ref or a commit id names."""
+        ref = self.ref_of(revision)
+        file = self.folder / "commits" / f"{self.refs[ref] if ref else revision}.json"
+        if not ref and not (re.fullmatch("[0-9a-f]{40}", revision) and file.exists()):
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return json.loads(file.read_text())
+
+    def history(self, revision: str) -> Iterator[dict[str, Any]]:
+        """A commit and those before it, the newest first."""
+        oid: str | None = revision
+        while oid:
+            commit = self.at(oid)
+            yield commit
+            oid = commit["parent"]
+
+    def open_discussion(self, title: str, author: str, pull_request: bool) -> dict[str, Any]:
+        """Add a discussion or a pull request; the caller saves."""
+        discussion = {
+            "num": len(self.meta["discussions"]) + 1,
+            "title": title,
+            "author": {"name": author},
+            "createdAt": _now(),
+            "status": "draft" if pull_request else "open",
+            "repo": {"name": self.id, "type": self.kind[:-1]},
+            "isPullRequest": pull_request,
+            "events": [],
+            "changes": {"base": "refs/heads/main"},
+            "filesWithConflicts": [],
+        }
+        self.meta["discussions"].append(discussion)
+        return discussion

@@ -1,0 +1,188 @@
+"""Large files on their way: LFS, whole or in parts, and Xet."""
+
+from __future__ import annotations
+
+import base64
+import fnmatch
+import hashlib
+import math
+import secrets
+import shutil
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from hf_archs.testing.hub.access import Access
+from hf_archs.testing.hub.files import folders_of
+from hf_archs.testing.hub.refusal import HubError
+from hf_archs.testing.hub.repository import Repository
+
+LARGE_FILE = 10 * 2**20  # bytes; above it a file is LFS whatever its name
+
+
+@dataclass
+class _Upload:
+    """What was promised for one LFS object; its ticket in the URL is the permission, as with a signed URL."""
+
+    repo: Repository
+    sha256: str
+    size: int
+    chunk: int  # bytes of a part; 0 where the object comes whole
+    etags: list[str | None]  # of the parts that have arrived
+
+
+class Uploads(Access):
+    """The endpoints of what goes before a commit."""
+
+    def __init__(self, root: Path, users: Mapping[str, tuple[str, str]], multipart_threshold: int) -> None:
+        super().__init__(root, users)
+        self.multipart_threshold = multipart_threshold
+        self.uploads: dict[str, _Upload] = {}
+
+    async def preupload(self, request: Request) -> Response:
+        """Which files are LFS, which are ignored, and which are there already."""
+        repo = self.open(request, "propose" if "create_pr" in request.query_params else "write")
+        body = await request.json()
+        files = self.commit_of(request, repo)["files"]
+
+        def text_of(path: str) -> str:
+            return repo.object(files[path]["sha256"]).read_text() if path in files else ""
+
+        lfs = [line.split()[0] for line in text_of(".gitattributes").splitlines() if "filter=lfs" in line]
+        gitignore = body.get("gitIgnore", text_of(".gitignore"))
+
+        def answer(file: dict[str, Any]) -> dict[str, Any]:
+            path, binary = file["path"], b"\0" in base64.b64decode(file["sample"])
+            large = binary or file["size"] > LARGE_FILE or any(_matches(path, pattern) for pattern in lfs)
+            mode = "lfs" if large else "regular"
+            row = {"path": path, "uploadMode": mode, "shouldIgnore": _is_ignored(path, gitignore)}
+            if path in files:  # lets the client leave out what has not changed
+                row["oid"] = files[path]["sha256" if files[path]["lfs"] else "oid"]
+            return row
+
+        return JSONResponse({"files": [answer(file) for file in body["files"]]})
+
+    async def xet_token(self, request: Request) -> Response:
+        """A ``local://`` store to upload into by Xet."""
+        repo = self.open(request, "propose" if "create_pr" in request.query_params else "write")
+        # A folder of its own for every upload, because hf_xet locks a store for as long as its process lives.
+        url, expires = f"local://{repo.folder}/xet/{secrets.token_hex(8)}", int(time.time()) + 3600
+        Path(url.removeprefix("local://")).mkdir(parents=True)
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "local", "X-Xet-Token-Expiration": str(expires)}
+        return JSONResponse({"casUrl": url, "accessToken": "local", "exp": expires}, headers=headers)
+
+    async def lfs_batch(self, request: Request) -> Response:
+        """Where each of these LFS objects is to be uploaded."""
+        body = await request.json()
+        # an upload for a pull request carries no ref, and may come from anyone who can open one
+        repo = self.open(request, "write" if "ref" in body else "propose")
+        return JSONResponse({"objects": [self._instruct(request, repo, promised) for promised in body["objects"]]})
+
+    def _instruct(self, request: Request, repo: Repository, promised: dict[str, Any]) -> dict[str, Any]:
+        sha256, size = promised["oid"], promised["size"]
+        row = {"oid": sha256, "size": size}
+        if repo.object(sha256).exists():
+            return row
+        ticket = secrets.token_urlsafe(32)
+        chunk = self.multipart_threshold if size > self.multipart_threshold else 0
+        parts = math.ceil(size / chunk) if chunk else 0
+        self.uploads[ticket] = _Upload(repo, sha256, size, chunk, [None] * parts)
+        upload: dict[str, Any] = {"href": f"{request.base_url}lfs/{ticket}"}
+        if chunk:
+            urls = {str(i): f"{upload['href']}/{i}" for i in range(1, parts + 1)}
+            upload["header"] = urls | {"chunk_size": str(chunk)}
+        verify = {"href": f"{str(request.url).removesuffix('/batch')}/verify"}
+        return row | {"actions": {"upload": upload, "verify": verify}}
+
+    def _upload_of(self, request: Request) -> tuple[str, _Upload]:
+        ticket = request.path_params["ticket"]
+        if ticket not in self.uploads:
+            raise HubError(403, "this upload URL is not one of this Hub's")
+        return ticket, self.uploads[ticket]
+
+    async def upload(self, request: Request) -> Response:
+        """One whole object, or one part of it."""
+        ticket, upload = self._upload_of(request)
+        part = request.path_params.get("part")
+        if (part is None) != (upload.chunk == 0) or not 1 <= (part or 1) <= max(1, len(upload.etags)):
+            raise HubError(400, f"the upload has {len(upload.etags) or 'no'} parts; there is no part {part}")
+        if part is None:
+            file = upload.repo.folder / "incoming" / secrets.token_hex(8)
+            sha256, _, size = await _receive(request.stream(), file, upload.size)
+            upload.repo.adopt(file, upload.sha256, upload.size, (sha256, size))
+            return Response()
+        upload.etags[part - 1] = None
+        expected = min(upload.chunk, upload.size - (part - 1) * upload.chunk)
+        file = upload.repo.folder / "incoming" / f"{ticket}.{part}"
+        _, md5, size = await _receive(request.stream(), file, expected)
+        if size != expected:
+            raise HubError(422, f"part {part} has {size} bytes, not {expected}")
+        upload.etags[part - 1] = f'"{md5}"'
+        return Response(headers={"ETag": f'"{md5}"'})
+
+    async def complete(self, request: Request) -> Response:
+        """Join the parts of a multipart upload."""
+        ticket, upload = self._upload_of(request)
+        body = await request.json()
+        named = [(part["partNumber"], part["etag"]) for part in body["parts"]]
+        if body["oid"] != upload.sha256 or named != list(enumerate(upload.etags, 1)) or None in upload.etags:
+            raise HubError(422, "the parts named are not the parts that arrived")
+        parts = [upload.repo.folder / "incoming" / f"{ticket}.{i}" for i, _ in named]
+        whole = upload.repo.folder / "incoming" / ticket
+        with whole.open("wb") as target:
+            for part in parts:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, target, 2**20)
+                part.unlink()
+        del self.uploads[ticket]
+        upload.repo.adopt(whole, upload.sha256, upload.size)
+        return JSONResponse({"success": True})
+
+    async def lfs_verify(self, request: Request) -> Response:
+        """Whether an object arrived."""
+        repo = self.open(request, "propose")
+        body = await request.json()
+        file = repo.object(body["oid"])
+        if not file.exists() or file.stat().st_size != body["size"]:
+            raise HubError(404, f"no object {body['oid']} of {body['size']} bytes")
+        return JSONResponse({})
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether a line of ``.gitignore`` or ``.gitattributes`` names ``path`` or a folder above it."""
+    pattern = pattern.strip().rstrip("/")
+    levels = [path, *folders_of([path])]
+    if "/" not in pattern:
+        levels = [level.rpartition("/")[2] for level in levels]
+    return any(fnmatch.fnmatchcase(level, pattern.lstrip("/")) for level in levels)
+
+
+def _is_ignored(path: str, gitignore: str) -> bool:
+    ignored = False
+    for line in gitignore.splitlines():  # the last line that matches decides
+        if line.strip() and not line.startswith("#") and _matches(path, line.removeprefix("!")):
+            ignored = not line.startswith("!")
+    return ignored
+
+
+async def _receive(stream: AsyncIterator[bytes], file: Path, limit: int) -> tuple[str, str, int]:
+    """Write a request's body to ``file``; (sha256, md5, size). Nothing is left of one above ``limit`` or cut short."""
+    sha256, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
+    try:
+        with file.open("wb") as target:
+            async for piece in stream:
+                size += len(piece)
+                if size > limit:
+                    raise HubError(422, f"the upload is longer than the {limit} bytes that were promised")
+                sha256.update(piece)
+                md5.update(piece)
+                target.write(piece)
+    except BaseException:
+        file.unlink()
+        raise
+    return sha256.hexdigest(), md5.hexdigest(), size
