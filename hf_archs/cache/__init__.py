@@ -4,18 +4,20 @@
 """
 
 from hf_archs.cache.recurrent import ArchDynamicCache, ArchStaticCache, RecurrentCache, adopt
-from hf_archs.cache.slot import KINDS, Once, Record, Replay, Segment, Slot, States
+from hf_archs.cache.slot import KINDS, Once, Place, Record, Replay, Segment, Slot, States, Timeline
 
 __all__ = [
     "KINDS",
     "ArchDynamicCache",
     "ArchStaticCache",
     "Once",
+    "Place",
     "Record",
     "RecurrentCache",
     "Replay",
     "Segment",
     "Slot",
     "States",
+    "Timeline",
     "adopt",
 ]

@@ -10,6 +10,7 @@ again from the state before. Of a long forward only the last ``rollback_window``
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import is_torchdynamo_compiling
 
-from hf_archs.cache.slot import KINDS, Record, Replay, Segment, Slot, States, turned
+from hf_archs.cache.slot import KINDS, Place, Record, Segment, Slot, States, Timeline, turned
 from hf_archs.call import NAME
 from hf_archs.registry import StateSpec
 
@@ -34,49 +35,49 @@ class RecurrentCache(Cache):
         plans = [config.layer_plan(i).states() for i in range(config.num_hidden_layers)]
         # transformers makes room for one state of each kind
         counts = [max((sum(s.kind == kind for s in specs.values()) for kind in KINDS), default=1) for specs in plans]
-        Cache.__init__(self, [LinearAttentionLayer(number_of_states=max(n, 1)) for n in counts], offloading=offloading)
+        layers = [LinearAttentionLayer(number_of_states=max(n, 1)) for n in counts]
+        Cache.__init__(self, [*layers], offloading=offloading)
         self.rollback_window = 2  # logits_to_keep + 1; the backbone's causal head keeps it up to date
-        self.segments: list[Segment] = []
-        self.derived: dict[tuple[int, str], torch.Tensor] = {}  # see `Slot.once`
-        self._records: dict[tuple[int, str], Record] = {}  # by layer and prefix of a slot
-        self._specs: list[dict[str, StateSpec]] = []
-        self._places: list[dict[str, tuple[str, int]]] = []  # of each state: its kind, and which of them it is
-        for specs in plans:
-            self._specs.append(specs)
-            names = {kind: [n for n, spec in specs.items() if spec.kind == kind] for kind in KINDS}
-            self._places.append({n: (spec.kind, names[spec.kind].index(n)) for n, spec in specs.items()})
-        self._grows = any(spec.grows for specs in self._specs for spec in specs.values())
-        self._length: Any = torch.zeros((), dtype=torch.long) if self.is_static else 0
-        self._before: Any = torch.zeros((), dtype=torch.long)  # in a static cache, positions before this forward
+        self.timeline = Timeline(self.is_static)
+        self._slots: list[Slot] = []
+        for layer, specs in zip(layers, plans):
+            index = {kind: itertools.count() for kind in KINDS}
+            places = {
+                name: Place(layer, spec, next(index[spec.kind]), self.timeline, self.max_cache_len)
+                for name, spec in specs.items()
+            }
+            self._slots.append(Slot(layer, places, self.timeline))
+        self._grows = any(spec.grows for spec in self.specs().values())
 
     # -- counting ----------------------------------------------------------------------------------------------
 
     def begin(self, length: int, mask: torch.Tensor | None, device: torch.device) -> None:
         """Told by the model at the start of every forward: ``length`` more positions, ``mask`` of the real ones."""
+        timeline = self.timeline
         if self.is_static:
             if (
                 self._grows
                 and not is_torchdynamo_compiling()
-                and self._length + length > (self.max_cache_len or math.inf)
+                and timeline.length + length > (self.max_cache_len or math.inf)
             ):
                 raise ValueError(
                     f"the static cache holds max_cache_len = {self.max_cache_len} positions; "
-                    f"{int(self._length)} are there and {length} more do not fit"
+                    f"{int(timeline.length)} are there and {length} more do not fit"
                 )
-            if self._length.device != device:
-                self._length, self._before = self._length.to(device), self._before.to(device)
-                for counter in (self._length, self._before):
+            if timeline.length.device != device:
+                timeline.length, timeline.before = timeline.length.to(device), timeline.before.to(device)
+                for counter in (timeline.length, timeline.before):
                     torch._dynamo.mark_static_address(counter)
-            self._before.copy_(self._length)
-            self._length.add_(length)
+            timeline.before.copy_(timeline.length)
+            timeline.length.add_(length)
         else:
-            self._length += length
+            timeline.length += length
         if self.is_recording_past(0):
-            self.segments.append(Segment(length, mask))
+            timeline.segments.append(Segment(length, mask, self.rollback_window))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions seen so far, pads included, whatever the layer."""
-        return self._length
+        return self.timeline.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -89,7 +90,12 @@ class RecurrentCache(Cache):
     @property
     def batch_size(self) -> int:
         """The batch size of the states, -1 before the first token."""
-        return next((tensor.shape[0] for _, tensor in self.held()), -1)
+        for slot in self._slots:
+            for place in slot.places.values():
+                tensor = place.states[place.index]
+                if tensor is not None:
+                    return tensor.shape[0]
+        return -1
 
     @property
     def is_empty(self) -> bool:
@@ -99,60 +105,27 @@ class RecurrentCache(Cache):
     # -- states ------------------------------------------------------------------------------------------------
 
     def slot(self, layer_idx: int) -> Slot:
-        """The state of the mixer in layer ``layer_idx``."""
-        return Slot(self, layer_idx)
+        """The state of the mixer in layer ``layer_idx``, as long as the cache lives."""
+        return self._slots[layer_idx]
 
-    def place(self, layer_idx: int, name: str) -> tuple[Any, str, int]:
-        """Where a state lives: the layer object, ``conv`` or ``recurrent``, and the index among its kind."""
-        kind, index = self._places[layer_idx][name]
-        return self.layers[layer_idx], kind, index
-
-    def store(self, layer_idx: int, name: str, value: torch.Tensor) -> None:
-        """Rebind the state (dynamic) or copy into its buffer, whose address stays (static)."""
-        layer, kind, index = self.place(layer_idx, name)
-        states = getattr(layer, f"{kind}_states")
-        held = states.get(index)
-        if self.grows_in_place(layer_idx, name):
-            value = _last_columns(value, self.max_cache_len)  # type: ignore[arg-type]
-            value = turned(value, -self._length.to(value.device))
-        if held is not None and not self.is_static:
-            states[index] = value
-        elif held is not None and held.shape == value.shape:
-            held.copy_(value)
-        else:
-            if self.is_static and self._specs[layer_idx][name].together:
-                value = value.mT.contiguous().mT
-            states[index] = value.clone() if self.is_static else value
-            if self.is_static and not is_torchdynamo_compiling():
-                torch._dynamo.mark_static_address(states[index])
-            getattr(layer, f"is_{kind}_states_initialized")[index] = True
-            if kind == "conv":
-                layer.conv_kernel_size[index] = value.shape[-1]
-            layer.device, layer.dtype = value.device, value.dtype
-        layer.has_previous_state[index] = True
-
-    def grows_in_place(self, layer_idx: int, name: str) -> bool:
-        """Whether a state grows in a buffer of one size.
-
-        There a column's place is that of its position in the cache, so that one more is one more to write. Everywhere
-        else the last column is the last position: turned by the number of positions, one becomes the other.
-        """
-        return self.is_static and self.max_cache_len is not None and self._specs[layer_idx][name].grows
+    def _places(self) -> Iterator[tuple[str, Place]]:
+        """The place of every state under a stable name, ``layers.<i>.<state>``."""
+        for layer_idx, slot in enumerate(self._slots):
+            for name, place in slot.places.items():
+                yield f"layers.{layer_idx}.{name}", place
 
     def held(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every state tensor with a stable name, ``layers.<i>.<state>``, as it lies in memory."""
-        for layer_idx, specs in enumerate(self._specs):
-            for name in specs:
-                layer, kind, index = self.place(layer_idx, name)
-                tensor = getattr(layer, f"{kind}_states").get(index)
-                if tensor is not None:
-                    yield f"layers.{layer_idx}.{name}", tensor
+        """Every state tensor ``(batch, *spec.shape)`` by the names of `specs`, as it lies in memory."""
+        for key, place in self._places():
+            tensor = place.states[place.index]
+            if tensor is not None:
+                yield key, tensor
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The same, the columns of growing states as mixers see them: the last one is the last position."""
+        places = dict(self._places())
         for key, tensor in self.held():
-            _, layer_idx, name = key.split(".", 2)
-            yield key, turned(tensor, self._length) if self.grows_in_place(int(layer_idx), name) else tensor
+            yield key, tensor if places[key].room is None else turned(tensor, self.timeline.length)
 
     def num_bytes(self) -> int:
         """Bytes that the states hold; for a pure recurrent model the same at every length."""
@@ -161,11 +134,11 @@ class RecurrentCache(Cache):
     def state_dict(self) -> States:
         """All states and the number of positions: copies, as tensors that safetensors can write."""
         states = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors()}
-        return {**states, "length": torch.as_tensor(self._length).clone()}
+        return {**states, "length": torch.as_tensor(self.timeline.length).clone()}
 
     def specs(self) -> dict[str, StateSpec]:
-        """The states that there may be, by the names of `held`."""
-        return {f"layers.{i}.{name}": spec for i, specs in enumerate(self._specs) for name, spec in specs.items()}
+        """The states that there may be, each ``layers.<i>.<state>``."""
+        return {key: place.spec for key, place in self._places()}
 
     def load_state_dict(self, states: States) -> None:
         """Take over what `state_dict` gave.
@@ -186,26 +159,27 @@ class RecurrentCache(Cache):
                 raise ValueError(f"state {key} has shape {shape}; allowed is {expected}")
         self.reset()
         length = int(states["length"])
-        self._length = self._length.fill_(length) if self.is_static else length
+        self._count(length)
+        places = dict(self._places())
         for key in sorted(given):
-            _, layer_idx, name = key.split(".", 2)
-            self.store(int(layer_idx), name, states[key].clone())  # a caller may load it again
+            places[key].store(states[key].clone())  # a caller may load it again
+
+    def _count(self, length: int) -> None:
+        self.timeline.length = self.timeline.length.fill_(length) if self.is_static else length
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a function of the batch dimension to every state and every recorded input."""
-        for layer_idx, specs in enumerate(self._specs):
-            for name in specs:
-                layer, kind, index = self.place(layer_idx, name)
-                states = getattr(layer, f"{kind}_states")
-                if states.get(index) is not None:
-                    value = function(states[index])
-                    if self.is_static and value.shape == states[index].shape:
-                        states[index].copy_(value)
-                    else:
-                        states[index] = value
-        for segment in self.segments:
+        for _, place in self._places():
+            held = place.states[place.index]
+            if held is not None:
+                value = function(held)
+                if self.is_static and value.shape == held.shape:
+                    held.copy_(value)
+                else:
+                    place.states[place.index] = value
+        for segment in self.timeline.segments:
             segment.mask = None if segment.mask is None else function(segment.mask)
-        for record in self._records.values():
+        for _, record in self._records():
             record.before = {n: None if t is None else function(t) for n, t in record.before.items()}
             record.inputs = [{n: function(t) for n, t in inputs.items()} for inputs in record.inputs]
 
@@ -221,10 +195,20 @@ class RecurrentCache(Cache):
     def reset(self) -> None:
         super().reset()
         self._forget()
-        self.derived.clear()
-        self._length = self._length.zero_() if self.is_static else 0
+        self.forget_derived()
+        self._count(0)
+
+    def forget_derived(self) -> None:
+        """Forget what slots computed from the weights, which may be others from here on; see `Slot.once`."""
+        for slot in self._slots_and_parts():
+            slot.derived.clear()
 
     # -- rollback ----------------------------------------------------------------------------------------------
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The forwards that are recorded."""
+        return self.timeline.segments
 
     @property
     def is_croppable(self) -> bool:
@@ -238,31 +222,16 @@ class RecurrentCache(Cache):
                 layer.record_past = False
 
     def _forget(self) -> None:
-        self.segments, self._records = [], {}
+        self.timeline.segments = []
+        for slot in self._slots_and_parts():
+            slot.record = None
 
-    def record(
-        self, slot: tuple[int, str], before: dict[str, torch.Tensor | None], inputs: States, replay: Replay
-    ) -> None:
-        """Keep this forward's inputs; of a long one only the window, with the states brought up to its start."""
-        record = self._records.setdefault(slot, Record(replay, before))
-        segment = self.segments[-1]
-        cut = segment.length - self.rollback_window
-        batch, device = next((t.shape[0], t.device) for t in inputs.values())
-        # rows of a padded batch would be cut at different places; assisted decoding has one row
-        if cut > 0 and len(self.segments) == 1 and (batch == 1 or segment.mask is None):
-            lengths = segment.tokens_in(cut, batch, device)
-            record.before = dict(replay(inputs, record.before, lengths))
-            start = cut if segment.mask is None else int(lengths[0])
-            documents = inputs.get("seq_idx")
-            if documents is not None and start > 0:  # a document that begins there has nothing before it: zeros
-                begins = documents[:, start] != documents[:, start - 1]
-                record.before = {
-                    n: None if t is None else t.masked_fill(begins.view(-1, *[1] * (t.ndim - 1)), 0)
-                    for n, t in record.before.items()
-                }
-            inputs = {name: t[:, start:].clone() for name, t in inputs.items()}
-            record.first_cut = cut
-        record.inputs.append(inputs)
+    def _slots_and_parts(self) -> Iterator[Slot]:
+        for slot in self._slots:
+            yield from slot.with_parts()
+
+    def _records(self) -> list[tuple[Slot, Record]]:
+        return [(slot, slot.record) for slot in self._slots_and_parts() if slot.record is not None]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` positions (0: only forget what was recorded to do so).
@@ -276,19 +245,20 @@ class RecurrentCache(Cache):
         if tokens_to_remove == 0:
             self._forget()
             return
-        if not self.segments:
+        segments, records = self.timeline.segments, self._records()
+        if not segments:
             raise RuntimeError("crop: nothing is recorded; call activate_past_recording() before the forward")
-        keep = sum(segment.length for segment in self.segments) + tokens_to_remove
-        cut = max((record.first_cut for record in self._records.values()), default=0)
+        keep = sum(segment.length for segment in segments) + tokens_to_remove
+        cut = max((record.first_cut for _, record in records), default=0)
         if keep < cut:
             raise ValueError(
                 f"crop: {-tokens_to_remove} tokens cannot be taken back, only the last "
-                f"{sum(s.length for s in self.segments) - cut} are recorded"
+                f"{sum(s.length for s in segments) - cut} are recorded"
             )
-        self._length = self._length.add_(tokens_to_remove) if self.is_static else self._length + tokens_to_remove
-        for (layer_idx, prefix), record in self._records.items():
+        self.timeline.length += tokens_to_remove
+        for slot, record in records:
             states, left = record.before, keep
-            for number, (segment, inputs) in enumerate(zip(self.segments, record.inputs)):
+            for number, (segment, inputs) in enumerate(zip(segments, record.inputs)):
                 batch, device = next((t.shape[0], t.device) for t in inputs.values())
                 columns = min(segment.length, left)
                 left -= columns
@@ -298,20 +268,8 @@ class RecurrentCache(Cache):
                 if columns:
                     states = dict(record.replay(inputs, states, lengths))
             for name, value in states.items():
-                self._restore(layer_idx, prefix + name, value)
+                slot.places[name].restore(value)
         self._forget()
-
-    def _restore(self, layer_idx: int, name: str, value: torch.Tensor | None) -> None:
-        if value is not None:
-            self.store(layer_idx, name, value)
-            return
-        layer, kind, index = self.place(layer_idx, name)
-        layer.has_previous_state[index] = False  # which is also that of a state of another kind
-        states = getattr(layer, f"{kind}_states")
-        if self.is_static:
-            states[index].zero_()
-        else:
-            states[index] = None
 
 
 class ArchDynamicCache(RecurrentCache, DynamicCache):
@@ -351,18 +309,9 @@ class ArchStaticCache(RecurrentCache, StaticCache):
     ) -> None:
         """Allocate every buffer now (transformers calls this before it compiles a chunked prefill)."""
         max_length = self.max_cache_len or 0  # a growing state of no columns is an empty one
-        for layer_idx, specs in enumerate(self._specs):
-            for name, spec in specs.items():
-                layer, _, index = self.place(layer_idx, name)
-                shape = [max_length if size is None else size for size in spec.shape]
-                self.store(layer_idx, name, torch.zeros(batch_size, *shape, dtype=spec.dtype or dtype, device=device))
-                layer.has_previous_state[index] = True  # zeros are the empty state: one graph for every chunk
-
-
-def _last_columns(value: torch.Tensor, columns: int) -> torch.Tensor:
-    """The last ``columns`` of the last dimension, after zeros where there are fewer."""
-    value = value[..., max(value.shape[-1] - columns, 0) :]
-    return torch.nn.functional.pad(value, (columns - value.shape[-1], 0))
+        for _, place in self._places():
+            shape = [max_length if size is None else size for size in place.spec.shape]
+            place.store(torch.zeros(batch_size, *shape, dtype=place.spec.dtype or dtype, device=device))
 
 
 def adopt(cache: Cache, config: Any) -> RecurrentCache:
@@ -393,10 +342,10 @@ def adopt(cache: Cache, config: Any) -> RecurrentCache:
     adopted._setup(config)
     if full:
         for layer_idx, (k, v) in enumerate(given):
-            adopted.store(layer_idx, "key", k.mT)
-            adopted.store(layer_idx, "value", v.mT)
-            adopted.store(layer_idx, "position", torch.full((k.shape[0], 1), k.shape[2], device=k.device))
-        adopted._length = given[0][0].shape[2]
+            column = torch.full((k.shape[0], 1), k.shape[2], device=k.device)
+            for name, value in (("key", k.mT), ("value", v.mT), ("position", column)):
+                adopted.slot(layer_idx).places[name].store(value)
+        adopted._count(given[0][0].shape[2])
     return adopted
 
 
