@@ -35,7 +35,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_archs import conversion, model_card
-from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, Slot, adopt
+from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, adopt
 from hf_archs.call import NAME, NEW_NAME, OLD_NAME, call, during
 from hf_archs.configuration import ArchConfig
 from hf_archs.kernels.numerics import below_autograd, wide
@@ -145,9 +145,8 @@ class ArchBlock(Shardable, GradientCheckpointingLayer):
         """
         residual = wide(hidden_states) if self.residual_in_fp32 else hidden_states
         if self.mixer is not None:
-            state = None if cache is None else cache.slot(self.layer_idx)
             with self._site("mixer"):
-                residual = residual + self._mix(self.norm(residual), layout, state, output_attentions)
+                residual = residual + self._mix(self.norm(residual), layout, cache, output_attentions)
         if self.feed_forward is None:
             return residual
         normed = (self.norm if self.mixer is None else self.feed_forward_norm)(residual)
@@ -168,14 +167,15 @@ class ArchBlock(Shardable, GradientCheckpointingLayer):
         return during(site=site) if site else contextlib.nullcontext()
 
     def _mix(
-        self, hidden_states: torch.Tensor, layout: Layout, state: Slot | None, output_attentions: bool
+        self, hidden_states: torch.Tensor, layout: Layout, cache: RecurrentCache | None, output_attentions: bool
     ) -> torch.Tensor:
         assert self.mixer is not None
         order, restore, lengths, seq_idx, pairs = layout
+        state = None if cache is None else cache.slot(self.layer_idx)
         recorder = self.attention_weights
         looked_at: contextlib.AbstractContextManager = contextlib.nullcontext()
         if output_attentions and recorder is not None:
-            total = None if state is None or state.cache.is_static else state.cache.get_seq_length()
+            total = None if cache is None or cache.is_static else cache.get_seq_length()
             looked_at = during(show=partial(_show, recorder=recorder, layout=layout, total=total))
         forwards = pairs if pairs is None or not self.bidirectional else pairs.in_direction(backwards=False)
         with looked_at, _following(forwards):
@@ -935,7 +935,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             if not isinstance(cache, Cache):
                 raise ValueError(f"{NAME} is a {type(cache).__name__}; allowed is a Cache")
             cache = adopt(cache, self.config)
-            cache.derived.clear()  # the weights may be others than in the last call
+            cache.forget_derived()  # the weights may be others than in the last call
             if generation_mode != GenerationMode.ASSISTED_GENERATION and not generation_config.is_assistant:
                 cache.stop_recording()
             cache._is_user_defined = True  # type: ignore[attr-defined]

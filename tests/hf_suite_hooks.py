@@ -44,10 +44,10 @@ class StateShapes:
         assert len(past_key_values) == config.num_hidden_layers
         for layer_idx in range(config.num_hidden_layers):
             for name, spec in config.layer_plan(layer_idx).states().items():
-                layer, kind, index = past_key_values.place(layer_idx, name)
+                place = past_key_values.slot(layer_idx).places[name]
                 # a growing state has as many columns as the cache has seen, or has room for
                 shape = (batch_size, *(ANY if size is None else size for size in spec.shape))
-                assert getattr(layer, f"{kind}_states")[index].shape == shape
+                assert place.states[place.index].shape == shape
 
     def _check_attentions_for_generate(
         self,

@@ -126,11 +126,12 @@ class TestCrop:
         cache = empty(kind, model.config)
         cache.activate_past_recording()
         feed(model, cache, tokens(1, 500), logits_to_keep=1)
-        held = sum(t.untyped_storage().nbytes() for r in cache._records.values() for i in r.inputs for t in i.values())
+        inputs = [t for _, record in cache._records() for forward in record.inputs for t in forward.values()]
+        held = sum(t.untyped_storage().nbytes() for t in inputs)
         assert 0 < held < 60_000
         cache.crop(0)
         assert not cache.segments
-        assert not cache._records
+        assert not cache._records()
 
     def test_wrong_numbers(self, model, kind):
         cache = empty(kind, model.config)
