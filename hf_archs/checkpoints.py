@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import shutil
 import tempfile
 import warnings
@@ -25,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from hf_archs import registry
 from hf_archs.call import during
+from hf_archs.errors import did_you_mean, similar
 from hf_archs.model_card import is_automatic
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors")
@@ -41,8 +41,7 @@ def sized_config(architecture: registry.Architecture, size: str | None, override
         raise ValueError(f"size is {name!r}; {architecture.name} has tiny, {', '.join(architecture.sizes)}")
     known = {f.name for f in dataclasses.fields(architecture.config_class)}
     for wrong in overrides.keys() - known:
-        near = difflib.get_close_matches(wrong, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"its fields are {', '.join(sorted(known))}"
+        hint = did_you_mean(similar(wrong, known), f"its fields are {', '.join(sorted(known))}")
         raise ValueError(f"{architecture.config_class.__name__} has no field {wrong!r}; {hint}")
     if name == "tiny":
         return architecture.tiny_config(**{"vocab_size": 512, **overrides})
@@ -76,11 +75,12 @@ def check_name(source: str) -> None:
     known = {name: name for name in registry.architectures()}
     for name in registry.architectures():
         known |= {size: f"{name}:{size}" for size in registry.get_architecture(name).sizes if size.isalpha()}
-    near = [source] if source in known else difflib.get_close_matches(source, known, n=3, cutoff=0.7)
+    near = [source] if source in known else similar(source, known, cutoff=0.7)
     if near:
+        hint = did_you_mean([f"the architecture {' or '.join(known[name] for name in near)}"])
         raise OSError(
-            f"{source!r} is no folder here, and a repository on the Hub is owner/name; did you mean the architecture "
-            f"{' or '.join(known[name] for name in near)}? `hf-archs init` makes a model of one"
+            f"{source!r} is no folder here, and a repository on the Hub is owner/name; {hint} `hf-archs init` makes a "
+            "model of one"
         )
 
 

@@ -1,6 +1,5 @@
 """The fields that every architecture and every mixer shares, and how a layer finds its mixer."""
 
-import difflib
 import inspect
 import os
 from collections.abc import Collection, Iterable
@@ -16,6 +15,7 @@ from transformers.utils import logging
 
 from hf_archs import __version__, conversion, hub, registry
 from hf_archs.call import NEW_NAME, OLD_NAME
+from hf_archs.errors import did_you_mean, similar
 from hf_archs.formats import IDLE, MOST_LABELS, MOST_LAYERS
 
 logger = logging.get_logger(__name__)
@@ -274,12 +274,12 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
             )
             return
         for name, near in self._misspelt(unknown).items():
-            raise ValueError(f"{type(self).__name__} has no field {name!r}; did you mean {near}?")
+            raise ValueError(f"{type(self).__name__} has no field {name!r}; {did_you_mean(near)}")
 
     def _is_known(self, name: str) -> bool:
         return name in self.__dataclass_fields__ or hasattr(type(self), name) or name in IDLE or name[0] == "_"
 
-    def _misspelt(self, names: Iterable[str]) -> dict[str, str]:
+    def _misspelt(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Those of some names that are no fields and nearly one, and which."""
         own = [name for name in self.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
         found = {}
@@ -288,9 +288,9 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
                 continue
             words = set(name.split("_"))
             inside = [field for field in own if len(words) > 1 and words < set(field.split("_"))]
-            near = difflib.get_close_matches(name, own, n=1, cutoff=0.8) or inside
+            near = similar(name, own, most=1, cutoff=0.8) or inside
             if near:
-                found[name] = " or ".join(near)
+                found[name] = near
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -308,7 +308,7 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
         """As in transformers; beside ``config.json`` stands the stub that lets Auto classes find this library."""
         self.validate()  # type: ignore[attr-defined]  # before anything is written
         for name, near in self._misspelt(vars(self)).items():
-            logger.warning(f"{type(self).__name__} has no field {name!r}, and it is not saved; did you mean {near}?")
+            logger.warning(f"{type(self).__name__} has no field {name!r}, and it is not saved; {did_you_mean(near)}")
         if not os.path.isfile(save_directory):  # transformers has its own sentence for that
             hub.write_stub(type(self), save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
