@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from hf_archs import __version__, conversion, hub, registry
-from hf_archs.call import NEW_NAME, OLD_NAME
+from hf_archs.call import NEW_NAME, OLD_NAME, call
 from hf_archs.errors import did_you_mean, similar
 from hf_archs.formats import IDLE, MOST_LABELS, MOST_LAYERS
 
@@ -319,9 +319,15 @@ class ArchConfig(PreTrainedConfig, MixerConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers; the config of a native checkpoint comes in our fields.
 
+        No file is read where ``from_pretrained`` of a model asks: it has looked at the checkpoint.
+
         Raises:
             ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
         """
+        checkpoint = None if call.reading is None else call.reading.checkpoint
+        if checkpoint is not None and checkpoint.source == str(pretrained_model_name_or_path):
+            others = {name: value for name, value in kwargs.items() if name not in conversion.WHERE}
+            return checkpoint.fields(cls), others
         raw, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return conversion.read_config(raw, cls, pretrained_model_name_or_path), kwargs
 

@@ -352,11 +352,12 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
     run = standing(arguments)
     checkpoints.check_output(str(arguments.output_dir))
     copies = 1 if own.lora is not None else 4
-    checkpoints.check_memory(checkpoints.read_config(own.model)[1], copies)
+    checkpoint = checkpoints.look_at(own.model)
+    checkpoints.check_memory(checkpoint.config(), copies)
     training, held_out = text.split(text.read_corpus(own.data))
     known = [source for source in (own.model, run.checkpoint) if source and checkpoints.has_tokenizer(source)]
     tokenizer_source = own.tokenizer or next(iter(known), None)
-    model: Any = checkpoints.load_model(own.model, copies=copies)
+    model: Any = checkpoints.load_model(checkpoint, copies=copies)
     if own.lora is not None:
         if tokenizer_source is None:
             raise ValueError(f"{own.model!r} has no tokenizer, so it was never trained; train it before its adapter")
