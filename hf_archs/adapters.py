@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +10,7 @@ from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from hf_archs.checkpoints import quiet_peft
+from hf_archs.errors import did_you_mean, similar
 
 # what PEFT itself puts into the modules_to_save of classifiers and of question answering, whatever the model calls them
 _HEADS = {"classifier", "score", "qa_outputs"}
@@ -61,8 +61,8 @@ def _check_names(
             continue
         holders = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith(f".{wanted}")}
         known = sorted({name.rpartition(".")[2] for name in offered if not name.rpartition(".")[2].isdigit()})
-        near = sorted(holders) or difflib.get_close_matches(wanted.rpartition(".")[2], known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"allowed are {', '.join(known)}"
+        near = sorted(holders) or similar(wanted.rpartition(".")[2], known)
+        hint = did_you_mean(near, f"allowed are {', '.join(known)}")
         raise ValueError(
             f"{field} of this {type(config).__name__} has {wanted!r}, which stands for nothing in this "
             f"{type(model).__name__}; {hint}"

@@ -327,9 +327,16 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        checkpoint: conversion.Checkpoint | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As in transformers; native checkpoints are read as well, see `hf_archs.conversion`.
+
+        Args:
+            checkpoint: that of the folder or repository, where the caller has looked at it.
 
         Raises:
             ValueError: for a checkpoint of another architecture, or an option that ours cannot represent; for weights
@@ -339,10 +346,10 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
                 `hf_archs.conversion.Reading.check`.
             SafetensorError: where a weights file is corrupt or truncated.
         """
-        native = conversion.prepare(cls, pretrained_model_name_or_path, kwargs)
-        with conversion.unpickled(native, pretrained_model_name_or_path, kwargs) as folder:
-            if folder is not None:
-                loaded: Any = cls.from_pretrained(folder, *model_args, **kwargs)
+        checkpoint = conversion.prepare(cls, pretrained_model_name_or_path, kwargs, checkpoint)
+        with conversion.unpickled(checkpoint, pretrained_model_name_or_path, kwargs) as moved:
+            if moved is not None:
+                loaded: Any = cls.from_pretrained(moved.source, *model_args, checkpoint=moved, **kwargs)
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
                 model.config.name_or_path = str(pretrained_model_name_or_path)
                 return loaded
@@ -350,10 +357,9 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         if kwargs.get("state_dict") is None:  # which a caller may have made of some weights alone
             reading = conversion.Reading(
                 pretrained_model_name_or_path,
-                native is not None,
+                checkpoint,
                 any_shape=kwargs.get("ignore_mismatched_sizes", False),
                 reported=kwargs.get("output_loading_info", False),
-                whole=call.whole,
             )
         try:
             with during(reading=reading):
@@ -363,7 +369,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
                 f"the weights of {pretrained_model_name_or_path} are corrupt or truncated ({error}); "
                 "restore them from where they came"
             ) from error
-        if native is not None:
+        if checkpoint is not None and checkpoint.native is not None:
             # transformers would save under the names it has read
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model._weight_conversions = get_model_conversion_mapping(model)

@@ -29,7 +29,6 @@ class _Call(threading.local):
         generating: whether `generate` is running, so that the weights stay as they are from one token to the next.
         card: the user's own in the folder that a model is saved into, as long as it is pushed from there.
         reading: the checkpoint that ``from_pretrained`` is reading, where every weight of it has to find its place.
-        whole: whether the head of a model has to be in its checkpoint too.
     """
 
     site: int = 0
@@ -38,7 +37,6 @@ class _Call(threading.local):
     generating: bool = False
     card: bytes | None = None
     reading: Any = None
-    whole: bool = False
 
 
 call = _Call()

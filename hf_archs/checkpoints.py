@@ -7,8 +7,8 @@ message names the thing, its value and what is allowed.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-import difflib
 import shutil
 import tempfile
 import warnings
@@ -21,10 +21,11 @@ import torch
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_archs import registry
-from hf_archs.call import during
+from hf_archs.conversion import Checkpoint
+from hf_archs.errors import did_you_mean, similar
 from hf_archs.model_card import is_automatic
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors")
@@ -41,8 +42,7 @@ def sized_config(architecture: registry.Architecture, size: str | None, override
         raise ValueError(f"size is {name!r}; {architecture.name} has tiny, {', '.join(architecture.sizes)}")
     known = {f.name for f in dataclasses.fields(architecture.config_class)}
     for wrong in overrides.keys() - known:
-        near = difflib.get_close_matches(wrong, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"its fields are {', '.join(sorted(known))}"
+        hint = did_you_mean(similar(wrong, known), f"its fields are {', '.join(sorted(known))}")
         raise ValueError(f"{architecture.config_class.__name__} has no field {wrong!r}; {hint}")
     if name == "tiny":
         return architecture.tiny_config(**{"vocab_size": 512, **overrides})
@@ -60,9 +60,10 @@ def described_config(source: str, overrides: Mapping[str, Any]) -> Any:
     if not there and (name in registry.architectures() or (colon and "/" not in source)):
         return sized_config(registry.get_architecture(name), size or None, overrides)
     folder = str(Path(source).parent) if Path(source).is_file() else source
-    architecture, config = read_config(folder)
+    checkpoint = look_at(folder)
+    config = checkpoint.config()
     fields = {**config.to_diff_dict(), **overrides}
-    return architecture.config_class.from_dict(fields) if overrides else config
+    return checkpoint.architecture.config_class.from_dict(fields) if overrides else config
 
 
 def check_name(source: str) -> None:
@@ -76,11 +77,12 @@ def check_name(source: str) -> None:
     known = {name: name for name in registry.architectures()}
     for name in registry.architectures():
         known |= {size: f"{name}:{size}" for size in registry.get_architecture(name).sizes if size.isalpha()}
-    near = [source] if source in known else difflib.get_close_matches(source, known, n=3, cutoff=0.7)
+    near = [source] if source in known else similar(source, known, cutoff=0.7)
     if near:
+        hint = did_you_mean([f"the architecture {' or '.join(known[name] for name in near)}"])
         raise OSError(
-            f"{source!r} is no folder here, and a repository on the Hub is owner/name; did you mean the architecture "
-            f"{' or '.join(known[name] for name in near)}? `hf-archs init` makes a model of one"
+            f"{source!r} is no folder here, and a repository on the Hub is owner/name; {hint} `hf-archs init` makes a "
+            "model of one"
         )
 
 
@@ -172,15 +174,15 @@ def looks_local(source: str) -> bool:
     return in_folder or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
 
 
-def read_config(source: str) -> tuple[registry.Architecture, PreTrainedConfig]:
-    """The architecture and the config of a checkpoint, ours or a native one that an architecture can read.
+def look_at(source: str) -> Checkpoint:
+    """A checkpoint, ours or a native one that an architecture can read.
 
     Args:
         source: a folder, or a repository on the Hub.
 
     Raises:
-        OSError: where there is no checkpoint.
-        ValueError: where it is of another architecture, or its config is wrong.
+        OSError: where there is none.
+        ValueError: where it is of another architecture.
     """
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "config.json").exists():
@@ -193,8 +195,11 @@ def read_config(source: str) -> tuple[registry.Architecture, PreTrainedConfig]:
     raw, _ = PreTrainedConfig.get_config_dict(source)
     for name in registry.architectures():
         architecture = registry.get_architecture(name)
-        if raw.get("model_type") == architecture.model_type or any(f.detect(raw) for f in architecture.native_formats):
-            return architecture, architecture.config_class.from_pretrained(source)
+        if raw.get("model_type") == architecture.model_type:
+            return Checkpoint(source, raw, architecture, None)
+        form = next((f for f in architecture.native_formats if f.detect(raw)), None)
+        if form is not None:
+            return Checkpoint(source, raw, architecture, form)
     readable = [registry.get_architecture(name).model_type for name in registry.architectures()]
     native = [str(f) for name in registry.architectures() for f in registry.get_architecture(name).native_formats]
     raise ValueError(
@@ -213,23 +218,24 @@ def check_weights(folder: Path) -> None:
             raise SafetensorError(f"{file} is corrupt or truncated ({error}); restore it from where it came") from error
 
 
-def load_model(source: str, *, copies: int = 1, **kwargs: Any) -> PreTrainedModel:
+def load_model(source: str | Checkpoint, *, copies: int = 1, **kwargs: Any) -> PreTrainedModel:
     """A causal language model from a folder or the Hub, native checkpoints included.
 
     Args:
+        source: a folder, a repository, or what `look_at` gives for one.
         copies: see `check_memory`.
         kwargs: for ``from_pretrained``.
 
     Raises:
-        OSError, ValueError, CheckFailed, SafetensorError: see `read_config`, `check_memory`, `check_weights` and
+        OSError, ValueError, CheckFailed, SafetensorError: see `look_at`, `check_memory`, `check_weights` and
             ``from_pretrained``; `CheckFailed` too where there is no language-model head.
     """
-    architecture, config = read_config(source)
-    check_memory(config, copies)
-    check_weights(Path(source).expanduser())
-    model_class: Any = architecture.causal_lm_class
-    with during(whole=True):
-        return model_class.from_pretrained(source, **kwargs)
+    checkpoint = look_at(source) if isinstance(source, str) else source
+    check_memory(checkpoint.config(), copies)
+    check_weights(Path(checkpoint.source).expanduser())
+    model_class: Any = checkpoint.architecture.causal_lm_class
+    whole = dataclasses.replace(checkpoint, whole=True)
+    return model_class.from_pretrained(checkpoint.source, checkpoint=whole, **kwargs)
 
 
 def load_adapter(model: PreTrainedModel, source: str, **kwargs: Any) -> PeftModel:
@@ -260,29 +266,39 @@ def quiet_peft() -> Iterator[None]:
 
 
 def load_tokenizer(
-    source: str, other: str | None = None, config: PreTrainedConfig | None = None
+    source: str | Checkpoint, other: str | None = None, config: PreTrainedConfig | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that stands beside a checkpoint.
 
     Args:
-        source: a folder or a repository.
+        source: a folder, a repository, or what `look_at` gives for one.
         other: another checkpoint, whose tokenizer is taken in its place; it must fit ``config``, the model's.
 
     Raises:
         OSError: where there is none.
         ValueError: where the other's has more tokens than the model.
     """
-    found = other or source
+    checkpoint = source if isinstance(source, Checkpoint) and not other else None
+    found = other or (source if isinstance(source, str) else source.source)
     if Path(found).expanduser().is_dir() and not has_tokenizer(found):
         raise OSError(f"{found!r} has no tokenizer; `hf-archs train` makes one, and --tokenizer takes another's")
     check_name(found)
-    tokenizer = AutoTokenizer.from_pretrained(found)
+    tokenizer = AutoTokenizer.from_pretrained(found, config=None if checkpoint is None else _native_config(checkpoint))
     if other is not None and config is not None and len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer of {other!r} has {len(tokenizer)} tokens, and the model's vocab_size is "
             f"{config.vocab_size}; allowed are at most as many"
         )
     return tokenizer
+
+
+def _native_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The config as `AutoTokenizer` reads it, to choose the tokenizer's class: of the checkpoint's own type."""
+    raw = copy.deepcopy(checkpoint.raw)
+    try:
+        return AutoConfig.for_model(**{"model_type": "", **raw, "name_or_path": checkpoint.source})
+    except ValueError:  # which has no class in transformers, or not with these values
+        return PreTrainedConfig.from_dict(raw)
 
 
 def has_tokenizer(source: str) -> bool:

@@ -215,8 +215,9 @@ def generate(
 
     from hf_archs import checkpoints, text
 
-    loaded: Any = checkpoints.load_model(model)
-    encoder: Any = checkpoints.load_tokenizer(model, tokenizer, loaded.config)
+    checkpoint = checkpoints.look_at(model)
+    loaded: Any = checkpoints.load_model(checkpoint)
+    encoder: Any = checkpoints.load_tokenizer(checkpoint, tokenizer, loaded.config)
     if adapter is not None:
         loaded = checkpoints.load_adapter(loaded, adapter)
     if torch.accelerator.is_available():
@@ -243,24 +244,21 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
 ) -> None:
     """Convert a native checkpoint to ours, or ours to native. The tokenizer goes along."""
-    from transformers import PreTrainedConfig
-
     from hf_archs import checkpoints
     from hf_archs.conversion import to_native
 
-    architecture, config = checkpoints.read_config(source)
-    raw, _ = PreTrainedConfig.get_config_dict(source)
-    ours = raw.get("model_type") == architecture.model_type
-    if to is not None and not ours:
-        raise ValueError(f"--to is {to!r}, but {source!r} is native already and becomes {architecture.model_type}")
+    checkpoint = checkpoints.look_at(source)
+    config = checkpoint.config()
+    if to is not None and checkpoint.native is not None:
+        raise ValueError(f"--to is {to!r}, but {source!r} is native already and becomes {config.model_type}")
     _check_free(output, overwrite)
     checkpoints.check_output(output, checkpoints.weight_bytes(config))
-    model = checkpoints.load_model(source, dtype="auto", use_safetensors=False if pickle else None)
-    converted = to_native(model, to) if ours else model
+    model = checkpoints.load_model(checkpoint, dtype="auto", use_safetensors=False if pickle else None)
+    converted = to_native(model, to) if checkpoint.native is None else model
     with checkpoints.replacing(output) as folder:
         converted.save_pretrained(folder)
         if checkpoints.has_tokenizer(source):
-            checkpoints.load_tokenizer(source).save_pretrained(folder)
+            checkpoints.load_tokenizer(checkpoint).save_pretrained(folder)
     _say(f"{type(converted).__name__} in {output}")
 
 
@@ -309,8 +307,9 @@ def inspect(
 
     if picture is not None:
         errors.needs("matplotlib", "--picture", "plot")
-    loaded: Any = checkpoints.load_model(model)
-    encoder = checkpoints.load_tokenizer(model, tokenizer, loaded.config)
+    checkpoint = checkpoints.look_at(model)
+    loaded: Any = checkpoints.load_model(checkpoint)
+    encoder = checkpoints.load_tokenizer(checkpoint, tokenizer, loaded.config)
     length = min(512, tokens)
     rows = text.token_blocks(encoder, text.read_corpus(data).values(), length).with_format("torch")
     figures = inspection.router_figures(

@@ -5,7 +5,6 @@ the patterns that place them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -17,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_archs import registry
 from hf_archs.configuration import ArchConfig
+from hf_archs.errors import did_you_mean, similar
 from hf_archs.parallel import ParallelConfig
 from hf_archs.parts import PartConfig
 
@@ -170,9 +170,7 @@ def make_instance(kind: str, name: str, fields: Mapping[str, Any], owner: ArchCo
 
 
 def _allowed(name: str, names: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"{hint}allowed are {', '.join(sorted(names)) or 'none'}"
+    return f"{did_you_mean(similar(name, names))} allowed are {', '.join(sorted(names)) or 'none'}".lstrip()
 
 
 _RULE = re.compile(r"\s*(?P<entry>\S+)\s+every\s+(?P<step>\d+)(?:\s+from\s+(?P<start>\d+))?\s*")

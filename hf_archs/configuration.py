@@ -1,6 +1,5 @@
 """The fields that every architecture and every mixer shares, and how a layer finds its mixer."""
 
-import difflib
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from hf_archs import __version__, conversion, hub, registry
-from hf_archs.call import NEW_NAME, OLD_NAME
+from hf_archs.call import NEW_NAME, OLD_NAME, call
+from hf_archs.errors import did_you_mean, similar
 from hf_archs.formats import IDLE, MOST_LABELS, MOST_LAYERS
 from hf_archs.parts import PartConfig, StateSpec, check_range
 
@@ -273,12 +273,12 @@ class ArchConfig(PreTrainedConfig, PartConfig):
             )
             return
         for name, near in self._misspelt(unknown).items():
-            raise ValueError(f"{type(self).__name__} has no field {name!r}; did you mean {near}?")
+            raise ValueError(f"{type(self).__name__} has no field {name!r}; {did_you_mean(near)}")
 
     def _is_known(self, name: str) -> bool:
         return name in self.__dataclass_fields__ or hasattr(type(self), name) or name in IDLE or name[0] == "_"
 
-    def _misspelt(self, names: Iterable[str]) -> dict[str, str]:
+    def _misspelt(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Those of some names that are no fields and nearly one, and which."""
         own = [name for name in self.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
         found = {}
@@ -287,9 +287,9 @@ class ArchConfig(PreTrainedConfig, PartConfig):
                 continue
             words = set(name.split("_"))
             inside = [field for field in own if len(words) > 1 and words < set(field.split("_"))]
-            near = difflib.get_close_matches(name, own, n=1, cutoff=0.8) or inside
+            near = similar(name, own, most=1, cutoff=0.8) or inside
             if near:
-                found[name] = " or ".join(near)
+                found[name] = near
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -307,7 +307,7 @@ class ArchConfig(PreTrainedConfig, PartConfig):
         """As in transformers; beside ``config.json`` stands the stub that lets Auto classes find this library."""
         self.validate()  # type: ignore[attr-defined]  # before anything is written
         for name, near in self._misspelt(vars(self)).items():
-            logger.warning(f"{type(self).__name__} has no field {name!r}, and it is not saved; did you mean {near}?")
+            logger.warning(f"{type(self).__name__} has no field {name!r}, and it is not saved; {did_you_mean(near)}")
         if not os.path.isfile(save_directory):  # transformers has its own sentence for that
             hub.write_stub(type(self), save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -318,9 +318,15 @@ class ArchConfig(PreTrainedConfig, PartConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers; the config of a native checkpoint comes in our fields.
 
+        No file is read where ``from_pretrained`` of a model asks: it has looked at the checkpoint.
+
         Raises:
             ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
         """
+        checkpoint = None if call.reading is None else call.reading.checkpoint
+        if checkpoint is not None and checkpoint.source == str(pretrained_model_name_or_path):
+            others = {name: value for name, value in kwargs.items() if name not in conversion.WHERE}
+            return checkpoint.fields(cls), others
         raw, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return conversion.read_config(raw, cls, pretrained_model_name_or_path), kwargs
 

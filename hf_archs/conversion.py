@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ from hf_archs.formats import (
     state_spaces_layer,
 )
 from hf_archs.registry import Architecture
+
+# the arguments of `from_pretrained` that say where files are and how they are fetched
+WHERE = frozenset(inspect.signature(find_adapter_config_file).parameters) - {"model_id"}
 
 
 def find_format(
@@ -80,7 +83,12 @@ def read_config(
     raw: dict[str, Any], config_class: type[PreTrainedConfig], source: object, reader: str | None = None
 ) -> dict[str, Any]:
     """A ``config.json`` in the fields of ``config_class``: as it is, or translated. Raises as `find_format` does."""
-    native = find_format(raw, config_class, source, reader)
+    return _fields(raw, config_class, source, find_format(raw, config_class, source, reader))
+
+
+def _fields(
+    raw: dict[str, Any], config_class: type[PreTrainedConfig], source: object, native: NativeFormat | None
+) -> dict[str, Any]:
     if native is None:
         return raw
     try:
@@ -131,15 +139,50 @@ def _blamed(form: NativeFormat, raw: Mapping[str, Any], config_class: type[PreTr
     )
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was looked at: its ``config.json`` is read before this is made, and not again.
+
+    Attributes:
+        source: folder or repository.
+        raw: the content of ``config.json``.
+        architecture: the one that reads it.
+        native: its format; None where it is ours.
+        whole: whether the head has to be there.
+    """
+
+    source: str
+    raw: dict[str, Any]
+    architecture: Architecture
+    native: NativeFormat | None
+    whole: bool = False
+
+    def fields(self, config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+        """The config in the fields of ``config_class``, a copy. Raises `ValueError` as `translate` does."""
+        return _fields(copy.deepcopy(self.raw), config_class, self.source, self.native)
+
+    def config(self) -> Any:
+        """The config of ours. Raises as `fields` does, and as the config's class does for a wrong value."""
+        config_class = self.architecture.config_class
+        return config_class.from_dict(self.fields(config_class))
+
+
 def prepare(
-    model_class: type[PreTrainedModel], source: str | os.PathLike | None, kwargs: dict[str, Any]
-) -> NativeFormat | None:
-    """Change the arguments of ``from_pretrained`` so that it reads a native checkpoint; gives its format.
+    model_class: type[PreTrainedModel],
+    source: str | os.PathLike | None,
+    kwargs: dict[str, Any],
+    checkpoint: Checkpoint | None = None,
+) -> Checkpoint | None:
+    """Change the arguments of ``from_pretrained`` so that it reads a native checkpoint.
 
     Args:
         model_class: the class that reads; one of ours.
         source: folder or repository, as ``from_pretrained`` gets it.
         kwargs: the other arguments; ``key_mapping`` is set, and a native ``config`` translated.
+        checkpoint: that of ``source``, where the caller has looked at it.
+
+    Returns:
+        the checkpoint: of an adapter, that of its base model; None where there is none to look at.
 
     Raises:
         ValueError: where the checkpoint is of another architecture.
@@ -151,7 +194,18 @@ def prepare(
         kwargs["config"] = config_class.from_dict(fields)
     if source is None or kwargs.get("gguf_file"):
         return None
-    where = {name: kwargs[name] for name in inspect.signature(find_adapter_config_file).parameters if name in kwargs}
+    if checkpoint is None:
+        checkpoint = _look(model_class, source, {name: kwargs[name] for name in WHERE & kwargs.keys()})
+    if checkpoint is not None and checkpoint.native is not None:
+        kwargs["key_mapping"] = {**checkpoint.native.key_mapping(), **(kwargs.get("key_mapping") or {})}
+    return checkpoint
+
+
+def _look(
+    model_class: type[PreTrainedModel], source: str | os.PathLike | None, where: Mapping[str, Any]
+) -> Checkpoint | None:
+    if source is None:
+        return None
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source, **where)
     except OSError:
@@ -162,55 +216,54 @@ def prepare(
         if adapter is None:
             return None
         with open(adapter, encoding="utf-8") as file:
-            base = json.load(file).get("base_model_name_or_path")
-        return prepare(model_class, base, kwargs)
+            return _look(model_class, json.load(file).get("base_model_name_or_path"), where)
+    config_class: Any = model_class.config_class
+    architecture = registry.find_architecture(config_class)
     native = find_format(raw, config_class, source, model_class.__name__)
-    if native is not None:
-        kwargs["key_mapping"] = {**native.key_mapping(), **(kwargs.get("key_mapping") or {})}
-    return native
+    return None if architecture is None else Checkpoint(str(source), raw, architecture, native)
 
 
 @contextlib.contextmanager
 def unpickled(
-    native: NativeFormat | None, source: str | os.PathLike | None, kwargs: dict[str, Any]
-) -> Iterator[str | None]:
-    """A folder with the checkpoint of ``source``, its weights as safetensors; None where they are no pickle.
+    checkpoint: Checkpoint | None, source: str | os.PathLike | None, kwargs: dict[str, Any]
+) -> Iterator[Checkpoint | None]:
+    """The checkpoint in a folder where its weights are safetensors; None where they are no pickle.
 
     Args:
-        native: the format of the checkpoint.
+        checkpoint: what `prepare` gives.
         source, kwargs: the arguments of ``from_pretrained``, where ``use_safetensors=False`` asks for the pickle; the
             folder needs no such argument, and it is taken out.
 
     Raises:
         ValueError: where the weights are a pickle, and nobody asked for it or it holds none.
     """
-    if native is None or native.pickle is None or source is None:
+    if checkpoint is None or checkpoint.native is None or checkpoint.native.pickle is None or source is None:
         yield None
         return
-    where = {name: kwargs[name] for name in inspect.signature(find_adapter_config_file).parameters if name in kwargs}
+    pickle = checkpoint.native.pickle
+    where = {name: kwargs[name] for name in WHERE & kwargs.keys()}
 
     def find(name: str) -> str | None:
         return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)  # type: ignore[call-arg]
 
     asked = kwargs.get("use_safetensors") is False
     safe = not asked and any(map(find, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)))
-    pickled = None if safe else find(native.pickle)
+    pickled = None if safe else find(pickle)
     if pickled is None:
         yield None
         return
     if not asked:
         raise ValueError(
-            f"the weights of {source} are a pickle, {native.pickle}, which is read on request only: by "
+            f"the weights of {source} are a pickle, {pickle}, which is read on request only: by "
             "from_pretrained(..., use_safetensors=False), or once by `hf-archs convert --pickle`; nothing that stands "
             "in the file is run"
         )
-    raw, _ = PreTrainedConfig.get_config_dict(source, **where)
     with tempfile.TemporaryDirectory() as folder:
-        NativeCheckpoint(raw, pickles.read_state_dict(pickled)).save_pretrained(folder)
+        NativeCheckpoint(checkpoint.raw, pickles.read_state_dict(pickled)).save_pretrained(folder)
         for name in ("use_safetensors", "subfolder"):
             kwargs.pop(name, None)
         try:
-            yield folder
+            yield replace(checkpoint, source=folder)
         except (ValueError, CheckFailed) as error:  # which names the folder
             error.args = tuple(str(part).replace(folder, str(source)) for part in error.args)
             raise
@@ -222,17 +275,15 @@ class Reading:
 
     Attributes:
         source: folder or repository.
-        native: whether it is of a native format.
+        checkpoint: what `prepare` gives.
         any_shape: whether tensors may have other shapes than the config asks for, and are made anew then.
         reported: whether the caller gets a list of what is missing and left over, and decides.
-        whole: whether the head has to be there.
     """
 
     source: Any
-    native: bool
+    checkpoint: Checkpoint | None
     any_shape: bool
     reported: bool
-    whole: bool
 
     def check(self, model: PreTrainedModel, found: Any) -> None:
         """Hold the names and shapes in the files against the model.
@@ -246,7 +297,9 @@ class Reading:
         Raises:
             CheckFailed: naming a tensor and how many others there are.
         """
-        base = "" if model.base_model is model or self.whole else f"{OURS}."
+        native = self.checkpoint is not None and self.checkpoint.native is not None
+        whole = self.checkpoint is not None and self.checkpoint.whole
+        base = "" if model.base_model is model or whole else f"{OURS}."
         tied: Any = model.all_tied_weights_keys  # which files hold once
         missing = sorted(name for name in found.missing_keys if name.startswith(base) and name not in tied)
         below, heads = (
@@ -254,9 +307,7 @@ class Reading:
             r"(?:lm_head|score|classifier|qa_outputs)\.",
         )
         left = sorted(
-            name
-            for name in found.unexpected_keys
-            if re.match(below, name) or (self.native and not re.match(heads, name))
+            name for name in found.unexpected_keys if re.match(below, name) or (native and not re.match(heads, name))
         )
         if found.conversion_errors:
             name = min(found.conversion_errors)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import httpx2
@@ -25,6 +26,21 @@ from safetensors import SafetensorError
 
 class CheckFailed(RuntimeError):
     """Something ran to its end and is not what it must be."""
+
+
+def similar(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.6) -> list[str]:
+    """Those of the ``known`` names that are nearly ``name``, the nearest first.
+
+    Args:
+        most: how many of them.
+        cutoff: how near, from 0 to 1, the same name.
+    """
+    return difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+
+
+def did_you_mean(near: Sequence[str], otherwise: str = "") -> str:
+    """The question in the refusal of a name, whether one of those ``near`` it is meant; where none is, the other."""
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 EXPECTED = (CheckFailed, ValueError, OSError, ImportError, StrictDataclassError, SafetensorError, httpx2.HTTPError)

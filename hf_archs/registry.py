@@ -6,7 +6,6 @@ registers what it brings when it is imported. The built-in plugins use the same 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import sys
@@ -32,6 +31,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from hf_archs.errors import did_you_mean, similar
 from hf_archs.parts import PartConfig, RoutedFeedForward, StateSpec, TokenMixer
 
 if TYPE_CHECKING:
@@ -229,10 +229,10 @@ def _owner(entry: Any) -> str:
 def _get(kind: str, table: Mapping[str, Any], name: str) -> Any:
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name, table, n=3)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    near = did_you_mean(similar(name, table))
     failed = "".join(f"; plugin {plugin} failed: {why}" for plugin, why in _failed.items())
-    raise ValueError(f"no {kind} {name!r}; {hint}registered are {', '.join(sorted(table)) or 'none'}{failed}")
+    registered = f"{near} registered are {', '.join(sorted(table)) or 'none'}".lstrip()
+    raise ValueError(f"no {kind} {name!r}; {registered}{failed}")
 
 
 def register_mixer(

@@ -8,7 +8,6 @@ Letters in shapes: b batch, l length, v vocabulary.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import math
@@ -28,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_archs.checkpoints import looks_local
+from hf_archs.errors import did_you_mean, similar
 
 Corpus = dict[str, str]
 Progress = Callable[[int, int], object]  # told how much is done of how much
@@ -101,8 +101,8 @@ def read_corpus(data: str) -> Corpus:
             f"data is {data!r}, which does not exist; allowed is a text file, a folder or a dataset"
         )
     else:
-        if near := difflib.get_close_matches(data, OURS, n=1, cutoff=0.7):
-            raise FileNotFoundError(f"data is {data!r}, which does not exist; did you mean {near[0]}?")
+        if near := similar(data, OURS, most=1, cutoff=0.7):
+            raise FileNotFoundError(f"data is {data!r}, which does not exist; {did_you_mean(near)}")
         corpus = _rows(data)
     corpus = {name: text for name, text in corpus.items() if text}
     if not corpus:

@@ -7,7 +7,6 @@ both; `train` is what ``hf-archs train`` does.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 import warnings
@@ -215,9 +214,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, TrainingArgumen
     )
     if unknown:
         known = [flag for action in options._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; see hf-archs train --help"
-        raise ValueError(f"hf-archs train has no argument {unknown[0]!r}{hint}")
+        near = errors.similar(unknown[0].partition("=")[0], known)
+        hint = errors.did_you_mean(near, "see hf-archs train --help")
+        raise ValueError(f"hf-archs train has no argument {unknown[0]!r}; {hint}")
     if not 2 <= own.block_size <= 2**24:
         raise ValueError(f"block_size is {own.block_size}; allowed are 2 to {2**24}")
     _check_reporters(training_arguments)
@@ -353,11 +352,12 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
     run = standing(arguments)
     checkpoints.check_output(str(arguments.output_dir))
     copies = 1 if own.lora is not None else 4
-    checkpoints.check_memory(checkpoints.read_config(own.model)[1], copies)
+    checkpoint = checkpoints.look_at(own.model)
+    checkpoints.check_memory(checkpoint.config(), copies)
     training, held_out = text.split(text.read_corpus(own.data))
     known = [source for source in (own.model, run.checkpoint) if source and checkpoints.has_tokenizer(source)]
     tokenizer_source = own.tokenizer or next(iter(known), None)
-    model: Any = checkpoints.load_model(own.model, copies=copies)
+    model: Any = checkpoints.load_model(checkpoint, copies=copies)
     if own.lora is not None:
         if tokenizer_source is None:
             raise ValueError(f"{own.model!r} has no tokenizer, so it was never trained; train it before its adapter")

@@ -16,7 +16,8 @@ CORE = sorted(ROOT.rglob("*.py"))
 BELOW = {
     "hf_archs.backend": (),
     "hf_archs.kernels": ("hf_archs.backend", "hf_archs.kernels"),
-    "hf_archs.registry": ("hf_archs.configuration", "hf_archs.formats"),  # for types, and inside functions
+    # but for the errors, for types and inside functions
+    "hf_archs.registry": ("hf_archs.configuration", "hf_archs.errors", "hf_archs.formats"),
     "hf_archs.norm": ("hf_archs.kernels", "hf_archs.backend"),
     "hf_archs.convolution": ("hf_archs.kernels", "hf_archs.backend", "hf_archs.cache"),  # what a mixer hands it
     "hf_archs.call": (),
@@ -27,6 +28,7 @@ BELOW = {
         "hf_archs.hub",
         "hf_archs.conversion",
         "hf_archs.call",
+        "hf_archs.errors",
         "hf_archs.formats",
         "hf_archs.__version__",
     ),

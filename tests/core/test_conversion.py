@@ -1,9 +1,12 @@
 """Every native format that an architecture declares: models in memory and checkpoints on disk, both ways."""
 
+import builtins
+import io
 import json
 import logging
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import hf_archs
-from hf_archs import conversion
+from hf_archs import checkpoints, cli, conversion
 from hf_archs.errors import CheckFailed
 from hf_archs.registry import get_architecture
 from hf_archs.testing.parity import enliven
+from hf_archs.text import train_tokenizer
 
 FORMATS = [
     pytest.param(architecture, form, id=f"{architecture.name}-{form.name}")
@@ -320,3 +324,76 @@ def test_weights_that_are_missing_or_left_over(architecture, form, whose, tmp_pa
     else:
         with pytest.raises(CheckFailed, match=r"v_head\.summary\.weight stands in"):
             model_class.from_pretrained(tmp_path)
+
+
+# -- one look ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """The folders whose ``config.json`` is opened to be read, one entry for each time."""
+    folders = []
+    opened = io.open
+
+    def watch(file, mode="r", *args, **kwargs):
+        if not isinstance(file, int) and Path(file).name == "config.json" and mode.startswith("r"):
+            folders.append(Path(file).parent)
+        return opened(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", watch)
+    monkeypatch.setattr(io, "open", watch)
+    return folders
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "ours"])
+def test_a_checkpoint_is_looked_at_once(native, tmp_path, looks, monkeypatch):
+    """`config.json` is opened once by a command, its tokenizer and all, and by `from_pretrained`."""
+    architecture = get_architecture("mamba")
+    form = architecture.native_formats[0]
+    model = native_model(architecture, form, vocab_size=512)[0]
+    tokenizer = train_tokenizer(["one look at a checkpoint"] * 4, 300)
+    for part in (model if native else hf_archs.from_native(model), tokenizer):
+        part.save_pretrained(tmp_path / "here")
+    here = str(tmp_path / "here")
+    monkeypatch.setenv("HF_ARCHS_DEBUG", "1")  # without it, the program would set logging and threads of this process
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    commands = [["convert", here, "-o", str(tmp_path / "there")], ["describe", here], ["generate", here, "one"]]
+    for arguments in commands:
+        looks.clear()
+        cli.app(arguments, standalone_mode=False)
+        assert looks == [tmp_path / "here"], arguments
+    for reader in (architecture.causal_lm_class, architecture.model_class, architecture.config_class):
+        looks.clear()
+        reader.from_pretrained(here)
+        assert looks == [tmp_path / "here"], reader
+
+
+def test_one_look_is_enough_for_every_argument(tmp_path):
+    """Those for the config, those for the model and those for the files, told apart as if the file were read anew."""
+    architecture = get_architecture("mamba")
+    native, _ = native_model(architecture, architecture.native_formats[0])
+    native.save_pretrained(tmp_path / "a" / "b")
+    model = architecture.causal_lm_class.from_pretrained(
+        tmp_path / "a", subfolder="b", revision="main", local_files_only=True, output_hidden_states=True, num_labels=5
+    )
+    assert model.config.output_hidden_states
+    assert model.config.num_labels == 5
+    assert not vars(model.config).keys() & conversion.WHERE
+    assert_same_parameters(hf_archs.to_native(model), native)
+    with pytest.raises(TypeError, match="such_an_argument"):
+        architecture.causal_lm_class.from_pretrained(tmp_path / "a", subfolder="b", such_an_argument=1)
+    other = architecture.config_class.from_pretrained(tmp_path / "a", subfolder="b", use_cache=False)
+    assert not architecture.causal_lm_class.from_pretrained(
+        tmp_path / "a", subfolder="b", config=other
+    ).config.use_cache
+
+
+def test_what_one_look_found_is_not_changed_by_a_config_made_of_it(tmp_path):
+    architecture = get_architecture("mamba")
+    native_model(architecture, architecture.native_formats[0])[0].save_pretrained(tmp_path)
+    checkpoint = checkpoints.look_at(str(tmp_path))
+    before = json.dumps(checkpoint.raw)
+    model = architecture.causal_lm_class.from_pretrained(tmp_path, checkpoint=checkpoint, num_labels=7)
+    assert model.config.num_labels == 7
+    assert json.dumps(checkpoint.raw) == before
+    assert checkpoint.config().num_labels == 2
