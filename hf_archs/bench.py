@@ -4,8 +4,6 @@ Machines are noisy, so every measure alternates between ours and the peer, and w
 ratios of neighbouring runs. Nothing here fails on a slow machine; the numbers go into a JSON file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import importlib

@@ -1,7 +1,5 @@
 """Published ``config.json`` files at small widths, and each field of a native config class changed alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence

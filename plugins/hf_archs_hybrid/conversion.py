@@ -1,7 +1,5 @@
 """Jamba, Bamba and Nemotron-H checkpoints of transformers, by rename tables."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping

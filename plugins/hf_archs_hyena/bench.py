@@ -1,7 +1,5 @@
 """What is measured of Hyena: its convolution against the published form of it, the model against a Llama."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

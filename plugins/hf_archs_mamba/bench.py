@@ -1,7 +1,5 @@
 """What is measured of Mamba: the selective scan against mamba_ssm's CUDA kernel, the model against transformers'."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 flash-linear-attention's ``model_type`` is transformers' own, ``mamba2``: the fields that it alone has tell which it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

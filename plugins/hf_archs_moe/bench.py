@@ -1,7 +1,5 @@
 """What is measured of mixtures of experts: the experts against transformers' forms, the model against Mixtral."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A mixture of experts out of a dense model (Komatsuzaki et al. 2023, "Sparse Upcycling", section 2)."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

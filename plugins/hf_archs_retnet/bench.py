@@ -1,8 +1,6 @@
 """What is measured of RetNet: retention against flash-linear-attention's or the parallel form, the model against
 Llama."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from typing import Any

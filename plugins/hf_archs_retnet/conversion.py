@@ -4,8 +4,6 @@ None of the packages is imported. What they call the same model differs in the r
 see `hf_archs_retnet.configuration.RetNetMixerConfig`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

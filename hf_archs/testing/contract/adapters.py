@@ -1,7 +1,5 @@
 """PEFT: adapters reach every linear layer, merge, stack and generate; the states' parameters train beside them."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

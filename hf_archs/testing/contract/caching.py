@@ -1,7 +1,5 @@
 """The cache: continued at any split it gives what one pass gives, its size does not grow, and it can be kept."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from pathlib import Path

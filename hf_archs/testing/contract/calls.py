@@ -1,7 +1,5 @@
 """Calls: what a forward takes and gives by name, and that nothing of a call outlives it."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import types

@@ -1,7 +1,5 @@
 """Configs: every field is validated, and every field is read by something."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Masks: every form in which hosts have them is read, or refused in a sentence that names the shape or the value."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

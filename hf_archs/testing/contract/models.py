@@ -5,8 +5,6 @@ leaks or a boundary that is ignored changes its logits by less than any toleranc
 large random values instead, and `assert_remembers` holds that the first token still shows thirty tokens later.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable, Mapping

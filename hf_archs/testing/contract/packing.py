@@ -1,7 +1,5 @@
 """Packing: several documents in one row are each as alone, by each of the three signals that a collator can give."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Padding: left, right and interior pads leave the real tokens' answer, and the cache left behind, as they were."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Placement: device maps, CPU and disk offload."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Precision: mixed precision trains, half-precision weights stay as exact as they are, states stay wide."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Saving and loading: every bit comes back, whatever the form of the checkpoint, for every head."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Gradients and the Trainer."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
