@@ -4,8 +4,6 @@ Machines are noisy, so every measure alternates between ours and the peer, and w
 ratios of neighbouring runs. Nothing here fails on a slow machine; the numbers go into a JSON file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import importlib
@@ -15,8 +13,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +263,19 @@ def op_measures(
     yield Measure(f"{name}, forward", peer, *alone, bytes_moved=moved)
     both = _forward_backward(ours, tensors), _forward_backward(theirs, tensors)
     yield Measure(f"{name}, forward and backward", peer, *both, bytes_moved=3 * moved)
+
+
+def randn(device: torch.device) -> Callable[..., torch.Tensor]:
+    """`torch.randn` in the precision that ops are measured in: bfloat16 on a GPU."""
+    return partial(torch.randn, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def sized(
+    name: str, inputs: Callable[..., dict[str, torch.Tensor]], shapes: Iterable[tuple[int, ...]], device: torch.device
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """For each shape a label of the op and its ``inputs(*shape, device)``."""
+    for shape in shapes:
+        yield f"{name} {' x '.join(map(str, shape))}", inputs(*shape, device)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

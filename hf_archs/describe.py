@@ -1,7 +1,5 @@
 """What a model costs before it is trained: layer by layer, against the same model with attention everywhere."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path

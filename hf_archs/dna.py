@@ -3,8 +3,6 @@
 Letters in shapes: b batch, l length.
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import zlib

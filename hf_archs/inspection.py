@@ -1,7 +1,5 @@
 """What the routers of a model do with a text: load, entropy and drops of every layer, as numbers and as a heat map."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

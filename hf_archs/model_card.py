@@ -1,7 +1,5 @@
 """The card that a saved or pushed model or adapter carries: what it is, how to load it, what was measured."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -6,8 +6,6 @@ sha256 of its name is divisible by 20, so everybody holds out the same ones.
 Letters in shapes: b batch, l length, v vocabulary.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import math

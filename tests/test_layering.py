@@ -40,6 +40,7 @@ BELOW = {
 # what of a plugin is about models: the rest are ops (filters are layers between the two, distillation makes models)
 MODEL_FILES = ("__init__", "configuration", "mixer", "modeling", "conversion", "bench", "filters", "distillation")
 MODEL_FILES += ("routing", "expert_layer", "feed_forward", "callbacks", "upcycling", "presets", "switch_layers")
+MODEL_FILES += ("torchscale",)
 # programs over the library: which architecture they take where none is named, and which peers they measure
 PROGRAMS = {"cli.py", "quickstart"}
 # a value that a foreign checkpoint format leaves out, and what transformers calls a layer

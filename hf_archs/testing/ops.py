@@ -4,8 +4,6 @@ The rule: the distance to the float64 reference is at most twice the distance th
 runs in the tested precision, for the outputs and for every gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Hold a model against an independent implementation of the same architecture: logits and every gradient, by name."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any

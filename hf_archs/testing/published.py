@@ -1,7 +1,5 @@
 """Published ``config.json`` files at small widths, and each field of a native config class changed alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 import hf_archs
 from hf_archs.errors import sentence
 from hf_archs.formats import TransformersFormat
-from hf_archs.testing.native import native
+from hf_archs.testing.native import check_back, native
 from hf_archs.testing.ops import relative_distance
 from hf_archs.testing.parity import check_parity
 
@@ -116,13 +114,9 @@ def check_published(raw: Mapping[str, Any], architecture: str, dtype: torch.dtyp
     else:  # gradients through many layers are farther apart than that in float32
         with torch.no_grad():
             assert relative_distance(ours(ids).logits, theirs(ids, use_cache=False).logits) <= 1e-5
-    back: Any = hf_archs.to_native(ours, form.name)
-    assert type(back) is model_class
-    expected = theirs.state_dict()
-    assert back.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in back.state_dict().items())
+    back = check_back(ours, theirs, form.name)
     for name in _own_fields(config_class):
-        kept, given = _value(back.config, name), _value(theirs.config, name)
+        kept, given = _value(back, name), _value(theirs.config, name)
         assert kept == given or name in form.ignored, f"{name} was {given!r} and is {kept!r}"
 
 
@@ -150,6 +144,7 @@ def _others(value: Any) -> Iterator[Any]:
         yield from (3, 0.5, True)
 
 
+@torch.no_grad()
 def check_fields(
     form: TransformersFormat, fields: Mapping[str, Any], others: Mapping[str, Sequence[Any]]
 ) -> dict[str, str]:
@@ -173,42 +168,41 @@ def check_fields(
     ids = _tokens(fields["vocab_size"] // 2)
     found: dict[str, str] = {}
     wrong: list[str] = []
-    with torch.no_grad():
-        plain = base(ids, use_cache=False).logits
-        for name in _own_fields(config_class):
-            value = getattr(base.config, name)
-            for other in others.get(name, _others(value)):
-                if other == value:
-                    continue
-                try:
-                    together = other if isinstance(other, dict) and name in other else {name: other}
-                    changed = config_class(**{**fields, **together})
-                    theirs = native(model_class, changed)
-                    shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items()}
-                    if shapes == {key: tensor.shape for key, tensor in base.state_dict().items()}:
-                        theirs.load_state_dict(base.state_dict())
-                    expected = theirs(ids, use_cache=False).logits
-                except Exception:  # a value that transformers itself does not take
-                    continue
-                break
-            else:
-                wrong.append(f"{name}: transformers takes no other value that was tried")
+    plain = base(ids, use_cache=False).logits
+    for name in _own_fields(config_class):
+        value = getattr(base.config, name)
+        for other in others.get(name, _others(value)):
+            if other == value:
                 continue
-            same = expected.shape == plain.shape and torch.equal(expected, plain)
-            found[name] = "kept" if same else "read"
             try:
-                ours = hf_archs.from_native(theirs)
-                distance = relative_distance(ours(ids).logits, expected)
-                back: Any = hf_archs.to_native(ours, form.name)
-            except (ValueError, StrictDataclassError) as error:
-                found[name] = "refused"
-                if name not in sentence(error):
-                    wrong.append(f"{name} = {other!r} is refused by {sentence(error)!r}")
+                together = other if isinstance(other, dict) and name in other else {name: other}
+                changed = config_class(**{**fields, **together})
+                theirs = native(model_class, changed)
+                shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items()}
+                if shapes == {key: tensor.shape for key, tensor in base.state_dict().items()}:
+                    theirs.load_state_dict(base.state_dict())
+                expected = theirs(ids, use_cache=False).logits
+            except Exception:  # a value that transformers itself does not take
                 continue
-            if not distance <= 1e-5:
-                wrong.append(f"{name} = {other!r}: {distance:.1e} from transformers' logits")
-            kept = _value(back.config, name)
-            if kept != _value(changed, name) and name not in form.ignored:
-                wrong.append(f"{name} = {other!r} is written back as {kept!r}")
+            break
+        else:
+            wrong.append(f"{name}: transformers takes no other value that was tried")
+            continue
+        same = expected.shape == plain.shape and torch.equal(expected, plain)
+        found[name] = "kept" if same else "read"
+        try:
+            ours = hf_archs.from_native(theirs)
+            distance = relative_distance(ours(ids).logits, expected)
+            back: Any = hf_archs.to_native(ours, form.name)
+        except (ValueError, StrictDataclassError) as error:
+            found[name] = "refused"
+            if name not in sentence(error):
+                wrong.append(f"{name} = {other!r} is refused by {sentence(error)!r}")
+            continue
+        if not distance <= 1e-5:
+            wrong.append(f"{name} = {other!r}: {distance:.1e} from transformers' logits")
+        kept = _value(back.config, name)
+        if kept != _value(changed, name) and name not in form.ignored:
+            wrong.append(f"{name} = {other!r} is written back as {kept!r}")
     assert not wrong, "; ".join(wrong)
     return found

@@ -1,7 +1,5 @@
 """What is measured of hybrids: the small mixture against Llama, and Jamba against transformers'."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

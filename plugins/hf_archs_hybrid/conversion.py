@@ -1,11 +1,9 @@
 """Jamba, Bamba and Nemotron-H checkpoints of transformers, by rename tables."""
 
-from __future__ import annotations
-
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -17,7 +15,7 @@ from hf_archs.formats import TransformersFormat
 
 @dataclass(frozen=True, kw_only=True)
 class HybridFormat(TransformersFormat):
-    """A format whose layers differ.
+    """A format whose layers differ, with instances that are called as their types.
 
     Attributes:
         kinds: for each named mixer and feed-forward our names and theirs of the parameters in its layers.
@@ -28,11 +26,12 @@ class HybridFormat(TransformersFormat):
     kinds: Mapping[str, Mapping[str, str]]
     read_pattern: Callable[[Mapping[str, Any]], dict[str, Any]]
     write_pattern: Callable[[Any], dict[str, Any]]
-    layer_aliases: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         aliases = {theirs: ours for table in self.kinds.values() for ours, theirs in table.items()}
         object.__setattr__(self, "layer_aliases", aliases)
+        types = {f"{path.rpartition('.')[0]}.type": path.split(".")[1] for path in self.fields if "." in path}
+        object.__setattr__(self, "constants", {**self.constants, **types})
 
     def names_for(self, config: Any) -> Callable[[str], str]:
         def theirs(name: str) -> str:
@@ -57,15 +56,8 @@ class HybridFormat(TransformersFormat):
 
 
 _SAME = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "initializer_range",
-    "use_cache",
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
+    *("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range", "use_cache", "tie_word_embeddings"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
 # small ones, for tests
 _TINY = {
@@ -78,7 +70,29 @@ _TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_HEADS = {"num_heads": "num_attention_heads", "num_key_value_heads": "num_key_value_heads"}
+_MAMBA = {
+    "state_size": "mamba_d_state",
+    "conv_kernel": "mamba_d_conv",
+    "expand": "mamba_expand",
+    "use_conv_bias": "mamba_conv_bias",
+    "use_bias": "mamba_proj_bias",
+}
 _PATTERNS = ("layer_pattern", "feed_forward_pattern")
+_TWO_NORMS: dict[str, Any] = {
+    "prefix": "model",
+    "renames": {"norm.weight": "final_layernorm.weight"},
+    "layer_renames": {
+        "norm.weight": "input_layernorm.weight",
+        "feed_forward_norm.weight": "pre_ff_layernorm.weight",
+        "feed_forward.gate.weight": "feed_forward.router.weight",
+    },
+}
+
+
+def _of(instance: str, *names: str, **fields: str) -> dict[str, str]:
+    """Our fields of a named instance by their paths, under the same names or others."""
+    return {f"{instance}.{ours}": theirs for ours, theirs in ({name: name for name in names} | fields).items()}
 
 
 def _inside(ours: str, theirs: str, *names: str, **renamed: str) -> dict[str, str]:
@@ -98,22 +112,22 @@ def _mamba2(module: str) -> dict[str, str]:
     }
 
 
-def _every(config: Any, name: str, layers: list[list[str]], other: str) -> tuple[int, int]:
-    """Period and offset of the layers that are ``name`` where all else is ``other``."""
+def _every(config: Any, kind: str, layers: Sequence[list[str]], name: str, other: str) -> dict[str, int]:
+    """Their period and offset of the layers that are ``name`` where all else is ``other``."""
     found = [i for i, entry in enumerate(layers) if entry == [name]]
     if not found:
-        return len(layers) + 1, len(layers)
+        return {f"{kind}_layer_period": len(layers) + 1, f"{kind}_layer_offset": len(layers)}
     period = found[1] - found[0] if len(found) > 1 else max(found[0] + 1, len(layers))
     expected = [[name] if i % period == found[0] % period else [other] for i in range(len(layers))]
-    if layers != expected or found[0] >= period:
+    if [*layers] != expected or found[0] >= period:
         raise ValueError(
             f"{type(config).__name__}: {name!r} stands in the layers {found}, which a jamba model cannot represent; "
             f"allowed is {name!r} at a regular distance and {other!r} everywhere else"
         )
-    return period, found[0]
+    return {f"{kind}_layer_period": period, f"{kind}_layer_offset": found[0]}
 
 
-def _read_router_logits(given: Mapping[str, Any], has_experts: bool) -> dict[str, Any]:
+def _router_logits(given: Mapping[str, Any], has_experts: bool) -> dict[str, Any]:
     """A config without routers has no such field."""
     return {"output_router_logits": given["output_router_logits"]} if has_experts else {}
 
@@ -123,25 +137,18 @@ def _read_jamba(given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "layer_pattern": "mamba; attention every {attn_layer_period} from {attn_layer_offset}".format(**given),
         "feed_forward_pattern": f"mlp{experts}".format(**given),
-        **_read_router_logits(given, bool(experts)),
+        **_router_logits(given, bool(experts)),
     }
 
 
 def _write_jamba(config: Any) -> dict[str, Any]:
-    placed = [config.placed_by_kind(i) for i in range(config.num_hidden_layers)]
-    attention = _every(config, "attention", [mixers for mixers, _ in placed], "mamba")
-    experts = _every(config, "moe", [feed_forward for _, feed_forward in placed], "mlp")
-    mamba = config.instances()["mixers.mamba"][1]
-    written = {"attn_layer_period": attention[0], "attn_layer_offset": attention[1], "mamba_dt_rank": mamba.dt_rank}
-    if ["moe"] not in [feed_forward for _, feed_forward in placed]:
+    mixers, feed_forwards = zip(*(config.placed_by_kind(i) for i in range(config.num_hidden_layers)))
+    written = _every(config, "attn", mixers, "attention", "mamba")
+    written["mamba_dt_rank"] = config.instances()["mixers.mamba"][1].dt_rank
+    experts = _every(config, "expert", feed_forwards, "moe", "mlp")
+    if ["moe"] not in feed_forwards:
         return {**written, "num_experts": 1}
-    asked = config.output_router_logits
-    return {
-        **written,
-        "expert_layer_period": experts[0],
-        "expert_layer_offset": experts[1],
-        "output_router_logits": asked,
-    }
+    return {**written, **experts, "output_router_logits": config.output_router_logits}
 
 
 JAMBA = HybridFormat(
@@ -150,20 +157,13 @@ JAMBA = HybridFormat(
     model_name="JambaModel",
     causal_lm_name="JambaForCausalLM",
     tiny={**_TINY, "num_hidden_layers": 2, "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
-    prefix="model",
-    renames={"norm.weight": "final_layernorm.weight"},
-    layer_renames={
-        "norm.weight": "input_layernorm.weight",
-        "feed_forward_norm.weight": "pre_ff_layernorm.weight",
-        "feed_forward.gate.weight": "feed_forward.router.weight",
-    },
+    **_TWO_NORMS,
     kinds={
         "mamba": {
             **_inside("mixer", "mamba", "in_proj", "conv1d", "x_proj", "out_proj"),
             "mixer.dt_proj.weight": "mamba.dt_proj.weight",
             "mixer.ssm.dt_bias": "mamba.dt_proj.bias",
-            "mixer.ssm.A_log": "mamba.A_log",
-            "mixer.ssm.D": "mamba.D",
+            **{f"mixer.ssm.{name}": f"mamba.{name}" for name in ("A_log", "D")},
             **{f"mixer.norms.{x}.weight": f"mamba.{x.lower()}_layernorm.weight" for x in ("dt", "B", "C")},
         },
         "attention": _attention("self_attn"),
@@ -173,30 +173,17 @@ JAMBA = HybridFormat(
     fields={
         **{name: name for name in _SAME},
         "norm_eps": "rms_norm_eps",
-        "mixers.mamba.state_size": "mamba_d_state",
-        "mixers.mamba.conv_kernel": "mamba_d_conv",
-        "mixers.mamba.expand": "mamba_expand",
-        "mixers.mamba.time_step_rank": "mamba_dt_rank",
-        "mixers.mamba.use_conv_bias": "mamba_conv_bias",
-        "mixers.mamba.use_bias": "mamba_proj_bias",
-        "mixers.mamba.bcdt_norm_eps": "rms_norm_eps",
-        "mixers.attention.num_heads": "num_attention_heads",
-        "mixers.attention.num_key_value_heads": "num_key_value_heads",
-        "feed_forward.mlp.intermediate_size": "intermediate_size",
-        "feed_forward.moe.moe_intermediate_size": "intermediate_size",
-        "feed_forward.moe.num_experts": "num_experts",
-        "feed_forward.moe.num_experts_per_tok": "num_experts_per_tok",
-        "feed_forward.moe.router_aux_loss_coef": "router_aux_loss_coef",
+        **_of("mixers.mamba", time_step_rank="mamba_dt_rank", bcdt_norm_eps="rms_norm_eps", **_MAMBA),
+        **_of("mixers.attention", **_HEADS),
+        **_of("feed_forward.mlp", "intermediate_size"),
+        **_of("feed_forward.moe", "num_experts", "num_experts_per_tok", "router_aux_loss_coef"),
+        **_of("feed_forward.moe", moe_intermediate_size="intermediate_size"),
     },
     constants={
         "residual_in_fp32": False,
         "rescale_prenorm_residual": False,
-        "mixers.mamba.type": "mamba",
         "mixers.mamba.bcdt_norm": "affine",
-        "mixers.attention.type": "attention",
         "mixers.attention.rope_theta": None,
-        "feed_forward.mlp.type": "mlp",
-        "feed_forward.moe.type": "moe",
         "feed_forward.moe.norm_topk_prob": False,
     },
     unused=_PATTERNS,
@@ -210,8 +197,7 @@ JAMBA = HybridFormat(
         # read above
         *("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset"),
         "output_router_logits",
-        # it has no positions
-        "max_position_embeddings",
+        "max_position_embeddings",  # it has no positions
         # which of its scans transformers runs, and what generate computes
         *("use_mamba_kernels", "use_mambapy", "use_associative_scan"),
         *("num_logits_to_keep", "calc_logits_for_entire_prompt"),
@@ -235,14 +221,20 @@ def _read_bamba(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_bamba(config: Any) -> dict[str, Any]:
+def _placed(config: Any, form: str, allowed: Collection[list[str]], words: str) -> list[list[str]]:
+    """The names of all that stands in each layer. Raises a `ValueError` for a layer that is none of the allowed."""
     placed = [config.placed(i) for i in range(config.num_hidden_layers)]
     for i, layer in enumerate(placed):
-        if layer not in (["attention", "mlp"], ["mamba2", "mlp"]):
+        if layer not in allowed:
             raise ValueError(
-                f"{type(config).__name__}: layer {i} is {'+'.join(layer)!r}, which a bamba model cannot represent; "
-                "allowed are attention or mamba2, and mlp"
+                f"{type(config).__name__}: layer {i} is {'+'.join(layer)!r}, which a {form} model cannot represent; "
+                f"allowed {words}"
             )
+    return placed
+
+
+def _write_bamba(config: Any) -> dict[str, Any]:
+    placed = _placed(config, "bamba", (["attention", "mlp"], ["mamba2", "mlp"]), "are attention or mamba2, and mlp")
     return {
         "attn_layer_indices": [i for i, layer in enumerate(placed) if layer[0] == "attention"],
         "mamba_n_heads": config.instances()["mixers.mamba2"][1].num_heads,
@@ -255,40 +247,20 @@ BAMBA = HybridFormat(
     model_name="BambaModel",
     causal_lm_name="BambaForCausalLM",
     tiny={**_TINY, "num_hidden_layers": 2, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 16},
-    prefix="model",
+    **_TWO_NORMS,
     nested=("rope_parameters",),
-    renames={"norm.weight": "final_layernorm.weight"},
-    layer_renames={
-        "norm.weight": "input_layernorm.weight",
-        "feed_forward_norm.weight": "pre_ff_layernorm.weight",
-    },
     kinds={"mamba2": _mamba2("mamba"), "attention": _attention("self_attn"), "mlp": {}},
     fields={
         **{name: name for name in _SAME},
         "norm_eps": "rms_norm_eps",
-        "mixers.mamba2.state_size": "mamba_d_state",
-        "mixers.mamba2.head_dim": "mamba_d_head",
-        "mixers.mamba2.n_groups": "mamba_n_groups",
-        "mixers.mamba2.conv_kernel": "mamba_d_conv",
-        "mixers.mamba2.expand": "mamba_expand",
-        "mixers.mamba2.use_conv_bias": "mamba_conv_bias",
-        "mixers.mamba2.use_bias": "mamba_proj_bias",
-        "mixers.mamba2.time_step_limit": "time_step_limit",
-        "mixers.attention.num_heads": "num_attention_heads",
-        "mixers.attention.num_key_value_heads": "num_key_value_heads",
-        "mixers.attention.attention_bias": "attention_bias",
-        "mixers.attention.output_bias": "attention_bias",
-        "mixers.attention.rope_theta": "rope_parameters.rope_theta",
-        "mixers.attention.partial_rotary_factor": "rope_parameters.partial_rotary_factor",
-        "feed_forward.mlp.intermediate_size": "intermediate_size",
-        "feed_forward.mlp.bias": "mlp_bias",
+        **_of("mixers.mamba2", "time_step_limit", head_dim="mamba_d_head", n_groups="mamba_n_groups", **_MAMBA),
+        **_of("mixers.attention", "attention_bias", output_bias="attention_bias", **_HEADS),
+        **{f"mixers.attention.{name}": f"rope_parameters.{name}" for name in ("rope_theta", "partial_rotary_factor")},
+        **_of("feed_forward.mlp", "intermediate_size", bias="mlp_bias"),
     },
     constants={
         "residual_in_fp32": False,
         "rescale_prenorm_residual": False,
-        "mixers.mamba2.type": "mamba2",
-        "mixers.attention.type": "attention",
-        "feed_forward.mlp.type": "mlp",
         "feed_forward.mlp.hidden_act": "silu",  # hidden_act is the mixer's as well
     },
     unused=(*_PATTERNS, *(f"mixers.mamba2.time_step_{x}" for x in ("min", "max", "floor"))),
@@ -339,47 +311,36 @@ class NemotronHFormat(HybridFormat):
 def _same(raw: Mapping[str, Any], field: str, value: Any, *others: str) -> None:
     """Raise a `ValueError` unless other names of a field, where they are in the file, say the same."""
     for name in others:
-        given = raw.get(name, value)
-        if given != value:
-            raise ValueError(f"{name} is {given!r} in this nemotron_h checkpoint; allowed is {value!r}, as {field} is")
+        if raw.get(name, value) != value:
+            raise ValueError(
+                f"{name} is {raw[name]!r} in this nemotron_h checkpoint; allowed is {value!r}, as {field} is"
+            )
 
 
-# of a layer's type in Nemotron-H our mixer and our feed-forward; each of its layers has one of both
-_NEMOTRON = {
-    "linear_attention": ("mamba2", "none"),
-    "full_attention": ("attention", "none"),
-    "mlp": ("none", "mlp"),
-    "moe": ("none", "moe"),
-}
+# what stands in a layer of a type in Nemotron-H: each of them has one mixer or one feed-forward
+_NEMOTRON = {"linear_attention": "mamba2", "full_attention": "attention", "mlp": "mlp", "moe": "moe"}
 
 
 def _read_nemotron_h(given: Mapping[str, Any]) -> dict[str, Any]:
     placed = [_NEMOTRON[kind] for kind in given["layers_block_type"]]
-    has_experts = any(feed_forward == "moe" for _, feed_forward in placed)
-    if given["mlp_bias"] and has_experts:
+    if given["mlp_bias"] and "moe" in placed:
         raise ValueError(
             "mlp_bias is True in this nemotron_h checkpoint; allowed beside experts is False, since the expert that "
             "all tokens share would have biases too"
         )
     return {
         "num_hidden_layers": len(placed),
-        "layer_pattern": [mixer for mixer, _ in placed],
-        "feed_forward_pattern": [feed_forward for _, feed_forward in placed],
+        "layer_pattern": [name if name in ("mamba2", "attention") else "none" for name in placed],
+        "feed_forward_pattern": [name if name in ("mlp", "moe") else "none" for name in placed],
         "mixers.mamba2.inner_size": given["mamba_num_heads"] * given["mamba_head_dim"],  # expand counts for nothing
         "mixers.mamba2.time_step_limit": (given["time_step_min"], math.inf),
-        **_read_router_logits(given, has_experts),
+        **_router_logits(given, "moe" in placed),
     }
 
 
 def _write_nemotron_h(config: Any) -> dict[str, Any]:
-    kinds = {next(name for name in pair if name != "none"): kind for kind, pair in _NEMOTRON.items()}
-    placed = [config.placed(i) for i in range(config.num_hidden_layers)]
-    for i, layer in enumerate(placed):
-        if len(layer) != 1:
-            raise ValueError(
-                f"{type(config).__name__}: layer {i} is {'+'.join(layer)!r}, which a nemotron_h model cannot "
-                f"represent; allowed is one of {', '.join(kinds)}"
-            )
+    kinds = {name: kind for kind, name in _NEMOTRON.items()}
+    placed = _placed(config, "nemotron_h", [[kind] for kind in kinds], f"is one of {', '.join(kinds)}")
     instances = config.instances()
     if instances["feed_forward.mlp"][1].bias and ["moe"] in placed:
         raise ValueError(
@@ -425,10 +386,8 @@ NEMOTRON_H = NemotronHFormat(
         "attention": _attention("mixer"),
         "mlp": _inside("feed_forward", "mixer", "up_proj", "down_proj"),
         "moe": {
-            "feed_forward.gate.weight": "mixer.gate.weight",
-            "feed_forward.gate.e_score_correction_bias": "mixer.gate.e_score_correction_bias",
-            "feed_forward.experts.up_proj": "mixer.experts.up_proj",
-            "feed_forward.experts.down_proj": "mixer.experts.down_proj",
+            **{f"feed_forward.gate.{x}": f"mixer.gate.{x}" for x in ("weight", "e_score_correction_bias")},
+            **{f"feed_forward.experts.{x}": f"mixer.experts.{x}" for x in ("up_proj", "down_proj")},
             **_inside("feed_forward.shared_experts", "mixer.shared_experts", "up_proj", "down_proj"),
         },
     },
@@ -437,38 +396,19 @@ NEMOTRON_H = NemotronHFormat(
         "norm_eps": "layer_norm_epsilon",
         "residual_in_fp32": "residual_in_fp32",
         "rescale_prenorm_residual": "rescale_prenorm_residual",
-        "mixers.mamba2.state_size": "ssm_state_size",
-        "mixers.mamba2.head_dim": "mamba_head_dim",
-        "mixers.mamba2.n_groups": "n_groups",
-        "mixers.mamba2.conv_kernel": "conv_kernel",
-        "mixers.mamba2.expand": "expand",
-        "mixers.mamba2.use_conv_bias": "use_conv_bias",
-        "mixers.mamba2.use_bias": "use_bias",
-        "mixers.mamba2.time_step_min": "time_step_min",
-        "mixers.mamba2.time_step_max": "time_step_max",
-        "mixers.mamba2.time_step_floor": "time_step_floor",
-        "mixers.attention.num_heads": "num_attention_heads",
-        "mixers.attention.num_key_value_heads": "num_key_value_heads",
-        "mixers.attention.head_dim": "head_dim",
-        "feed_forward.mlp.intermediate_size": "intermediate_size",
-        "feed_forward.mlp.hidden_act": "mlp_hidden_act",
-        "feed_forward.mlp.bias": "mlp_bias",
-        "feed_forward.moe.num_experts": "n_routed_experts",
-        "feed_forward.moe.num_experts_per_tok": "num_experts_per_tok",
-        "feed_forward.moe.moe_intermediate_size": "moe_intermediate_size",
-        "feed_forward.moe.shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
-        "feed_forward.moe.hidden_act": "mlp_hidden_act",
-        "feed_forward.moe.norm_topk_prob": "norm_topk_prob",
-        "feed_forward.moe.routed_scaling_factor": "routed_scaling_factor",
+        **_of("mixers.mamba2", "n_groups", "conv_kernel", "expand", "use_conv_bias", "use_bias"),
+        **_of("mixers.mamba2", "time_step_min", "time_step_max", "time_step_floor"),
+        **_of("mixers.mamba2", state_size="ssm_state_size", head_dim="mamba_head_dim"),
+        **_of("mixers.attention", "head_dim", **_HEADS),
+        **_of("feed_forward.mlp", "intermediate_size", hidden_act="mlp_hidden_act", bias="mlp_bias"),
+        **_of("feed_forward.moe", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+        **_of("feed_forward.moe", "routed_scaling_factor", num_experts="n_routed_experts", hidden_act="mlp_hidden_act"),
+        **_of("feed_forward.moe", shared_expert_intermediate_size="moe_shared_expert_intermediate_size"),
     },
     constants={
         "tie_word_embeddings": False,
-        "mixers.mamba2.type": "mamba2",
-        "mixers.attention.type": "attention",
         "mixers.attention.rope_theta": None,
-        "feed_forward.mlp.type": "mlp",
         "feed_forward.mlp.gated": False,
-        "feed_forward.moe.type": "moe",
         "feed_forward.moe.router": "loss_free",
         "feed_forward.moe.score_function": "sigmoid",
         "feed_forward.moe.gated": False,
@@ -481,15 +421,11 @@ NEMOTRON_H = NemotronHFormat(
     allowed={
         "time_step_limit": ((0.0, math.inf),),
         "mamba_hidden_act": ("silu", "swish"),
-        "attention_dropout": (0.0,),
         "attention_bias": (False,),
-        "hidden_dropout": (0.0,),
-        "sliding_window": (None,),
-        "moe_latent_size": (None,),
-        "n_group": (1,),
-        "topk_group": (1,),
         "num_nextn_predict_layers": (0,),
-        "n_shared_experts": (1,),
+        **dict.fromkeys(("attention_dropout", "hidden_dropout"), (0.0,)),
+        **dict.fromkeys(("sliding_window", "moe_latent_size"), (None,)),
+        **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), (1,)),
     },
     ignored=(
         # read above
@@ -505,8 +441,8 @@ NEMOTRON_H = NemotronHFormat(
         *("num_logits_to_keep", "mtp_layers_block_type"),
     ),
     layer_patterns={
-        r"mixer\.experts\.(\d+)\.up_proj\.weight": r"feed_forward.experts.\2.in_proj.weight",
-        r"mixer\.experts\.(\d+)\.down_proj\.weight": r"feed_forward.experts.\2.down_proj.weight",
+        rf"mixer\.experts\.(\d+)\.{theirs}_proj\.weight": rf"feed_forward.experts.\2.{ours}_proj.weight"
+        for theirs, ours in (("up", "in"), ("down", "down"))
     },
     read_pattern=_read_nemotron_h,
     write_pattern=_write_nemotron_h,

@@ -1,7 +1,5 @@
 """The published hybrids as patterns: the ratios and the order of their layers, at any width and depth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What is measured of Hyena: its convolution against the published form of it, the model against a Llama."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,10 +38,9 @@ def _by_taps(x: Any, log_decay: Any, phase: Any, residues: Any) -> Any:
 
 def ops(device: torch.device) -> Iterator[bench.Measure]:
     """The convolutions, forward and with their backward."""
-    gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if gpu else torch.float32
-    for b, l, c in [(8, 2048, 1024), (1, 65536, 1024)] if gpu else [(1, 1024, 256), (1, 16384, 256)]:
-        tensors = {name: torch.randn(b, l, c, device=device, dtype=dtype) for name in ("x", "gate_in", "gate_out")}
+    shapes = [(8, 2048, 1024), (1, 65536, 1024)] if device.type == "cuda" else [(1, 1024, 256), (1, 16384, 256)]
+    for b, l, c in shapes:
+        tensors = {name: bench.randn(device)(b, l, c) for name in ("x", "gate_in", "gate_out")}
         tensors |= {"taps": torch.randn(c, l, device=device), "bias": torch.randn(c, device=device)}
         label = f"long_conv {b} x {l} x {c}"
         yield from bench.op_measures(label, "plain PyTorch", _ours, _published, tensors)

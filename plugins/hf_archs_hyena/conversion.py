@@ -3,8 +3,6 @@ of ``LongSafari/hyenadna-*-seqlen`` (Nguyen et al. 2023, "HyenaDNA: Long-Range G
 Nucleotide Resolution", https://arxiv.org/abs/2306.15794; code: github.com/HazyResearch/hyena-dna).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

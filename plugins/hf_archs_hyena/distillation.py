@@ -2,8 +2,6 @@
 Distillery: Extracting Compact Recurrences From Convolutions", https://arxiv.org/abs/2310.18780, section 3).
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What is measured of Mamba: the selective scan against mamba_ssm's CUDA kernel, the model against transformers'."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
@@ -15,11 +13,7 @@ from hf_archs_mamba.selective_scan import selective_scan
 
 
 def _inputs(batch: int, length: int, channels: int, state: int, device: torch.device) -> dict[str, torch.Tensor]:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype)
-
+    randn = bench.randn(device)
     return {
         "x": randn(batch, length, channels),
         "dt": randn(batch, length, channels) - 4,
@@ -59,9 +53,7 @@ def ops(device: torch.device) -> Iterator[bench.Measure]:
     else:
         shapes = [(1, 1024, 512, 16), (8, 512, 512, 16)]
         peer, name = _loop, "the paper's loop"
-    for shape in shapes:
-        tensors = _inputs(*shape, device)
-        label = f"selective_scan {' x '.join(map(str, shape))}"
+    for label, tensors in bench.sized("selective_scan", _inputs, shapes, device):
         yield from bench.op_measures(label, name, selective_scan, peer, tensors)
 
 

@@ -3,51 +3,10 @@
 flash-linear-attention's ``model_type`` is transformers' own, ``mamba``: the fields that it alone has tell which it is.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig
-
-from hf_archs.formats import StateDictFormat, StateSpacesFormat, TransformersFormat
-
-
-@dataclass(frozen=True, kw_only=True)
-class MambaFormat(TransformersFormat):
-    def detect(self, raw: Mapping[str, Any]) -> bool:
-        return super().detect(raw) and not FLA.detect(raw)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlaFormat(StateDictFormat):
-    """``fla.models.MambaConfig`` and the state dict of ``MambaForCausalLM``, whose mathematics has not changed from
-    March 2024 to August 2026.
-
-    Attributes:
-        earlier: names of fields before April 2025 or 2026, and today's.
-    """
-
-    earlier: Mapping[str, str]
-
-    def __str__(self) -> str:
-        return "flash-linear-attention's mamba"
-
-    def detect(self, raw: Mapping[str, Any]) -> bool:
-        return raw.get("model_type") == MAMBA.name and not _FLA_ALONE.isdisjoint(raw)
-
-    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        today = {name: new for name, new in self.earlier.items() if new not in raw}
-        given, defaults = super().expand({today.get(name, name): value for name, value in raw.items()})
-        if given["dt_rank"] == "auto":
-            given["dt_rank"] = None
-        return given, defaults
-
-    def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        ours: Any = config
-        return {**super().write_config(config), "dt_rank": ours.dt_rank, "intermediate_size": ours.channels}
-
+from hf_archs.fla import KERNELS, FlaFormat, FormatBesideFla
+from hf_archs.formats import StateSpacesFormat, TransformersFormat
 
 LAYER_RENAMES = {
     "mixer.ssm.A_log": "mixer.A_log",
@@ -103,27 +62,6 @@ _TRANSFORMERS: dict[str, Any] = {
     "derived": {"time_step_rank": "dt_rank", "intermediate_size": "channels"},
 }
 
-MAMBA = MambaFormat(
-    name="mamba",
-    config_name="MambaConfig",
-    model_name="MambaModel",
-    causal_lm_name="MambaForCausalLM",
-    fields=_FIELDS,
-    constants={"bcdt_norm": "none"},
-    unused=("bcdt_norm_eps",),
-    **_TRANSFORMERS,
-)
-
-FALCON_MAMBA = MambaFormat(
-    name="falcon_mamba",
-    config_name="FalconMambaConfig",
-    model_name="FalconMambaModel",
-    causal_lm_name="FalconMambaForCausalLM",
-    fields={**_FIELDS, "bcdt_norm_eps": "mixer_rms_eps"},
-    constants={"bcdt_norm": "plain"},
-    **_TRANSFORMERS,
-)
-
 _EARLIER = {
     "layer_norm_epsilon": "norm_eps",
     "time_step_rank": "dt_rank",
@@ -133,14 +71,14 @@ _EARLIER = {
     "time_step_init_scheme": "dt_init_scheme",
     "time_step_floor": "dt_init_floor",
 }
-# which kernels run, and what their training loss is computed with
-_FLA_KERNELS = ("fuse_norm", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp")
-_FLA_ALONE = frozenset((*_EARLIER.values(), *_FLA_KERNELS))
 
+# its mathematics has not changed from March 2024 to August 2026
 FLA = FlaFormat(
     name="fla_mamba",
     **_NAMES,
+    alone=KERNELS,
     earlier=_EARLIER,
+    derived={"dt_rank": "dt_rank", "intermediate_size": "channels"},
     defaults={
         "model_type": "mamba",
         "architectures": ["MambaForCausalLM"],
@@ -174,8 +112,30 @@ FLA = FlaFormat(
     fields={ours: _EARLIER.get(theirs, theirs) for ours, theirs in _FIELDS.items()},
     constants={"bcdt_norm": "none"},
     allowed={"hidden_act": ("silu", "swish")},
-    ignored=_FLA_KERNELS,
+    ignored=KERNELS,
     unused=("bcdt_norm_eps",),
+)
+
+MAMBA = FormatBesideFla(
+    name="mamba",
+    fla=FLA,
+    config_name="MambaConfig",
+    model_name="MambaModel",
+    causal_lm_name="MambaForCausalLM",
+    fields=_FIELDS,
+    constants={"bcdt_norm": "none"},
+    unused=("bcdt_norm_eps",),
+    **_TRANSFORMERS,
+)
+
+FALCON_MAMBA = TransformersFormat(
+    name="falcon_mamba",
+    config_name="FalconMambaConfig",
+    model_name="FalconMambaModel",
+    causal_lm_name="FalconMambaForCausalLM",
+    fields={**_FIELDS, "bcdt_norm_eps": "mixer_rms_eps"},
+    constants={"bcdt_norm": "plain"},
+    **_TRANSFORMERS,
 )
 
 STATE_SPACES = StateSpacesFormat(

@@ -1,7 +1,5 @@
 """What is measured of Mamba-2: its scan against mamba_ssm's and transformers', the model against transformers'."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
@@ -15,11 +13,7 @@ from hf_archs_mamba2.ssd_scan import ssd_scan
 
 
 def _inputs(batch: int, length: int, heads: int, state: int, device: torch.device) -> dict[str, torch.Tensor]:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype)
-
+    randn = bench.randn(device)
     return {
         "x": randn(batch, length, heads, 64),
         "dt": randn(batch, length, heads) - 4,
@@ -48,9 +42,7 @@ def ops(device: torch.device) -> Iterator[bench.Measure]:
     shapes = (
         [(8, 2048, 80, 128), (1, 8192, 80, 128)] if device.type == "cuda" else [(1, 1024, 8, 16), (1, 1024, 8, 128)]
     )
-    for shape in shapes:
-        tensors = _inputs(*shape, device)
-        label = f"ssd_scan {' x '.join(map(str, shape))}"
+    for label, tensors in bench.sized("ssd_scan", _inputs, shapes, device):
         yield from bench.op_measures(label, name, ssd_scan, peer, tensors)
 
 

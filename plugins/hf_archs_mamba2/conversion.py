@@ -3,45 +3,24 @@
 flash-linear-attention's ``model_type`` is transformers' own, ``mamba2``: the fields that it alone has tell which it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig
-
-from hf_archs.formats import StateDictFormat, StateSpacesFormat, TransformersFormat
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mamba2Format(TransformersFormat):
-    def detect(self, raw: Mapping[str, Any]) -> bool:
-        return super().detect(raw) and not FLA.detect(raw)
+from hf_archs.fla import KERNELS, FlaFormat, FormatBesideFla
+from hf_archs.formats import StateSpacesFormat
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlaFormat(StateDictFormat):
+class Mamba2FlaFormat(FlaFormat):
     """``fla.models.Mamba2Config`` and the state dict of ``Mamba2ForCausalLM``.
 
     The gated norm is that of April 2026 and of every training since September 2024: one mean square for each group,
     after the gate. (Before, evaluation took one for all groups.)
-
-    Attributes:
-        earlier: names of fields before April 2025 or 2026, and today's.
     """
 
-    earlier: Mapping[str, str]
-
-    def __str__(self) -> str:
-        return "flash-linear-attention's mamba2"
-
-    def detect(self, raw: Mapping[str, Any]) -> bool:
-        return raw.get("model_type") == MAMBA2.name and not _FLA_ALONE.isdisjoint(raw)
-
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        today = {name: new for name, new in self.earlier.items() if new not in raw}
-        given, defaults = super().expand({today.get(name, name): value for name, value in raw.items()})
+        given, defaults = super().expand(raw)
         sizes = [given[name] for name in ("num_heads", "head_dim", "expand", "hidden_size")]
         if all(type(size) is int for size in sizes) and sizes[0] * sizes[1] != sizes[2] * sizes[3]:
             raise ValueError(
@@ -49,10 +28,6 @@ class FlaFormat(StateDictFormat):
                 f"{sizes[2] * sizes[3]} / {sizes[1]}"
             )
         return given, defaults
-
-    def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        ours: Any = config
-        return {**super().write_config(config), "num_heads": ours.num_heads}
 
 
 LAYER_RENAMES = {
@@ -93,27 +68,6 @@ _NAMES: dict[str, Any] = {
     "layer_renames": LAYER_RENAMES,
 }
 
-MAMBA2 = Mamba2Format(
-    name="mamba2",
-    config_name="Mamba2Config",
-    model_name="Mamba2Model",
-    causal_lm_name="Mamba2ForCausalLM",
-    **_NAMES,
-    fields=_FIELDS,
-    allowed={"hidden_act": ("silu", "swish"), "rms_norm": (True,)},
-    ignored=(
-        "num_heads",  # is expand * hidden_size / head_dim, which Mamba2Config checks
-        "intermediate_size",  # counts for nothing beside these
-        # the length of the chunks that its scan goes by
-        "chunk_size",
-        # nothing in Mamba-2 has a step rank, or a matrix of its own for the steps that they would initialise
-        *("time_step_rank", "time_step_scale", "time_step_init_scheme"),
-        # Mamba-Codestral says true; its norm stands behind the gate as that of all others
-        "norm_before_gate",
-    ),
-    derived={"num_heads": "num_heads"},
-)
-
 _EARLIER = {
     "layer_norm_epsilon": "norm_eps",
     "time_step_min": "dt_min",
@@ -122,16 +76,15 @@ _EARLIER = {
     "time_step_limit": "dt_limit",
     "rms_norm": "rmsnorm",
 }
-# which kernels run, and what their training loss is computed with
-_FLA_KERNELS = ("fuse_norm", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp")
 # how weights were initialised
 _FLA_INITIAL = ("conv_init", "A_init_range")
-_FLA_ALONE = frozenset((*_EARLIER.values(), *_FLA_KERNELS, *_FLA_INITIAL, "D_has_hdim"))
 
-FLA = FlaFormat(
+FLA = Mamba2FlaFormat(
     name="fla_mamba2",
     **_NAMES,
+    alone=(*KERNELS, *_FLA_INITIAL, "D_has_hdim"),
     earlier=_EARLIER,
+    derived={"num_heads": "num_heads"},
     defaults={
         "model_type": "mamba2",
         "architectures": ["Mamba2ForCausalLM"],
@@ -168,7 +121,29 @@ FLA = FlaFormat(
     fields={ours: _EARLIER.get(theirs, theirs) for ours, theirs in _FIELDS.items()},
     allowed={"hidden_act": ("silu", "swish")},
     # a step rank stood in its config before April 2026, and in nothing else
-    ignored=("num_heads", "chunk_size", "time_step_rank", *_FLA_KERNELS, *_FLA_INITIAL),
+    ignored=("num_heads", "chunk_size", "time_step_rank", *KERNELS, *_FLA_INITIAL),
+)
+
+MAMBA2 = FormatBesideFla(
+    name="mamba2",
+    fla=FLA,
+    config_name="Mamba2Config",
+    model_name="Mamba2Model",
+    causal_lm_name="Mamba2ForCausalLM",
+    **_NAMES,
+    fields=_FIELDS,
+    allowed={"hidden_act": ("silu", "swish"), "rms_norm": (True,)},
+    ignored=(
+        "num_heads",  # is expand * hidden_size / head_dim, which Mamba2Config checks
+        "intermediate_size",  # counts for nothing beside these
+        # the length of the chunks that its scan goes by
+        "chunk_size",
+        # nothing in Mamba-2 has a step rank, or a matrix of its own for the steps that they would initialise
+        *("time_step_rank", "time_step_scale", "time_step_init_scheme"),
+        # Mamba-Codestral says true; its norm stands behind the gate as that of all others
+        "norm_before_gate",
+    ),
+    derived={"num_heads": "num_heads"},
 )
 
 STATE_SPACES = StateSpacesFormat(

@@ -1,7 +1,5 @@
 """What is measured of mixtures of experts: the experts against transformers' forms, the model against Mixtral."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,14 +17,14 @@ from hf_archs_moe.experts import expert_mlp
 def _inputs(
     tokens: int, hidden: int, inner: int, experts: int, k: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    randn = bench.randn(device)
     weight = torch.rand(tokens, k, device=device)
     return {
-        "x": torch.randn(tokens, hidden, device=device, dtype=dtype),
+        "x": randn(tokens, hidden),
         "expert_index": torch.rand(tokens, experts, device=device).topk(k).indices,
         "expert_weight": weight / weight.sum(1, keepdim=True),
-        "up": torch.randn(experts, 2 * inner, hidden, device=device, dtype=dtype) * hidden**-0.5,
-        "down": torch.randn(experts, hidden, inner, device=device, dtype=dtype) * inner**-0.5,
+        "up": randn(experts, 2 * inner, hidden) * hidden**-0.5,
+        "down": randn(experts, hidden, inner) * inner**-0.5,
     }
 
 
@@ -55,10 +53,8 @@ def ops(device: torch.device) -> Iterator[bench.Measure]:
         shapes = [(16384, 2048, 1024, 64, 8), (16384, 4096, 14336, 8, 2), (64, 4096, 14336, 8, 2)]
     else:
         shapes = [(1024, 256, 512, 8, 2), (1, 256, 512, 8, 2)]
-    for shape in shapes:
-        tensors = _inputs(*shape, device)
-        for peer in ("grouped_mm", "batched_mm") if shape[0] < 100 else ("grouped_mm",):
-            label = f"expert_mlp {' x '.join(map(str, shape))}"
+    for label, tensors in bench.sized("expert_mlp", _inputs, shapes, device):
+        for peer in ("grouped_mm", "batched_mm") if len(tensors["x"]) < 100 else ("grouped_mm",):
             yield from bench.op_measures(label, f"transformers' {peer}", expert_mlp, _transformers(peer), tensors)
 
 

@@ -1,7 +1,5 @@
 """Checkpoints of transformers by rename tables: Mixtral, OLMoE, Qwen3-MoE, and dense decoders to upcycle."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass

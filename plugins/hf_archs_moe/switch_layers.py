@@ -3,8 +3,6 @@
 The models around them are encoder-decoders, which this library has not; their experts and routers fit any stack.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A mixture of experts out of a dense model (Komatsuzaki et al. 2023, "Sparse Upcycling", section 2)."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -69,9 +67,7 @@ def upcycle(
         state[f"{name}.gate.weight"] = _noise((num_experts, down.shape[0]), std, generator).to(down)
     with no_init_weights(), torch.device(model.device):
         result: Any = type(model)._from_config(config, dtype=model.dtype)
-    missing = set(result.state_dict()) - set(state)
-    state.update({name: tensor for name, tensor in result.state_dict().items() if name in missing})
-    result.load_state_dict(state)
+    result.load_state_dict({**result.state_dict(), **state})
     result.tie_weights()
     if model.can_generate():
         result.generation_config = copy.deepcopy(model.generation_config)

@@ -1,8 +1,6 @@
 """What is measured of RetNet: retention against flash-linear-attention's or the parallel form, the model against
 Llama."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +14,8 @@ from hf_archs_retnet.retention import retention, retention_parallel
 def _inputs(
     batch: int, length: int, heads: int, key_dim: int, value_dim: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sizes = {"q": key_dim, "k": key_dim, "v": value_dim}
-    return {name: torch.randn(batch, length, heads, size, device=device, dtype=dtype) for name, size in sizes.items()}
+    return {name: bench.randn(device)(batch, length, heads, size) for name, size in sizes.items()}
 
 
 def _fla(**tensors: torch.Tensor) -> torch.Tensor:
@@ -37,9 +34,7 @@ def ops(device: torch.device) -> Iterator[bench.Measure]:
         shapes = [(8, 2048, 8, 256, 512), (1, 8192, 8, 256, 512), (8, 2048, 16, 64, 128), (8, 2048, 8, 128, 256)]
         if not fused:  # the parallel form has a score of every pair of tokens
             shapes = [(1, *shape[1:]) for shape in shapes]
-    for shape in shapes:
-        tensors = _inputs(*shape, device)
-        label = f"retention {' x '.join(map(str, shape))}"
+    for label, tensors in bench.sized("retention", _inputs, shapes, device):
         yield from bench.op_measures(label, name, retention, peer, tensors, "v")
 
 

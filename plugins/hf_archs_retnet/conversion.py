@@ -1,32 +1,21 @@
-"""RetNet checkpoints of flash-linear-attention, of the authors' torchscale and of syncdoth's package, by rename tables.
+"""RetNet checkpoints by rename tables: flash-linear-attention's here, torchscale's and syncdoth's beside it.
 
 None of the packages is imported. What they call the same model differs in the rotation, the norms and the feed-forward;
 see `hf_archs_retnet.configuration.RetNetMixerConfig`.
 """
 
-from __future__ import annotations
-
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 
-from hf_archs.formats import StateDictFormat
+from hf_archs.fla import KERNELS, FlaFormat
+from hf_archs_retnet.torchscale import ASSUMED, RMS_NORMS, SYNCDOTH, TORCHSCALE, TORCHSCALE_2023, is_decoder
 
-# what later versions of all have
-_RMS_NORMS = {"projection_bias": False, "head_norm": "rms_norm", "head_norm_eps": None, "inner_norm": False}
-# none of them has these, and they change nothing but the rounding and the initial weights
-_ASSUMED = {"residual_in_fp32": False, "rescale_prenorm_residual": False}
-
-
-def _is_decoder(raw: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` has the names of torchscale's options."""
-    return any(name.startswith("decoder_") for name in raw)
+__all__ = ["FLA", "SYNCDOTH", "TORCHSCALE", "TORCHSCALE_2023"]
 
 
 def _gate_and_up(gate: Any, up: Any, rows: int) -> tuple[Any, Any]:
@@ -67,18 +56,15 @@ class ReadingConverter(WeightConverter):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlaFormat(StateDictFormat):
+class RetNetFlaFormat(FlaFormat):
     """``model_type`` ``retnet``, which transformers itself does not have.
 
     Until 2025-02-08 (commit c23f304) its feed-forward had gate and up in one ``gate_proj`` of twice the rows; files of
     both layouts are read, and the later one is written.
     """
 
-    def __str__(self) -> str:
-        return "flash-linear-attention's retnet"
-
     def detect(self, raw: Mapping[str, Any]) -> bool:
-        return super().detect(raw) and not _is_decoder(raw)
+        return raw.get("model_type") == self.name and not is_decoder(raw)
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         given, defaults = super().expand(raw)
@@ -112,131 +98,7 @@ class FlaFormat(StateDictFormat):
         return converted
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecoderFormat(StateDictFormat):
-    """The options of torchscale's ``RetNetConfig`` as a ``config.json``.
-
-    Of its three forms of retention the recurrent one is computed, which has one factor for each row of the scores (see
-    ``normalize_decay``). The parallel and the chunkwise one divide each row by its absolute sum as well, where that is
-    above 1: it changes nothing but how much the eps of the norm after it weighs.
-    """
-
-    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        given, defaults = super().expand(raw)
-        width = given["decoder_embed_dim"]
-        # under names of our own: what they say in other units
-        given["expand_v"] = given.pop("decoder_value_embed_dim") / width
-        given["multiplier"] = 1.0 if given.pop("no_scale_embedding") else math.sqrt(width)
-        return given, defaults
-
-    def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        written = super().write_config(config)
-        multiplier, width = written.pop("multiplier"), written["decoder_embed_dim"]
-        if multiplier not in (1.0, math.sqrt(width)):
-            raise ValueError(
-                f"{type(config).__name__}: embedding_multiplier is {multiplier!r}, which a {self.name} model cannot "
-                f"represent; allowed: 1.0 and the square root of hidden_size"
-            )
-        written["no_scale_embedding"] = multiplier == 1.0
-        written["decoder_value_embed_dim"] = round(written.pop("expand_v") * width)
-        return written
-
-    def is_buffer(self, name: str) -> bool:
-        return "retnet_rel_pos." in name
-
-    def buffers(self, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-        """Angles and decays, which their ``load_state_dict`` wants to find, as they compute them."""
-        pairs = config.key_size // config.num_heads // 2  # type: ignore[attr-defined]
-        angle = (1.0 / (10000 ** torch.linspace(0, 1, pairs))).repeat_interleave(2)
-        heads = torch.arange(config.num_heads, dtype=torch.float)  # type: ignore[attr-defined]
-        found = {"retnet_rel_pos.angle": angle, "retnet_rel_pos.decay": torch.log(1 - 2 ** (-5 - heads))}
-        return {self.theirs(f"model.{name}"): tensor for name, tensor in found.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyncdothFormat(DecoderFormat):
-    """``model_type`` ``retnet`` too, with torchscale's options: the package of github.com/syncdoth/RetNet."""
-
-    def __str__(self) -> str:
-        return "syncdoth's retnet"
-
-    def detect(self, raw: Mapping[str, Any]) -> bool:
-        return raw.get("model_type") == "retnet" and _is_decoder(raw)
-
-    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        if "decoder_value_embed_dim" not in raw:
-            raise ValueError(
-                f"decoder_value_embed_dim is missing in this {self.name} checkpoint, as in those from before 2 October "
-                "2023, whose projections have biases; allowed is a checkpoint of a later version, with that field"
-            )
-        return super().expand(raw)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TorchscaleFormat(DecoderFormat):
-    """The options of torchscale's ``RetNetConfig``, and the state dict of a ``RetNetDecoder``."""
-
-    def detect(self, raw: Mapping[str, Any]) -> bool:
-        return "model_type" not in raw and "decoder_retention_heads" in raw and "decoder_value_embed_dim" in raw
-
-    def theirs(self, name: str) -> str:
-        return super().theirs(name).removeprefix(f"{self.prefix}.")
-
-    def ours(self, name: str) -> str:
-        name = name.removeprefix(f"{self.prefix}.")  # which checkpoints of whole fairseq models have
-        if name == self.renames["lm_head.weight"]:
-            return "lm_head.weight"
-        return super().ours(f"{self.prefix}.{name}")
-
-    def key_mapping(self) -> dict[str, str]:
-        prefix = rf"^(?:{self.prefix}\.)?"
-        head = rf"{prefix}output_projection\.weight$"
-        return {
-            head: "lm_head.weight",
-            rf"{prefix}(?=embed_tokens\.|layernorm_embedding\.|layers\.|layer_norm\.)": "model.",
-        } | {theirs: ours for theirs, ours in super().key_mapping().items() if "output_projection" not in theirs}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Torchscale2023Format(TorchscaleFormat):
-    """The same before 29 September 2023: no ``decoder_value_embed_dim``, values twice as wide as the model, biases,
-    LayerNorms, and a plain feed-forward with one more of them.
-
-    The eps of the norm of each head was ``layernorm_eps`` at first, 1e-6 from 2 August (commit 2c29de0) to 27 September
-    (commit d1fefe9), and ``layernorm_eps`` again. Nothing in a file tells which, so it has to stand in the
-    ``config.json`` under our name, ``head_norm_eps``, unless it is the same.
-    """
-
-    def __str__(self) -> str:
-        return "torchscale before 29 September 2023"
-
-    def detect(self, raw: Mapping[str, Any]) -> bool:
-        return "model_type" not in raw and "decoder_retention_heads" in raw and not super().detect(raw)
-
-    def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        width = raw.get("decoder_embed_dim", self.defaults["decoder_embed_dim"])
-        given, defaults = super().expand({**raw, "decoder_value_embed_dim": 2 * width})
-        if given["head_norm_eps"] is None and given["layernorm_eps"] != 1e-6:
-            raise ValueError(
-                "head_norm_eps is missing in this torchscale checkpoint, which has no decoder_value_embed_dim and is "
-                "thus from before 29 September 2023; allowed is a config.json with it, 1e-6 for versions from 2 August "
-                f"to 27 September, and layernorm_eps, {given['layernorm_eps']!r}, for those before and after"
-            )
-        return given, defaults
-
-    def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        written = super().write_config(config)
-        if written.pop("decoder_value_embed_dim") != 2 * written["decoder_embed_dim"]:
-            raise ValueError(
-                f"{type(config).__name__}: expand_v is {config.expand_v!r}, which a {self.name} model cannot "  # type: ignore[attr-defined]
-                "represent; allowed: 2.0"
-            )
-        if written["head_norm_eps"] is None:
-            written["head_norm_eps"] = written["layernorm_eps"]
-        return written
-
-
-FLA = FlaFormat(
+FLA = RetNetFlaFormat(
     name="retnet",
     prefix="model",
     renames={"embed_tokens.weight": "embeddings.weight"},
@@ -304,7 +166,7 @@ FLA = FlaFormat(
     # hidden_act is the activation of the gate as well
     constants={
         "rotary": "half",
-        **_RMS_NORMS,
+        **RMS_NORMS,
         "gate_fn": "swish",
         "hidden_act": "swish",
         "gated": True,
@@ -316,14 +178,8 @@ FLA = FlaFormat(
         "bidirectional": False,
     },
     ignored=(
-        # which kernels run
-        "attn_mode",
-        "fuse_norm",
-        "fuse_swiglu",
-        "fuse_cross_entropy",
-        "fuse_linear_cross_entropy",
-        # a term of the loss in training
-        "use_l2warp",
+        *KERNELS,
+        *("attn_mode", "fuse_swiglu"),
         # its attention layers alone read it
         "max_position_embeddings",
         # no block of its models has ever handed them to a layer
@@ -338,194 +194,5 @@ FLA = FlaFormat(
             operations=[GateAndUp()],
         ),
     ),
-    assumed=_ASSUMED,
-)
-
-_DECODER: dict[str, Any] = {
-    "layer_renames": {
-        "norm.weight": "retention_layer_norm.weight",
-        **{f"mixer.{x}_proj.weight": f"retention.{x}_proj.weight" for x in ("q", "k", "v", "g", "out")},
-        "feed_forward_norm.weight": "final_layer_norm.weight",
-        "feed_forward.gate_proj.weight": "ffn.fc1.weight",
-        "feed_forward.up_proj.weight": "ffn.gate.weight",
-        "feed_forward.down_proj.weight": "ffn.fc2.weight",
-    },
-    "constants": {
-        "rotary": "interleaved",
-        "expand_k": 1.0,
-        "gate_fn": "swish",
-        "elementwise_affine": False,
-        "normalize_decay": True,
-        **_RMS_NORMS,
-        "gated": True,
-        "bias": False,
-        "norm_type": "rms_norm",
-        "bidirectional": False,
-    },
-}
-_DECODER_RENAMES = {"norm.weight": "layer_norm.weight", "embed_norm.weight": "layernorm_embedding.weight"}
-_DECODER_DEFAULTS = {
-    "decoder_embed_dim": 768,
-    "decoder_value_embed_dim": 1280,
-    "decoder_retention_heads": 3,
-    "decoder_ffn_embed_dim": 1280,
-    "decoder_layers": 12,
-    "decoder_normalize_before": True,
-    "activation_fn": "gelu",
-    "no_scale_embedding": True,
-    "layernorm_embedding": False,
-    "deepnorm": False,
-    "use_lm_decay": False,
-    "use_glu": True,
-    "layernorm_eps": 1e-6,
-}
-_DECODER_FIELDS = {
-    "hidden_size": "decoder_embed_dim",
-    "num_heads": "decoder_retention_heads",
-    "intermediate_size": "decoder_ffn_embed_dim",
-    "num_hidden_layers": "decoder_layers",
-    "hidden_act": "activation_fn",
-    "norm_eps": "layernorm_eps",
-    "vocab_size": "vocab_size",
-    "pad_token_id": "pad_token_id",
-    "expand_v": "expand_v",
-    "embedding_multiplier": "multiplier",
-    "embedding_norm": "layernorm_embedding",
-}
-_DECODER_IGNORED = (
-    # in training alone
-    "dropout",
-    "activation_dropout",
-    "drop_path_rate",
-    "z_loss_coeff",
-    # which of its three forms computes
-    "recurrent_chunk_size",
-)
-# norms in a feed-forward that has no gate
-_UNGATED = ("subln", "use_ffn_rms_norm")
-_TORCHSCALE_DEFAULTS = {
-    "moe_freq": 0,
-    "use_xmoe": False,
-    "multiway": False,
-    "share_decoder_input_output_embed": False,
-    "vocab_size": -1,
-    "pad_token_id": 0,
-}
-_TORCHSCALE: dict[str, Any] = {
-    "prefix": "decoder",
-    "unused": ("hidden_ratio", "initializer_range", "use_cache"),
-    "assumed": {**_ASSUMED, "bos_token_id": None, "eos_token_id": None},
-}
-_TORCHSCALE_FIELDS = {**_DECODER_FIELDS, "tie_word_embeddings": "share_decoder_input_output_embed"}
-_TORCHSCALE_IGNORED = (
-    *_DECODER_IGNORED,
-    "chunkwise_recurrent",
-    # its weights say it
-    "no_output_layer",
-    # of experts, of which there are none where moe_freq is 0
-    "moe_top1_expert",
-    "moe_expert_count",
-    "moe_gating_use_fp32",
-    "moe_eval_capacity_token_fraction",
-    "moe_second_expert_policy",
-    "moe_normalize_gate_prob_before_dropping",
-    # options of torchscale's other decoders, which RetNetDecoder never reads
-    "rel_pos_buckets",
-    "max_rel_pos",
-    "max_target_positions",
-    "xpos_rel_pos",
-    "xpos_scale_base",
-    # how it is trained
-    "checkpoint_activations",
-    "fsdp",
-    "ddp_rank",
-)
-
-TORCHSCALE = TorchscaleFormat(
-    name="torchscale",
-    renames={**_DECODER_RENAMES, "lm_head.weight": "output_projection.weight"},
-    defaults=_DECODER_DEFAULTS | _TORCHSCALE_DEFAULTS,
-    fields=_TORCHSCALE_FIELDS,
-    ignored=(*_TORCHSCALE_IGNORED, *_UNGATED),
-    **_DECODER,
-    **_TORCHSCALE,
-)
-
-TORCHSCALE_2023 = Torchscale2023Format(
-    name="torchscale-2023",
-    renames={
-        f"{ours}.{kind}": f"{theirs}.{kind}"
-        for ours, theirs in (("norm", "layer_norm"), ("embed_norm", "layernorm_embedding"))
-        for kind in ("weight", "bias")
-    }
-    | {"lm_head.weight": "output_projection.weight"},
-    layer_renames={
-        f"{ours}.{kind}": f"{theirs}.{kind}"
-        for ours, theirs in (
-            ("norm", "retention_layer_norm"),
-            *((f"mixer.{x}_proj", f"retention.{x}_proj") for x in ("q", "k", "v", "g", "out")),
-            ("feed_forward_norm", "final_layer_norm"),
-            ("feed_forward.up_proj", "ffn.fc1"),
-            ("feed_forward.norm", "ffn.ffn_layernorm"),
-            ("feed_forward.down_proj", "ffn.fc2"),
-        )
-        for kind in ("weight", "bias")
-    },
-    defaults={
-        **{name: value for name, value in _DECODER_DEFAULTS.items() if name != "decoder_value_embed_dim"},
-        **_TORCHSCALE_DEFAULTS,
-        "decoder_ffn_embed_dim": 1536,
-        "layernorm_eps": 1e-5,
-        "subln": True,
-        "use_glu": False,
-        "head_norm_eps": None,
-    },
-    fields={**_TORCHSCALE_FIELDS, "inner_norm": "subln", "head_norm_eps": "head_norm_eps"},
-    constants={
-        **{name: value for name, value in _DECODER["constants"].items() if name not in _RMS_NORMS},
-        "projection_bias": True,
-        "head_norm": "layer_norm",
-        "gated": False,
-        "bias": True,
-        "norm_type": "layer_norm",
-    },
-    ignored=_TORCHSCALE_IGNORED,
-    **_TORCHSCALE,
-)
-
-SYNCDOTH = SyncdothFormat(
-    name="syncdoth",
-    prefix="model",
-    renames=_DECODER_RENAMES,
-    defaults={
-        **_DECODER_DEFAULTS,
-        "model_type": "retnet",
-        "architectures": ["RetNetForCausalLM"],
-        "vocab_size": 50257,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "tie_word_embeddings": False,
-    },
-    fields={
-        **_DECODER_FIELDS,
-        **{
-            name: name
-            for name in ("initializer_range", "use_cache", "bos_token_id", "eos_token_id", "tie_word_embeddings")
-        },
-    },
-    ignored=(
-        *_DECODER_IGNORED,
-        *_UNGATED,
-        "forward_impl",
-        # what comes out beside the logits
-        "output_retentions",
-        # which the tokenizer has
-        "unk_token_id",
-    ),
-    unused=("hidden_ratio",),
-    assumed=_ASSUMED,
-    **_DECODER,
+    assumed=ASSUMED,
 )

@@ -1,7 +1,5 @@
 """PEFT: adapters reach every linear layer, merge, stack and generate; the states' parameters train beside them."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from hf_archs.testing.contract.models import (
     STATE_MODULE,
     Contract,
     assert_close,
+    forward,
     gradients,
     lively,
     logits,
@@ -148,17 +147,15 @@ class AdapterContract(Contract):
         for name, gradient in gradients(wrapped, wrapped(input_ids=ids, labels=ids).loss).items():
             assert gradient.abs().max() > 0, name
         wrapped.eval()
-        with torch.no_grad():
-            for parameter in wrapped.prompt_encoder.parameters():
-                parameter.copy_(0.3 * torch.randn_like(parameter))
+        for parameter in wrapped.prompt_encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
         with pytest.warns(UserWarning, match="Position ids are not supported"):  # generate passes them
             found = generate(wrapped, ids)
         virtual = wrapped.get_prompt(batch_size=2).detach()
         sequence = ids
         for _ in range(found.shape[1] - 9):
             embeddings = torch.cat([virtual, base.get_input_embeddings()(sequence)], 1)
-            with torch.no_grad():
-                best = base(inputs_embeds=embeddings).logits[:, -1:].argmax(-1)
+            best = forward(base, inputs_embeds=embeddings).logits[:, -1:].argmax(-1)
             sequence = torch.cat([sequence, best], 1)
         assert torch.equal(found, sequence)
         change = (wrapped(input_ids=ids).logits[:, -9:] - logits(base, ids)).abs().max()

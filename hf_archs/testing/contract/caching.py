@@ -1,7 +1,5 @@
 """The cache: continued at any split it gives what one pass gives, its size does not grow, and it can be kept."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from pathlib import Path
@@ -14,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache
 from hf_archs.registry import Architecture
-from hf_archs.testing.contract.models import Contract, assert_close, logits, tokens
+from hf_archs.testing.contract.models import Contract, assert_close, forward, logits, tokens
 
 
 def growing(config: Any) -> bool:
@@ -27,8 +25,7 @@ def continued(model: Any, ids: torch.Tensor, sizes: list[int], cache: Any = None
     """The logits of ``ids`` fed in pieces of these sizes, with one cache."""
     found = []
     for piece in ids.split(sizes, dim=1):
-        with torch.no_grad():
-            out = model(piece, past_key_values=cache, use_cache=True)
+        out = forward(model, piece, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         found.append(out.logits)
     return torch.cat(found, 1)
@@ -114,10 +111,9 @@ class CacheContract(Contract):
 
     def test_same_bytes_after_64_and_1024_tokens(self, model: Any) -> None:
         ids = tokens(1, 1024)
-        with torch.no_grad():
-            cache = model.model(ids[:, :64], use_cache=True).past_key_values
-            after_64 = cache.num_bytes()
-            model.model(ids[:, 64:], past_key_values=cache)
+        cache = forward(model.model, ids[:, :64], use_cache=True).past_key_values
+        after_64 = cache.num_bytes()
+        forward(model.model, ids[:, 64:], past_key_values=cache)
         assert after_64 > 0
         held = sum(tensor.untyped_storage().nbytes() for _, tensor in cache.tensors())
         assert held == cache.num_bytes(), "a state is a view that keeps something larger alive"
@@ -148,8 +144,7 @@ class CacheContract(Contract):
 
     def test_states_of_another_model_are_refused(self, model: Any, architecture: Architecture) -> None:
         wider = architecture.causal_lm_class(architecture.tiny_config(hidden_size=128))
-        with torch.no_grad():
-            states = wider(tokens(1, 3), use_cache=True).past_key_values.state_dict()
+        states = forward(wider, tokens(1, 3), use_cache=True).past_key_values.state_dict()
         with pytest.raises(ValueError, match=r"layers\.0\."):
             ArchDynamicCache(model.config).load_state_dict(states)
 

@@ -1,7 +1,5 @@
 """Calls: what a forward takes and gives by name, and that nothing of a call outlives it."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import types
@@ -23,7 +21,7 @@ from transformers import DynamicCache
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache
 from hf_archs.registry import Architecture
 from hf_archs.testing.contract.generation import generate, generate_in_threads, greedy
-from hf_archs.testing.contract.models import Contract, assert_close, gradients, lively, logits, tokens
+from hf_archs.testing.contract.models import Contract, assert_close, forward, gradients, lively, logits, tokens
 from hf_archs.testing.contract.padding import padded
 
 
@@ -107,8 +105,7 @@ class CallContract(Contract):
         ids = tokens(2, 9)
         assert model.train()(ids).cache is None
         assert model(ids, use_cache=True).cache is not None
-        with torch.no_grad():
-            assert model(ids).cache is not None  # an evaluation in training mode
+        assert forward(model, ids).cache is not None  # an evaluation in training mode
 
     @pytest.mark.parametrize("kind", [*CheckpointImpl])
     def test_activation_checkpointing_by_others(self, model: Any, kind: CheckpointImpl) -> None:
@@ -148,8 +145,7 @@ class CallContract(Contract):
 
     def test_a_snapshot_is_nobodys(self, model: Any) -> None:
         """Two caches that are made of one share nothing, and leave it as it is."""
-        with torch.no_grad():
-            snapshot = model(tokens(1, 9), use_cache=True).cache.state_dict()
+        snapshot = forward(model, tokens(1, 9), use_cache=True).cache.state_dict()
         kept = {name: tensor.clone() for name, tensor in snapshot.items()}
         one, two, three = (ArchDynamicCache(model.config) for _ in range(3))
         for cache in (one, two, three):

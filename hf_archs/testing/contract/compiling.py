@@ -1,7 +1,5 @@
 """torch.compile: one graph without a break for training at any length, and one for decoding."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Configs: every field is validated, and every field is read by something."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -18,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import hf_archs
 from hf_archs.registry import Architecture
-from hf_archs.testing.contract.models import Contract, enliven, logits, tokens
+from hf_archs.testing.contract.models import Contract, enliven, forward, logits, tokens
 from hf_archs.training import callbacks
 
 # how a config refuses a value
@@ -153,8 +151,7 @@ class ConfigContract(Contract):
             ids = tokens(1, 20) % min(model.config.vocab_size, 128)
             ids[0, -3:] = 1  # what might be a pad
             torch.manual_seed(0)
-            with torch.no_grad():
-                out = enliven(model)(ids)
+            out = forward(enliven(model), ids)
             prints.append([out.logits.double().sum().item(), sorted(out.keys())])
             # what acts in training alone: losses beside the predictions', noise, and what moves between the steps
             labels = {} if out.logits.ndim < 3 else {"labels": ids}

@@ -1,7 +1,5 @@
 """Generation: every way of decoding that transformers offers gives the tokens that the bare model gives."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from typing import Any

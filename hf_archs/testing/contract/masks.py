@@ -1,18 +1,18 @@
 """Masks: every form in which hosts have them is read, or refused in a sentence that names the shape or the value."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
 
+from hf_archs.cache import ArchDynamicCache, ArchStaticCache
 from hf_archs.registry import Architecture
 from hf_archs.testing.contract.generation import generate, greedy
 from hf_archs.testing.contract.models import (
     Contract,
     assert_all_close,
     assert_close,
+    forward,
     gradients,
     lively,
     logits,
@@ -77,8 +77,7 @@ class MaskContract(Contract):
         numbers = torch.tensor([[1] * 5 + [2] * 9])
         found = generate(model, ids, attention_mask=numbers, max_new_tokens=6)
         assert torch.equal(found[:, 14:], greedy(model, ids[:, 5:], 6)[:, 9:])
-        with torch.no_grad():
-            cache = model(ids[:, :8], attention_mask=numbers[:, :8], use_cache=True).cache
+        cache = forward(model, ids[:, :8], attention_mask=numbers[:, :8], use_cache=True).cache
         found = logits(model, ids[:, 8:], attention_mask=numbers, cache=cache)
         assert_close(found, logits(model, ids[:, 5:])[:, 3:], "a cut within a document")
 
@@ -139,7 +138,7 @@ class MaskContract(Contract):
         one = torch.cat([logits(model, row[None], attention_mask=mask[:1]) for row in ids])
         assert_close(logits(model, ids, attention_mask=mask[:1]), one, "one mask for all rows")
         for static in (False, True):
-            cache = self._cache(model, static)
+            cache = ArchStaticCache(model.config, 20) if static else ArchDynamicCache(model.config)
             found = []
             for start, end in ((0, 4), (4, 5), (5, 10), (10, 11), (11, 13)):
                 piece = mask[:, :, start:end, : 20 if static and start == 5 else end]
@@ -147,12 +146,6 @@ class MaskContract(Contract):
                     piece = torch.nn.functional.pad(mask[:, :, start:end], (0, 7))
                 found.append(logits(model, ids[:, start:end], attention_mask=piece, cache=cache))
             assert_close(torch.cat(found, 1), expected, "in pieces")
-
-    @staticmethod
-    def _cache(model: Any, static: bool) -> Any:
-        from hf_archs.cache import ArchDynamicCache, ArchStaticCache
-
-        return ArchStaticCache(model.config, 20) if static else ArchDynamicCache(model.config)
 
     @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
     def test_pairs_that_are_no_chain(self, model: Any, implementation: str) -> None:
@@ -169,7 +162,7 @@ class MaskContract(Contract):
         for answer, part in zip(answers, found[:, 6:].split((4, 5), 1)):
             assert_close(part, logits(model, torch.cat([prompt, answer], 1))[:, 6:], "an answer")
         if model.config.layer_types == ["full_attention"] * model.config.num_hidden_layers:
-            cache = self._cache(model, static=False)
+            cache = ArchDynamicCache(model.config)
             pieces = [
                 logits(model, ids[:, a:b], attention_mask=mask[None, None, a:b, :b], position_ids=p, cache=cache)
                 for a, b, p in ((0, 8, positions[:, :8]), (8, 15, positions[:, 8:]))

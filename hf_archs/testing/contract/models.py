@@ -5,8 +5,6 @@ leaks or a boundary that is ignored changes its logits by less than any toleranc
 large random values instead, and `assert_remembers` holds that the first token still shows thirty tokens later.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable, Mapping
@@ -67,9 +65,14 @@ def lively(model_class: type[Any], config: Any, seed: int = 0) -> Any:
 
 
 @torch.no_grad()
+def forward(model: Any, *arguments: Any, **options: Any) -> Any:
+    """The outputs of one forward, without gradients."""
+    return model(*arguments, **options)
+
+
 def logits(model: Any, input_ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
-    """The logits of one forward, without gradients."""
-    return model(input_ids, **arguments).logits
+    """The logits of one `forward`."""
+    return forward(model, input_ids, **arguments).logits
 
 
 def assert_remembers(model: Any) -> None:

@@ -1,7 +1,5 @@
 """Packing: several documents in one row are each as alone, by each of the three signals that a collator can give."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from hf_archs.testing.contract.models import (
     Contract,
     assert_all_close,
     assert_close,
+    forward,
     gradients,
     logits,
     tokens,
@@ -57,9 +56,8 @@ class PackingContract(Contract):
         for i, (found, expected) in enumerate(zip(out.logits[0].split(LENGTHS), alone)):
             assert_close(found, expected, f"document {i}")
         predicted = sum(n - 1 for n in LENGTHS)
-        with torch.no_grad():
-            pairs = [(row[None], n - 1) for row, n in zip(rows, LENGTHS) if n > 1]
-            losses = [model(row, labels=row, **options).loss * n for row, n in pairs]
+        pairs = [(row[None], n - 1) for row, n in zip(rows, LENGTHS) if n > 1]
+        losses = [forward(model, row, labels=row, **options).loss * n for row, n in pairs]
         assert abs(out.loss.item() - sum(losses).item() / predicted) < TOLERANCE * out.loss.item()
 
         # gradients in float64: those of large random weights add up what float32 rounds, in any order
@@ -74,8 +72,7 @@ class PackingContract(Contract):
         rows = documents((7, 2, 6))
         batch = collated(rows, signal)
         del batch["labels"]
-        with torch.no_grad():
-            cache = model(**batch, use_cache=True).past_key_values
+        cache = forward(model, **batch, use_cache=True).past_key_values
         more = tokens(1, 5, seed=9)
         found = logits(model, more, past_key_values=cache)
         assert_close(found, logits(model, torch.cat([rows[-1][None], more], 1))[:, 6:], "continued")
@@ -84,8 +81,7 @@ class PackingContract(Contract):
         """Shorter than a convolution's window, which must not reach into the document before."""
         rows = documents((9, 1))
         batch = collated(rows, "seq_idx")
-        with torch.no_grad():
-            cache = model(batch["input_ids"], seq_idx=batch["seq_idx"], use_cache=True).past_key_values
+        cache = forward(model, batch["input_ids"], seq_idx=batch["seq_idx"], use_cache=True).past_key_values
         more = tokens(1, 5, seed=9)
         found = logits(model, more, past_key_values=cache)
         assert_close(found, logits(model, torch.cat([rows[-1][None], more], 1))[:, 1:], "continued")
@@ -132,8 +128,7 @@ class PackingContract(Contract):
         ids = tokens(1, 14)
         expected = logits(model, ids)
         for positions in (torch.arange(6, 14)[None], torch.tensor([[6, 7, 8, 0, 1, 2, 3, 4]])):
-            with torch.no_grad():
-                cache = model(ids[:, :6], use_cache=True).past_key_values
+            cache = forward(model, ids[:, :6], use_cache=True).past_key_values
             found = logits(model, ids[:, 6:], past_key_values=cache, position_ids=positions)
             assert_close(found, expected[:, 6:], f"positions {positions.tolist()}")
 

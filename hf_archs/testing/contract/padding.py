@@ -1,7 +1,5 @@
 """Padding: left, right and interior pads leave the real tokens' answer, and the cache left behind, as they were."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -11,6 +9,7 @@ from hf_archs.testing.contract.models import (
     Contract,
     assert_all_close,
     assert_close,
+    forward,
     gradients,
     logits,
     tokens,
@@ -55,8 +54,7 @@ class PaddingContract(Contract):
         rows = [tokens(1, n, seed=n)[0] for n in lengths]
         more = tokens(len(rows), 6, seed=5)
         ids, mask = padded(rows, kind, max(lengths) + 5)
-        with torch.no_grad():
-            out = model(ids, attention_mask=mask, use_cache=True, output_hidden_states=True)
+        out = forward(model, ids, attention_mask=mask, use_cache=True, output_hidden_states=True)
         cache = out.past_key_values
         states = {name: tensor.clone() for name, tensor in cache.tensors()}
         longer = torch.cat([mask, torch.ones(len(rows), 6, dtype=torch.long)], 1)
@@ -64,8 +62,7 @@ class PaddingContract(Contract):
         rest = logits(model, more[:, 1:], attention_mask=longer, past_key_values=cache)
         for i, row in enumerate(rows):
             real = mask[i].bool()
-            with torch.no_grad():
-                alone = model(row[None], use_cache=True, output_hidden_states=True)
+            alone = forward(model, row[None], use_cache=True, output_hidden_states=True)
             whole = logits(model, torch.cat([row, more[i]])[None])[0]
             assert_close(out.logits[i, real], alone.logits[0], f"row {i}")
             for layer, (found, expected) in enumerate(zip(out.hidden_states, alone.hidden_states)):
@@ -85,8 +82,7 @@ class PaddingContract(Contract):
         """The second call is padded too, and one row of it has no real token at all."""
         first, second = [tokens(1, n, seed=n)[0] for n in (9, 5, 7)], [tokens(1, n, seed=n)[0] for n in (4, 8, 0)]
         ids, mask = padded(first, kind, 10)
-        with torch.no_grad():
-            cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = forward(model, ids, attention_mask=mask, use_cache=True).past_key_values
         more, more_mask = padded(second, "right" if kind == "left" else "left", 8)
         found = logits(model, more, attention_mask=torch.cat([mask, more_mask], 1), past_key_values=cache)
         last = tokens(3, 2, seed=8)
@@ -103,13 +99,8 @@ class PaddingContract(Contract):
         ids, mask = padded(rows, "left", 17)
         cache, found = None, []
         for start in range(0, 17, 5):
-            with torch.no_grad():
-                out = model(
-                    ids[:, start : start + 5],
-                    attention_mask=mask[:, : start + 5],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
+            piece, seen = ids[:, start : start + 5], mask[:, : start + 5]
+            out = forward(model, piece, attention_mask=seen, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             found.append(out.logits)
         for i, row in enumerate(rows):

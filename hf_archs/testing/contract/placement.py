@@ -1,7 +1,5 @@
 """Placement: device maps, CPU and disk offload."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM
 
 from hf_archs.testing.contract.generation import generate
-from hf_archs.testing.contract.models import Contract, logits, tokens
+from hf_archs.testing.contract.models import Contract, forward, logits, tokens
 
 
 class PlacementContract(Contract):
@@ -52,7 +50,6 @@ class PlacementContract(Contract):
 
     def test_hidden_states_follow_the_layers(self, model: Any) -> None:
         """Recorded hidden states: the embeddings, then one for each layer."""
-        with torch.no_grad():
-            out = model(tokens(1, 9), output_hidden_states=True)
+        out = forward(model, tokens(1, 9), output_hidden_states=True)
         assert len(out.hidden_states) == model.config.num_hidden_layers + 1
         assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(tokens(1, 9)))

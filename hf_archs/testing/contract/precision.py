@@ -1,7 +1,5 @@
 """Precision: mixed precision trains, half-precision weights stay as exact as they are, states stay wide."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -9,18 +7,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_archs.registry import Architecture
-from hf_archs.testing.contract.models import Contract, logits, state_parameters, tokens
+from hf_archs.testing.contract.models import Contract, forward, logits, state_parameters, tokens
 
 HALF = (torch.bfloat16, torch.float16)
 
 
 def specified(config: Any, activations: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype of every state by its name in the cache, from what each mixer declares."""
-    found = {}
-    for i in range(config.num_hidden_layers):
-        for name, spec in config.layer_plan(i).states().items():
-            found[f"layers.{i}.{name}"] = spec.dtype or activations
-    return found
+    return {
+        f"layers.{i}.{name}": spec.dtype or activations
+        for i in range(config.num_hidden_layers)
+        for name, spec in config.layer_plan(i).states().items()
+    }
 
 
 def follow(leader: Any, follower: Any) -> None:
@@ -68,15 +66,14 @@ class PrecisionContract(Contract):
         ids = tokens(1, 9)
         for name, tensor in model(ids, use_cache=True).past_key_values.tensors():
             assert tensor.dtype == specified(model.config, torch.float32)[name], name
-        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
-            cache = model(ids, use_cache=True).past_key_values
-            model(ids[:, :1], past_key_values=cache)
+        with torch.autocast("cpu", dtype=dtype):
+            cache = forward(model, ids, use_cache=True).past_key_values
+            forward(model, ids[:, :1], past_key_values=cache)
         wide = [name for name, wanted in specified(model.config, dtype).items() if wanted == torch.float32]
         states = dict(cache.tensors())
         assert all(states[name].dtype == torch.float32 for name in wide), "under autocast"
-        with torch.no_grad():
-            cache = model.to(dtype)(ids, use_cache=True).past_key_values
-            model(ids[:, :1], past_key_values=cache)
+        cache = forward(model.to(dtype), ids, use_cache=True).past_key_values
+        forward(model, ids[:, :1], past_key_values=cache)
         for name, tensor in cache.tensors():
             assert tensor.dtype == specified(model.config, dtype)[name], name
 

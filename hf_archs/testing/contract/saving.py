@@ -1,7 +1,5 @@
 """Saving and loading: every bit comes back, whatever the form of the checkpoint, for every head."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -17,6 +15,7 @@ from hf_archs.errors import CheckFailed
 from hf_archs.registry import Architecture
 from hf_archs.testing.contract.models import (
     Contract,
+    forward,
     gradients,
     lively,
     logits,
@@ -45,10 +44,9 @@ def assert_same_bits(found: Any, expected: Any) -> None:
     for name, buffer in found.named_buffers():  # those that are in no file as well
         assert torch.equal(buffer, buffers[name]), name
     ids = tokens(2, 9)
-    with torch.no_grad():
-        for a, b in zip(found(ids).to_tuple(), expected(ids).to_tuple()):
-            if isinstance(a, torch.Tensor):
-                assert torch.equal(a, b)
+    for a, b in zip(forward(found, ids).to_tuple(), forward(expected, ids).to_tuple()):
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b)
 
 
 def stored_names(folder: Path) -> set[str]:

@@ -1,7 +1,5 @@
 """Gradients and the Trainer."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from hf_archs.testing.contract.models import (
     Contract,
     assert_all_close,
     assert_close,
+    forward,
     gradients,
     lively,
     logits,
@@ -195,11 +194,10 @@ class TrainingContract(Contract):
         model.train()(tokens(1, 9)).logits.sum().backward()
         assert not [name for module, name in owners.items() if module not in called]
         cache = None
-        with torch.no_grad():
-            for _ in ("first token", "one more"):
-                called.clear()
-                cache = model.eval()(tokens(1, 1), use_cache=True, past_key_values=cache).past_key_values
-                assert not [name for module, name in owners.items() if module not in called]
+        for _ in ("first token", "one more"):
+            called.clear()
+            cache = forward(model.eval(), tokens(1, 1), use_cache=True, past_key_values=cache).past_key_values
+            assert not [name for module, name in owners.items() if module not in called]
 
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_gradient_checkpointing(self, model: Any, reentrant: bool) -> None:
@@ -240,9 +238,8 @@ class TrainingContract(Contract):
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
         assert after < 0.5 * before
-        with torch.no_grad():
-            batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-            assert abs(model.eval()(**batch).loss.item() - after) < 1e-4 * after
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        assert abs(forward(model.eval(), **batch).loss.item() - after) < 1e-4 * after
         saved = type(model).from_pretrained(tmp_path / "checkpoint-15").state_dict()
         assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -302,16 +299,14 @@ class TrainingContract(Contract):
             trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=rows)
             trainer.train()
             found.append(losses(trainer)[0])
-            with torch.no_grad():
-                example = {name: tensor[None] for name, tensor in rows[0].items()}
-                out = lively(model_class, model.config).train()(**example)
+            example = {name: tensor[None] for name, tensor in rows[0].items()}
+            out = forward(lively(model_class, model.config).train(), **example)
             assert out.aux_loss > 0.1, "nothing to see"
             assert abs(found[-1] - out.loss) < 1e-4 * out.loss
         assert abs(found[0] - found[1]) < 1e-4 * found[0]
 
     def test_num_items_in_batch(self, model: Any) -> None:
         ids = tokens(2, 9)
-        with torch.no_grad():
-            mean = model(ids, labels=ids).loss
-            found = model(ids, labels=ids, num_items_in_batch=torch.tensor(48)).loss
+        mean = forward(model, ids, labels=ids).loss
+        found = forward(model, ids, labels=ids, num_items_in_batch=torch.tensor(48)).loss
         assert_close(found, mean * 16 / 48, "loss")
