@@ -1,0 +1,89 @@
+"""Every public name imports: those that are written down, which are all that packages and documents name."""
+
+import importlib
+import importlib.metadata
+import inspect
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import hf_archs
+from hf_archs import registry
+
+REPOSITORY = Path(hf_archs.__file__).parent.parent
+NAMES = (Path(__file__).parent.parent / "data" / "public_names.txt").read_text().split()
+DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(REPOSITORY.glob("model_cards/*.md"))]
+PLUGINS = sorted(path.parent.name for path in REPOSITORY.glob("plugins/*/__init__.py"))
+COMMANDS = ["list", "doctor", "init", "train", "generate", "convert", "describe", "inspect", "bench", "quickstart"]
+
+
+def find(name: str) -> object:
+    """What a dotted name stands for: something in a module, or a module."""
+    module, _, last = name.rpartition(".")
+    with warnings.catch_warnings():  # what has another place works for a release, and says so
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            return getattr(importlib.import_module(module), last)
+        except AttributeError:
+            return importlib.import_module(name)
+
+
+def test_each_is_there():
+    failed = {}
+    for name in NAMES:
+        try:
+            find(name)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+    assert not failed
+
+
+def test_they_are_sorted_and_once():
+    assert sorted(set(NAMES)) == NAMES
+
+
+@pytest.mark.parametrize("module", ["hf_archs", "hf_archs.kernels", "hf_archs.testing.contract", *PLUGINS])
+def test_the_names_of_a_package_are_written_down(module):
+    assert {f"{module}.{name}" for name in importlib.import_module(module).__all__} <= set(NAMES)
+
+
+@pytest.mark.parametrize("module", ["hf_archs.registry", "hf_archs.cache"])
+def test_the_names_of_a_module_are_written_down(module):
+    """Its own classes and functions without an underscore."""
+    for name, value in vars(importlib.import_module(module)).items():
+        if (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module and name[0] != "_":
+            assert f"{module}.{name}" in NAMES
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_a_document_names_is_written_down(document):
+    """With a dotted path, or in an import; a method goes with its class, and a module with what is in it."""
+    text = document.read_text(encoding="utf-8")
+    named = {match.rstrip(".") for match in re.findall(r"\bhf_archs\w*(?:\.\w+)+", text)} - {registry.ENTRY_POINT_GROUP}
+    for module, listed in re.findall(r"from (hf_archs[\w.]*) import ([\w, ]+)", text):
+        named |= {f"{module}.{name.strip()}" for name in listed.split(",")}
+    known = {*NAMES, *(name.rpartition(".")[0] for name in NAMES), "hf_archs.testing"}
+    unknown = {name for name in named if name not in known and name.rpartition(".")[0] not in NAMES}
+    assert not unknown
+
+
+def test_plugins_come_by_this_group():
+    assert registry.ENTRY_POINT_GROUP == "hf_archs.plugins"
+    found = importlib.metadata.distribution("hf-archs").entry_points
+    assert {point.value for point in found if point.group == "hf_archs.plugins"} == set(PLUGINS)
+    assert [point.name for point in found if point.group == "console_scripts"] == ["hf-archs"]
+
+
+def test_the_commands():
+    """Those that the help lists, and README."""
+    code = "import hf_archs_main; hf_archs_main.main()"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.partition("Commands:")[2].strip().splitlines()] == COMMANDS
+    named = re.search(r"`hf-archs --help`: ([^.]+)\.", (REPOSITORY / "README.md").read_text())
+    assert set(re.findall(r"`(\w+)`", named[1])) == set(COMMANDS)
