@@ -43,6 +43,13 @@ def did_you_mean(near: Sequence[str], otherwise: str = "") -> str:
     return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
+def reason(error: BaseException) -> str:
+    """An error in one line; of a refused field, what its check says."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 EXPECTED = (CheckFailed, ValueError, OSError, ImportError, StrictDataclassError, SafetensorError, httpx2.HTTPError)
 
 
@@ -89,9 +96,7 @@ def sentence(error: BaseException) -> str:
             )
     if isinstance(error, LocalEntryNotFoundError):
         return f"the Hub at {constants.ENDPOINT} cannot be reached, and the cache lacks the file: {_first_line(error)}"
-    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-        return _one_line(str(error.__cause__))
-    return _one_line(str(error)) or type(error).__name__
+    return reason(error)
 
 
 def _one_line(message: str) -> str:

@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 import hf_archs
-from hf_archs.errors import sentence
+from hf_archs.errors import reason
 from hf_archs.formats import TransformersFormat
 from hf_archs.testing.native import check_back, native
 from hf_archs.testing.ops import relative_distance
@@ -183,6 +183,13 @@ def check_fields(
                     theirs.load_state_dict(base.state_dict())
                 expected = theirs(ids, use_cache=False).logits
             except Exception:  # a value that transformers itself does not take
+                ours = hf_archs.from_native(theirs)
+                distance = relative_distance(ours(ids).logits, expected)
+                back: Any = hf_archs.to_native(ours, form.name)
+            except (ValueError, StrictDataclassError) as error:
+                found[name] = "refused"
+                if name not in reason(error):
+                    wrong.append(f"{name} = {other!r} is refused by {reason(error)!r}")
                 continue
             break
         else:
