@@ -26,7 +26,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_archs import pickles, registry
-from hf_archs.errors import CheckFailed, sentence
+from hf_archs.errors import CheckFailed, message_of
 from hf_archs.formats import (
     OURS,
     NativeCheckpoint,
@@ -100,7 +100,7 @@ def translate(form: NativeFormat, raw: Mapping[str, Any], config_class: type[Pre
         fields = form.read_config(raw, config_class)
         config_class(**fields)
     except Exception as error:  # transformers' own configs compute with a value before they look at its type
-        said = sentence(error)
+        said = message_of(error)
         if not isinstance(error, ValueError | StrictDataclassError):
             said = f"{type(error).__name__}: {said}"
         if not any(_speaks_of(said, name) for name in raw):

@@ -27,6 +27,13 @@ class CheckFailed(RuntimeError):
     """Something ran to its end and is not what it must be."""
 
 
+def message_of(error: BaseException) -> str:
+    """The message of an error in one line; of a config's, that of the cause, which names the field."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 EXPECTED = (CheckFailed, ValueError, OSError, ImportError, StrictDataclassError, SafetensorError, httpx2.HTTPError)
 
 
@@ -73,9 +80,7 @@ def sentence(error: BaseException) -> str:
             )
     if isinstance(error, LocalEntryNotFoundError):
         return f"the Hub at {constants.ENDPOINT} cannot be reached, and the cache lacks the file: {_first_line(error)}"
-    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-        return _one_line(str(error.__cause__))
-    return _one_line(str(error)) or type(error).__name__
+    return message_of(error)
 
 
 def _one_line(message: str) -> str:

@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 import hf_archs
-from hf_archs.errors import sentence
+from hf_archs.errors import message_of
 from hf_archs.formats import TransformersFormat
 from hf_archs.testing.native import native
 from hf_archs.testing.ops import relative_distance
@@ -202,8 +202,8 @@ def check_fields(
                 back: Any = hf_archs.to_native(ours, form.name)
             except (ValueError, StrictDataclassError) as error:
                 found[name] = "refused"
-                if name not in sentence(error):
-                    wrong.append(f"{name} = {other!r} is refused by {sentence(error)!r}")
+                if name not in message_of(error):
+                    wrong.append(f"{name} = {other!r} is refused by {message_of(error)!r}")
                 continue
             if not distance <= 1e-5:
                 wrong.append(f"{name} = {other!r}: {distance:.1e} from transformers' logits")
