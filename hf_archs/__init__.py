@@ -3,9 +3,10 @@
 Importing this package registers every installed plugin with transformers' Auto classes.
 """
 
-__version__ = "0.1.0"
-
+import importlib.metadata
 from typing import Any
+
+__version__ = importlib.metadata.version("hf-archs")  # modules that are imported below read it
 
 import hf_archs.attention
 import hf_archs.memory

@@ -87,3 +87,8 @@ def test_the_commands():
     assert [line.split()[0] for line in done.stdout.partition("Commands:")[2].strip().splitlines()] == COMMANDS
     named = re.search(r"`hf-archs --help`: ([^.]+)\.", (REPOSITORY / "README.md").read_text())
     assert set(re.findall(r"`(\w+)`", named[1])) == set(COMMANDS)
+
+
+def test_every_package_brings_its_types():
+    for package in (REPOSITORY / "hf_archs", *(REPOSITORY / "plugins" / plugin for plugin in PLUGINS)):
+        assert (package / "py.typed").is_file()
