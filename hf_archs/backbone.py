@@ -523,13 +523,19 @@ def _check_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
         )
 
 
-def _one_cache(cache: Any, past_key_values: Any) -> Any:
-    """The cache, under whichever of its names it was passed. Raises `ValueError` where two are passed."""
-    if cache is None or past_key_values is None or cache is past_key_values:
-        return past_key_values if cache is None else cache
-    if isinstance(cache, RecurrentCache) and cache.is_empty:
-        return past_key_values  # PEFT puts that of its prefix in the place of the one that `generate` has made
-    raise ValueError("cache and past_key_values were both passed, and are names of the same; allowed is one")
+def _given_cache(cache: Any, past_key_values: Any, config: Any) -> RecurrentCache | None:
+    """The cache, under whichever of its names it was passed, as one of ours: see `adopt`.
+
+    Raises:
+        ValueError: where two are passed, or one that was not made for this model.
+    """
+    if cache is None:
+        cache = past_key_values
+    elif past_key_values is not None and cache is not past_key_values:
+        if not (isinstance(cache, RecurrentCache) and cache.is_empty):
+            raise ValueError("cache and past_key_values were both passed, and are names of the same; allowed is one")
+        cache = past_key_values  # PEFT puts that of its prefix in the place of the one that `generate` has made
+    return None if cache is None else adopt(cache, config)
 
 
 def _also_without_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -550,9 +556,9 @@ def _also_without_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
         options = inspect.signature(forward).bind(self, input_ids, *args, **kwargs).arguments
         options = {**options.pop("kwargs", {}), **options, "return_dict": True}
         del options["self"]
-        cache = _one_cache(options.pop(NEW_NAME, None), options.pop(OLD_NAME, None))
+        cache = _given_cache(options.pop(NEW_NAME, None), options.pop(OLD_NAME, None), self.config)
         if cache is not None:
-            cache = options[NAME] = adopt(cache, self.config)
+            options[NAME] = cache
             if cache.batch_size > 0:
                 raise ValueError(f"the input has no rows, and the cache holds {cache.batch_size}; allowed is as many")
             cache._map_rows(lambda t: t.new_zeros(1, *t.shape[1:]))
@@ -614,6 +620,7 @@ class ArchModel(ArchPreTrainedModel):
         output_router_logits: bool | None = None,
         output_router_statistics: bool | None = False,
         past_key_values: Cache | None = None,
+        kept_logits: int | torch.Tensor = 1,
         **kwargs: Any,
     ) -> ArchModelOutput:
         r"""
@@ -630,10 +637,11 @@ class ArchModel(ArchPreTrainedModel):
         output_router_statistics (`bool`, *optional*):
             Whether to return what the routers of the layers counted, for the losses that balance their load; None for
             where their logits are asked for.
+        kept_logits (`int` or `torch.Tensor`, *optional*, defaults to 1):
+            The ``logits_to_keep`` of a head above, for `RecurrentCache.begin`; hidden states are of all tokens.
         """
         kwargs |= kwargs.pop("kwargs", {})  # where transformers' pipelines put what a forward does not name
         _check_arguments(self, kwargs)
-        cache = _one_cache(cache, past_key_values)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -657,22 +665,22 @@ class ArchModel(ArchPreTrainedModel):
                     f"output_attentions: attention is computed by {implementation!r}, which has no weights to show; "
                     "call set_attn_implementation('eager') for them"
                 )
+        given = cache is not None or past_key_values is not None
         if self.config.bidirectional:
-            if cache is not None:
+            if given:
                 raise ValueError("a bidirectional model has no cache: every token depends on those after it")
             use_cache = False
         if self.gradient_checkpointing and training:
-            if cache is not None or use_cache:
+            if given or use_cache:
                 warnings.warn(
                     "gradient checkpointing runs every layer twice, so in training no cache is read or made: these "
                     "tokens do not see those before them",
                     stacklevel=2,
                 )
-            use_cache, cache = False, None
-        if cache is not None:
-            cache = adopt(cache, self.config)
-        elif use_cache:
-            cache = ArchDynamicCache(self.config)
+            use_cache, cache, past_key_values = False, None, None
+        states = _given_cache(cache, past_key_values, self.config)
+        if states is None and use_cache:
+            states = ArchDynamicCache(self.config)
         if output_router_logits is None:  # of the dict, since a hybrid goes through all its layers to answer
             output_router_logits = self.has_routers and vars(self.config).get("output_router_logits", True)
         elif output_router_logits and not self.has_routers:
@@ -686,16 +694,17 @@ class ArchModel(ArchPreTrainedModel):
 
         length = inputs_embeds.shape[1]
         batch = inputs_embeds.shape[0]
-        mask, pairs = read_mask(attention_mask, batch, length, cache), None
+        mask, pairs = read_mask(attention_mask, batch, length, states), None
         # positions restart after left pads and differ from zero in a continuation too: they mark documents only alone
-        alone = attention_mask is None and (cache is None or cache.is_empty)
+        alone = attention_mask is None and (states is None or states.is_empty)
         marks = position_ids if alone else None
         seq_idx = read_documents(seq_idx, cu_seq_lens_q, mask.documents, marks, inputs_embeds)
         if mask.seen is not None:
             windows = self._check_following()
-            pairs = read_pairs(mask.seen, batch, length, cache, seq_idx, position_ids, windows)
-        if cache is not None:
-            cache.begin(length, mask.real, inputs_embeds.device)
+            pairs = read_pairs(mask.seen, batch, length, states, seq_idx, position_ids, windows)
+        if states is not None:
+            keep = kept_logits if isinstance(kept_logits, int) else 1
+            states.begin(length, mask.real, inputs_embeds.device, keep)
         layout = Layout.build(mask.real, seq_idx)._replace(pairs=pairs)
 
         hidden_states: Any = inputs_embeds
@@ -708,13 +717,13 @@ class ArchModel(ArchPreTrainedModel):
         with below_autograd() if length == 1 else contextlib.nullcontext():
             for layer in layers:
                 hidden_states = layer(
-                    hidden_states, layout, cache=cache, output_attentions=output_attentions, count=count
+                    hidden_states, layout, cache=states, output_attentions=output_attentions, count=count
                 )
                 if isinstance(hidden_states, tuple):
                     hidden_states, counted, logits = hidden_states
                     statistics.append(counted)
                     router_logits.append(logits)
-        fields: dict[str, Any] = {NAME: cache if use_cache else None}
+        fields: dict[str, Any] = {NAME: states if use_cache else None}
         if router_logits and output_router_logits:
             fields["router_logits"] = tuple(router_logits)
         if statistics and output_router_statistics:
@@ -823,10 +832,6 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             the config's, which is True unless a checkpoint of another model says otherwise.
         """
         kwargs |= kwargs.pop("kwargs", {})  # see the backbone's
-        cache = _one_cache(cache, past_key_values)
-        if isinstance(cache, RecurrentCache) and isinstance(logits_to_keep, int):
-            # assisted decoding keeps the logits of all candidates, and takes back no more than those and one
-            cache.rollback_window = max(logits_to_keep, 1) + 1
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -836,6 +841,8 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             output_router_statistics=None,
+            kept_logits=logits_to_keep,
+            past_key_values=past_key_values,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -856,7 +863,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
     def generate(  # type: ignore[override]  # by the types of 5.23
         self: Any, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any
     ) -> Any:
-        given = _one_cache(cache, past_key_values)
+        given = _given_cache(cache, past_key_values, self.config)
         if given is not None:
             kwargs[NAME] = given
         if self.model.has_routers:
@@ -938,9 +945,6 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         if cache is not None:
             if implementation is not None:
                 raise ValueError(f"cache_implementation={implementation!r} and {NAME} were both passed; allowed is one")
-            if not isinstance(cache, Cache):
-                raise ValueError(f"{NAME} is a {type(cache).__name__}; allowed is a Cache")
-            cache = adopt(cache, self.config)
             cache.forget_derived()  # the weights may be others than in the last call
             if generation_mode != GenerationMode.ASSISTED_GENERATION and not generation_config.is_assistant:
                 cache.stop_recording()

@@ -5,7 +5,7 @@ recurrence back, repeat and select batch rows) stands here, once, for the dynami
 
 Rollback replays. A state per token would cost what a recurrent model exists to avoid, so while transformers records
 the past (assisted decoding), each mixer hands over the inputs of its recurrence, and `crop` runs the accepted prefix
-again from the state before. Of a long forward only the last ``rollback_window`` positions are kept that way.
+again from the state before. Of a long forward only the last positions are kept that way, see `RecurrentCache.begin`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class RecurrentCache(Cache):
         counts = [max((sum(s.kind == kind for s in specs.values()) for kind in KINDS), default=1) for specs in plans]
         layers = [LinearAttentionLayer(number_of_states=max(n, 1)) for n in counts]
         Cache.__init__(self, [*layers], offloading=offloading)
-        self.rollback_window = 2  # logits_to_keep + 1; the backbone's causal head keeps it up to date
         self.timeline = Timeline(self.is_static)
         self._slots: list[Slot] = []
         for layer, specs in zip(layers, plans):
@@ -51,8 +50,18 @@ class RecurrentCache(Cache):
 
     # -- counting ----------------------------------------------------------------------------------------------
 
-    def begin(self, length: int, mask: torch.Tensor | None, device: torch.device) -> None:
-        """Told by the model at the start of every forward: ``length`` more positions, ``mask`` of the real ones."""
+    def begin(self, length: int, mask: torch.Tensor | None, device: torch.device, keep: int = 1) -> None:
+        """Told by the model at the start of every forward.
+
+        Args:
+            length: positions of this forward.
+            mask: the real ones, ``(batch, length)`` bool; None where all are.
+            keep: of how many last positions the logits are kept, 0 for the least. Assisted decoding keeps those of all
+                candidates, and takes back no more than those and one.
+
+        Raises:
+            ValueError: where a static cache has no room for them.
+        """
         timeline = self.timeline
         if self.is_static:
             if (
@@ -73,7 +82,7 @@ class RecurrentCache(Cache):
         else:
             timeline.length += length
         if self.is_recording_past(0):
-            timeline.segments.append(Segment(length, mask, self.rollback_window))
+            timeline.segments.append(Segment(length, mask, window=max(keep, 1) + 1))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions seen so far, pads included, whatever the layer."""
@@ -324,6 +333,8 @@ def adopt(cache: Cache, config: Any) -> RecurrentCache:
     """
     if isinstance(cache, RecurrentCache):
         return cache
+    if not isinstance(cache, Cache):
+        raise ValueError(f"{NAME} is a {type(cache).__name__}; allowed is a Cache")
     ours = {DynamicCache: ArchDynamicCache, StaticCache: ArchStaticCache}.get(type(cache))
     if ours is None or len(cache.layers) not in (0, config.num_hidden_layers):
         raise ValueError(

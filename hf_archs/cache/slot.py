@@ -87,6 +87,7 @@ class Place:
         self.layer, self.spec, self.index, self.timeline = layer, spec, index, timeline
         self.states: dict[int, torch.Tensor | None] = getattr(layer, f"{spec.kind}_states")
         self.filled: dict[int, bool] = layer.has_previous_state
+        self._initialized: dict[int, bool] = getattr(layer, f"is_{spec.kind}_states_initialized")
         self.room = max_cache_len if timeline.is_static and spec.grows else None
 
     def store(self, value: torch.Tensor) -> None:
@@ -108,8 +109,8 @@ class Place:
             if not is_torchdynamo_compiling():
                 torch._dynamo.mark_static_address(value)
         self.states[self.index] = value
+        self._initialized[self.index] = True
         layer: Any = self.layer
-        getattr(layer, f"is_{self.spec.kind}_states_initialized")[self.index] = True
         if self.spec.kind == "conv":
             layer.conv_kernel_size[self.index] = value.shape[-1]
         layer.device, layer.dtype = value.device, value.dtype
@@ -125,6 +126,7 @@ class Place:
             held.zero_()
         else:
             self.states[self.index] = None
+            self._initialized[self.index] = False  # or transformers' `reset` fills it with zeros
 
 
 class Slot:

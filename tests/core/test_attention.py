@@ -88,9 +88,9 @@ def inputs(batch, length, seed=0, dtype=torch.float64):
     )
 
 
-def read(mixer, cache, x, lengths=None, seq_idx=None):
+def read(mixer, cache, x, lengths=None, seq_idx=None, keep=1):
     mask = None if lengths is None else torch.arange(x.shape[1]) < lengths[:, None]
-    cache.begin(x.shape[1], mask, x.device)
+    cache.begin(x.shape[1], mask, x.device, keep)
     return mixer(x, state=cache.slot(0), lengths=lengths, seq_idx=seq_idx)
 
 
@@ -316,11 +316,10 @@ def test_rollback(name, kind):
     x, other = inputs(1, 20), inputs(1, 6, seed=1)
     for prefill, drafted, removed in ((7, 6, 4), (12, 1, 1), (0, 5, 3), (3, 9, 9), (0, 4, 4)):
         cache = cache_of(mixer, kind)
-        cache.rollback_window = 10
         if prefill:
             read(mixer, cache, x[:, :prefill])
         cache.activate_past_recording()
-        read(mixer, cache, x[:, prefill : prefill + drafted])
+        read(mixer, cache, x[:, prefill : prefill + drafted], keep=9)
         cache.crop(-removed)
         left = prefill + drafted - removed
         if kind == "dynamic" and left and mixer.reach is None:
@@ -359,9 +358,8 @@ def test_rollback_into_a_document(name):
     cache = cache_of(mixer)
     x, seq_idx = inputs(1, 16), torch.tensor([[0] * 5 + [1] * 8 + [2] * 3])
     read(mixer, cache, inputs(1, 9, seed=1))
-    cache.rollback_window = 16
     cache.activate_past_recording()
-    read(mixer, cache, x, seq_idx=seq_idx)
+    read(mixer, cache, x, seq_idx=seq_idx, keep=15)
     cache.crop(-5)
     assert_holds(mixer, cache, 0, x[:, 5:11])
 

@@ -1,5 +1,10 @@
 """The recurrent cache: rollback by replay, batch operations, saved states, and caches that others made."""
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from transformers import DynamicCache, MambaConfig, StaticCache
@@ -69,6 +74,15 @@ class TestCrop:
         assert int(cache.get_seq_length()) == 0
         other = tokens(1, 6, seed=1)
         assert_close(feed(model, cache, other), logits(model, other), "from the beginning")
+
+    def test_a_reset_after_it(self, model, kind):
+        cache = empty(kind, model.config)
+        cache.activate_past_recording()
+        feed(model, cache, tokens(1, 3), logits_to_keep=3)
+        cache.crop(-3)
+        cache.reset()
+        ids = tokens(1, 6, seed=1)
+        assert_close(feed(model, cache, ids), logits(model, ids), "after the reset")
 
     def test_again_and_again(self, model, kind):
         """As assisted decoding does it: some drafts, a crop, some drafts, a crop of nothing."""
@@ -198,6 +212,56 @@ class TestRows:
         assert cache.batch_size == -1
         assert cache.num_bytes() == 0
         assert int(cache.get_seq_length()) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestSlots:
+    def test_are_made_once(self, model, kind):
+        cache = empty(kind, model.config)
+        slots = [cache.slot(i) for i in range(2)]
+        cache.activate_past_recording()
+        feed(model, cache, tokens(2, 5), logits_to_keep=5)
+        cache.crop(-2)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        assert torch.equal(slots[1].get("conv"), dict(cache.tensors())["layers.1.conv"])
+        cache.reset()
+        assert slots[1].get("conv") is None
+        assert [cache.slot(i) for i in range(2)] == slots
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+    def test_go_with_a_copy(self, model, kind, copied):
+        """A copy of a cache goes on alone, and the first one as if there were none."""
+        cache, ids = empty(kind, model.config), tokens(1, 9)
+        feed(model, cache, ids[:, :4])
+        other = copied(cache)
+        expected = logits(model, ids)[:, 4:]
+        for each in (other, cache):
+            assert_close(feed(model, each, ids[:, 4:5]), expected[:, :1], "one token")
+            assert_close(feed(model, each, ids[:, 5:]), expected[:, 1:], "more tokens")
+
+    def test_do_not_keep_a_cache_alive(self, model, kind):
+        """Its memory is free as soon as nobody has it, and not when Python next looks for circles."""
+        cache = empty(kind, model.config)
+        feed(model, cache, tokens(1, 4))
+        state, gone = weakref.ref(cache.slot(0).get("conv")), weakref.ref(cache)
+        gc.disable()
+        try:
+            del cache
+            assert gone() is None
+            assert state() is None
+        finally:
+            gc.enable()
+
+
+def test_parts_of_a_layer_have_slots_of_their_own():
+    config = hf_archs.get_architecture("hybrid").tiny_config()
+    cache = ArchDynamicCache(config)
+    layer = next(i for i in range(config.num_hidden_layers) if config.layer_plan(i).mixer == "parallel")
+    slot = cache.slot(layer)
+    for name in config.layer_plan(layer).mixer_config.parts:
+        part = slot.part(name)
+        assert slot.part(name) is part
+        assert {f"{name}.{state}" for state in part.places} <= set(slot.places)
 
 
 class TestStatic:
