@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from transformers import PreTrainedModel
-
-from hf_archs.checkpoints import quiet_peft
 
 # what PEFT itself puts into the modules_to_save of classifiers and of question answering, whatever the model calls them
 _HEADS = {"classifier", "score", "qa_outputs"}
@@ -40,6 +40,14 @@ def add_adapter(
     _check_tied(model, config)
     with quiet_peft():
         return get_peft_model(model, config, adapter_name, **kwargs)
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that transformers 5.23 gives for an attribute that PEFT 0.21 asks every model for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _matches(name: str, wanted: str | Iterable[str] | None) -> bool:

@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_archs import registry
+from hf_archs.adapters import quiet_peft
 from hf_archs.call import during
 from hf_archs.model_card import is_automatic
 
@@ -249,14 +249,6 @@ def load_adapter(model: PreTrainedModel, source: str, **kwargs: Any) -> PeftMode
             return PeftModel.from_pretrained(model, source, **kwargs)
     except RuntimeError as error:
         raise ValueError(f"the adapter {source!r} does not fit this model: {error}") from error
-
-
-@contextlib.contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Without the warning that transformers 5.23 gives for an attribute that PEFT 0.21 asks every model for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        yield
 
 
 def load_tokenizer(

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_archs  # noqa: F401  (the Auto classes know our models)
 from hf_archs import errors
-from hf_archs.checkpoints import load_adapter, quiet_peft
+from hf_archs.adapters import quiet_peft
+from hf_archs.checkpoints import load_adapter
 from hf_archs.model_card import model_card
 from hf_archs.progress import working
 
