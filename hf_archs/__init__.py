@@ -8,12 +8,13 @@ from typing import Any
 
 __version__ = importlib.metadata.version("hf-archs")  # modules that are imported below read it
 
-import hf_archs.attention
-import hf_archs.memory
-import hf_archs.mlp
-import hf_archs.parallel  # noqa: F401 - these register mixers and feed-forwards
-from hf_archs.adapters import add_adapter
-from hf_archs.conversion import from_native, to_native
+import hf_archs.layers.attention
+import hf_archs.layers.memory_attention
+import hf_archs.layers.mlp
+import hf_archs.layers.side_by_side  # noqa: F401 - these register mixers and feed-forwards
+from hf_archs.model.adapters import add_adapter
+from hf_archs.model.sharding import fully_shard
+from hf_archs.native.conversion import from_native, to_native
 from hf_archs.registry import (
     Architecture,
     architectures,
@@ -26,7 +27,6 @@ from hf_archs.registry import (
     register_feed_forward,
     register_mixer,
 )
-from hf_archs.sharding import fully_shard
 
 __all__ = [
     "ArchTrainer",

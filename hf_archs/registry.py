@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,10 +31,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_archs.errors import did_you_mean, similar
+from hf_archs.native.hosts import enter_adapter_targets, enter_names
 from hf_archs.parts import PartConfig, RoutedFeedForward, StateSpec, TokenMixer
 
 if TYPE_CHECKING:
-    from hf_archs.formats import NativeFormat
+    from hf_archs.native.formats import NativeFormat
 
 ENTRY_POINT_GROUP = "hf_archs.plugins"
 
@@ -259,8 +259,9 @@ def register_mixer(
         layer_type: the kind of a layer of it in transformers' words, from its config.
         parts: of a mixer that is several side by side, each one's registered name and config.
         window: of one that sees the last tokens alone, how many.
-        follows_pairs: whether it follows a mask of four dimensions, `hf_archs.call.call.pairs`.
-        shows_weights: whether it hands the weights of attention to `hf_archs.call.call.show`, where somebody looks.
+        follows_pairs: whether it follows a mask of four dimensions, `hf_archs.cache.call.call.pairs`.
+        shows_weights: whether it hands the weights of attention to `hf_archs.cache.call.call.show`, where somebody
+            looks.
         lora_targets: names of its linear layers that LoRA adapts by default.
         even_targets: those of them whose widths are multiples of ``hidden_size`` or of a head's size, for adapters
             that cut a matrix into blocks.
@@ -383,8 +384,8 @@ def register(architecture: Architecture) -> Architecture:
         raise ValueError(f"architecture {architecture.name!r}: {error}") from error
     for auto_class, model_class in architecture.auto_classes().values():
         auto_class.register(config_class, model_class)  # type: ignore[attr-defined]
-    _register_names(architecture)
-    _register_adapter_targets(architecture)
+    enter_names(architecture)
+    enter_adapter_targets(architecture)
     _register_conversions(architecture)
     return architecture
 
@@ -392,7 +393,7 @@ def register(architecture: Architecture) -> Architecture:
 def _enter_parts() -> None:
     """Tell the architectures that are there already of a new part."""
     for architecture in _architectures.values():
-        _register_adapter_targets(architecture)
+        enter_adapter_targets(architecture)
         _register_conversions(architecture)
 
 
@@ -401,45 +402,6 @@ def _register_conversions(architecture: Architecture) -> None:
     owners: list[Any] = [*_feed_forwards.values(), *architecture.native_formats]
     conversions = [conversion for owner in owners for conversion in owner.conversions]
     register_checkpoint_conversion_mapping(architecture.model_type, conversions, overwrite=True)
-
-
-def _register_names(architecture: Architecture) -> None:
-    """Enter the classes where hosts look names up: the Trainer shifts the labels of causal models by such a table, and
-    `transformers serve` takes classes from transformers itself.
-    """
-    # it makes itself anew while its processors are imported, and who imported it before holds the first one
-    held = (vars(module).get("transformers") for module in [*sys.modules.values()] if hasattr(module, "__dict__"))
-    hosts = {id(host): host for host in (sys.modules["transformers"], *held) if isinstance(host, ModuleType)}
-    for host in hosts.values():
-        for named in (architecture.config_class, *(cls for _, cls in architecture.auto_classes().values())):
-            setattr(host, named.__name__, named)
-    for auto_class, model_class in architecture.auto_classes().values():
-        if auto_class is not AutoModel:
-            auto_class._model_mapping._model_mapping[architecture.model_type] = model_class.__name__  # type: ignore[attr-defined]
-
-
-# adapters that cut a matrix into blocks of a fixed size
-_EVEN = ("C3A", "MISS", "ROAD", "VBLORA")
-# of IA3 (Liu et al. 2022, section 3.3): what states, keys and values are made of, and the inside of a feed-forward
-_SCALED = ("in_proj", "x_proj", "k_proj", "v_proj", "down_proj")
-
-
-def _register_adapter_targets(architecture: Architecture) -> None:
-    """Enter the default targets of every kind of adapter."""
-    from peft.utils import constants
-
-    targets = architecture.lora_targets
-    scaled = [name for name in targets if name in _SCALED]
-    own = {
-        "IA3_TARGET": scaled or targets,
-        "IA3_FEEDFORWARD": [name for name in scaled if name == "down_proj"],
-        "LNTUNING_TARGET": ["norm", "feed_forward_norm"],
-        **{f"{tuner}_TARGET": architecture.even_targets or targets for tuner in _EVEN},
-    }
-    for name, table in vars(constants).items():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING"):
-            kind = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_MODULES_MAPPING")
-            table[architecture.model_type] = [*own.get(kind, targets)]
 
 
 def architectures() -> list[str]:

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.distributed import DistributedConfig
 
 import hf_archs
-from hf_archs.backbone import Layout
+from hf_archs.model.layout import Layout
 
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 

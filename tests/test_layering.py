@@ -14,28 +14,37 @@ PLUGINS = sorted(path.name for path in (REPOSITORY / "plugins").iterdir() if (pa
 CORE = sorted(ROOT.rglob("*.py"))
 # what stands below the models, and may not import them
 BELOW = {
-    "hf_archs.backend": (),
-    "hf_archs.kernels": ("hf_archs.backend", "hf_archs.kernels"),
+    "hf_archs.kernels.backend": (),
+    "hf_archs.kernels": ("hf_archs.kernels.backend", "hf_archs.kernels"),
     # but for the errors, for types and inside functions
-    "hf_archs.registry": ("hf_archs.configuration", "hf_archs.errors", "hf_archs.formats"),
-    "hf_archs.norm": ("hf_archs.kernels", "hf_archs.backend"),
-    "hf_archs.convolution": ("hf_archs.kernels", "hf_archs.backend", "hf_archs.cache"),  # what a mixer hands it
-    "hf_archs.call": (),
-    "hf_archs.cache": ("hf_archs.registry", "hf_archs.call"),
-    "hf_archs.hub": ("hf_archs.registry",),
-    "hf_archs.configuration": (
+    "hf_archs.registry": ("hf_archs.config.model", "hf_archs.errors", "hf_archs.native.formats"),
+    "hf_archs.layers.norm": ("hf_archs.kernels", "hf_archs.kernels.backend"),
+    "hf_archs.layers.convolution": (
+        "hf_archs.kernels",
+        "hf_archs.kernels.backend",
+        "hf_archs.cache",
+    ),  # what a mixer hands it
+    "hf_archs.cache.call": (),
+    "hf_archs.cache": ("hf_archs.registry", "hf_archs.cache.call"),
+    "hf_archs.native.stub": ("hf_archs.registry",),
+    "hf_archs.config.model": (
         "hf_archs.registry",
-        "hf_archs.hub",
-        "hf_archs.conversion",
-        "hf_archs.call",
+        "hf_archs.native.stub",
+        "hf_archs.native.reading",
+        "hf_archs.cache.call",
         "hf_archs.errors",
-        "hf_archs.formats",
+        "hf_archs.native.formats",
         "hf_archs.__version__",
     ),
     "hf_archs.errors": (),
-    "hf_archs.formats": ("hf_archs.registry",),
-    "hf_archs.pickles": (),
-    "hf_archs.conversion": ("hf_archs.registry", "hf_archs.formats", "hf_archs.errors", "hf_archs.pickles"),
+    "hf_archs.native.formats": ("hf_archs.registry",),
+    "hf_archs.native.pickles": (),
+    "hf_archs.native.reading": (
+        "hf_archs.registry",
+        "hf_archs.native.formats",
+        "hf_archs.errors",
+        "hf_archs.native.pickles",
+    ),
 }
 # what of a plugin is about models: the rest are ops (filters are layers between the two, distillation makes models)
 MODEL_FILES = ("__init__", "configuration", "mixer", "modeling", "conversion", "bench", "filters", "distillation")
@@ -107,7 +116,7 @@ def test_ops_import_no_models(plugin):
     for file in sorted((REPOSITORY / "plugins" / plugin).rglob("*.py")):
         if file.stem not in MODEL_FILES:
             for name in imports(file):
-                assert not within(name, "transformers", "hf_archs.backbone", "hf_archs.cache"), f"{file}: {name}"
+                assert not within(name, "transformers", "hf_archs.model.backbone", "hf_archs.cache"), f"{file}: {name}"
                 assert not within(name, *(f"{plugin}.{x}" for x in ("configuration", "mixer", "modeling"))), file
 
 

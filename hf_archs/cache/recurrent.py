@@ -20,8 +20,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import is_torchdynamo_compiling
 
+from hf_archs.cache.call import NAME
 from hf_archs.cache.slot import KINDS, Place, Record, Segment, Slot, States, Timeline, turned
-from hf_archs.call import NAME
 from hf_archs.parts import StateSpec
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.utils import is_torchdynamo_compiling
 
-from hf_archs.call import call
+from hf_archs.cache.call import call
 from hf_archs.parts import StateSpec
 
 KINDS = ("conv", "recurrent")  # of states in transformers' layers

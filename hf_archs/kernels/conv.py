@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_archs.backend import backend_for, is_transformed
 from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
+from hf_archs.kernels.backend import backend_for, is_transformed
 from hf_archs.kernels.numerics import cast, differentiates_once, wide
 
 MAX_WIDTH = 8

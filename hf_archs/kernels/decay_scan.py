@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_archs.backend import backend_for
 from hf_archs.kernels import decay_scan_portable as portable
 from hf_archs.kernels.arguments import check_shapes, number_documents
+from hf_archs.kernels.backend import backend_for
 from hf_archs.kernels.numerics import LOG2_E, cast, constant, differentiates_once, no_autocast, wide
 
 

@@ -47,7 +47,7 @@ def differentiates_once(backward: Any) -> None:
     def refuse(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
             f"{backward._qualname}: the op can be differentiated once; allowed for second derivatives are torch.func "
-            "(jvp of grad, hessian) and hf_archs.backend.use_backend('reference')"
+            "(jvp of grad, hessian) and hf_archs.kernels.backend.use_backend('reference')"
         )
 
     backward.register_autograd(refuse)

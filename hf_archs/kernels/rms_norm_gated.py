@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_archs.backend import backend_for
+from hf_archs.kernels.backend import backend_for
 from hf_archs.kernels.numerics import cast, differentiates_once, inverse_rms, wide
 
 

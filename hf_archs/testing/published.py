@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 import hf_archs
 from hf_archs.errors import reason
-from hf_archs.formats import TransformersFormat
+from hf_archs.native.formats import TransformersFormat
 from hf_archs.testing.native import check_back, native
 from hf_archs.testing.ops import relative_distance
 from hf_archs.testing.parity import check_parity

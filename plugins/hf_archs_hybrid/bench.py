@@ -6,21 +6,23 @@ from typing import Any
 import torch
 from transformers import JambaConfig, JambaForCausalLM
 
-from hf_archs import bench
-from hf_archs.conversion import from_native
+from hf_archs.native.conversion import from_native
+from hf_archs.testing import measuring
 from hf_archs_hybrid.presets import PRESETS
 
 
-def ops(device: torch.device) -> Iterator[bench.Measure]:
+def ops(device: torch.device) -> Iterator[measuring.Measure]:
     """None of its own."""
     yield from ()
 
 
-def models(device: torch.device) -> Iterator[bench.Measure]:
+def models(device: torch.device) -> Iterator[measuring.Measure]:
     """The whole models. (transformers' Jamba scans token by token; one training step of it is enough.)"""
-    yield from bench.model_measures("hybrid", device, PRESETS["mixture"](bench.SIZE["hidden_size"]), bench.Targets())
+    yield from measuring.model_measures(
+        "hybrid", device, PRESETS["mixture"](measuring.SIZE["hidden_size"]), measuring.Targets()
+    )
     fields: dict[str, Any] = {
-        **bench.SIZE,
+        **measuring.SIZE,
         "intermediate_size": 512,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
@@ -29,4 +31,4 @@ def models(device: torch.device) -> Iterator[bench.Measure]:
         "attn_layer_offset": 2,
     }
     native: Any = JambaForCausalLM(JambaConfig(**fields))
-    yield from bench.native_measures("hybrid, jamba", device, from_native(native), native, bench.Targets(), 1)
+    yield from measuring.native_measures("hybrid, jamba", device, from_native(native), native, measuring.Targets(), 1)

@@ -7,8 +7,9 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from hf_archs.composition import NONE, ComposedConfig, Instance, expand_pattern
-from hf_archs.configuration import LayerPlan, Shared
+from hf_archs.config.composed import ComposedConfig, Instance
+from hf_archs.config.model import LayerPlan, Shared
+from hf_archs.config.pattern import NONE, expand_pattern
 from hf_archs.registry import get_feed_forward
 
 
@@ -21,7 +22,7 @@ class ArchHybridConfig(ComposedConfig):
             mixer, and fields of its config: ``{"local": {"type": "sliding_attention", "window": 2048}}``. The layers
             of one with ``"shared": True`` have the same weights, and with ``"site_rank": r`` a low-rank part of their
             own beside each linear layer.
-        layer_pattern: which mixers stand in each layer, see `hf_archs.composition.expand_pattern`.
+        layer_pattern: which mixers stand in each layer, see `hf_archs.config.pattern.expand_pattern`.
         feed_forward: the feed-forwards, likewise; empty for none.
         feed_forward_pattern: which of them stands in each layer; None for the only one there is, or none.
 

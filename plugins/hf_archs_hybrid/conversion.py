@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from hf_archs.formats import TransformersFormat
+from hf_archs.native.formats import TransformersFormat
 
 
 @dataclass(frozen=True, kw_only=True)

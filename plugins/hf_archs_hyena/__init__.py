@@ -1,12 +1,11 @@
 """Hyena (Poli et al. 2023) as an architecture of hf-archs, and its op `long_conv`."""
 
-from hf_archs.dna import dna_tokenizer
+from hf_archs.data.dna import dna_tokenizer
 from hf_archs.registry import Architecture, register, register_mixer
 from hf_archs_hyena import modeling
 from hf_archs_hyena.configuration import ArchHyenaConfig, HyenaMixerConfig, hyena_state
 from hf_archs_hyena.conversion import HYENADNA, ORIGINAL
 from hf_archs_hyena.distillation import distill_filters
-from hf_archs_hyena.long_conv import long_conv
 from hf_archs_hyena.mixer import HyenaMixer
 from hf_archs_hyena.modeling import (
     ArchHyenaForCausalLM,
@@ -16,6 +15,7 @@ from hf_archs_hyena.modeling import (
     ArchHyenaForTokenClassification,
     ArchHyenaModel,
 )
+from hf_archs_hyena.ops.long_conv import long_conv
 
 __all__ = [
     "ArchHyenaConfig",

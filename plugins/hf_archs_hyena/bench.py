@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_archs import bench
-from hf_archs_hyena.long_conv import long_conv
-from hf_archs_hyena.modal import modal_conv, modal_taps
-from hf_archs_hyena.toeplitz_conv import toeplitz_conv
+from hf_archs.testing import measuring
+from hf_archs_hyena.ops.long_conv import long_conv
+from hf_archs_hyena.ops.modal import modal_conv, modal_taps
+from hf_archs_hyena.ops.toeplitz_conv import toeplitz_conv
 
 
 def _published(x: Any, taps: Any, bias: Any, gate_in: Any, gate_out: Any) -> Any:
@@ -36,27 +36,27 @@ def _by_taps(x: Any, log_decay: Any, phase: Any, residues: Any) -> Any:
     return long_conv(x, taps, need_state=False)[0]
 
 
-def ops(device: torch.device) -> Iterator[bench.Measure]:
+def ops(device: torch.device) -> Iterator[measuring.Measure]:
     """The convolutions, forward and with their backward."""
     shapes = [(8, 2048, 1024), (1, 65536, 1024)] if device.type == "cuda" else [(1, 1024, 256), (1, 16384, 256)]
     for b, l, c in shapes:
-        tensors = {name: bench.randn(device)(b, l, c) for name in ("x", "gate_in", "gate_out")}
+        tensors = {name: measuring.randn(device)(b, l, c) for name in ("x", "gate_in", "gate_out")}
         tensors |= {"taps": torch.randn(c, l, device=device), "bias": torch.randn(c, device=device)}
         label = f"long_conv {b} x {l} x {c}"
-        yield from bench.op_measures(label, "plain PyTorch", _ours, _published, tensors)
+        yield from measuring.op_measures(label, "plain PyTorch", _ours, _published, tensors)
         x = tensors["x"]
         for k in (7, 128):
             explicit = {"x": x, "taps": torch.randn(c, k, device=device)}
             label = f"toeplitz_conv of {k} taps, {b} x {l} x {c}"
-            yield from bench.op_measures(label, "conv1d", toeplitz_conv, _conv1d, explicit)
+            yield from measuring.op_measures(label, "conv1d", toeplitz_conv, _conv1d, explicit)
         modal = {"x": x, "log_decay": torch.randn(c, 16, device=device) - 3}
         modal |= {"phase": torch.rand(c, 16, device=device), "residues": torch.randn(c, 16, 2, device=device)}
         label = f"modal_conv of 16 modes, {b} x {l} x {c}"
-        yield from bench.op_measures(label, "taps and long_conv", modal_conv, _by_taps, modal)
+        yield from measuring.op_measures(label, "taps and long_conv", modal_conv, _by_taps, modal)
 
 
-def models(device: torch.device) -> Iterator[bench.Measure]:
+def models(device: torch.device) -> Iterator[measuring.Measure]:
     """The whole model."""
     fields: dict[str, Any] = {"max_positions": 16384}
-    targets = bench.Targets(step=1.0, long_step=0.45, long_growth=4.9)
-    yield from bench.model_measures("hyena", device, fields, targets)
+    targets = measuring.Targets(step=1.0, long_step=0.45, long_growth=4.9)
+    yield from measuring.model_measures("hyena", device, fields, targets)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 
-from hf_archs.configuration import ArchConfig, LayerPlan
-from hf_archs.mlp import MLPConfig
+from hf_archs.config.model import ArchConfig, LayerPlan
+from hf_archs.layers.mlp import MLPConfig
 from hf_archs.parts import PartConfig, StateSpec, check_range
 
 FilterType = Literal["implicit", "modal", "medium", "short"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from hf_archs.formats import StateDictFormat
+from hf_archs.native.formats import StateDictFormat
 
 # the most layers that the network of a filter may have (see `HyenaFields.validate_hyena`)
 _FILTER_LAYERS = range(18)

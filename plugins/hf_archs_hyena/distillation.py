@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.initialization import no_init_weights
 
-from hf_archs.backbone import ArchPreTrainedModel
+from hf_archs.model.pretrained import ArchPreTrainedModel
 from hf_archs_hyena.configuration import ArchHyenaConfig
 from hf_archs_hyena.filters import ImplicitFilter
 from hf_archs_hyena.modal_fitting import fit_modal_filters

@@ -17,14 +17,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
-from hf_archs.backend import backend_for
 from hf_archs.cache import Once
+from hf_archs.kernels.backend import backend_for
 from hf_archs.kernels.exporting import any_length
 from hf_archs.kernels.numerics import no_autocast
 from hf_archs_hyena.configuration import HyenaMixerConfig
-from hf_archs_hyena.long_conv import long_conv, long_conv_step
-from hf_archs_hyena.modal import modal_conv, modal_taps
-from hf_archs_hyena.toeplitz_conv import toeplitz_conv
+from hf_archs_hyena.ops.long_conv import long_conv, long_conv_step
+from hf_archs_hyena.ops.modal import modal_conv, modal_taps
+from hf_archs_hyena.ops.toeplitz_conv import toeplitz_conv
 
 LONG = 2**15  # taps
 WINDOW_END = 1e-2  # what a window has fallen to after `fast_decay` and `slow_decay`

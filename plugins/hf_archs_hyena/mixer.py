@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_archs.cache import Once, Slot, States
-from hf_archs.convolution import CausalConv1d
+from hf_archs.layers.convolution import CausalConv1d
 from hf_archs_hyena.configuration import HyenaMixerConfig
 from hf_archs_hyena.filters import FILTERS
 

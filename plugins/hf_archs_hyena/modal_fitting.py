@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_archs_hyena.modal import modal_taps
+from hf_archs_hyena.ops.modal import modal_taps
 
 ITERATIONS = 30  # of Gauss-Newton; HyenaDNA's filters gain a hundredth from more than 10
 CHUNK_ELEMENTS = 2**22  # of the largest matrices that are held at once

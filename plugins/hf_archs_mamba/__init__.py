@@ -13,7 +13,7 @@ from hf_archs_mamba.modeling import (
     ArchMambaForTokenClassification,
     ArchMambaModel,
 )
-from hf_archs_mamba.selective_scan import selective_scan
+from hf_archs_mamba.ops.selective_scan import selective_scan
 
 __all__ = [
     "ArchMambaConfig",

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from hf_archs import bench
-from hf_archs.backend import use_backend
-from hf_archs_mamba.selective_scan import selective_scan
+from hf_archs.kernels.backend import use_backend
+from hf_archs.testing import measuring
+from hf_archs_mamba.ops.selective_scan import selective_scan
 
 
 def _inputs(batch: int, length: int, channels: int, state: int, device: torch.device) -> dict[str, torch.Tensor]:
-    randn = bench.randn(device)
+    randn = measuring.randn(device)
     return {
         "x": randn(batch, length, channels),
         "dt": randn(batch, length, channels) - 4,
@@ -43,7 +43,7 @@ def _loop(**tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return selective_scan(**tensors)
 
 
-def ops(device: torch.device) -> Iterator[bench.Measure]:
+def ops(device: torch.device) -> Iterator[measuring.Measure]:
     """The scan, forward and with its backward."""
     peer: Any
     if device.type == "cuda":
@@ -53,13 +53,13 @@ def ops(device: torch.device) -> Iterator[bench.Measure]:
     else:
         shapes = [(1, 1024, 512, 16), (8, 512, 512, 16)]
         peer, name = _loop, "the paper's loop"
-    for label, tensors in bench.sized("selective_scan", _inputs, shapes, device):
-        yield from bench.op_measures(label, name, selective_scan, peer, tensors)
+    for label, tensors in measuring.sized("selective_scan", _inputs, shapes, device):
+        yield from measuring.op_measures(label, name, selective_scan, peer, tensors)
 
 
-def models(device: torch.device) -> Iterator[bench.Measure]:
+def models(device: torch.device) -> Iterator[measuring.Measure]:
     """The whole model; transformers' training step takes many seconds, so it is run twice only."""
     fields: dict[str, Any] = {"state_size": 16, "expand": 2}
-    targets = bench.Targets(step=1.0, long_step=0.45, growth=4.4, native_step=0.01, prefill=0.25, decode=0.6)
-    native = MambaForCausalLM(MambaConfig(**bench.SIZE, **fields))
-    yield from bench.model_measures("mamba", device, fields, targets, native, native_pairs=1)
+    targets = measuring.Targets(step=1.0, long_step=0.45, growth=4.4, native_step=0.01, prefill=0.25, decode=0.6)
+    native = MambaForCausalLM(MambaConfig(**measuring.SIZE, **fields))
+    yield from measuring.model_measures("mamba", device, fields, targets, native, native_pairs=1)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 
-from hf_archs.configuration import ArchConfig
+from hf_archs.config.model import ArchConfig
 from hf_archs.parts import PartConfig, StateSpec, check_range
 
 

@@ -5,8 +5,9 @@ flash-linear-attention's ``model_type`` is transformers' own, ``mamba``: the fie
 
 from typing import Any
 
-from hf_archs.fla import KERNELS, FlaFormat, FormatBesideFla
-from hf_archs.formats import StateSpacesFormat, TransformersFormat
+from hf_archs.native.fla import KERNELS, FlaFormat, FormatBesideFla
+from hf_archs.native.formats import TransformersFormat
+from hf_archs.native.state_spaces import StateSpacesFormat
 
 LAYER_RENAMES = {
     "mixer.ssm.A_log": "mixer.A_log",

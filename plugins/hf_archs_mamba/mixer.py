@@ -13,11 +13,11 @@ from torch import nn
 from transformers import initialization as init
 
 from hf_archs.cache import Once, Slot, States
-from hf_archs.convolution import CausalConv1d
 from hf_archs.kernels.numerics import cast, wide
-from hf_archs.norm import ArchRMSNorm
+from hf_archs.layers.convolution import CausalConv1d
+from hf_archs.layers.norm import ArchRMSNorm
 from hf_archs_mamba.configuration import MambaMixerConfig
-from hf_archs_mamba.selective_scan import selective_scan
+from hf_archs_mamba.ops.selective_scan import selective_scan
 
 
 class SelectiveSSM(nn.Module):

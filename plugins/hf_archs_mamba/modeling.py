@@ -9,7 +9,9 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 
-from hf_archs.backbone import ArchForCausalLM, ArchForMaskedLM, ArchModel, ArchPreTrainedModel
+from hf_archs.model.backbone import ArchModel
+from hf_archs.model.heads import ArchForCausalLM, ArchForMaskedLM
+from hf_archs.model.pretrained import ArchPreTrainedModel
 from hf_archs_mamba.configuration import ArchMambaConfig
 
 

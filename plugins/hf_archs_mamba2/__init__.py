@@ -13,7 +13,7 @@ from hf_archs_mamba2.modeling import (
     ArchMamba2ForTokenClassification,
     ArchMamba2Model,
 )
-from hf_archs_mamba2.ssd_scan import ssd_scan
+from hf_archs_mamba2.ops.ssd_scan import ssd_scan
 
 __all__ = [
     "ArchMamba2Config",

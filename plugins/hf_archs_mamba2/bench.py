@@ -8,12 +8,12 @@ import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-from hf_archs import bench
-from hf_archs_mamba2.ssd_scan import ssd_scan
+from hf_archs.testing import measuring
+from hf_archs_mamba2.ops.ssd_scan import ssd_scan
 
 
 def _inputs(batch: int, length: int, heads: int, state: int, device: torch.device) -> dict[str, torch.Tensor]:
-    randn = bench.randn(device)
+    randn = measuring.randn(device)
     return {
         "x": randn(batch, length, heads, 64),
         "dt": randn(batch, length, heads) - 4,
@@ -34,7 +34,7 @@ def _transformers(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any) -> Any:
     return mamba2_chunk_scan(x, dt, A, B, C, chunk_size=256, D=D, dt_softplus=True)
 
 
-def ops(device: torch.device) -> Iterator[bench.Measure]:
+def ops(device: torch.device) -> Iterator[measuring.Measure]:
     """The scan, forward and with its backward."""
     fused = device.type == "cuda" and importlib.util.find_spec("mamba_ssm")
     peer: Any = _mamba_ssm if fused else _transformers
@@ -42,13 +42,13 @@ def ops(device: torch.device) -> Iterator[bench.Measure]:
     shapes = (
         [(8, 2048, 80, 128), (1, 8192, 80, 128)] if device.type == "cuda" else [(1, 1024, 8, 16), (1, 1024, 8, 128)]
     )
-    for label, tensors in bench.sized("ssd_scan", _inputs, shapes, device):
-        yield from bench.op_measures(label, name, ssd_scan, peer, tensors)
+    for label, tensors in measuring.sized("ssd_scan", _inputs, shapes, device):
+        yield from measuring.op_measures(label, name, ssd_scan, peer, tensors)
 
 
-def models(device: torch.device) -> Iterator[bench.Measure]:
+def models(device: torch.device) -> Iterator[measuring.Measure]:
     """The whole model."""
     fields: dict[str, Any] = {"state_size": 16, "head_dim": 64}
-    targets = bench.Targets(step=1.0, long_step=0.45, growth=4.4, native_step=0.8, prefill=1.0, decode=0.7)
-    config = Mamba2Config(**bench.SIZE, **fields, expand=2, num_heads=8, n_groups=1, tie_word_embeddings=True)
-    yield from bench.model_measures("mamba2", device, fields, targets, Mamba2ForCausalLM(config))
+    targets = measuring.Targets(step=1.0, long_step=0.45, growth=4.4, native_step=0.8, prefill=1.0, decode=0.7)
+    config = Mamba2Config(**measuring.SIZE, **fields, expand=2, num_heads=8, n_groups=1, tie_word_embeddings=True)
+    yield from measuring.model_measures("mamba2", device, fields, targets, Mamba2ForCausalLM(config))

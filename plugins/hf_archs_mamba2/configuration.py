@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 
-from hf_archs.configuration import ArchConfig
+from hf_archs.config.model import ArchConfig
 from hf_archs.parts import PartConfig, StateSpec, check_range
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_archs.fla import KERNELS, FlaFormat, FormatBesideFla
-from hf_archs.formats import StateSpacesFormat
+from hf_archs.native.fla import KERNELS, FlaFormat, FormatBesideFla
+from hf_archs.native.state_spaces import StateSpacesFormat
 
 
 @dataclass(frozen=True, kw_only=True)

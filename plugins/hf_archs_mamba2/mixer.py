@@ -13,11 +13,11 @@ from torch import nn
 from transformers import initialization as init
 
 from hf_archs.cache import Once, Slot, States
-from hf_archs.convolution import CausalConv1d
 from hf_archs.kernels.numerics import wide
-from hf_archs.norm import ArchRMSNormGated
+from hf_archs.layers.convolution import CausalConv1d
+from hf_archs.layers.norm import ArchRMSNormGated
 from hf_archs_mamba2.configuration import Mamba2MixerConfig
-from hf_archs_mamba2.ssd_scan import ssd_scan
+from hf_archs_mamba2.ops.ssd_scan import ssd_scan
 
 
 class ScalarSSM(nn.Module):

@@ -5,7 +5,6 @@ from hf_archs_moe import modeling
 from hf_archs_moe.callbacks import RouterCallback
 from hf_archs_moe.configuration import ArchMoEConfig, MoEConfig
 from hf_archs_moe.conversion import LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE
-from hf_archs_moe.experts import expert_mlp
 from hf_archs_moe.feed_forward import MoE, moe_ep_plan, moe_tp_plan
 from hf_archs_moe.modeling import (
     ArchMoEForCausalLM,
@@ -16,6 +15,7 @@ from hf_archs_moe.modeling import (
     ArchMoEModel,
 )
 from hf_archs_moe.on_disk import expert_conversions
+from hf_archs_moe.ops.experts import expert_mlp
 from hf_archs_moe.routing import Router, Statistics
 
 __all__ = [

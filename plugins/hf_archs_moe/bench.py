@@ -8,16 +8,16 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hf_archs import bench
-from hf_archs.conversion import from_native
+from hf_archs.native.conversion import from_native
+from hf_archs.testing import measuring
 from hf_archs_moe.expert_layer import ArchExperts
-from hf_archs_moe.experts import expert_mlp
+from hf_archs_moe.ops.experts import expert_mlp
 
 
 def _inputs(
     tokens: int, hidden: int, inner: int, experts: int, k: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    randn = bench.randn(device)
+    randn = measuring.randn(device)
     weight = torch.rand(tokens, k, device=device)
     return {
         "x": randn(tokens, hidden),
@@ -47,21 +47,21 @@ def _transformers(name: str) -> Callable[..., torch.Tensor]:
     return run
 
 
-def ops(device: torch.device) -> Iterator[bench.Measure]:
+def ops(device: torch.device) -> Iterator[measuring.Measure]:
     """The experts alone, in training and for a token."""
     if device.type == "cuda":
         shapes = [(16384, 2048, 1024, 64, 8), (16384, 4096, 14336, 8, 2), (64, 4096, 14336, 8, 2)]
     else:
         shapes = [(1024, 256, 512, 8, 2), (1, 256, 512, 8, 2)]
-    for label, tensors in bench.sized("expert_mlp", _inputs, shapes, device):
+    for label, tensors in measuring.sized("expert_mlp", _inputs, shapes, device):
         for peer in ("grouped_mm", "batched_mm") if len(tensors["x"]) < 100 else ("grouped_mm",):
-            yield from bench.op_measures(label, f"transformers' {peer}", expert_mlp, _transformers(peer), tensors)
+            yield from measuring.op_measures(label, f"transformers' {peer}", expert_mlp, _transformers(peer), tensors)
 
 
-def models(device: torch.device) -> Iterator[bench.Measure]:
+def models(device: torch.device) -> Iterator[measuring.Measure]:
     """A whole training step, prefill and decoding against Mixtral with the same weights."""
     config = MixtralConfig(
-        **bench.SIZE,
+        **measuring.SIZE,
         intermediate_size=512,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -71,6 +71,6 @@ def models(device: torch.device) -> Iterator[bench.Measure]:
     )
     native = MixtralForCausalLM(config).to(device)  # type: ignore[arg-type]
     ours = from_native(native)
-    yield from bench.native_measures(
-        "moe", device, ours, native, bench.Targets(native_step=1.0, prefill=1.0, decode=1.0)
+    yield from measuring.native_measures(
+        "moe", device, ours, native, measuring.Targets(native_step=1.0, prefill=1.0, decode=1.0)
     )

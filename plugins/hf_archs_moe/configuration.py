@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
-from hf_archs.composition import ComposedConfig, Instance
-from hf_archs.configuration import LayerPlan
+from hf_archs.config.composed import ComposedConfig, Instance
+from hf_archs.config.model import LayerPlan
 from hf_archs.parts import PartConfig, check_range
 
 BALANCED = ("top_k", "switch", "gshard")  # routers with a loss that balances their load

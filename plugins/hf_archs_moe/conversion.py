@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hf_archs.formats import TransformersFormat
+from hf_archs.native.formats import TransformersFormat
 from hf_archs.parts import PartConfig
 from hf_archs_moe.configuration import MoEConfig
 

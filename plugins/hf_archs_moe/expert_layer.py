@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 
 from hf_archs.kernels.exporting import any_length
 from hf_archs.kernels.numerics import cast
-from hf_archs_moe.experts import expert_mlp
+from hf_archs_moe.ops.experts import expert_mlp
 
 
 @use_experts_implementation

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_archs.mlp import MLP, MLPConfig, mlp_tp_plan
+from hf_archs.layers.mlp import MLP, MLPConfig, mlp_tp_plan
 from hf_archs.parts import RoutedFeedForward
 from hf_archs_moe.configuration import MoEConfig
 from hf_archs_moe.expert_layer import ArchExperts

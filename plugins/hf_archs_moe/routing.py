@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from hf_archs.backend import is_transformed
+from hf_archs.kernels.backend import is_transformed
 from hf_archs.kernels.numerics import cast, no_autocast, wide
 from hf_archs_moe.configuration import MoEConfig
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_archs import registry
-from hf_archs.conversion import from_native
-from hf_archs.mlp import MLP, MLPConfig
+from hf_archs.layers.mlp import MLP, MLPConfig
+from hf_archs.native.conversion import from_native
 from hf_archs_moe.configuration import ArchMoEConfig
 
 

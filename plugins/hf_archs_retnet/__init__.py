@@ -13,7 +13,7 @@ from hf_archs_retnet.modeling import (
     ArchRetNetForTokenClassification,
     ArchRetNetModel,
 )
-from hf_archs_retnet.retention import multi_scale_log_decay, retention, retention_parallel, retention_reference
+from hf_archs_retnet.ops.retention import multi_scale_log_decay, retention, retention_parallel, retention_reference
 from hf_archs_retnet.sub_ln import SubLNMLP, SubLNMLPConfig, sub_ln_tp_plan
 
 __all__ = [

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from hf_archs import bench
-from hf_archs_retnet.retention import retention, retention_parallel
+from hf_archs.testing import measuring
+from hf_archs_retnet.ops.retention import retention, retention_parallel
 
 
 def _inputs(
     batch: int, length: int, heads: int, key_dim: int, value_dim: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     sizes = {"q": key_dim, "k": key_dim, "v": value_dim}
-    return {name: bench.randn(device)(batch, length, heads, size) for name, size in sizes.items()}
+    return {name: measuring.randn(device)(batch, length, heads, size) for name, size in sizes.items()}
 
 
 def _fla(**tensors: torch.Tensor) -> torch.Tensor:
@@ -24,7 +24,7 @@ def _fla(**tensors: torch.Tensor) -> torch.Tensor:
     return chunk_retention(**tensors)
 
 
-def ops(device: torch.device) -> Iterator[bench.Measure]:
+def ops(device: torch.device) -> Iterator[measuring.Measure]:
     """Retention, forward and with its backward."""
     fused = device.type == "cuda" and importlib.util.find_spec("fla")
     peer: Any = _fla if fused else retention_parallel
@@ -34,12 +34,12 @@ def ops(device: torch.device) -> Iterator[bench.Measure]:
         shapes = [(8, 2048, 8, 256, 512), (1, 8192, 8, 256, 512), (8, 2048, 16, 64, 128), (8, 2048, 8, 128, 256)]
         if not fused:  # the parallel form has a score of every pair of tokens
             shapes = [(1, *shape[1:]) for shape in shapes]
-    for label, tensors in bench.sized("retention", _inputs, shapes, device):
-        yield from bench.op_measures(label, name, retention, peer, tensors, "v")
+    for label, tensors in measuring.sized("retention", _inputs, shapes, device):
+        yield from measuring.op_measures(label, name, retention, peer, tensors, "v")
 
 
-def models(device: torch.device) -> Iterator[bench.Measure]:
+def models(device: torch.device) -> Iterator[measuring.Measure]:
     """The whole model."""
     fields: dict[str, Any] = {"num_heads": 4}
-    targets = bench.Targets(step=1.1, long_step=0.5, long_growth=4.9)
-    yield from bench.model_measures("retnet", device, fields, targets)
+    targets = measuring.Targets(step=1.1, long_step=0.5, long_growth=4.9)
+    yield from measuring.model_measures("retnet", device, fields, targets)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 
-from hf_archs.fla import KERNELS, FlaFormat
+from hf_archs.native.fla import KERNELS, FlaFormat
 from hf_archs_retnet.torchscale import ASSUMED, RMS_NORMS, SYNCDOTH, TORCHSCALE, TORCHSCALE_2023, is_decoder
 
 __all__ = ["FLA", "SYNCDOTH", "TORCHSCALE", "TORCHSCALE_2023"]

@@ -13,8 +13,8 @@ from torch import nn
 from hf_archs.cache import Slot, States
 from hf_archs.kernels.numerics import wide
 from hf_archs_retnet.configuration import RetNetMixerConfig
-from hf_archs_retnet.norm_gate import norm_gate
-from hf_archs_retnet.retention import multi_scale_log_decay, retention
+from hf_archs_retnet.ops.norm_gate import norm_gate
+from hf_archs_retnet.ops.retention import multi_scale_log_decay, retention
 
 
 class GatedHeadRMSNorm(nn.Module):

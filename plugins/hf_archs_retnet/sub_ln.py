@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub.dataclasses import strict
 
-from hf_archs.mlp import MLP, MLPConfig
-from hf_archs.norm import ArchLayerNorm
+from hf_archs.layers.mlp import MLP, MLPConfig
+from hf_archs.layers.norm import ArchLayerNorm
 
 
 @strict
 @dataclass(kw_only=True)
 class SubLNMLPConfig(MLPConfig):
-    """Fields of `hf_archs.mlp.MLPConfig`, of which ``gated`` is False."""
+    """Fields of `hf_archs.layers.mlp.MLPConfig`, of which ``gated`` is False."""
 
     gated: bool = False
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from hf_archs.formats import StateDictFormat
+from hf_archs.native.formats import StateDictFormat
 
 # what later versions of all have, and flash-linear-attention
 RMS_NORMS = {"projection_bias": False, "head_norm": "rms_norm", "head_norm_eps": None, "inner_norm": False}

@@ -16,10 +16,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
-from hf_archs import attention
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache
-from hf_archs.configuration import ArchConfig, LayerPlan
+from hf_archs.config.model import ArchConfig, LayerPlan
 from hf_archs.kernels.numerics import _kept
+from hf_archs.layers import eager, rotary
 from hf_archs.registry import get_mixer
 from hf_archs.testing.contract.compiling import counted
 from hf_archs.testing.contract.models import assert_close, enliven
@@ -500,7 +500,7 @@ def test_users_can_bring_their_own(monkeypatch):
 
     def mine(module, query, key, value, attention_mask, **kwargs):
         calls.append((tuple(query.shape), tuple(key.shape), attention_mask, kwargs))
-        return attention.eager_attention(module, query, key, value, attention_mask, kwargs["scaling"])
+        return eager.eager_attention(module, query, key, value, attention_mask, kwargs["scaling"])
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", mine)
     mixer = mixer_of("groups")
@@ -523,7 +523,7 @@ def test_users_can_bring_their_own(monkeypatch):
 def test_positions_far_from_the_start():
     """At token 200,000 an angle is right to seven digits in float32, and the mixer may have been on `meta`."""
     position = torch.tensor([[0, 1, 200_000]])
-    cos, sin = attention.rotary(position, 8, 1e4, torch.float32)
+    cos, sin = rotary.rotary(position, 8, 1e4, torch.float32)
     for c, t in itertools.product(range(4), range(3)):
         angle = int(position[0, t]) * 1e4 ** (-c / 4)
         assert abs(cos[0, 0, t, c].item() - math.cos(angle)) < 1e-6

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hf_archs
-from hf_archs.backbone import Layout
+from hf_archs.model.layout import Layout
 from hf_archs.testing.contract.models import assert_close, lively, logits, tokens
 from hf_archs.testing.contract.padding import KINDS, padded
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache, MambaConfig, StaticCache
 
 import hf_archs
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, adopt
-from hf_archs.call import NAME
+from hf_archs.cache.call import NAME
 from hf_archs.parts import StateSpec
 from hf_archs.testing.contract.models import assert_close, lively, logits, tokens
 from hf_archs.testing.contract.padding import padded
@@ -388,7 +388,7 @@ class TestGrowingStates:
             "past": StateSpec("recurrent", (3, None)),
             "position": StateSpec("recurrent", (1,), torch.int64),
         }
-        monkeypatch.setattr("hf_archs.configuration.LayerPlan.states", lambda plan: specs)
+        monkeypatch.setattr("hf_archs.config.model.LayerPlan.states", lambda plan: specs)
         config = hf_archs.get_architecture("mamba").tiny_config()
         return config
 

@@ -22,7 +22,10 @@ from packaging.requirements import Requirement
 from transformers import MambaConfig, MambaForCausalLM
 
 import hf_archs
-from hf_archs import checkpoints, cli, errors, tables, text, training, versions
+from hf_archs import training
+from hf_archs.commands import cli, loading, sentences, tables, versions
+from hf_archs.data import text
+from hf_archs.native import disk
 from hf_archs.testing.hub import EmbeddedHub
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -88,7 +91,7 @@ def trained(tmp_path_factory):
 def copy(trained, tmp_path):
     """A copy of the tiny model that a test may spoil."""
     folder = tmp_path / "copy"
-    with checkpoints.replacing(folder) as partial:
+    with disk.replacing(folder) as partial:
         for file in (trained / "model").iterdir():
             (partial / file.name).write_bytes(file.read_bytes())
     return folder
@@ -124,7 +127,9 @@ def test_help_names_every_command_and_none_is_cut_short(run):
         assert run(name, "-h")[0] == 0
 
 
-@pytest.mark.parametrize("start", [["-c", "import hf_archs_main; hf_archs_main.main()"], ["-m", "hf_archs.cli"]])
+@pytest.mark.parametrize(
+    "start", [["-c", "import hf_archs_main; hf_archs_main.main()"], ["-m", "hf_archs.commands.cli"]]
+)
 def test_both_ways_in_run_a_command(start):
     done = subprocess.run([sys.executable, *start, "list"], capture_output=True, text=True)
     assert "hf_archs_mamba2" in done.stdout
@@ -222,18 +227,18 @@ def test_versions_are_compared_both_ways():
 
 
 def test_doctor_names_the_forced_implementation(run):
-    with hf_archs.backend.use_backend("reference"):
+    with hf_archs.kernels.backend.use_backend("reference"):
         _, out, _ = run("doctor")
     assert "reference" in out
 
 
 def test_init_makes_a_model_of_a_size_and_fields(run, tmp_path):
     assert run("init", "mamba", "-o", "a", "--size", "tiny", "--set", "state_size=4", "--set", "use_bias=true")[0] == 0
-    model = checkpoints.load_model(str(tmp_path / "a"))
+    model = loading.load_model(str(tmp_path / "a"))
     assert (model.config.state_size, model.config.use_bias, model.config.vocab_size) == (4, True, 512)
     run("init", "mamba", "-o", "b", "--size", "tiny", "--set", "state_size=4", "--set", "use_bias=true")
     run("init", "mamba", "-o", "c", "--size", "tiny", "--seed", "1")
-    embedding = [checkpoints.load_model(str(tmp_path / name)).model.embed_tokens.weight for name in "abc"]
+    embedding = [loading.load_model(str(tmp_path / name)).model.embed_tokens.weight for name in "abc"]
     assert torch.equal(embedding[0], embedding[1])
     assert not torch.equal(embedding[0], embedding[2])
 
@@ -247,8 +252,8 @@ def test_init_takes_a_tokenizer_and_spares_a_checkpoint(run, refused, trained, c
     )
     assert status == 0
     assert (copy / "model.safetensors").read_bytes() != before
-    size = len(checkpoints.load_tokenizer(str(copy)))
-    assert size == checkpoints.load_model(str(copy)).config.vocab_size
+    size = len(loading.load_tokenizer(str(copy)))
+    assert size == loading.load_model(str(copy)).config.vocab_size
 
 
 def test_train_then_continue_then_generate(run, trained, tmp_path):
@@ -316,8 +321,8 @@ def test_another_s_tokenizer(run, refused, trained, tmp_path):
 
 
 def test_generate_is_what_the_model_says(run, trained):
-    model = checkpoints.load_model(str(trained / "model")).eval()
-    tokenizer = checkpoints.load_tokenizer(str(trained / "model"))
+    model = loading.load_model(str(trained / "model")).eval()
+    tokenizer = loading.load_tokenizer(str(trained / "model"))
     start = torch.tensor([[0, *text.encode(tokenizer, "some")]])
     expected = tokenizer.decode(model.generate(start, max_new_tokens=7, do_sample=False)[0], skip_special_tokens=True)
     _, out, _ = run("generate", trained / "model", "some", "--max-new-tokens", "7", "--temperature", "0")
@@ -418,7 +423,7 @@ def test_the_output_folder_is_looked_at_first(refused, monkeypatch, trained, tmp
         "train": ["train", model, "--data", "stdlib", *TRAIN, "--output_dir"],
         "convert": ["convert", model, "-o"],
     }[command]
-    monkeypatch.setattr(checkpoints, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     monkeypatch.setattr(text, "read_corpus", None)
     monkeypatch.setattr(hf_archs.get_architecture("mamba").causal_lm_class, "save_pretrained", None)
     for wrong in ("file", "file/below"):
@@ -504,7 +509,7 @@ def test_a_damaged_or_foreign_adapter(refused, run, trained, tmp_path):
 
 def command(*arguments, **environment):
     """A process of its own, as a user starts it, but for the half minute that huggingface_hub waits for a Hub."""
-    program = "import time; time.sleep = lambda seconds: None; from hf_archs.cli import main; main()"
+    program = "import time; time.sleep = lambda seconds: None; from hf_archs.commands.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         env={**os.environ, "HF_HUB_OFFLINE": "0", **environment},
@@ -561,7 +566,7 @@ def test_what_a_hub_refuses(status, headers, said):
         hf_raise_for_status(response)
     wrapped = OSError("something that transformers says\nin several lines")
     wrapped.__cause__ = caught.value
-    sentence = errors.sentence(wrapped)
+    sentence = sentences.sentence(wrapped)
     assert said in sentence
     assert "/api/models/alice/x" in sentence
     assert "\n" not in sentence

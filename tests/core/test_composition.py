@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_archs.composition import expand_pattern
+from hf_archs.config.pattern import expand_pattern
 from hf_archs_hybrid import ArchHybridConfig
 
 NAMES = ("ssm", "local", "attention")

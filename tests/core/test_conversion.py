@@ -16,16 +16,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import hf_archs
-from hf_archs import checkpoints, cli, conversion
-from hf_archs.errors import CheckFailed
+from hf_archs.commands import cli, loading
+from hf_archs.data.text import train_tokenizer
+from hf_archs.errors import CheckpointMismatch
+from hf_archs.native import reading
+from hf_archs.native.conversion import _formats
 from hf_archs.registry import get_architecture
 from hf_archs.testing.parity import enliven
-from hf_archs.text import train_tokenizer
 
-FORMATS = [
-    pytest.param(architecture, form, id=f"{architecture.name}-{form.name}")
-    for architecture, form in conversion._formats()
-]
+FORMATS = [pytest.param(architecture, form, id=f"{architecture.name}-{form.name}") for architecture, form in _formats()]
 every_format = pytest.mark.parametrize(("architecture", "form"), FORMATS)
 
 
@@ -315,14 +314,14 @@ def test_weights_that_are_missing_or_left_over(architecture, form, whose, tmp_pa
         ],
     ):
         save_file(changed, file, metadata={"format": "pt"})
-        with pytest.raises(CheckFailed, match=said):
+        with pytest.raises(CheckpointMismatch, match=said):
             model_class.from_pretrained(tmp_path)
     elsewhere = {**state, "v_head.summary.weight": torch.zeros(1)}  # as TRL has it
     save_file(elsewhere, file, metadata={"format": "pt"})
     if whose == "ours":
         model_class.from_pretrained(tmp_path)
     else:
-        with pytest.raises(CheckFailed, match=r"v_head\.summary\.weight stands in"):
+        with pytest.raises(CheckpointMismatch, match=r"v_head\.summary\.weight stands in"):
             model_class.from_pretrained(tmp_path)
 
 
@@ -378,7 +377,7 @@ def test_one_look_is_enough_for_every_argument(tmp_path):
     )
     assert model.config.output_hidden_states
     assert model.config.num_labels == 5
-    assert not vars(model.config).keys() & conversion.WHERE
+    assert not vars(model.config).keys() & reading.WHERE
     assert_same_parameters(hf_archs.to_native(model), native)
     with pytest.raises(TypeError, match="such_an_argument"):
         architecture.causal_lm_class.from_pretrained(tmp_path / "a", subfolder="b", such_an_argument=1)
@@ -391,7 +390,7 @@ def test_one_look_is_enough_for_every_argument(tmp_path):
 def test_what_one_look_found_is_not_changed_by_a_config_made_of_it(tmp_path):
     architecture = get_architecture("mamba")
     native_model(architecture, architecture.native_formats[0])[0].save_pretrained(tmp_path)
-    checkpoint = checkpoints.look_at(str(tmp_path))
+    checkpoint = loading.look_at(str(tmp_path))
     before = json.dumps(checkpoint.raw)
     model = architecture.causal_lm_class.from_pretrained(tmp_path, checkpoint=checkpoint, num_labels=7)
     assert model.config.num_labels == 7

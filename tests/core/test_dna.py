@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hf_archs import dna
+from hf_archs.data import dna
 
 BOS, A, C, G, T, N = 2, 7, 8, 9, 10, 11
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import hf_archs
-from hf_archs import conversion, errors
+from hf_archs.commands import sentences
+from hf_archs.native import conversion
 from hf_archs.registry import get_architecture
 
 MISSING = object()
@@ -57,8 +58,8 @@ def one_sentence(read):
     """What is wrong, in a line; None where ``read`` does its work. Any other error is a failure of ours."""
     try:
         read()
-    except errors.EXPECTED as error:
-        said = errors.sentence(error)
+    except sentences.EXPECTED as error:
+        said = sentences.sentence(error)
         assert said
         assert "\n" not in said
         return said

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hf_archs
-from hf_archs.hub import STUB_MODULE
+from hf_archs.native.stub import STUB_MODULE
 from hf_archs.testing.contract.models import lively, logits, tokens
 
 # an import system in which a package is not installed

@@ -9,17 +9,17 @@ import pytest
 HTTP_CLIENTS = ("aiohttp", "httpx", "httpx2", "requests", "urllib3")
 COMMAND_LINE = ("click", "matplotlib", "rich", "starlette", "typer", "uvicorn")
 COMMANDS = (
-    "hf_archs.bench",
-    "hf_archs.checkpoints",
-    "hf_archs.cli",
-    "hf_archs.describe",
-    "hf_archs.doctor",
-    "hf_archs.inspection",
-    "hf_archs.progress",
-    "hf_archs.publish",
-    "hf_archs.quickstart",
-    "hf_archs.tables",
-    "hf_archs.versions",
+    "hf_archs.testing.measuring",
+    "hf_archs.commands.loading",
+    "hf_archs.commands.cli",
+    "hf_archs.commands.describe",
+    "hf_archs.commands.doctor",
+    "hf_archs.commands.inspect",
+    "hf_archs.commands.progress",
+    "hf_archs.commands.publish",
+    "hf_archs.commands.quickstart",
+    "hf_archs.commands.tables",
+    "hf_archs.commands.versions",
 )
 
 

@@ -37,7 +37,9 @@ def test_every_head_stands_in_its_table(name):
             assert table[architecture.model_type] == model_class.__name__
 
 
-@pytest.mark.filterwarnings("ignore::hf_archs.watching.PlainTrainerWarning")  # of the routers' loss, which is left out
+@pytest.mark.filterwarnings(
+    "ignore::hf_archs.model.watching.PlainTrainerWarning"
+)  # of the routers' loss, which is left out
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_label_smoothing_is_of_the_next_token(name, adapted, tmp_path):

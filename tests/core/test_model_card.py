@@ -10,8 +10,8 @@ from peft import LoraConfig
 from transformers import LlamaConfig
 
 import hf_archs
-from hf_archs import checkpoints
-from hf_archs.model_card import automatic_card, is_automatic
+from hf_archs.native import disk
+from hf_archs.native.model_card import automatic_card, is_automatic
 from hf_archs.testing.hub import EmbeddedHub
 
 TASKS = {
@@ -70,11 +70,11 @@ def test_it_follows_the_model_until_somebody_writes(tmp_path):
         (tmp_path / "README.md").write_text(changed)
         tiny().save_pretrained(tmp_path)
         assert (tmp_path / "README.md").read_text() == changed
-        with checkpoints.replacing(tmp_path) as partial:
+        with disk.replacing(tmp_path) as partial:
             tiny().save_pretrained(partial)
         assert (tmp_path / "README.md").read_text() == changed
     (tmp_path / "README.md").write_text(second)
-    with checkpoints.replacing(tmp_path) as partial:
+    with disk.replacing(tmp_path) as partial:
         tiny().save_pretrained(partial)
     assert (tmp_path / "README.md").read_text() == first
 

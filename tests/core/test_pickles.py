@@ -7,7 +7,7 @@ from collections import OrderedDict, defaultdict
 import pytest
 import torch
 
-from hf_archs.pickles import read_state_dict
+from hf_archs.native.pickles import read_state_dict
 
 
 class Settings:

@@ -7,7 +7,7 @@ import threading
 
 from rich.console import Console
 
-from hf_archs import progress
+from hf_archs.commands import progress
 
 
 def shown(monkeypatch, terminal):

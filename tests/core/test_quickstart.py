@@ -22,12 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import hf_archs
-from hf_archs import checkpoints, cli, publish, text
-from hf_archs.errors import CheckFailed
-from hf_archs.quickstart import GenomeOptions, TextOptions, make_options, quickstart, text_job, training
-from hf_archs.quickstart.cards import text_cards
-from hf_archs.quickstart.figures import draw, in_bits
-from hf_archs.quickstart.run import Run
+from hf_archs.commands import cli, loading, publish
+from hf_archs.commands.quickstart import GenomeOptions, TextOptions, make_options, quickstart, text_job, training
+from hf_archs.commands.quickstart.cards import text_cards
+from hf_archs.commands.quickstart.figures import draw, in_bits
+from hf_archs.commands.quickstart.run import Run
+from hf_archs.commands.sentences import CheckFailed
+from hf_archs.data import text
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 FIELDS = {"arch", "parameters", "seconds", "tokens_per_second", "bits_per_byte", "merged_equals_unmerged"}
@@ -351,8 +352,8 @@ def test_a_missing_package_is_named_before_anything_is_trained(tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", hf_archs.architectures())
 def test_every_architecture_has_a_first_size_for_the_quickstart(name):
-    config = checkpoints.sized_config(hf_archs.get_architecture(name), None, {})
-    assert 2e6 < checkpoints.check_memory(config, copies=4) < 6e6
+    config = loading.sized_config(hf_archs.get_architecture(name), None, {})
+    assert 2e6 < loading.check_memory(config, copies=4) < 6e6
     assert config.vocab_size >= text.SMALLEST_VOCABULARY
 
 

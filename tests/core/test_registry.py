@@ -171,16 +171,16 @@ def test_import_orders():
         "import hf_archs_mamba2, hf_archs",
         "import hf_archs_mamba, hf_archs_mamba2",
         "from hf_archs.registry import architectures",
-        "import hf_archs.backbone",
+        "import hf_archs.model.backbone",
         "import hf_archs.cache",
         "import hf_archs.kernels",
-        "import hf_archs.mlp",
-        "import hf_archs.norm",
-        "import hf_archs.configuration",
-        "import hf_archs.conversion",
-        "import hf_archs.hub",
+        "import hf_archs.layers.mlp",
+        "import hf_archs.layers.norm",
+        "import hf_archs.config.model",
+        "import hf_archs.native.reading",
+        "import hf_archs.native.stub",
         "import hf_archs_mamba.mixer",
-        "from hf_archs_mamba.selective_scan import selective_scan",
+        "from hf_archs_mamba.ops.selective_scan import selective_scan",
         "from hf_archs_mamba2 import ssd_scan",
     ]
     passes(
@@ -265,7 +265,7 @@ def test_names_that_are_taken():
     mixer = registry.get_mixer("mamba")
     with pytest.raises(ValueError, match="mixer 'mamba' is registered already, by hf_archs_mamba"):
         registry.register_mixer("mamba", mixer.module_class, mixer.config_class, state=mixer.state)
-    with pytest.raises(ValueError, match=r"feed-forward 'mlp' is registered already, by hf_archs\.mlp"):
+    with pytest.raises(ValueError, match=r"feed-forward 'mlp' is registered already, by hf_archs\.layers\.mlp"):
         registry.register_feed_forward("mlp", torch.nn.Linear, PartConfig)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import hf_archs
-from hf_archs import sharding
+from hf_archs.model import sharding
 from hf_archs.testing.contract.models import TOLERANCE, enliven, lively, logits, tokens
 
 

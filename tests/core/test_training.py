@@ -19,7 +19,10 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 import hf_archs
-from hf_archs import checkpoints, errors, text, training
+from hf_archs import errors, training
+from hf_archs.commands import loading, sentences, train
+from hf_archs.data import text
+from hf_archs.native import disk
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -127,7 +130,7 @@ def test_the_tokenizer_writes_any_text(tmp_path):
 def test_a_prompt_begins_as_a_document_does(tmp_path):
     """By any caller (a pipeline, a server, README): the start token stands before the text, once."""
     text.train_tokenizer(["some words"], 300).save_pretrained(tmp_path)
-    tokenizer = checkpoints.load_tokenizer(str(tmp_path))
+    tokenizer = loading.load_tokenizer(str(tmp_path))
     own = text.encode(tokenizer, "some words")
     assert 0 not in own
     assert tokenizer("some words")["input_ids"] == [0, *own]
@@ -242,7 +245,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def fails():
-        with checkpoints.replacing(folder) as partial:
+        with disk.replacing(folder) as partial:
             (partial / "config.json").write_text("half")
             raise OSError("disk full")
 
@@ -254,11 +257,11 @@ def test_a_failed_save_leaves_the_old_files(tmp_path):
 
 def test_a_folder_that_is_there_is_written_within(tmp_path):
     """It may be a disk of its own, to which no file can be renamed, or stand where nothing else may be written."""
-    with checkpoints.replacing(tmp_path) as partial:
+    with disk.replacing(tmp_path) as partial:
         assert partial.parent == tmp_path
         (partial / "config.json").write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    with checkpoints.replacing(tmp_path / "new" / "folder") as partial:
+    with disk.replacing(tmp_path / "new" / "folder") as partial:
         assert partial.parent == tmp_path / "new"
     assert (tmp_path / "new" / "folder").is_dir()
 
@@ -268,20 +271,20 @@ def test_new_weights_replace_old_shards_and_nothing_else(tmp_path):
     model.save_pretrained(tmp_path / "m", max_shard_size="100KB")
     (tmp_path / "m" / "notes.txt").write_text("mine")
     assert (tmp_path / "m" / "model.safetensors.index.json").exists()
-    with checkpoints.replacing(tmp_path / "m") as partial:
+    with disk.replacing(tmp_path / "m") as partial:
         model.save_pretrained(partial)
     assert [path.name for path in (tmp_path / "m").glob("model*")] == ["model.safetensors"]
     assert (tmp_path / "m" / "notes.txt").read_text() == "mine"
-    checkpoints.load_model(str(tmp_path / "m"))
+    loading.load_model(str(tmp_path / "m"))
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_allocated():
     architecture = hf_archs.get_architecture("mamba")
-    config = checkpoints.sized_config(architecture, "4m", {})
-    assert checkpoints.check_memory(config) == sum(p.numel() for p in architecture.causal_lm_class(config).parameters())
-    config = checkpoints.sized_config(architecture, "2.8b", {"hidden_size": 100_000})
+    config = loading.sized_config(architecture, "4m", {})
+    assert loading.check_memory(config) == sum(p.numel() for p in architecture.causal_lm_class(config).parameters())
+    config = loading.sized_config(architecture, "2.8b", {"hidden_size": 100_000})
     with pytest.raises(ValueError, match=r"hidden_size 100000, 64 layers .* GiB are free here"):
-        checkpoints.check_memory(config)
+        loading.check_memory(config)
 
 
 def test_weights_that_do_not_fit_or_do_not_read(tmp_path):
@@ -289,20 +292,20 @@ def test_weights_that_do_not_fit_or_do_not_read(tmp_path):
     tiny().save_pretrained(source)
     config = (source / "config.json").read_text()
     (source / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
-    with pytest.raises(errors.CheckFailed, match=r"model\.layers\.2\.\S+ \(and \d+ more\) is missing in"):
-        checkpoints.load_model(str(source))
+    with pytest.raises(errors.CheckpointMismatch, match=r"model\.layers\.2\.\S+ \(and \d+ more\) is missing in"):
+        loading.load_model(str(source))
     (source / "config.json").write_text(config.replace('"state_size": 8', '"state_size": 4'))
-    with pytest.raises(errors.CheckFailed, match="A_log has shape"):
-        checkpoints.load_model(str(source))
+    with pytest.raises(errors.CheckpointMismatch, match="A_log has shape"):
+        loading.load_model(str(source))
     (source / "config.json").write_text(config)
     architecture = hf_archs.get_architecture("mamba")
     architecture.model_class(architecture.tiny_config(tie_word_embeddings=False)).save_pretrained(tmp_path / "no head")
-    with pytest.raises(errors.CheckFailed, match=r"lm_head\.weight is missing in"):
-        checkpoints.load_model(str(tmp_path / "no head"))
+    with pytest.raises(errors.CheckpointMismatch, match=r"lm_head\.weight is missing in"):
+        loading.load_model(str(tmp_path / "no head"))
     weights = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(weights[:-1000])
     with pytest.raises(SafetensorError, match=r"model.safetensors is corrupt or truncated"):
-        checkpoints.load_model(str(source))
+        loading.load_model(str(source))
 
 
 # -- hf-archs train --------------------------------------------------------------------------------------------
@@ -318,8 +321,8 @@ def run(model, data, output, *arguments):
         "true",
         "--lr_scheduler_type",
     ]
-    return training.train(
-        *training.parse([str(model), "--data", str(data), "--output_dir", str(output), *fixed, "constant", *arguments])
+    return train.train(
+        *train.parse([str(model), "--data", str(data), "--output_dir", str(output), *fixed, "constant", *arguments])
     )
 
 
@@ -329,8 +332,8 @@ def test_a_continued_run_equals_an_uninterrupted_one(tmp_path):
     whole = run(tmp_path / "m", data, tmp_path / "whole", "--max_steps", "4")
     run(tmp_path / "m", data, tmp_path / "parts", "--max_steps", "2")
     parts = run(tmp_path / "m", data, tmp_path / "parts", "--max_steps", "4")
-    a, b = (checkpoints.load_model(str(tmp_path / name)).state_dict() for name in ("whole", "parts"))
-    start = checkpoints.load_model(str(tmp_path / "m")).state_dict()
+    a, b = (loading.load_model(str(tmp_path / name)).state_dict() for name in ("whole", "parts"))
+    start = loading.load_model(str(tmp_path / "m")).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["model.layers.0.mixer.in_proj.weight"], start["model.layers.0.mixer.in_proj.weight"])
     assert whole["bits_per_byte"] == parts["bits_per_byte"]
@@ -339,7 +342,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(tmp_path):
 
 
 def standing(output, *arguments):
-    return training.standing(training.parse(["m", "--data", "d", "--output_dir", str(output), *arguments])[1])
+    return train.standing(train.parse(["m", "--data", "d", "--output_dir", str(output), *arguments])[1])
 
 
 def contents(folder):
@@ -391,7 +394,7 @@ def test_what_is_finished_trains_no_further(runs, name, goal):
 def test_a_larger_goal_goes_on_and_a_push_is_made_again(runs):
     for goal in (("--max_steps", "3"), ("--num_train_epochs", "9")):
         found = standing(runs / "whole", *goal)
-        assert found == training.Standing(str(runs / "whole" / "checkpoint-2"), (), 2)
+        assert found == train.Standing(str(runs / "whole" / "checkpoint-2"), (), 2)
     found = standing(runs / "whole", "--max_steps", "2", "--push_to_hub", "true")
     assert (found.reached, found.finished) == (True, False)
     earlier = str(runs / "whole" / "checkpoint-1")  # asked for, so it is where training goes on
@@ -433,7 +436,7 @@ def test_the_newest_whole_checkpoint_is_taken(runs, file, kept, said):
         return
     run(runs / "m", runs / "data", output, "--max_steps", "2", "--save_steps", "1")
     assert contents(output / "checkpoint-2")["model.safetensors"] == uninterrupted
-    assert training.why_not_whole(output / "checkpoint-2") is None
+    assert train.why_not_whole(output / "checkpoint-2") is None
 
 
 def test_a_model_in_the_folder_is_not_trained_over(runs):
@@ -452,12 +455,12 @@ def test_a_model_in_the_folder_is_not_trained_over(runs):
 
 def test_room_is_looked_for_before_anything_is_read(runs, monkeypatch):
     """The model, and as many checkpoints with AdamW's states as will be kept at once."""
-    model = checkpoints.load_model(str(runs / "m"))
+    model = loading.load_model(str(runs / "m"))
     size = 4 * model.num_parameters()
 
     def needed(*arguments, model=model, output="new", steps=0):
         options = ["m", "--data", "d", "--output_dir", str(runs / output), *arguments]
-        return training._bytes_to_write(model, training.parse(options)[1], steps)
+        return train._bytes_to_write(model, train.parse(options)[1], steps)
 
     assert needed("--save_strategy", "no") == size
     assert needed() == needed("--max_steps", "9") == size + 3 * size
@@ -506,19 +509,19 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_run_goes_on(runs):
     ],
 )
 def test_words_of_a_full_disk(error, full):
-    assert errors.is_full_disk(error) == full
+    assert sentences.is_full_disk(error) == full
     wrapped = ValueError("it failed")
     wrapped.__cause__ = error
-    assert errors.is_full_disk(wrapped) == full
+    assert sentences.is_full_disk(wrapped) == full
 
 
 @pytest.mark.parametrize(
     "name",
-    sorted({*INTEGRATION_TO_CALLBACK} - {*get_available_reporting_integrations()} - {*training.UNTOLD_REPORTERS}),
+    sorted({*INTEGRATION_TO_CALLBACK} - {*get_available_reporting_integrations()} - {*train.UNTOLD_REPORTERS}),
 )
 def test_a_reporter_that_is_not_installed_is_missed_at_once(name):
     with pytest.raises(ImportError, match=f"report_to is '{name}', which is not installed here"):
-        training.parse(["m", "--data", "d", "--output_dir", "o", "--report_to", name])
+        train.parse(["m", "--data", "d", "--output_dir", "o", "--report_to", name])
 
 
 def test_an_adapter_is_trained_on_a_trained_model(tmp_path):
@@ -539,10 +542,10 @@ def test_an_adapter_is_trained_on_a_trained_model(tmp_path):
         "--learning_rate",
         "1",
     )
-    model = checkpoints.load_model(str(tmp_path / "t"))
+    model = loading.load_model(str(tmp_path / "t"))
     tokens = torch.arange(9)[None]
     before = model(tokens).logits
-    adapted = checkpoints.load_adapter(model, str(tmp_path / "a"))
+    adapted = loading.load_adapter(model, str(tmp_path / "a"))
     assert set(adapted.active_peft_config.target_modules) == {"in_proj", "out_proj"}
     assert "base_model" not in ModelCard.load(tmp_path / "a" / "README.md").data.to_dict()  # the Hub refuses a path
     assert not torch.allclose(adapted(tokens).logits, before)
@@ -553,7 +556,7 @@ def test_a_save_that_fails_leaves_a_checkpoint_that_loads(tmp_path, monkeypatch)
     tiny().save_pretrained(tmp_path / "m")
     text.train_tokenizer(["a"], 300).save_pretrained(tmp_path / "m")
     run(tmp_path / "m", data, tmp_path / "out", "--max_steps", "1", "--save_strategy", "no")
-    before = checkpoints.load_model(str(tmp_path / "out")).state_dict()
+    before = loading.load_model(str(tmp_path / "out")).state_dict()
     cls = hf_archs.get_architecture("mamba").causal_lm_class
     save = cls.save_pretrained
 
@@ -565,7 +568,7 @@ def test_a_save_that_fails_leaves_a_checkpoint_that_loads(tmp_path, monkeypatch)
     monkeypatch.setattr(cls, "save_pretrained", breaks)
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path / "m", data, tmp_path / "out", "--max_steps", "1", "--save_strategy", "no")
-    after = checkpoints.load_model(str(tmp_path / "out")).state_dict()
+    after = loading.load_model(str(tmp_path / "out")).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
 
 import hf_archs
+from hf_archs.model.watching import PlainTrainerWarning
 from hf_archs.testing.contract.models import lively, tokens
 from hf_archs.training import ArchTrainer
-from hf_archs.watching import PlainTrainerWarning
 
 
 def model_of(name, **fields):

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from hf_archs.attention import AttentionConfig
+from hf_archs.backbone import ArchBlock, ArchForCausalLM, ArchForMaskedLM, ArchModel, ArchPreTrainedModel
+from hf_archs.configuration import ArchConfig, LayerPlan, MixerConfig, check_range
+from hf_archs.convolution import CausalConv1d
+from hf_archs.mlp import MLPConfig
+from hf_archs.norm import ArchRMSNorm
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin
@@ -20,14 +26,8 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 
-from hf_archs.attention import AttentionConfig
-from hf_archs.backbone import ArchBlock, ArchForCausalLM, ArchForMaskedLM, ArchModel, ArchPreTrainedModel
 from hf_archs.cache import Slot, States
-from hf_archs.configuration import ArchConfig, LayerPlan, MixerConfig, check_range
-from hf_archs.convolution import CausalConv1d
 from hf_archs.kernels.numerics import wide
-from hf_archs.mlp import MLPConfig
-from hf_archs.norm import ArchRMSNorm
 from hf_archs.registry import Architecture, StateSpec, register, register_mixer
 
 TAPS = 3

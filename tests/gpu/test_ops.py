@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_archs.backend import use_backend
 from hf_archs.kernels import causal_conv1d
+from hf_archs.kernels.backend import use_backend
 from hf_archs.kernels.conv import causal_conv1d_reference
 from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
 from hf_archs.kernels.rms_norm_gated import rms_norm_gated, rms_norm_gated_reference
 from hf_archs.testing.ops import check_op
-from hf_archs_hyena.long_conv import long_conv, long_conv_reference
-from hf_archs_hyena.modal import modal_conv, modal_conv_reference
-from hf_archs_hyena.toeplitz_conv import toeplitz_conv, toeplitz_conv_reference
-from hf_archs_mamba.selective_scan import selective_scan, selective_scan_reference
-from hf_archs_mamba2.ssd_scan import ssd_scan, ssd_scan_reference
+from hf_archs_hyena.ops.long_conv import long_conv, long_conv_reference
+from hf_archs_hyena.ops.modal import modal_conv, modal_conv_reference
+from hf_archs_hyena.ops.toeplitz_conv import toeplitz_conv, toeplitz_conv_reference
+from hf_archs_mamba.ops.selective_scan import selective_scan, selective_scan_reference
+from hf_archs_mamba2.ops.ssd_scan import ssd_scan, ssd_scan_reference
 from hf_archs_retnet import retention, retention_reference
 
 pytestmark = pytest.mark.gpu

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hf_archs.backend import use_backend
 from hf_archs.kernels import causal_conv1d, conv_portable
+from hf_archs.kernels.backend import use_backend
 from hf_archs.kernels.conv import causal_conv1d_reference
 from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
 

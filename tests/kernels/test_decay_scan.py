@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 
-from hf_archs.backend import use_backend
 from hf_archs.kernels import decay_scan_portable, decay_scan_triton
+from hf_archs.kernels.backend import use_backend
 from hf_archs.kernels.decay_scan import _decay_scan, decay_scan, decay_scan_reference
 from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
 

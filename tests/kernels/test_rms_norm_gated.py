@@ -5,8 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
-from hf_archs.backend import use_backend
 from hf_archs.kernels import rms_norm_gated_portable
+from hf_archs.kernels.backend import use_backend
 from hf_archs.kernels.rms_norm_gated import rms_norm_gated, rms_norm_gated_reference
 from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_distance
 

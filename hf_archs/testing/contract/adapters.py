@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
 
-from hf_archs.backend import use_backend
+from hf_archs.kernels.backend import use_backend
 from hf_archs.registry import Architecture, get_feed_forward
 from hf_archs.testing.contract.generation import generate
 from hf_archs.testing.contract.models import (

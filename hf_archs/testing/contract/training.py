@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from transformers import Trainer, TrainingArguments
 
-from hf_archs.backend import BACKENDS, use_backend
+from hf_archs.kernels.backend import BACKENDS, use_backend
 from hf_archs.registry import Architecture
 from hf_archs.testing.contract.models import (
     Contract,

@@ -1,5 +1,6 @@
 """The model classes."""
 
+from hf_archs.backbone import ArchForCausalLM, ArchForMaskedLM, ArchModel, ArchPreTrainedModel
 from transformers import GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -7,7 +8,6 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 
-from hf_archs.backbone import ArchForCausalLM, ArchForMaskedLM, ArchModel, ArchPreTrainedModel
 from toy_plugin.mixer import ArchToyConfig
 
 

@@ -95,7 +95,7 @@ def test_gradients_pass(model):
 def test_other_implementations_say_so(model, monkeypatch):
     model.set_attn_implementation("sdpa")
     said = []
-    monkeypatch.setattr("hf_archs.backbone.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_archs.model.backbone.logger.warning_once", said.append)
     assert model(tokens(1, 7), output_attentions=True).attentions == ()
     assert said == [
         "output_attentions: attention is computed by 'sdpa', which has no weights to show; call "

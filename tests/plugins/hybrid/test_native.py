@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import hf_archs
-from hf_archs.call import NAME
+from hf_archs.cache.call import NAME
 from hf_archs.testing.contract.models import assert_close
 from hf_archs.testing.native import SIZES, check_files, check_native, native
 from hf_archs.testing.ops import relative_distance

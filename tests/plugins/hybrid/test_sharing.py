@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from hf_archs.sharing import SiteLinear
+from hf_archs.model.shared_weights import SiteLinear
 from hf_archs.testing.contract.generation import generate, greedy
 from hf_archs.testing.contract.models import assert_close, gradients, lively, logits, tokens
 from hf_archs_hybrid import ArchHybridConfig, ArchHybridForCausalLM

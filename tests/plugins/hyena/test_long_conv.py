@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hf_archs.backend import use_backend
+from hf_archs.kernels.backend import use_backend
 from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
-from hf_archs_hyena import long_conv_fft
-from hf_archs_hyena.long_conv import _exportable, _long_conv, long_conv, long_conv_reference, long_conv_step
+from hf_archs_hyena.ops import long_conv_fft
+from hf_archs_hyena.ops.long_conv import _exportable, _long_conv, long_conv, long_conv_reference, long_conv_step
 
 B, C = 2, 3
 

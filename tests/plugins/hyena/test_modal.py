@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hf_archs.backend import use_backend
+from hf_archs.kernels.backend import use_backend
 from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
-from hf_archs_hyena import modal_triton
-from hf_archs_hyena.modal import modal_conv, modal_conv_reference, modal_powers, modal_state, modal_taps
+from hf_archs_hyena.ops import modal_triton
+from hf_archs_hyena.ops.modal import modal_conv, modal_conv_reference, modal_powers, modal_state, modal_taps
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -345,7 +345,7 @@ def test_a_compiled_step_is_one_graph():
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("everything", [False, True])
 def test_opcheck(grad, everything):
-    from hf_archs_hyena import modal_portable
+    from hf_archs_hyena.ops import modal_portable
 
     m, (b, l, c, n) = modal_portable.CHUNK, (2, 70, 3, 2)
     tensors = (torch.randn(b, l, c), torch.randn(c, m), torch.rand(c, n, m + 1, 2), torch.randn(c, 2 * n, m))

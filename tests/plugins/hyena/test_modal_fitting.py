@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hf_archs_hyena import modal_fitting
-from hf_archs_hyena.modal import modal_taps
 from hf_archs_hyena.modal_fitting import fit_modal_filters
+from hf_archs_hyena.ops.modal import modal_taps
 
 
 def modal(channels, modes, length, dtype=torch.float64):

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import hf_archs
-from hf_archs.call import during
+from hf_archs.cache.call import during
 from hf_archs.testing.contract.caching import continued
 from hf_archs.testing.contract.configs import REFUSED
 from hf_archs.testing.contract.generation import generate, greedy

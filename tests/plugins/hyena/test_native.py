@@ -24,9 +24,10 @@ from transformers import (
 )
 
 import hf_archs
-from hf_archs import cli
-from hf_archs.conversion import from_native, read_config, to_native
-from hf_archs.formats import NativeCheckpoint
+from hf_archs.commands import cli
+from hf_archs.native.conversion import from_native, to_native
+from hf_archs.native.formats import NativeCheckpoint
+from hf_archs.native.reading import read_config
 from hf_archs.testing.contract.models import assert_close, gradients, logits, weighed
 from hf_archs_hyena import (
     ArchHyenaConfig,

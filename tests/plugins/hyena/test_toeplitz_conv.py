@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hf_archs.backend import use_backend
+from hf_archs.kernels.backend import use_backend
 from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
-from hf_archs_hyena import toeplitz_conv_portable, toeplitz_conv_triton
-from hf_archs_hyena.toeplitz_conv import toeplitz_conv, toeplitz_conv_reference
+from hf_archs_hyena.ops import toeplitz_conv_portable, toeplitz_conv_triton
+from hf_archs_hyena.ops.toeplitz_conv import toeplitz_conv, toeplitz_conv_reference
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

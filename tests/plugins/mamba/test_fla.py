@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import MambaConfig
 
 import hf_archs
-from hf_archs.formats import NativeCheckpoint
+from hf_archs.native.formats import NativeCheckpoint
 from hf_archs.testing.ops import relative_distance
 from hf_archs_mamba import ArchMambaConfig, ArchMambaForCausalLM
 from hf_archs_mamba.conversion import FLA, MAMBA

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import hf_archs
-from hf_archs.call import NAME
+from hf_archs.cache.call import NAME
 from hf_archs.testing.ops import relative_distance
 from hf_archs.testing.parity import check_parity, enliven
 from hf_archs_mamba import ArchMambaConfig, ArchMambaForCausalLM

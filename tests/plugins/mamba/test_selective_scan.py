@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_archs.backend import use_backend
+from hf_archs.kernels.backend import use_backend
 from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_distance
-from hf_archs_mamba import selective_scan_portable as portable
-from hf_archs_mamba.selective_scan import selective_scan, selective_scan_reference
+from hf_archs_mamba.ops import selective_scan_portable as portable
+from hf_archs_mamba.ops.selective_scan import selective_scan, selective_scan_reference
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "initial_state")
 
@@ -148,7 +148,7 @@ def test_inference_mode_and_training_take_turns():
 def backend(request, monkeypatch):
     """Each implementation; the Triton one, slow in the interpreter, with chunks of 16 tokens, so that few are many."""
     if request.param == "triton":
-        from hf_archs_mamba import selective_scan_triton
+        from hf_archs_mamba.ops import selective_scan_triton
 
         monkeypatch.setattr(selective_scan_triton, "CHUNK", 16)
     with use_backend(request.param):
@@ -263,7 +263,7 @@ def test_autocast_leaves_the_state_in_float32(backend, l):
 
 def _triton_op(config, segment):
     """The kernels with a given configuration and segmentation, under autograd."""
-    from hf_archs_mamba import selective_scan_triton as kernels
+    from hf_archs_mamba.ops import selective_scan_triton as kernels
 
     class Op(torch.autograd.Function):
         @staticmethod
@@ -289,7 +289,7 @@ def _triton_op(config, segment):
 class TestTriton:
     @pytest.fixture(autouse=True)
     def _short_chunks(self, monkeypatch):
-        from hf_archs_mamba import selective_scan_triton
+        from hf_archs_mamba.ops import selective_scan_triton
 
         monkeypatch.setattr(selective_scan_triton, "CHUNK", 16)
 
@@ -310,7 +310,7 @@ class TestTriton:
             )
 
     def test_at_the_real_chunk_length(self, monkeypatch, nan_filled_memory):
-        from hf_archs_mamba import selective_scan_triton
+        from hf_archs_mamba.ops import selective_scan_triton
 
         monkeypatch.setattr(selective_scan_triton, "CHUNK", 64)
         with use_backend("triton"):
@@ -326,14 +326,14 @@ class TestTriton:
     )
     def test_every_config_alone_and_in_segments(self, index, segment, l, nan_filled_memory):
         """Of 70 channels the last block is not full."""
-        from hf_archs_mamba.selective_scan_triton import CONFIGS
+        from hf_archs_mamba.ops.selective_scan_triton import CONFIGS
 
         assert len(CONFIGS) == 3
         op = _triton_op(CONFIGS[index], segment)
         check_op(op, selective_scan_reference, make_inputs(1, l, 70, 1), options_for("documents", 1, l))
 
     def test_segments_with_pads_and_no_documents(self, nan_filled_memory):
-        from hf_archs_mamba.selective_scan_triton import CONFIGS
+        from hf_archs_mamba.ops.selective_scan_triton import CONFIGS
 
         op = _triton_op(CONFIGS[1], 16)
         check_op(op, selective_scan_reference, make_inputs(2, 34, 5, 1), {"lengths": torch.tensor([20, 34])})

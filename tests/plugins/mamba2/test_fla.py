@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import Mamba2Config
 
 import hf_archs
-from hf_archs.formats import NativeCheckpoint
+from hf_archs.native.formats import NativeCheckpoint
 from hf_archs.testing.ops import relative_distance
 from hf_archs_mamba2 import ArchMamba2Config, ArchMamba2ForCausalLM
 from hf_archs_mamba2.conversion import FLA, MAMBA2

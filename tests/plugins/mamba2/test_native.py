@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig
 
 import hf_archs
-from hf_archs.call import NAME
+from hf_archs.cache.call import NAME
 from hf_archs.testing.ops import relative_distance
 from hf_archs.testing.parity import check_parity, enliven
 from hf_archs_mamba2 import ArchMamba2Config, ArchMamba2ForCausalLM

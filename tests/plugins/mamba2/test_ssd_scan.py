@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-from hf_archs.backend import use_backend
+from hf_archs.kernels.backend import use_backend
 from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_distance
-from hf_archs_mamba2.ssd_scan import ssd_scan, ssd_scan_reference
+from hf_archs_mamba2.ops.ssd_scan import ssd_scan, ssd_scan_reference
 
 
 def make(b=2, l=70, g=2, h=4, n=8, p=6, dtype=torch.float32, state=True):

@@ -11,11 +11,11 @@ from transformers import MixtralConfig, MixtralForCausalLM, activations
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from hf_archs.backend import use_backend
+from hf_archs.kernels.backend import use_backend
 from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
-from hf_archs_moe import experts_portable
 from hf_archs_moe.expert_layer import ArchExperts, _activation, hf_archs_experts_forward
-from hf_archs_moe.experts import ACTIVATIONS, expert_mlp, expert_mlp_reference
+from hf_archs_moe.ops import experts_portable
+from hf_archs_moe.ops.experts import ACTIVATIONS, expert_mlp, expert_mlp_reference
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -108,7 +108,7 @@ def test_triton(tokens, k, activation, gated, dtype):
 @pytest.mark.parametrize("number", range(3))
 def test_every_triton_config(number, gated):
     """Of 200 tokens, an expert has more than a tile of the largest."""
-    from hf_archs_moe import experts_triton
+    from hf_archs_moe.ops import experts_triton
 
     assert len(experts_triton.CONFIGS) == 3
     config = experts_triton.CONFIGS[number]

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import hf_archs
-from hf_archs.call import NAME
+from hf_archs.cache.call import NAME
 from hf_archs.testing.native import SIZES, check_files, check_native, native
 from hf_archs_moe import ArchMoEForCausalLM
 

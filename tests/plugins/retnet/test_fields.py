@@ -4,7 +4,7 @@ place in the format's list of those that change nothing.
 
 import pytest
 
-from hf_archs.formats import IDLE
+from hf_archs.native.formats import IDLE
 from hf_archs_retnet import ArchRetNetConfig
 from hf_archs_retnet.conversion import FLA, SYNCDOTH, TORCHSCALE, TORCHSCALE_2023
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import hf_archs
-from hf_archs.cli import app
-from hf_archs.errors import CheckFailed
-from hf_archs.formats import NativeCheckpoint
+from hf_archs.commands.cli import app
+from hf_archs.errors import CheckpointMismatch
+from hf_archs.native.formats import NativeCheckpoint
 from hf_archs.testing.ops import relative_distance
 from hf_archs_retnet import ArchRetNetConfig, ArchRetNetForCausalLM, ArchRetNetModel
 from hf_archs_retnet.conversion import FLA, SYNCDOTH, TORCHSCALE, TORCHSCALE_2023
@@ -645,7 +645,7 @@ def test_one_matrix_of_other_rows(rows, tmp_path):
     both = fla_checkpoint()
     both.state_dict[name] = fused(both).state_dict[name]
     both.save_pretrained(tmp_path)
-    with pytest.raises(CheckFailed, match=r"gate_proj\.weight has shape \(40, 24\)"):
+    with pytest.raises(CheckpointMismatch, match=r"gate_proj\.weight has shape \(40, 24\)"):
         ArchRetNetForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"does not fit its config.*gate_proj"):
         hf_archs.from_native(both)
@@ -729,7 +729,7 @@ def test_weights_of_before_september_2023_with_a_config_of_later(make, tmp_path)
     with pytest.raises(ValueError, match=r"does not fit its config.*q_proj\.bias"):
         hf_archs.from_native(checkpoint)
     checkpoint.save_pretrained(tmp_path)
-    with pytest.raises(CheckFailed, match=r"q_proj\.bias stands in .*whose config has no place for it"):
+    with pytest.raises(CheckpointMismatch, match=r"q_proj\.bias stands in .*whose config has no place for it"):
         ArchRetNetForCausalLM.from_pretrained(tmp_path)
 
 

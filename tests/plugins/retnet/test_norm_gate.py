@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hf_archs.backend import use_backend
+from hf_archs.kernels.backend import use_backend
 from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_distance
-from hf_archs_retnet import norm_gate as module
-from hf_archs_retnet.norm_gate import _norm_gate, norm_gate, norm_gate_reference
+from hf_archs_retnet.ops import norm_gate as module
+from hf_archs_retnet.ops.norm_gate import _norm_gate, norm_gate, norm_gate_reference
 
 
 def portable(**arguments):

@@ -1,0 +1,439 @@
+"""The command line, ``hf-archs``: thin over the library. A wrong input ends with one sentence and status 2.
+
+The library is imported inside the commands only: ``hf_archs_main`` runs this file outside its package, so that help,
+the version and a mistyped option are answered before torch is imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
+
+app = typer.Typer(
+    name="hf-archs",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+
+class _Command(TyperCommand):
+    """Prepares the process when the arguments are known to be right, and not before: that imports torch."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if not os.environ.get("HF_ARCHS_DEBUG"):
+            _only_ours()
+        _use_all_cores()
+        return super().invoke(ctx)
+
+
+class _ShownCommand(_Command):
+    """Shows that it imports, with `hf_archs.commands.progress`, which is read outside its package for that."""
+
+    def invoke(self, ctx: Any) -> Any:
+        import importlib.util
+
+        spec = importlib.util.spec_from_file_location("hf_archs_progress", Path(__file__).with_name("progress.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        progress = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(progress)
+        # threads that wait by spinning take the cores from what else runs, and then wait for it: ten times the time.
+        # Those that sleep at once take twice as long where nothing else runs. So they spin a third of the usual time
+        os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+        if ctx.params.get("size") == "tiny":
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # its operators are too short to be worth a second thread
+        with progress.working("importing torch, transformers and PEFT"):
+            import hf_archs.commands.quickstart  # noqa: F401
+        return super().invoke(ctx)
+
+
+def _version(asked: bool) -> None:
+    import importlib.metadata
+
+    if asked:
+        print(f"hf-archs {importlib.metadata.version('hf-archs')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Architectures beyond the Transformer as ordinary models of the Hugging Face libraries."""
+
+
+def _say(sentence: str) -> None:
+    """Print a line as it is: a path in it is never broken, and brackets in it are no markup."""
+    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A config field; may be repeated.")]
+OtherTokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", help="Checkpoint whose tokenizer to use, where the model has none.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write into.")]
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, Any]:
+    """``field=value`` pairs; a value is JSON where it can be, and text otherwise."""
+    fields = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set is {pair!r}; allowed is FIELD=VALUE")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
+
+
+@app.command("list", cls=_Command)
+def list_architectures() -> None:
+    """List the architectures, their sizes and what they can read."""
+    from hf_archs import registry
+    from hf_archs.commands import tables
+
+    table = Table("architecture", "model type", "sizes", "native checkpoints", "LoRA on")
+    for name in registry.architectures():
+        a = registry.get_architecture(name)
+        formats = ", ".join(map(str, a.native_formats))
+        table.add_row(name, a.model_type, ", ".join(("tiny", *a.sizes)), formats, ", ".join(a.lora_targets))
+    tables.show(table, console)
+
+
+@app.command(cls=_Command)
+def doctor() -> None:
+    """Show versions, the device, the ops and the plugins.
+
+    Versions are compared with the tested ones. The status is 1 if one is not allowed or missing, or a plugin failed.
+    """
+    from hf_archs.commands import doctor as installation
+
+    if not installation.examine(console):
+        raise typer.Exit(1)
+
+
+@app.command(cls=_Command)
+def init(
+    arch: Annotated[str, typer.Argument(help="Name of the architecture; see `hf-archs list`.")],
+    output: Output,
+    size: Annotated[str | None, typer.Option(help="One of the architecture's sizes, or tiny; else its first.")] = None,
+    assign: Set = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint whose tokenizer the model gets.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the initial weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
+) -> None:
+    """Make a new model with random weights."""
+    from transformers import set_seed
+
+    from hf_archs import registry
+    from hf_archs.commands import loading
+    from hf_archs.native import disk
+
+    architecture = registry.get_architecture(arch)
+    fields = _overrides(assign)
+    chosen = None if tokenizer is None else loading.load_tokenizer(tokenizer)
+    if chosen is not None:
+        fields.setdefault("vocab_size", len(chosen))
+    config = loading.sized_config(architecture, size, fields)
+    parameters = loading.check_memory(config)
+    _check_free(output, overwrite)
+    loading.check_output(output, loading.weight_bytes(config))
+    set_seed(seed)
+    model = architecture.causal_lm_class(config)
+    with disk.replacing(output) as folder:
+        model.save_pretrained(folder)
+        if chosen is not None:
+            chosen.save_pretrained(folder)
+    _say(f"{arch} of {parameters:,} parameters in {output}")
+
+
+def _check_free(output: Path, overwrite: bool) -> None:
+    if (output / "config.json").exists() and not overwrite:
+        raise FileExistsError(f"{str(output)!r} holds a checkpoint already; choose another folder, or pass --overwrite")
+
+
+@app.command(
+    cls=_Command,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def train(context: typer.Context) -> None:
+    """Train a model, or an adapter with --lora.
+
+    hf-archs train MODEL --data TEXT --output_dir DIR [--lora [LAYER ...]] [--NAME VALUE ...]
+
+    Every field of transformers.TrainingArguments is an option of its name; `hf-archs train --help` lists them.
+    """
+    from hf_archs.commands import train as training
+
+    own, arguments = training.parse(context.args)
+    run = training.standing(arguments)
+    for why in run.skipped:
+        _say(f"skipping {why}")
+    if run.finished:
+        _say(
+            f"already finished: {arguments.output_dir} holds the model after {run.steps:,} steps; a larger --max_steps "
+            "or --num_train_epochs goes on, --resume_from_checkpoint false starts anew"
+        )
+        return
+    if run.checkpoint is not None:
+        _say(f"continuing from {run.checkpoint}; --resume_from_checkpoint false starts anew")
+    elif run.skipped:
+        _say("no checkpoint is whole: training starts anew")
+    results = training.train(own, arguments)
+    loss = f"training loss {results['train_loss']:.4f}, " if "train_loss" in results else ""
+    _say(f"{loss}held-out text {results['bits_per_byte']:.4f} bits per byte; written to {arguments.output_dir}")
+
+
+@app.command(cls=_Command)
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
+    adapter: Annotated[str | None, typer.Option(help="Folder or repository of a PEFT adapter.")] = None,
+    tokenizer: OtherTokenizer = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.7,
+    top_k: Annotated[int, typer.Option(min=1)] = 50,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Continue a text; it is shown as it comes."""
+    import torch
+    from transformers import TextStreamer, set_seed
+
+    from hf_archs.commands.loading import load_adapter, load_model, load_tokenizer, look_at
+    from hf_archs.data import text
+
+    checkpoint = look_at(model)
+    loaded: Any = load_model(checkpoint)
+    encoder: Any = load_tokenizer(checkpoint, tokenizer, loaded.config)
+    if adapter is not None:
+        loaded = load_adapter(loaded, adapter)
+    if torch.accelerator.is_available():
+        loaded.to(torch.accelerator.current_accelerator())
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    set_seed(seed)
+    loaded.eval().generate(
+        torch.tensor([[text.start_token(encoder), *text.encode(encoder, prompt)]], device=loaded.device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=encoder.pad_token_id,
+        streamer=TextStreamer(encoder, skip_special_tokens=True),
+        **sampling,
+    )
+
+
+@app.command(cls=_Command)
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
+    output: Output,
+    to: Annotated[str | None, typer.Option(help="Native model type, where one of ours can become several.")] = None,
+    pickle: Annotated[
+        bool, typer.Option("--pickle", help="Read weights that are a pickle; nothing in it is run.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
+) -> None:
+    """Convert a native checkpoint to ours, or ours to native. The tokenizer goes along."""
+    from hf_archs.commands.loading import check_output, has_tokenizer, load_model, load_tokenizer, look_at, weight_bytes
+    from hf_archs.native import disk
+    from hf_archs.native.conversion import to_native
+
+    checkpoint = look_at(source)
+    config = checkpoint.config()
+    if to is not None and checkpoint.native is not None:
+        raise ValueError(f"--to is {to!r}, but {source!r} is native already and becomes {config.model_type}")
+    _check_free(output, overwrite)
+    check_output(output, weight_bytes(config))
+    model = load_model(checkpoint, dtype="auto", use_safetensors=False if pickle else None)
+    converted = to_native(model, to) if checkpoint.native is None else model
+    with disk.replacing(output) as folder:
+        converted.save_pretrained(folder)
+        if has_tokenizer(source):
+            load_tokenizer(checkpoint).save_pretrained(folder)
+    _say(f"{type(converted).__name__} in {output}")
+
+
+@app.command(cls=_Command)
+def describe(
+    config: Annotated[str, typer.Argument(help="Folder, Hub repository, config.json, or ARCH or ARCH:SIZE.")],
+    length: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 4096,
+    assign: Set = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG file to draw into.")] = None,
+) -> None:
+    """Show what every layer is and costs. The same model with attention everywhere stands beside it."""
+    from hf_archs import errors
+    from hf_archs.commands import describe as costs
+    from hf_archs.commands import tables
+    from hf_archs.commands.loading import described_config
+
+    if picture is not None:
+        errors.needs("matplotlib", "--picture", "plot")
+    described = described_config(config, _overrides(assign))
+    layers = costs.layer_costs(described, length)
+    attention = costs.attention_costs(described, length)
+    table = Table(
+        "layer", "mixer", "feed-forward", title=f"{described.model_type}, {length:,} tokens", title_justify="left"
+    )
+    for column in ("parameters", "active", "ops a token", "state, bytes"):
+        table.add_column(column, justify="right")
+    for i, cost in enumerate(layers):
+        table.add_row(str(i), cost.mixer, cost.feed_forward, *costs.numbers(cost))
+    table.add_section()
+    table.add_row("all", "", "", *costs.numbers(costs.total(layers)))
+    table.add_row("all", "attention everywhere", "", *costs.numbers(costs.total(attention)))
+    tables.show(table, console)
+    if picture is not None:
+        costs.draw(layers, attention, length, picture)
+        _say(f"drawn into {picture}")
+
+
+@app.command(cls=_Command)
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a model with experts.")],
+    data: Annotated[str, typer.Option(help="Text file, folder or dataset name.")],
+    picture: Annotated[Path | None, typer.Option(help="PNG file to draw the heat map into.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many of the text's tokens to run.")] = 65536,
+    tokenizer: OtherTokenizer = None,
+) -> None:
+    """Show what the routers of a model do with a text. That is load, entropy, drops, correction of the scores."""
+    from hf_archs import errors
+    from hf_archs.commands import tables
+    from hf_archs.commands.inspect import draw, router_figures
+    from hf_archs.commands.loading import load_model, load_tokenizer, look_at
+    from hf_archs.data import text
+
+    if picture is not None:
+        errors.needs("matplotlib", "--picture", "plot")
+    checkpoint = look_at(model)
+    loaded: Any = load_model(checkpoint)
+    encoder = load_tokenizer(checkpoint, tokenizer, loaded.config)
+    length = min(512, tokens)
+    rows = text.token_blocks(encoder, text.read_corpus(data).values(), length).with_format("torch")
+    figures = router_figures(
+        loaded.eval(), (rows[i]["input_ids"][None] for i in range(min(len(rows), tokens // length)))
+    )
+    table = Table("layer", "busiest expert", "its load over the mean", "entropy", "dropped")
+    for layer, found in figures.items():
+        numbers = f"{found['max_load']:.2f}", f"{found['entropy']:.3f}", f"{found['drop_rate']:.1%}"
+        table.add_row(str(layer), str(int(found["load"].argmax())), *numbers)
+    tables.show(table, console)
+    if picture is not None:
+        draw(figures, picture)
+        _say(f"drawn into {picture}")
+
+
+@app.command(cls=_Command)
+def bench(
+    kinds: Annotated[list[str] | None, typer.Argument(help="ops, models, or both (the default).")] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="Architecture; may be repeated. Else all.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="File for machine and results.")] = None,
+) -> None:
+    """Compare ops and whole models with their peers in one run. On the device there is; medians of ratios."""
+    import torch
+
+    from hf_archs.commands import bench as benchmark
+
+    unknown = set(kinds or ()) - {"ops", "models"}
+    if unknown:
+        raise ValueError(f"bench: {min(unknown)!r} is no kind of measure; allowed are ops and models")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert device is not None
+    results = []
+    for kind in kinds or ("ops", "models"):
+        results += benchmark.run(benchmark.measures(kind, device, arch), device, lambda r: _say(str(r)))
+    if output is not None:
+        benchmark.write(results, device, output)
+
+
+@app.command(cls=_ShownCommand)
+def quickstart(
+    arch: Annotated[str, typer.Option(help="Name of the architecture.")] = "mamba",
+    task: Annotated[str, typer.Option(help="text, or genome: DNA, compared with Markov models.")] = "text",
+    size: Annotated[str | None, typer.Option(help="One of its sizes, or tiny; else the task's, or its first.")] = None,
+    assign: Set = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the pretraining.")] = None,
+    lora_steps: Annotated[int | None, typer.Option(help="Steps of LoRA.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text file, folder or dataset; or a FASTA file.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Measure on all held-out text, not on a sample.")] = False,
+    output: Output = Path("quickstart"),
+    hub: Annotated[bool, typer.Option("--hub", help="Push to huggingface.co, not to an embedded Hub.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see what is pushed.")] = False,
+    batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
+    block: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train, adapt, generate, push, pull and compare. On text, with LoRA, or on DNA."""
+    from hf_archs.commands import quickstart as job
+
+    options = job.make_options(
+        task,
+        arch=arch,
+        size=size,
+        overrides=_overrides(assign),
+        steps=steps,
+        lora_steps=lora_steps,
+        data=data,
+        full=full or None,
+        output=str(output),
+        hub=hub,
+        public=public,
+        batch=batch,
+        block=block,
+        seed=seed,
+    )
+    job.quickstart(options, console)
+
+
+def _only_ours() -> None:
+    """Leave the telling to this program: no reports on loading, no retries one by one (HF_ARCHS_DEBUG shows them)."""
+    import huggingface_hub.utils.logging as hub_logging
+    import transformers.utils.logging as transformers_logging
+
+    hub_logging.set_verbosity(hub_logging.CRITICAL)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # of loading and saving; training and downloads have their own
+
+
+def _use_all_cores() -> None:
+    """One thread for each core: on some virtual machines torch takes two cores for one and starts one thread."""
+    import psutil
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = psutil.cpu_count(logical=False) or 1
+    if hasattr(os, "sched_getaffinity"):  # fewer may be allowed to this process
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    torch.set_num_threads(max(cores, torch.get_num_threads()))
+
+
+def main() -> None:
+    """Run the command line; an expected error ends with its sentence on stderr and status 2."""
+    try:
+        app(prog_name="hf-archs")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        from hf_archs.commands import sentences
+
+        if not isinstance(error, sentences.EXPECTED):
+            raise
+        sys.exit(sentences.report(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The library's main job in one run: pretrain, adapt with LoRA, generate, push, pull, and check every step.
+
+Everything goes through the host libraries as a user would call them: `transformers.Trainer`, `peft`, the Auto
+classes and the client of huggingface_hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from hf_archs.commands.quickstart.genome_job import run_genome
+from hf_archs.commands.quickstart.options import GenomeOptions, Options, TextOptions, make_options
+from hf_archs.commands.quickstart.text_job import run_text
+
+__all__ = ["GenomeOptions", "TextOptions", "make_options", "quickstart"]
+
+
+def quickstart(options: Options, console: Console | None = None) -> dict[str, Any]:
+    """Run the job of these options, `run_text` or `run_genome`, and give its summary, which ``summary.json`` has too.
+
+    Raises:
+        ValueError, OSError: for a wrong option, before anything is trained, and where the Hub refuses.
+        CheckFailed: where a model pulled from the Hub differs from what was pushed, or a merged model from its parts.
+    """
+    jobs: dict[type[Options], Callable[[Any, Console], dict[str, Any]]] = {
+        TextOptions: run_text,
+        GenomeOptions: run_genome,
+    }
+    return jobs[type(options)](options, console or Console())

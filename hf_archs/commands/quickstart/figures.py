@@ -1,0 +1,101 @@
+"""The figures of a run, for people: tables, a picture, and where it ran."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+import hf_archs
+from hf_archs.commands import versions
+from hf_archs.commands.progress import working
+from hf_archs.commands.quickstart.options import label_of
+
+_YES = {True: "[green]yes", False: "[red]no"}
+
+
+def in_bits(losses: list[float], size: float) -> list[float]:
+    """Nats per token as bits for each unit of the data, of which a token has ``size``."""
+    return [loss / math.log(2) / size for loss in losses]
+
+
+def where_it_ran() -> dict[str, Any]:
+    """Where it ran, and with what."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    installed = {library.name: library.found for library in versions.compare() if library.found}
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
+        "versions": {"python": platform.python_version(), "hf-archs": hf_archs.__version__, **installed},
+    }
+
+
+def draw(curves: Mapping[str, list[float]], unit: str, folder: Path) -> None:
+    """``loss.png``: the training loss of every step, in bits for each ``unit`` of the data."""
+    with working("drawing the losses"):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot, ticker
+
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        begin = 1
+        for label, bits in curves.items():
+            axes.plot(range(begin, begin + len(bits)), bits, label=label)
+            begin += len(bits)
+        last = max(begin - 1, 2)
+        inner = ticker.MaxNLocator(8, integer=True).tick_values(1, last)
+        axes.set_xticks(sorted({1, *(int(tick) for tick in inner if 1 < tick <= last)}))
+        axes.set_xlim(1, last)
+        axes.set_ylim(bottom=math.floor(min(min(bits) for bits in curves.values())))
+        axes.set(xlabel="step", ylabel=f"training loss (bits per {unit})", title="hf-archs quickstart")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(folder / "loss.png", dpi=120)
+        pyplot.close(figure)
+
+
+def text_table(summary: Mapping[str, Any]) -> Table:
+    """The summary of `run_text`."""
+    table = Table(title=f"{summary['arch']}, {summary['parameters']:,} parameters: bits per byte of held-out text")
+    table.caption = "; ".join(
+        f"{'English' if name == 'english' else label_of(summary['data'])}: {sizes['measured']:,} of "
+        f"{sizes['held_out']:,} held-out characters"
+        for name, sizes in summary["characters"].items()
+    )
+    for heading in ("text", "untrained", "trained", "with LoRA"):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    code, english = summary["bits_per_byte"]["code"], summary["bits_per_byte"]["english"]
+    table.add_row(
+        escape(label_of(summary["data"])), f"{code['before']:.3f}", f"{code['after']:.3f}", f"{code['after_lora']:.3f}"
+    )
+    change = english["after_lora"] / english["before_lora"] - 1
+    table.add_row("English", "", f"{english['before_lora']:.3f}", f"{english['after_lora']:.3f} ({change:+.0%})")
+    table.add_section()
+    table.add_row("merged = unmerged", "", "", _YES[summary["merged_equals_unmerged"]])
+    table.add_row("pulled = pushed", "", "", _YES[summary["pulled_equals_pushed"]])
+    table.add_row("tokens per second", "", "", f"{summary['tokens_per_second']:,.0f}")
+    table.add_row("seconds in all", "", "", f"{summary['seconds']:,.0f}")
+    return table
+
+
+def genome_table(summary: Mapping[str, Any]) -> Table:
+    """The summary of `run_genome`."""
+    bits = summary["bits_per_base"]
+    table = Table(title=f"{summary['arch']}, {summary['parameters']:,} parameters: bits per base of held-out DNA")
+    table.add_column("model")
+    table.add_column("bits per base", justify="right")
+    for order, value in bits["markov"].items():
+        best = " (the best of them)" if value == bits["best_markov"] else ""
+        table.add_row(f"Markov, order {order}{best}", f"{value:.3f}")
+    table.add_row(f"[bold]{summary['arch']}", f"[bold]{bits['model']:.3f}")
+    table.add_section()
+    table.add_row("pulled = pushed", _YES[summary["pulled_equals_pushed"]])
+    table.add_row("tokens per second", f"{summary['tokens_per_second']:,.0f}")
+    table.add_row("seconds in all", f"{summary['seconds']:,.0f}")
+    return table

@@ -1,0 +1,128 @@
+"""The finished stages of a run, so that an interrupted one can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_archs.commands.quickstart.options import Options
+from hf_archs.commands.quickstart.training import newest_of
+from hf_archs.commands.sentences import CheckFailed
+from hf_archs.native import disk
+
+T = TypeVar("T")
+
+
+class Run:
+    """The finished stages of a run, kept in ``unfinished/`` of its output folder until it ends, so that it can go on.
+
+    ``state.json`` there holds the options and the figures of every stage that is done; beside it lie the models, the
+    tokenizer and checkpoints. `going_on` opens it.
+    """
+
+    def __init__(self, options: Options, data: bytes, console: Console) -> None:
+        self.options, self.console = options, console
+        self.output = Path(options.output).expanduser()
+        self.folder = self.output / "unfinished"
+        self.began = time.perf_counter()
+        elsewhere = ("output", "hub", "public")  # none of them changes a model
+        given = {name: value for name, value in asdict(options).items() if name not in elsewhere}
+        given |= {"task": options.task, "data": f"{options.data}, sha256 {hashlib.sha256(data).hexdigest()}"}
+        self.state: dict[str, Any] = {"made_by": json.loads(json.dumps(given)), "seconds": 0.0, "done": {}}
+        if self.folder.exists():
+            self._go_on()
+        self.write()
+
+    def _go_on(self) -> None:
+        try:
+            found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FileExistsError(
+                f"{str(self.folder)!r} is no unfinished quickstart ({error}); move it away"
+            ) from error
+        ours, theirs = self.state["made_by"], found["made_by"]
+        if ours == theirs:
+            self.state = found
+            if found["done"]:
+                self.say(f"going on from {self.folder}: {self.kept()}")
+            return
+        differ = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+        told = (f"{name} was {theirs.get(name)}, and is {ours.get(name)} now" for name in sorted(differ))
+        self.say(f"{self.folder} was made with other options ({'; '.join(told)}): starting anew")
+        shutil.rmtree(self.folder)
+
+    def write(self) -> None:
+        """Keep the figures and the time so far."""
+        now = time.perf_counter()
+        self.state["seconds"] += now - self.began
+        self.began = now
+        with disk.replacing(self.folder) as folder:
+            (folder / "state.json").write_text(json.dumps(self.state), encoding="utf-8")
+
+    def say(self, sentence: str) -> None:
+        """Print a line as it is."""
+        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+    def kept(self) -> str:
+        """The stages that are done, and how far a training is, in words."""
+        stages = {place: newest_of(place) for place in self.folder.glob("*") if place.is_dir()}
+        steps = [f"{stage.name} up to step {step}" for stage, (_, step) in stages.items() if step]
+        return ", ".join([*self.state["done"], *steps])
+
+    @property
+    def seconds(self) -> float:
+        """Of all its parts."""
+        return self.state["seconds"] + time.perf_counter() - self.began
+
+    def once(self, stage: str, compute: Callable[[], T]) -> T:
+        """The figures of a stage, as JSON keeps them: computed, unless an interrupted run came so far."""
+        done = self.state["done"]
+        if stage not in done:
+            done[stage] = compute()
+            self.write()
+        return done[stage]
+
+    def finish(self, summary: dict[str, Any], table: Callable[[Mapping[str, Any]], Table]) -> dict[str, Any]:
+        """Move what was made into the output folder, and write and print the summary.
+
+        Raises:
+            CheckFailed: where one of its checks failed.
+        """
+        summary["seconds"] = self.seconds
+        with disk.replacing(self.output) as folder:
+            for name in ("model", "adapter", "loss.png"):
+                if (self.folder / name).exists():
+                    shutil.move(self.folder / name, folder / name)
+            (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(self.folder)
+        self.console.print(table(summary))
+        self.say(f"written to {self.output}")
+        for check in ("merged_equals_unmerged", "pulled_equals_pushed"):
+            if not summary.get(check, True):
+                raise CheckFailed(f"{check} is false, see {self.output / 'summary.json'}")
+        return summary
+
+
+@contextmanager
+def going_on(options: Options, data: bytes, console: Console) -> Iterator[Run]:
+    """A run; where it is interrupted, it says what is kept."""
+    run = Run(options, data, console)
+    try:
+        yield run
+    except BaseException:
+        if run.folder.exists():  # else it came to its end, and a check failed
+            with suppress(OSError):
+                run.write()
+            kept = run.kept() or "nothing yet"
+            run.say(f"stopped; kept in {run.folder}: {kept}. The same command goes on from there.")
+        raise

@@ -1,0 +1,297 @@
+"""``hf-archs train``: its arguments, where an interrupted run goes on, and the run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments, default_data_collator
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.training_args import OptimizerNames
+
+from hf_archs import errors
+from hf_archs.commands import loading, sentences
+from hf_archs.data import text
+from hf_archs.native import disk
+from hf_archs.training import ArchTrainer, add_lora
+
+UNTOLD_REPORTERS = ("azure_ml", "flyte")  # transformers does not always tell that they are installed
+MEASURED = 2**20  # characters of the held-out text that `train` measures with
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong as an exception, in one sentence, and does not end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"hf-archs train: {message}; see hf-archs train --help")
+
+
+def parser() -> HfArgumentParser:
+    """The arguments of ``hf-archs train``: its own, and every field of `TrainingArguments`."""
+    host: Any = TrainingArguments
+    parser = _Parser(
+        host,
+        prog="hf-archs train",
+        usage="hf-archs train MODEL --data TEXT --output_dir DIR [--lora [LAYER ...]] [--NAME VALUE ...]",
+        description="Train a checkpoint on text, or an adapter for it; continues where an interrupted run stopped.",
+        epilog="Every field of transformers.TrainingArguments is an option of its name.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(disable_tqdm=False)  # by default it follows transformers' verbosity, which the command lowers
+    own = parser.add_argument_group("model and data")
+    own.add_argument("model", help="folder or Hub repository of the checkpoint to start from")
+    own.add_argument(
+        "--data", required=True, help="a text file, a folder of them, a dataset's name, or: stdlib, topics"
+    )
+    own.add_argument(
+        "--lora", nargs="*", metavar="LAYER", help="train a LoRA adapter, on these layers or on the usual ones"
+    )
+    own.add_argument("--lora_rank", "--lora-rank", type=int, default=16, help="rank of the adapter")
+    own.add_argument("--lora_alpha", "--lora-alpha", type=int, default=32, help="scale of the adapter, times rank")
+    own.add_argument("--block_size", "--block-size", type=int, default=512, help="tokens of one training row")
+    own.add_argument("--tokenizer", default=None, help="another checkpoint's tokenizer, where the model has none")
+    own.add_argument("--license", default=None, help="the licence that the model card names")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]:
+    """The command line of ``hf-archs train``. Raises `ValueError` where it is wrong."""
+    options = parser()
+    training_arguments, own, unknown = options.parse_args_into_dataclasses(
+        [*arguments], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        known = [flag for action in options._actions for flag in action.option_strings]
+        near = errors.similar(unknown[0].partition("=")[0], known)
+        hint = errors.did_you_mean(near, "see hf-archs train --help")
+        raise ValueError(f"hf-archs train has no argument {unknown[0]!r}; {hint}")
+    if not 2 <= own.block_size <= 2**24:
+        raise ValueError(f"block_size is {own.block_size}; allowed are 2 to {2**24}")
+    _check_reporters(training_arguments)
+    return own, training_arguments
+
+
+def _check_reporters(arguments: TrainingArguments) -> None:
+    for name in arguments.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            allowed = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to is {name!r}; allowed are none, all, {allowed}")
+        if name not in {*get_available_reporting_integrations(), *UNTOLD_REPORTERS}:
+            raise ImportError(f"report_to is {name!r}, which is not installed here: pip install {name}")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far the runs in an output folder came.
+
+    Attributes:
+        checkpoint: the folder to continue from; None where training starts anew.
+        skipped: newer checkpoints that are not whole, as interrupted saves leave them: the folder and the reason.
+        steps: the optimizer steps behind ``checkpoint``.
+        reached: whether they are all the training that is asked for.
+        finished: whether the model that `train` writes at the end is there too, so that nothing is left to do.
+    """
+
+    checkpoint: str | None = None
+    skipped: tuple[str, ...] = ()
+    steps: int = 0
+    reached: bool = False
+    finished: bool = False
+
+
+def standing(arguments: TrainingArguments) -> Standing:
+    """Where `train` begins: at the checkpoint asked for, or at the newest whole one in ``output_dir``, or anew.
+
+    Raises:
+        OSError: where the one asked for does not exist or is not whole; where the folder holds a model and nothing to
+            continue from, unless ``resume_from_checkpoint`` is ``false``.
+    """
+    wanted = str(arguments.resume_from_checkpoint or "true")
+    output = Path(str(arguments.output_dir)).expanduser()
+    if wanted.lower() in ("false", "no", "0"):
+        return Standing()
+    asked = None if wanted.lower() in ("true", "yes", "1") else Path(wanted).expanduser()
+    if asked is not None and not asked.is_dir():
+        raise OSError(f"resume_from_checkpoint is {wanted!r}, which does not exist; allowed is a checkpoint folder")
+    chosen, skipped = newest_whole([asked] if asked else checkpoint_folders(output))
+    if asked is not None and skipped:
+        raise OSError(f"resume_from_checkpoint is {skipped[0]}")
+    steps, reached = _done(chosen, arguments) if chosen else (0, False)
+    if _holds_weights(output) and why_not_whole(output) is None and (reached or asked is None):
+        final_steps, final_reached = _done(output, arguments)
+        if final_reached:  # what is to be pushed may not have been, so it is written again
+            return Standing(str(asked or output), (*skipped,), final_steps, True, not arguments.push_to_hub)
+    if chosen is None and (_holds_weights(output) or (output / "config.json").exists()):
+        raise FileExistsError(
+            f"output_dir is {str(arguments.output_dir)!r}, which holds a model and no whole checkpoint to continue "
+            "from; choose another folder, or replace it with --resume_from_checkpoint false"
+        )
+    return Standing(str(chosen) if chosen else None, (*skipped,), steps, reached)
+
+
+def checkpoint_folders(output: Path) -> dict[Path, int]:
+    """The Trainer's checkpoints and their steps, the newest first."""
+    found = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in output.glob("*") if path.is_dir()}
+    steps = {path: int(step) for path, step in found.items() if step.isdigit()}
+    return dict(sorted(steps.items(), key=lambda pair: pair[1], reverse=True))
+
+
+def newest_whole(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
+    """The first of some checkpoints that is whole, and each before it with its fault."""
+    skipped: list[str] = []
+    for folder in folders:
+        why = why_not_whole(folder)
+        if why is None:
+            return folder, skipped
+        skipped.append(f"{str(folder)!r}, which is not whole: {why}")
+    return None, skipped
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(path for pattern in disk.WEIGHTS for path in folder.glob(pattern))
+
+
+def _done(folder: Path, arguments: TrainingArguments) -> tuple[int, bool]:
+    """The steps behind a checkpoint, and whether they are as many as are asked for."""
+    state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    if arguments.max_steps > 0:
+        return state.global_step, state.global_step >= arguments.max_steps
+    return state.global_step, (state.epoch or 0) >= arguments.num_train_epochs
+
+
+def why_not_whole(folder: Path) -> str | None:
+    """The fault of a checkpoint of the Trainer whose saving was interrupted; None where it is whole.
+
+    Its state is written last, and each file of torch's is an archive whose list of contents stands at its end.
+    """
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    except OSError:
+        return f"it has no {TRAINER_STATE_NAME}"
+    except (ValueError, KeyError, TypeError):
+        return f"its {TRAINER_STATE_NAME} is cut off"
+    for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        if not zipfile.is_zipfile(file):
+            return f"its {file.name} is cut off"
+    try:
+        disk.check_weights(folder)
+    except SafetensorError as error:
+        return str(error)
+    # FSDP and DeepSpeed save shards in folders, in formats of theirs
+    sharded = any(path.is_dir() for path in folder.iterdir())
+    return None if sharded or _holds_weights(folder) else "it has no weights"
+
+
+def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, float]:
+    """Train as ``hf-archs train`` does; the arguments are `parse`'s.
+
+    The model (or its adapter), tokenizer and model card are written into ``output_dir``, and pushed where
+    ``push_to_hub`` is set. A run that left checkpoints there is continued, as `standing` says. Folder, disk and memory
+    are looked at before anything is read.
+
+    Returns:
+        the ``bits_per_byte`` of held-out text after training, and ``train_loss`` where a step was left to do.
+
+    Raises:
+        OSError, ValueError: where an argument, the folder or the data is wrong, and where the disk is full.
+    """
+    if not torch.accelerator.is_available():
+        arguments.dataloader_pin_memory = False  # there is nothing to pin for, and PyTorch warns
+    run = standing(arguments)
+    loading.check_output(str(arguments.output_dir))
+    copies = 1 if own.lora is not None else 4
+    checkpoint = loading.look_at(own.model)
+    loading.check_memory(checkpoint.config(), copies)
+    training, held_out = text.split(text.read_corpus(own.data))
+    known = [source for source in (own.model, run.checkpoint) if source and loading.has_tokenizer(source)]
+    tokenizer_source = own.tokenizer or next(iter(known), None)
+    model: Any = loading.load_model(checkpoint, copies=copies)
+    if own.lora is not None:
+        if tokenizer_source is None:
+            raise ValueError(f"{own.model!r} has no tokenizer, so it was never trained; train it before its adapter")
+        model = add_lora(model, own.lora, rank=own.lora_rank, alpha=own.lora_alpha)
+    loading.check_output(str(arguments.output_dir), _bytes_to_write(model, arguments, run.steps))
+    if tokenizer_source is not None:
+        tokenizer = loading.load_tokenizer(tokenizer_source, tokenizer_source, model.config)
+    else:
+        tokenizer = text.train_tokenizer(training.values(), model.config.vocab_size)
+    card: dict[str, Any] = {
+        "training": f"Trained on `{own.data}`, of which every twentieth document was held out.",
+        "results": {},
+        "license": own.license,
+        "base_model": own.model if own.lora is not None else None,
+    }
+    trainer = ArchTrainer(
+        model,
+        arguments,
+        card=card,
+        train_dataset=text.token_blocks(tokenizer, training.values(), own.block_size),
+        eval_dataset=text.token_blocks(tokenizer, held_out.values(), own.block_size),
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    results: dict[str, float] = {}
+    try:
+        if run.reached:  # the Trainer would do one step more
+            _load(trainer, str(run.checkpoint))
+        else:
+            results["train_loss"] = trainer.train(resume_from_checkpoint=run.checkpoint).training_loss
+        figure = text.bits_per_byte(model, tokenizer, _up_to(MEASURED, held_out.values()))
+        card["training"] += f" {trainer.state.global_step:,} steps, {arguments.learning_rate:g} learning rate."
+        card["results"] = {"held-out text": f"{figure:.3f} bits per byte"}
+        trainer.save_model()
+        trainer.create_model_card()
+        trainer.save_state()  # the last, so that `standing` knows by it that all was written
+    except Exception as error:
+        if not sentences.is_full_disk(error):
+            raise
+        raise OSError(
+            f"the disk of output_dir = {str(arguments.output_dir)!r} is full; make room, and the same command goes on "
+            "from the newest whole checkpoint"
+        ) from error
+    return results | {"bits_per_byte": figure}
+
+
+def _load(trainer: Trainer, checkpoint: str) -> None:
+    """The weights and the state after the last step, or of the best one where that is asked for."""
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best or checkpoint)
+
+
+def _bytes_to_write(model: nn.Module, arguments: TrainingArguments, steps: int) -> int:
+    """The least that the run after ``steps`` will write: what is trained or the whole model, and its checkpoints."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    weights = trained if isinstance(model, PeftModel) else sum(p.numel() * p.element_size() for p in model.parameters())
+    if arguments.save_strategy == SaveStrategy.NO:
+        return weights
+    adam = arguments.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+    states = 2 * trained if adam and not arguments.save_only_model else 0
+    kept = arguments.save_total_limit or 1
+    if arguments.max_steps > 0 and arguments.save_steps >= 1:
+        kept = min(kept, math.ceil((arguments.max_steps - steps) / arguments.save_steps))
+    there = len(checkpoint_folders(Path(str(arguments.output_dir)).expanduser()))
+    return weights + (weights + states) * max(kept - there, 1)
+
+
+def _up_to(size: int, texts: Any) -> list[str]:
+    kept = []
+    for document in texts:
+        kept.append(document[:size])
+        size -= len(document)
+        if size <= 0:
+            break
+    return kept

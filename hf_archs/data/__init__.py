@@ -1,0 +1,1 @@
+"""Text and DNA to train on and to measure with."""

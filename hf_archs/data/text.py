@@ -1,0 +1,315 @@
+"""Text to train on and to measure with: documents, the held-out rule, tokenizers, bits per byte.
+
+A corpus is a dict from the name of a document to its text. A document is held out, and never trained on, where the
+sha256 of its name is divisible by 20, so everybody holds out the same ones.
+
+Letters in shapes: b batch, l length, v vocabulary.
+"""
+
+import hashlib
+import importlib
+import math
+import sysconfig
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, load_dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hf_archs.errors import did_you_mean, similar
+from hf_archs.native.disk import looks_local
+
+Corpus = dict[str, str]
+Progress = Callable[[int, int], object]  # told how much is done of how much
+
+END_OF_TEXT = "<|endoftext|>"  # begins every document, and ends the one before
+SMALLEST_VOCABULARY = 257  # every byte, and the end of text
+PIECE = 8192  # characters of a piece of a single file
+# files of rows, which have a text in one of their columns, and are not read yet
+ROWS = frozenset([".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow"])
+# folders of the interpreter's library that are no source of it, or other text than the rest
+NOT_LIBRARY = frozenset(["test", "idlelib", "pydoc_data", "lib2to3", "site-packages", "dist-packages"])
+
+
+def read_text_files(folder: Path, skip: frozenset[str] = frozenset()) -> Corpus:
+    """The text files (UTF-8, no zero byte) below ``folder``, by relative path; ``skip`` names top-level folders."""
+    corpus = {}
+    below = [path for top in folder.iterdir() if top.name not in skip for path in (top, *top.rglob("*"))]
+    for path in sorted(below):
+        name = path.relative_to(folder)
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            content = file.read(8192)
+            if b"\0" in content:  # a binary, of which no more needs to be read
+                continue
+            content += file.read()
+        if b"\0" not in content:
+            try:
+                corpus[name.as_posix()] = content.decode()
+            except UnicodeDecodeError:
+                continue
+    return corpus
+
+
+def standard_library() -> Corpus:
+    """The source of this interpreter's standard library, without its tests and without IDLE."""
+    return read_text_files(Path(sysconfig.get_path("stdlib")), NOT_LIBRARY)
+
+
+def python_topics() -> Corpus:
+    """English: the topics of the interpreter's ``help()``."""
+    return dict(importlib.import_module("pydoc_data.topics").topics)
+
+
+OURS: dict[str, Callable[[], Corpus]] = {"stdlib": standard_library, "topics": python_topics}
+
+
+def read_corpus(data: str) -> Corpus:
+    """The documents that ``data`` names.
+
+    Args:
+        data: ``stdlib`` (`standard_library`), ``topics`` (`python_topics`), the path of a UTF-8 text file, the path of
+            a folder of them, or the name of a dataset with a ``text`` column, ``owner/name`` or ``owner/name:config``,
+            of which the ``train`` split is read. Text in one piece is cut, so that some of it can be held out.
+
+    Raises:
+        FileNotFoundError: where a path does not exist.
+        ValueError: where there is no text, or a file of rows (CSV, JSON, Parquet), or a folder of mostly such files.
+    """
+    path = Path(data).expanduser()
+    if data in OURS:
+        corpus = OURS[data]()
+    elif path.is_dir():
+        _refuse_rows(data, path)
+        corpus = read_text_files(path)
+    elif path.is_file():
+        _refuse_rows(data, path)
+        corpus = {path.name: _read(path)}
+    elif path.suffix.lower() in {".txt", *ROWS} or looks_local(data):
+        raise FileNotFoundError(
+            f"data is {data!r}, which does not exist; allowed is a text file, a folder or a dataset"
+        )
+    else:
+        if near := similar(data, OURS, most=1, cutoff=0.7):
+            raise FileNotFoundError(f"data is {data!r}, which does not exist; {did_you_mean(near)}")
+        corpus = _rows(data)
+    corpus = {name: text for name, text in corpus.items() if text}
+    if not corpus:
+        raise ValueError(f"data is {data!r}, which holds no text; allowed is UTF-8 text")
+    return _pieces(*corpus.popitem()) if len(corpus) == 1 else corpus
+
+
+def _refuse_rows(data: str, path: Path) -> None:
+    """A folder may have a table or a settings file among its text, but not more of them than of all else."""
+    sizes = {file: file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
+    rows = [file for file in sizes if file.suffix.lower() in ROWS]
+    if 2 * sum(sizes[file] for file in rows) > sum(sizes.values()):
+        where = "which is" if path.is_file() else f"in which most is rows, as {str(min(rows).relative_to(path))!r} is:"
+        raise ValueError(
+            f"data is {data!r}, {where} no plain text; CSV, JSON and Parquet are not read yet: write each of the texts "
+            "in them into a .txt file"
+        )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data is {str(path)!r}, which is not UTF-8 text: {error}") from error
+
+
+def _pieces(name: str, text: str) -> Corpus:
+    """One document, cut so that some of it can be held out."""
+    size = max(1, min(PIECE, len(text) // 20))
+    return {f"{name}#{i}": text[i : i + size] for i in range(0, len(text), size)}
+
+
+def _rows(data: str) -> Corpus:
+    name, _, config = data.partition(":")
+    dataset = load_dataset(name, config or None, split="train")
+    if "text" not in dataset.column_names:
+        raise ValueError(
+            f"dataset {data!r} has the columns {', '.join(dataset.column_names)}; a column 'text' is needed"
+        )
+    return {f"{i}": row["text"] for i, row in enumerate(dataset)}
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the document of this name is kept for measuring."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
+
+
+def split(corpus: Mapping[str, str]) -> tuple[Corpus, Corpus]:
+    """The documents to train on, and those held out (where the rule finds none, the one of the smallest sha256).
+
+    Raises:
+        ValueError: where there are fewer than two documents.
+    """
+    if len(corpus) < 2:
+        raise ValueError(f"the data has {len(corpus)} document; two are needed, one of them to measure with")
+    held_out = {name for name in corpus if is_held_out(name)}
+    if not held_out or len(held_out) == len(corpus):
+        held_out = {min(corpus, key=lambda name: hashlib.sha256(name.encode()).hexdigest())}
+    return (
+        {name: text for name, text in corpus.items() if name not in held_out},
+        {name: text for name, text in corpus.items() if name in held_out},
+    )
+
+
+def sample(corpus: Mapping[str, str], size: int, longest: int = 4 * PIECE) -> Corpus:
+    """At most ``size`` characters from all over a corpus, the same for everybody.
+
+    They are the first ``longest`` characters of each document at most (the beginnings alone, licences and imports, are
+    harder to predict than the rest), document after document in the order of the sha256 of their names, and the last
+    one cut where ``size`` is reached.
+    """
+    chosen: Corpus = {}
+    for name in sorted(corpus, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
+        if size <= 0:
+            break
+        chosen[name] = corpus[name][: min(longest, size)]
+        size -= len(chosen[name])
+    return chosen
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (Sennrich et al. 2016; on bytes as in GPT-2) that can write any text.
+
+    Its one special token, number 0, begins, ends and pads. A call of the tokenizer puts it before the text, so that a
+    prompt begins as a document of `token_blocks` does.
+
+    Raises:
+        ValueError: where ``vocab_size`` has no room for all bytes.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"vocab_size is {vocab_size}; allowed are {SMALLEST_VOCABULARY} (every byte) or more")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A",
+        pair=f"{END_OF_TEXT} $A {END_OF_TEXT}:1 $B:1",
+        special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The text's own tokens: none is added."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stands before the first one of a document."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError("the tokenizer has neither a bos_token nor an eos_token; one of them must begin a document")
+
+
+def token_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int, progress: Progress | None = None
+) -> Dataset:
+    """All documents in one stream, each after a start token, cut into blocks of ``length`` tokens.
+
+    Args:
+        progress: called after each document with the characters that are encoded, and those of all.
+
+    Returns:
+        a dataset of ``input_ids`` and ``labels``. The last, shorter block is left out unless it is the only one.
+    """
+    start = start_token(tokenizer)
+    texts = list(texts)
+    characters, total = 0, sum(map(len, texts))
+    stream = array("i")
+    for text in texts:
+        stream.extend([start, *encode(tokenizer, text)])
+        characters += len(text)
+        if progress is not None:
+            progress(characters, total)
+    length = max(1, min(length, len(stream)))
+    blocks = np.asarray(stream)[: len(stream) // length * length].reshape(-1, length)
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+
+def _batches(rows: Iterable[list[int]], size: int) -> Iterator[list[list[int]]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    batch_size: int = 8,
+    chunk: int = 512,
+    progress: Progress | None = None,
+) -> float:
+    """The bits that a causal language model needs for each byte of UTF-8.
+
+    Every text is read from an empty context and its first token counts: a start token predicts it. Long texts are read
+    in chunks with the cache continued, so the whole text before a token is its context.
+
+    Args:
+        model: a causal language model of transformers, or one in PEFT's wrapping.
+        batch_size: texts that are read together; it changes nothing but the time.
+        chunk: tokens of each that are read together; likewise.
+        progress: called after each chunk with the tokens that are measured, and those of all.
+    """
+    texts = [text for text in texts if text]
+    start = start_token(tokenizer)
+    nats = 0.0
+    was_training = model.training
+    model.eval()
+    longest_first = sorted((encode(tokenizer, text) for text in texts), key=len, reverse=True)
+    measured, total = 0, sum(map(len, longest_first))
+    for rows in _batches(longest_first, batch_size):
+        lengths = torch.tensor([len(row) for row in rows])
+        padded = nn.utils.rnn.pad_sequence(
+            [torch.tensor([start, *row]) for row in rows], batch_first=True
+        )  # (b, l + 1)
+        cache = None
+        for begin in range(0, len(rows[0]), chunk):
+            active = int((lengths > begin).sum())  # the shorter texts have ended
+            if cache is not None and active < lengths.shape[0]:
+                cache.batch_select_indices(torch.arange(active, device=model.device))
+            lengths, padded = lengths[:active], padded[:active]
+            seen = torch.arange(min(begin + chunk, padded.shape[1] - 1))
+            mask = (seen < lengths[:, None]).long()
+            inputs = padded[:, begin : len(seen)]
+            targets = padded[:, begin + 1 : len(seen) + 1].masked_fill(mask[:, begin:] == 0, -100)
+            output = model(
+                input_ids=inputs.to(model.device),
+                attention_mask=mask.to(model.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = output.logits.float().flatten(0, 1)  # (b * l, v)
+            nats += F.cross_entropy(logits, targets.flatten().to(logits.device), reduction="sum").item()
+            cache = output.past_key_values
+            measured += int((targets != -100).sum())
+            if progress is not None:
+                progress(measured, total)
+    model.train(was_training)
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)

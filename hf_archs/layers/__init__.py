@@ -1,0 +1,1 @@
+"""The layers that several architectures use: attention, convolution, feed-forwards and norms."""

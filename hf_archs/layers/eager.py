@@ -1,0 +1,53 @@
+"""Attention as two products around a softmax, for those who want its weights.
+
+Letters are those of `hf_archs.layers.attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_archs.kernels.numerics import cast, no_autocast, wide
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    show: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as two products around a softmax, in at least float32: transformers' ``eager``.
+
+    Args:
+        query: (b, h, l, n).
+        key, value: (b, k, columns, n).
+        attention_mask: what each query sees, bool, or floats that are added to scores, (b or 1, 1, l, columns); None
+            for causal attention.
+        show: gets the weights, and gives what stands for them.
+
+    Returns:
+        (b, l, h, n) in the dtype of ``query``, and the weights (b, h, l, columns).
+    """
+    groups = query.shape[1] // key.shape[1]
+    with no_autocast(query):
+        key, value = (wide(t).repeat_interleave(groups, 1) for t in (key, value))
+        scores = wide(query) @ key.mT * scaling
+        if attention_mask is None:
+            attention_mask = torch.ones_like(scores[:1, :1], dtype=torch.bool).tril()
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, -math.inf)
+        else:
+            scores = scores + attention_mask
+        weights = scores.softmax(-1)
+        if show is not None:
+            weights = show(weights)
+        return cast((weights @ value).transpose(1, 2), query.dtype), weights

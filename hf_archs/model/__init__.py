@@ -1,0 +1,1 @@
+"""The one backbone, its blocks and its heads."""

@@ -1,0 +1,1 @@
+"""Checkpoints: foreign formats, both ways, and what a saved one of ours carries."""

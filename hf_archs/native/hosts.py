@@ -1,0 +1,51 @@
+"""The tables of transformers and PEFT that an architecture is entered in."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from transformers import AutoModel
+
+if TYPE_CHECKING:
+    from hf_archs.registry import Architecture
+
+
+def enter_names(architecture: Architecture) -> None:
+    """Enter the classes where hosts look names up: the Trainer shifts the labels of causal models by such a table, and
+    `transformers serve` takes classes from transformers itself.
+    """
+    # it makes itself anew while its processors are imported, and who imported it before holds the first one
+    held = (vars(module).get("transformers") for module in [*sys.modules.values()] if hasattr(module, "__dict__"))
+    hosts = {id(host): host for host in (sys.modules["transformers"], *held) if isinstance(host, ModuleType)}
+    for host in hosts.values():
+        for named in (architecture.config_class, *(cls for _, cls in architecture.auto_classes().values())):
+            setattr(host, named.__name__, named)
+    for auto_class, model_class in architecture.auto_classes().values():
+        if auto_class is not AutoModel:
+            auto_class._model_mapping._model_mapping[architecture.model_type] = model_class.__name__  # type: ignore[attr-defined]
+
+
+# adapters that cut a matrix into blocks of a fixed size
+_EVEN = ("C3A", "MISS", "ROAD", "VBLORA")
+# of IA3 (Liu et al. 2022, section 3.3): what states, keys and values are made of, and the inside of a feed-forward
+_SCALED = ("in_proj", "x_proj", "k_proj", "v_proj", "down_proj")
+
+
+def enter_adapter_targets(architecture: Architecture) -> None:
+    """Enter the default targets of every kind of adapter."""
+    from peft.utils import constants
+
+    targets = architecture.lora_targets
+    scaled = [name for name in targets if name in _SCALED]
+    own = {
+        "IA3_TARGET": scaled or targets,
+        "IA3_FEEDFORWARD": [name for name in scaled if name == "down_proj"],
+        "LNTUNING_TARGET": ["norm", "feed_forward_norm"],
+        **{f"{tuner}_TARGET": architecture.even_targets or targets for tuner in _EVEN},
+    }
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING"):
+            kind = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_MODULES_MAPPING")
+            table[architecture.model_type] = [*own.get(kind, targets)]

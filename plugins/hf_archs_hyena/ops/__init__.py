@@ -1,0 +1,1 @@
+"""The ops of Hyena; they know nothing of models."""

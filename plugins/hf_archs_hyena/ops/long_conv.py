@@ -1,0 +1,282 @@
+"""The gated long convolution of Hyena (Poli et al. 2023, "Hyena Hierarchy: Towards Larger Convolutional Language
+Models", https://arxiv.org/abs/2302.10866, section 3).
+
+Letters: b batch, l length, c channels, k taps of a filter, p inputs before the first, t = p + l.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
+from hf_archs.kernels.backend import backend_for
+from hf_archs.kernels.numerics import no_autocast
+from hf_archs_hyena.ops import long_conv_fft
+
+
+def long_conv(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None = None,
+    gate_in: Tensor | None = None,
+    gate_out: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+    need_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """A causal convolution of each channel with a filter as long as the sequence, gated before and after:
+    ``v = gate_in x``, ``y_t = gate_out_t (sum_j taps_j v_{t-j} + bias v_t)``.
+
+    It takes O(l log l) time by FFT in float32, or float64 where ``x`` is; half precision never enters a transform. The
+    backward keeps no more than the inputs. One token alone is a dot product with what came before it. Packed documents
+    are taken apart and convolved in batches of similar length, so that nothing of one reaches into another; a packed
+    row costs at most about twice what the same number of tokens costs otherwise.
+
+    The same code runs on a CPU and, by way of cuFFT, on a GPU.
+
+    Args:
+        x: input, (batch, length, channels).
+        taps: the filters, the present first, (channels, taps); what lies further back than the last tap counts as 0.
+        bias: the skip connection, (channels,), or None for 0.
+        gate_in: (batch, length, channels), or None for 1.
+        gate_out: (batch, length, channels), or None for 1.
+        initial_state: gated inputs ``v`` before the first, the latest last, (batch, channels, past), any past; zeros
+            where there were none. None for nothing.
+        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins, which does not
+            see the inputs before it; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length. Positions from there on are pads: the final state ends before them.
+        need_state: whether the final state is wanted; None is returned in its place otherwise.
+
+    Returns:
+        ``y``, (batch, length, channels), and the final state, (batch, channels, min(past + length, taps)): the gated
+        inputs of the row's last document up to the row's length, the latest last, after zeros where there are fewer.
+        Both are in the dtype of ``x`` and can be differentiated, once.
+
+    Raises:
+        ValueError: where a shape does not fit, naming the argument.
+    """
+    _check(x, taps, bias, gate_in, gate_out, initial_state, seq_idx, lengths)
+    if backend_for(x) == "reference":
+        return long_conv_reference(
+            x,
+            taps,
+            bias,
+            gate_in,
+            gate_out,
+            initial_state=initial_state,
+            seq_idx=seq_idx,
+            lengths=lengths,
+            need_state=need_state,
+        )
+    if x.shape[1] == 1:
+        return long_conv_step(x, taps.flip(1), bias, gate_in, gate_out, initial_state, lengths, need_state)
+    if torch.compiler.is_exporting():
+        y = _exportable(x, taps, bias, gate_in, gate_out, initial_state, seq_idx)
+    else:
+        y = _long_conv(x, taps, bias, gate_in, gate_out, initial_state, seq_idx)
+    if not need_state:
+        return y, None
+    return y, _past_inputs(x if gate_in is None else x * gate_in, taps.shape[1], initial_state, seq_idx, lengths)
+
+
+def _check(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise ValueError(f"long_conv: x must be (batch, length, channels), length at least 1, not {tuple(x.shape)}")
+    b, l, c = x.shape
+    if taps.dim() != 2 or taps.shape[0] != c or taps.shape[1] == 0:
+        raise ValueError(f"long_conv: taps must be ({c}, taps), at least one, not {tuple(taps.shape)}")
+    past = initial_state.shape[-1] if initial_state is not None else 0
+    check_shapes(
+        "long_conv",
+        bias=(bias, (c,)),
+        gate_in=(gate_in, (b, l, c)),
+        gate_out=(gate_out, (b, l, c)),
+        initial_state=(initial_state, (b, c, past)),
+        seq_idx=(seq_idx, (b, l)),
+        lengths=(lengths, (b,)),
+    )
+
+
+def long_conv_reference(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None = None,
+    gate_in: Tensor | None = None,
+    gate_out: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+    need_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`long_conv` token by token: what the fast form is held against."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    b, l, c = x.shape
+    past = x.new_zeros(b, c, 0) if initial_state is None else initial_state.to(x.dtype)
+    columns = past.shape[2] + l
+    taps, bias = taps.to(dtype), None if bias is None else bias.to(dtype)
+    final_state, outputs = F.pad(past, (l, 0)), []
+    for t in range(l):
+        v = x[:, t] if gate_in is None else x[:, t] * gate_in[:, t]
+        if seq_idx is not None and t > 0:
+            past = torch.where((seq_idx[:, t] != seq_idx[:, t - 1])[:, None, None], 0, past)
+        past = torch.cat([past, v.unsqueeze(2)], dim=2)
+        reach = min(past.shape[2], taps.shape[1])
+        y = (past[:, :, -reach:].to(dtype) * taps[:, :reach].flip(1)).sum(2)
+        if bias is not None:
+            y = y + bias * v.to(dtype)
+        outputs.append(y if gate_out is None else y * gate_out[:, t].to(dtype))
+        padded = F.pad(past, (columns - past.shape[2], 0))
+        final_state = padded if lengths is None else torch.where((t < lengths)[:, None, None], padded, final_state)
+    y = torch.stack(outputs, dim=1).to(x.dtype)
+    return y, final_state[:, :, -min(columns, taps.shape[1]) :] if need_state else None
+
+
+def long_conv_step(
+    x: Tensor,
+    reversed_taps: Tensor,
+    bias: Tensor | None = None,
+    gate_in: Tensor | None = None,
+    gate_out: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    need_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`long_conv` of a single token, (batch, 1, channels), with the present's tap last: one dot product."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    v = (x if gate_in is None else x * gate_in).transpose(1, 2)
+    seen = v if initial_state is None else torch.cat([initial_state.to(v.dtype), v], dim=2)
+    reach = min(seen.shape[2], reversed_taps.shape[1])
+    window = seen[:, :, seen.shape[2] - reach :]
+    taps = reversed_taps[:, reversed_taps.shape[1] - reach :].to(dtype)
+    with no_autocast(x):
+        y = torch.linalg.vecdot(window.to(dtype), taps).unsqueeze(1)
+    if bias is not None:
+        y = torch.addcmul(y, v.transpose(1, 2).to(dtype), bias.to(dtype))
+    if gate_out is not None:
+        y = y * gate_out
+    if not need_state:
+        return y.to(x.dtype), None
+    if lengths is not None:
+        before = F.pad(seen[:, :, :-1], (1, 0))[:, :, seen.shape[2] - reach :]
+        window = torch.where((lengths > 0)[:, None, None], window, before)
+    return y.to(x.dtype), window.contiguous()
+
+
+def _past_inputs(
+    v: Tensor, taps: int, initial_state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None
+) -> Tensor:
+    """The state after gated inputs ``v``, (batch, length, channels): (batch, channels, min(past + length, taps))."""
+    past = 0 if initial_state is None else initial_state.shape[2]
+    kept = min(past + v.shape[1], taps)
+    if seq_idx is None and lengths is None:
+        seen = v.transpose(1, 2)
+        if initial_state is not None:
+            seen = torch.cat([initial_state.to(v.dtype), seen], dim=2)
+        return seen[:, :, seen.shape[2] - kept :].contiguous()
+    return last_inputs(v, kept, initial_state, number_documents(seq_idx), lengths).contiguous()
+
+
+def _exportable(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Tensor:
+    """The convolution in ordinary operators, for exporters, which know no others, and few runtimes a Fourier transform.
+
+    Documents in a row make it a product with a matrix of taps for each.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    v = (x if gate_in is None else x * gate_in).to(dtype)
+    seen = v.transpose(1, 2) if initial_state is None else torch.cat([initial_state.to(dtype), v.transpose(1, 2)], 2)
+    l, t, k, taps = x.shape[1], seen.shape[2], taps.shape[1], taps.to(dtype)
+    if seq_idx is None:
+        y = F.conv1d(F.pad(seen, (k - 1, 0)), taps.flip(1).unsqueeze(1), groups=taps.shape[0])[:, :, t - l :]
+        y = y.transpose(1, 2)
+    else:
+        lag = torch.arange(t - l, t, device=x.device).unsqueeze(1) - torch.arange(t, device=x.device)  # (l, t)
+        matrix = torch.where((lag >= 0) & (lag < k), taps[:, lag.clamp(0, k - 1)], 0)
+        documents = number_documents(seq_idx)
+        assert documents is not None  # of more than one token
+        document = F.pad(documents, (t - l, 0))  # (b, t)
+        same = document[:, t - l :].unsqueeze(2) == document.unsqueeze(1)
+        y = torch.einsum("bct,clt,blt->blc", seen, matrix, same.to(dtype))
+    if bias is not None:
+        y = y + v * bias.to(dtype)
+    return (y if gate_out is None else y * gate_out).to(x.dtype)
+
+
+# The op as PyTorch's op library sees it. Missing gradients come back empty, since a schema has no optional results.
+
+
+@torch.library.custom_op("hf_archs::long_conv", mutates_args=())
+def _long_conv(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Tensor:
+    with no_autocast(x):
+        return long_conv_fft.long_conv_fwd(x, taps, bias, gate_in, gate_out, initial_state, seq_idx)
+
+
+@torch.library.custom_op("hf_archs::long_conv_backward", mutates_args=())
+def _long_conv_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> list[Tensor]:
+    """The gradients of x, taps, bias, gate_in, gate_out and initial_state."""
+    inputs = (x, taps, bias, gate_in, gate_out, initial_state)
+    with no_autocast(x):
+        gradients = long_conv_fft.long_conv_bwd(grad_y, *inputs, seq_idx)
+    return [x.new_empty(0) if t is None or g is None else g.to(t.dtype) for g, t in zip(gradients, inputs)]
+
+
+@_long_conv.register_fake
+def _(x, taps, bias, gate_in, gate_out, initial_state, seq_idx):
+    return x.new_empty(x.shape)
+
+
+@_long_conv_backward.register_fake
+def _(grad_y, x, taps, bias, gate_in, gate_out, initial_state, seq_idx):
+    inputs = (x, taps, bias, gate_in, gate_out, initial_state)
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_y):
+    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
+    gradients = _long_conv_backward(grad_y, *saved)
+    return *(g if t is not None else None for g, t in zip(gradients, saved[:6])), None
+
+
+_long_conv.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,222 @@
+"""Hyena's short explicit filters: causal depthwise convolutions of up to 128 taps.
+
+Poli et al. 2023, "Hyena Hierarchy", https://arxiv.org/abs/2302.10866, section 3 (the convolution as a Toeplitz matrix);
+Ku et al. 2025, "Systems and Algorithms for Convolutional Multi-Hybrid Language Models at Scale",
+https://arxiv.org/abs/2503.01868, section 2 (StripedHyena 2's short and medium filters, one for a group of channels) and
+section 3 (tiles of that matrix on tensor cores).
+
+Letters: b batch, l length, c channels, g groups of channels that share a filter, k taps of a filter.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
+from hf_archs.kernels.backend import backend_for
+from hf_archs.kernels.numerics import differentiates_once
+from hf_archs_hyena.ops import toeplitz_conv_portable as portable
+
+MAX_TAPS = 128
+
+
+def toeplitz_conv(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``y_t = sum_m taps[:, m] x_{t - m} + bias x_t``, channel by channel, in float32 or wider.
+
+    Taps, bias and initial state may have dtypes of their own, and their gradients have those.
+
+    Args:
+        x: input, (batch, length, channels).
+        taps: the filters, newest input first, (groups, taps) with 1 to 128 taps; channels is a multiple of groups, and
+            channel ``c`` has the filter of group ``c // (channels // groups)``.
+        bias: what an input adds to its own output, (channels,), or None.
+        initial_state: the inputs before the first, oldest first, (batch, channels, taps - 1), or None for zeros.
+        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins, which does not
+            see the inputs before it; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length. Positions from there on are pads; the final state ends before them.
+
+    Returns:
+        ``y``, (batch, length, channels), and the final state, (batch, channels, taps - 1): the last inputs of the row's
+        last document, with zeros (or what is left of ``initial_state``) before them where it is shorter. Both are in
+        the dtype of ``x`` and can be differentiated, once.
+
+    Raises:
+        ValueError: where a shape does not fit, naming the argument.
+    """
+    _check(x, taps, bias, initial_state, seq_idx, lengths)
+    if backend_for(x) == "reference":
+        return toeplitz_conv_reference(x, taps, bias, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths)
+    if x.shape[1] == 1:
+        return _step(x, taps, bias, initial_state, lengths)
+    documents = number_documents(seq_idx)
+    if torch.compiler.is_exporting():
+        y = _plain(x, taps, bias, initial_state, documents)
+    else:
+        y = _toeplitz_conv(x, taps, bias, initial_state, documents)
+    return y, last_inputs(x, taps.shape[1] - 1, initial_state, documents, lengths).contiguous()
+
+
+def _check(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise ValueError(f"toeplitz_conv: x must be (batch, length, channels), length at least 1, not {tuple(x.shape)}")
+    if taps.dim() != 2 or not 1 <= taps.shape[1] <= MAX_TAPS:
+        raise ValueError(
+            f"toeplitz_conv: taps must be (groups, taps) with 1 to {MAX_TAPS} taps, not {tuple(taps.shape)}"
+        )
+    b, l, c = x.shape
+    if taps.shape[0] == 0 or c % taps.shape[0]:
+        raise ValueError(f"toeplitz_conv: channels must be a multiple of the groups of taps, not {c} of {len(taps)}")
+    check_shapes(
+        "toeplitz_conv",
+        bias=(bias, (c,)),
+        initial_state=(initial_state, (b, c, taps.shape[1] - 1)),
+        seq_idx=(seq_idx, (b, l)),
+        lengths=(lengths, (b,)),
+    )
+
+
+def toeplitz_conv_reference(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`toeplitz_conv` token by token: what the fast forms are held against."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    b, l, c = x.shape
+    window = x.new_zeros(b, c, taps.shape[1] - 1) if initial_state is None else initial_state.to(x.dtype)
+    oldest_first = taps.to(dtype).flip(1).repeat_interleave(c // taps.shape[0], 0)
+    final_state = window
+    outputs = []
+    for t in range(l):
+        if seq_idx is not None and t > 0:
+            window = torch.where((seq_idx[:, t] != seq_idx[:, t - 1])[:, None, None], 0, window)
+        seen = torch.cat([window, x[:, t, :, None]], dim=2)
+        y = (seen.to(dtype) * oldest_first).sum(2)
+        if bias is not None:
+            y = y + bias.to(dtype) * x[:, t].to(dtype)
+        outputs.append(y)
+        window = seen[:, :, 1:]
+        final_state = window if lengths is None else torch.where((t < lengths)[:, None, None], window, final_state)
+    return torch.stack(outputs, dim=1).to(x.dtype), final_state
+
+
+def _step(
+    x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One token: a handful of small calls, on every device."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    (b, _, c), (g, k) = x.shape, taps.shape
+    if initial_state is None:
+        initial_state = x.new_zeros(b, c, k - 1)
+    seen = torch.cat([initial_state.to(x.dtype), x.transpose(1, 2)], dim=2)
+    oldest_first = taps.flip(1).unsqueeze(1)
+    y = (seen.view(b, g, c // g, k).to(dtype) * oldest_first).sum(3).view(b, 1, c)  # PyTorch widens what taps lack
+    if bias is not None:
+        y = torch.addcmul(y, x.to(dtype), bias.to(dtype))
+    final_state = seen[:, :, 1:].contiguous()
+    if lengths is not None:
+        final_state = torch.where((lengths > 0)[:, None, None], final_state, seen[:, :, :-1])
+    return y.to(x.dtype), final_state
+
+
+def _plain(
+    x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, documents: Tensor | None
+) -> Tensor:
+    """The convolution in ordinary operators, for exporters, which know no others."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    (b, l, c), (g, k) = x.shape, taps.shape
+    before = x.new_zeros(b, k - 1, c) if initial_state is None else initial_state.transpose(1, 2)
+    padded = torch.cat([before.to(dtype), x.to(dtype)], dim=1)
+    taps = taps.to(dtype).repeat_interleave(c // g, 0)
+    if documents is None:
+        y = F.conv1d(padded.transpose(1, 2), taps.flip(1).unsqueeze(1), groups=c).transpose(1, 2)
+    else:
+        seen = F.pad(documents, (k - 1, 0))
+        y = padded[:, k - 1 :] * taps[:, 0]
+        for back in range(1, k):
+            visible = documents == seen[:, k - 1 - back : k - 1 - back + l]
+            y = y + torch.where(visible.unsqueeze(2), padded[:, k - 1 - back : k - 1 - back + l], 0) * taps[:, back]
+    if bias is not None:
+        y = y + x.to(dtype) * bias.to(dtype)
+    return y.to(x.dtype)
+
+
+# The op as PyTorch's op library sees it. Missing gradients come back empty, since a schema has no optional results.
+
+
+@torch.library.custom_op("hf_archs::toeplitz_conv", mutates_args=())
+def _toeplitz_conv(
+    x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, documents: Tensor | None
+) -> Tensor:
+    with torch.accelerator.device_index(x.device.index):
+        return _implementation(x).toeplitz_conv_fwd(x, taps, bias, initial_state, documents)
+
+
+@torch.library.custom_op("hf_archs::toeplitz_conv_backward", mutates_args=())
+def _toeplitz_conv_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    documents: Tensor | None,
+) -> list[Tensor]:
+    """The gradients of x, taps, bias and initial_state."""
+    with torch.accelerator.device_index(x.device.index):
+        gradients = _implementation(x).toeplitz_conv_bwd(grad_y, x, taps, bias, initial_state, documents)
+    inputs = (x, taps, bias, initial_state)
+    return [x.new_empty(0) if t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
+
+
+def _implementation(x: Tensor):
+    # Triton's matrix products have no float64
+    if backend_for(x) == "triton" and x.dtype != torch.float64:
+        from hf_archs_hyena.ops import toeplitz_conv_triton
+
+        return toeplitz_conv_triton
+    return portable
+
+
+@_toeplitz_conv.register_fake
+def _(x, taps, bias, initial_state, documents):
+    return x.new_empty(x.shape)
+
+
+@_toeplitz_conv_backward.register_fake
+def _(grad_y, x, taps, bias, initial_state, documents):
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, taps, bias, initial_state)]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_y):
+    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
+    gradients = _toeplitz_conv_backward(grad_y, *saved)
+    return *(g if t is not None else None for g, t in zip(gradients, saved)), None
+
+
+_toeplitz_conv.register_autograd(_backward, setup_context=_setup_context)
+differentiates_once(_toeplitz_conv_backward)

@@ -1,0 +1,1 @@
+"""The op of Mamba; it knows nothing of models."""

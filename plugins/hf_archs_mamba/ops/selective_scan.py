@@ -1,0 +1,305 @@
+"""The selective scan of Mamba-1 (Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+https://arxiv.org/abs/2312.00752, sections 3.2 and 3.3, algorithm 2).
+
+Letters: b batch, l length, c channels, n state.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_archs.kernels.arguments import check_shapes
+from hf_archs.kernels.backend import backend_for
+from hf_archs.kernels.exporting import scan
+from hf_archs.kernels.numerics import LOG2_E, cast, constant, differentiates_once, no_autocast, wide
+from hf_archs_mamba.ops import selective_scan_portable as portable
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A diagonal linear recurrence per channel whose step, input and output maps depend on the token.
+
+    ``delta = softplus(dt)``, ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t``, ``y_t = (C_t h_t + D x_t) silu(z_t)``.
+
+    States, decays and sums are in float32, or float64 where ``x`` is, autocast or not. Every tensor may have a dtype of
+    its own, and its gradient has that dtype.
+
+    Args:
+        x: input, (batch, length, channels).
+        dt: step size before the softplus, its bias already added, (batch, length, channels).
+        A: negative, (channels, state), float32 or wider.
+        B: input map, (batch, length, state).
+        C: output map, (batch, length, state).
+        D: skip connection, (channels,), or None for no skip.
+        z: gate, (batch, length, channels), or None for no gate.
+        initial_state: the state to continue from, (batch, channels, state), or None for zeros.
+        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins with an empty
+            state; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length. Positions from there on are pads: delta is 0 there, so they leave the
+            state as it is, and the final state is the one at the row's length.
+
+    Returns:
+        ``y``, (batch, length, channels) in the dtype of ``x``, and the final state, (batch, channels, state) in
+        float32 or wider. Both can be differentiated, once.
+
+    Raises:
+        ValueError: where a shape does not fit, naming the argument.
+    """
+    _check(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths)
+    inputs = (x, dt, A, B, C, D, z, initial_state, seq_idx, lengths)
+    backend = backend_for(x)
+    if backend == "reference":
+        return selective_scan_reference(
+            x, dt, A, B, C, D, z, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths
+        )
+    if backend == "portable" and x.shape[1] == 1:
+        return _step(x, dt, A, B, C, D, z, initial_state, lengths)
+    if torch.compiler.is_exporting():
+        return _scan_by_token(*inputs)
+    keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y, final_state, _ = _selective_scan(*inputs, keep_states)
+    return y, final_state
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    if x.dim() != 3 or A.dim() != 2:
+        raise ValueError(
+            f"selective_scan: x must be (batch, length, channels) and A (channels, state), "
+            f"not {tuple(x.shape)} and {tuple(A.shape)}"
+        )
+    (b, l, c), n = x.shape, A.shape[1]
+    check_shapes(
+        "selective_scan",
+        dt=(dt, (b, l, c)),
+        A=(A, (c, n)),
+        B=(B, (b, l, n)),
+        C=(C, (b, l, n)),
+        D=(D, (c,)),
+        z=(z, (b, l, c)),
+        initial_state=(initial_state, (b, c, n)),
+        seq_idx=(seq_idx, (b, l)),
+        lengths=(lengths, (b,)),
+    )
+
+
+def selective_scan_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` as the paper writes it, token by token: what the fast forms are held against."""
+    y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+    delta = F.softplus(dt)
+    state = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for t in range(x.shape[1]):
+        real = torch.ones_like(x[:, 0, 0], dtype=torch.bool) if lengths is None else t < lengths
+        if seq_idx is not None and t > 0:
+            begins = (seq_idx[:, t] != seq_idx[:, t - 1]) & real
+            state = torch.where(begins[:, None, None], 0, state)
+        delta_t = torch.where(real[:, None], delta[:, t], 0)
+        state = (delta_t[:, :, None] * A).exp() * state + (delta_t * x[:, t])[:, :, None] * B[:, t, None, :]
+        outputs.append((state * C[:, t, None, :]).sum(-1))
+    y = torch.stack(outputs, dim=1)
+    if D is not None:
+        y = y + D.to(dtype) * x
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(y_dtype), state
+
+
+def _step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One token: a handful of small calls, over states whose channels are innermost in memory."""
+    y_dtype, x = x.dtype, wide(x)
+    dtype = x.dtype
+    delta = F.softplus(cast(dt, dtype))
+    if lengths is not None:
+        delta = delta * (lengths > 0)[:, None, None]
+    A, B, C = cast(A, dtype).t(), cast(B, dtype).transpose(1, 2), cast(C, dtype)
+    before = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else cast(initial_state, dtype).transpose(1, 2)
+    # exp2, because exp calls MKL on a CPU, which wakes every thread for it
+    decay = torch.exp2(delta * constant(LOG2_E, delta) * A)
+    state = torch.addcmul(decay * before, delta * x, B)
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):  # autocast takes products to bfloat16
+        y = (state * C.transpose(1, 2)).sum(1, keepdim=True)
+    else:
+        y = torch.bmm(C, state.contiguous())  # the same bits however the state before lay in memory
+    if D is not None:
+        y = torch.addcmul(y, cast(D, dtype), x)
+    if z is not None:
+        y = y * F.silu(cast(z, dtype))
+    return cast(y, y_dtype), state.transpose(1, 2)
+
+
+def _scan_by_token(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The scan in ordinary operators and a loop of the graph, for exporters, which know no others."""
+    y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+    reset, pad = portable.boundaries(seq_idx, lengths, x)
+    delta = F.softplus(dt)
+    if pad is not None:
+        delta = delta.masked_fill(pad.unsqueeze(2), 0)
+    decay = (delta.unsqueeze(3) * A).exp()  # (b, l, c, n)
+    if reset is not None:
+        decay = decay.masked_fill(reset[:, :, None, None], 0)
+    write = (delta * x).unsqueeze(3) * B.unsqueeze(2)
+
+    # no more than this: exporters lose what a loop takes from outside, and views in it
+    def step(state: Tensor, token: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        decay, write = token
+        state = decay * state + write
+        return state, state
+
+    before = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.to(dtype)
+    state, states = scan(step, before, (decay.transpose(0, 1), write.transpose(0, 1)))
+    y = (states.transpose(0, 1) * C.unsqueeze(2)).sum(3)
+    if D is not None:
+        y = y + D.to(dtype) * x
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(y_dtype), state
+
+
+# The op as PyTorch's op library sees it. Missing tensors come back empty, since a schema has no optional results.
+
+
+@torch.library.custom_op("hf_archs::selective_scan", mutates_args=())
+def _selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the states at the start of every block of tokens (empty unless ``keep_states``)."""
+    with no_autocast(x), torch.accelerator.device_index(x.device.index):
+        y, final_state, kept = _implementation(x).selective_scan_fwd(
+            x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep_states
+        )
+    # in one row: a dimension of blocks would be 1 for short sequences, and torch.compile compiles once more for a 1
+    return y, final_state, kept.flatten()
+
+
+@torch.library.custom_op("hf_archs::selective_scan_backward", mutates_args=())
+def _selective_scan_backward(
+    grad_y: Tensor | None,
+    grad_final_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+    kept_states: Tensor,
+) -> list[Tensor]:
+    """The gradients of x, dt, A, B, C, D, z and initial_state."""
+    kept_states = kept_states.view(-1, x.shape[0], A.shape[1], x.shape[2])
+    with no_autocast(x), torch.accelerator.device_index(x.device.index):
+        gradients = _implementation(x).selective_scan_bwd(
+            grad_y, grad_final_state, x, dt, A, B, C, D, z, seq_idx, lengths, kept_states
+        )
+    inputs = (x, dt, A, B, C, D, z, initial_state)
+    return [x.new_empty(0) if g is None or t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
+
+
+def _implementation(x: Tensor):
+    if backend_for(x) == "triton" and x.dtype != torch.float64:  # the kernels are float32 inside
+        from hf_archs_mamba.ops import selective_scan_triton
+
+        return selective_scan_triton
+    return portable
+
+
+@_selective_scan.register_fake
+def _(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep_states):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    b, l, c = x.shape
+    kept = (l + portable.BLOCK - 1) // portable.BLOCK * b * A.shape[1] * c if keep_states else 0
+    return x.new_empty(b, l, c), x.new_empty(b, *A.shape, dtype=dtype), x.new_empty(kept, dtype=dtype)
+
+
+@_selective_scan_backward.register_fake
+def _(grad_y, grad_final_state, x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, kept_states):
+    inputs = (x, dt, A, B, C, D, z, initial_state)
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:-1], output[2])
+
+
+def _backward(ctx, grad_y, grad_final_state, _):
+    if grad_y is None and grad_final_state is None:
+        return (None,) * 11
+    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
+    gradients = _selective_scan_backward(grad_y, grad_final_state, *saved)
+    return *(g if t is not None else None for g, t in zip(gradients, saved[:8])), None, None, None
+
+
+_selective_scan.register_autograd(_backward, setup_context=_setup_context)
+differentiates_once(_selective_scan_backward)

@@ -1,0 +1,1 @@
+"""The op of Mamba-2; it knows nothing of models."""

@@ -1,0 +1,242 @@
+"""The experts of a mixture (Shazeer et al. 2017, "Outrageously Large Neural Networks: The Sparsely-Gated
+Mixture-of-Experts Layer", https://arxiv.org/abs/1701.06538, section 2), gated as in Mixtral (Jiang et al. 2024,
+https://arxiv.org/abs/2401.04088, section 2.1). No expert has a capacity: all that is routed to one is computed.
+
+Letters: t tokens, k choices of a token, p pairs of a token and one of its choices (t times k), e experts, h hidden,
+i inner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_archs.kernels.arguments import check_shapes
+from hf_archs.kernels.backend import backend_for, is_transformed
+from hf_archs.kernels.exporting import any_length
+from hf_archs.kernels.numerics import cast, differentiates_once, no_autocast, wide
+from hf_archs_moe.ops import experts_portable as portable
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+def expert_mlp(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+) -> Tensor:
+    """The weighted sum of what the chosen experts make of each token.
+
+    ``y_t = sum_k w_tk down_e activation(up_e x_t)`` with ``e = expert_index[t, k]``. Where the experts are gated, the
+    first half of ``up_e`` is the gate: ``activation(gate_e x_t) * (up_e x_t)``.
+
+    Products and the sum over k accumulate in float32, or float64 where ``x`` is, and what passes from one product to
+    the next has the dtype of ``x``. Under autocast x, up and down are cast to its dtype, as those of `F.linear` are.
+    Only experts that are chosen are read, and results are the same from run to run.
+
+    Args:
+        x: input, (tokens, hidden).
+        expert_index: integer, (tokens, k), 0 to ``experts - 1``; ``experts`` stands for none, which adds nothing: a
+            choice that was dropped, or an expert of another rank.
+        expert_weight: (tokens, k), of any floating dtype.
+        up: (experts, 2 * inner, hidden), the gate first, or (experts, inner, hidden) where experts are not gated. Up
+            and down are cast to the dtype of x where they have another one.
+        down: (experts, hidden, inner).
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_pytorch_tanh"``, ``"relu"`` or ``"relu2"``, as transformers calls
+            them.
+        gated: whether experts have a gate.
+
+    Returns:
+        (tokens, hidden) in the dtype of ``x`` (of autocast, under it). It can be differentiated, once; experts that
+        computed nothing have gradients of zero.
+
+    Raises:
+        ValueError: where a shape does not fit, the index is no integer or the activation is unknown, naming the
+            argument.
+    """
+    _check(x, expert_index, expert_weight, up, down, activation, gated)
+    dtype, device = x.dtype, x.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    x, up, down = (cast(t, dtype) for t in (x, up, down))
+    if is_transformed():
+        return _dense(x, expert_index, expert_weight, up, down, activation, gated)
+    if backend_for(x) == "reference":
+        return expert_mlp_reference(x, expert_index, expert_weight, up, down, activation=activation, gated=gated)
+    if any_length():
+        return _dense(x, expert_index, expert_weight, up, down, activation, gated)
+    inputs = (x, expert_index, expert_weight, up, down, activation, gated)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, expert_weight, up, down)):
+        return _expert_mlp(*inputs, True)[0]
+    if x.is_cpu and not torch.compiler.is_compiling():  # an op of the library costs as much as a small expert there
+        with no_autocast(x):
+            return _implementation(x).expert_mlp_fwd(*inputs, False)[0]
+    return _expert_mlp(*inputs, False)[0]
+
+
+def _check(
+    x: Tensor, expert_index: Tensor, expert_weight: Tensor, up: Tensor, down: Tensor, activation: str, gated: bool
+) -> None:
+    if x.dim() != 2 or expert_index.dim() != 2 or down.dim() != 3:
+        raise ValueError(
+            f"expert_mlp: x must be (tokens, hidden), expert_index (tokens, k) and down (experts, hidden, inner), "
+            f"not {tuple(x.shape)}, {tuple(expert_index.shape)} and {tuple(down.shape)}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"expert_mlp: activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    if expert_index.is_floating_point() or expert_index.dtype == torch.bool:
+        raise ValueError(f"expert_mlp: expert_index must be an integer tensor, not {expert_index.dtype}")
+    (t, h), k, (e, _, i) = x.shape, expert_index.shape[1], down.shape
+    check_shapes(
+        "expert_mlp",
+        expert_index=(expert_index, (t, k)),
+        expert_weight=(expert_weight, (t, k)),
+        up=(up, (e, 2 * i if gated else i, h)),
+        down=(down, (e, h, i)),
+    )
+
+
+def _activate(pre: Tensor, activation: str, gated: bool) -> Tensor:
+    """The inner layer from the product with ``up``, in the dtype of that product."""
+    act = ACTIVATIONS[activation]
+    if not gated:
+        return cast(act(wide(pre)), pre.dtype)
+    gate, up = wide(pre).chunk(2, -1)
+    return cast(act(gate) * up, pre.dtype)
+
+
+def expert_mlp_reference(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+) -> Tensor:
+    """`expert_mlp` as its formula has it, choice by choice: what the fast forms are held against."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # a sum over no element of any input, so that each has a gradient even where no expert computes
+    nothing = torch.stack([t[:0].sum().to(dtype) for t in (x, expert_weight, up, down)]).sum()
+    outputs = [nothing.expand(0, x.shape[1])]
+    for token, experts, weights in zip(x, expert_index.tolist(), expert_weight):
+        y = nothing.expand(1, x.shape[1])
+        for expert, weight in zip(experts, weights):
+            if expert < up.shape[0]:
+                inner = _activate(F.linear(token, up[expert]), activation, gated)
+                y = y + weight.to(dtype) * F.linear(inner, down[expert]).to(dtype)
+        outputs.append(y)
+    return torch.cat(outputs).to(x.dtype)
+
+
+def _dense(
+    x: Tensor, expert_index: Tensor, expert_weight: Tensor, up: Tensor, down: Tensor, activation: str, gated: bool
+) -> Tensor:
+    """Every token through every expert, for exporters, which know neither our op nor shapes that depend on values, and
+    for `torch.jit.trace`, which would send all tokens to come to the experts of the example."""
+    chosen = expert_index.unsqueeze(2) == torch.arange(up.shape[0], device=x.device)  # (t, k, e)
+    weight = torch.where(chosen, wide(expert_weight).unsqueeze(2), 0).sum(1)  # (t, e)
+    inner = _activate(x @ up.transpose(1, 2), activation, gated)
+    outputs = weight.t().unsqueeze(2) * wide(inner @ down.transpose(1, 2))  # (e, t, h)
+    return cast(torch.where(chosen.any(1).t().unsqueeze(2), outputs, 0).sum(0), x.dtype)
+
+
+# The op as PyTorch's op library sees it. Missing tensors come back empty, since a schema has no optional results.
+
+
+@torch.library.custom_op("hf_archs::expert_mlp", mutates_args=())
+def _expert_mlp(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    gated: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """y, and the products with ``up`` of all pairs sorted by expert (empty unless ``keep``)."""
+    with no_autocast(x), torch.accelerator.device_index(x.device.index):
+        return _implementation(x).expert_mlp_fwd(x, expert_index, expert_weight, up, down, activation, gated, keep)
+
+
+@torch.library.custom_op("hf_archs::expert_mlp_backward", mutates_args=())
+def _expert_mlp_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    pre: Tensor,
+    activation: str,
+    gated: bool,
+    up_learns: bool,
+    down_learns: bool,
+) -> list[Tensor]:
+    """The gradients of x, expert_weight, up and down; the last two empty where they do not learn."""
+    with no_autocast(x), torch.accelerator.device_index(x.device.index):
+        grad_x, grad_weight, grad_up, grad_down = _implementation(x).expert_mlp_bwd(
+            grad_y, x, expert_index, expert_weight, up, down, pre, activation, gated, up_learns, down_learns
+        )
+    none = x.new_empty(0)
+    return [
+        grad_x,
+        grad_weight.to(expert_weight.dtype),
+        none if grad_up is None else grad_up,
+        none.clone() if grad_down is None else grad_down,
+    ]
+
+
+def _implementation(x: Tensor):
+    if backend_for(x) == "triton" and x.dtype != torch.float64:  # the kernels are float32 inside
+        from hf_archs_moe.ops import experts_triton
+
+        return experts_triton
+    return portable
+
+
+@_expert_mlp.register_fake
+def _(x, expert_index, expert_weight, up, down, activation, gated, keep):
+    return x.new_empty(x.shape), x.new_empty((expert_index.numel(), up.shape[1]) if keep else (0,))
+
+
+@_expert_mlp_backward.register_fake
+def _(grad_y, x, expert_index, expert_weight, up, down, pre, activation, gated, up_learns, down_learns):
+    learns = (True, True, up_learns, down_learns)
+    return [t.new_empty(t.shape if wanted else 0) for t, wanted in zip((x, expert_weight, up, down), learns)]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.activation, ctx.gated, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx, grad_y, _):
+    if grad_y is None:
+        return (None,) * 8
+    learns = ctx.needs_input_grad[3:5]
+    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
+    grad_x, grad_weight, *gradients = _expert_mlp_backward(grad_y, *saved, ctx.activation, ctx.gated, *learns)
+    return grad_x, None, grad_weight, *(g if wanted else None for g, wanted in zip(gradients, learns)), None, None, None
+
+
+_expert_mlp.register_autograd(_backward, setup_context=_setup_context)
+differentiates_once(_expert_mlp_backward)

@@ -1,0 +1,1 @@
+"""The ops of RetNet; they know nothing of models."""
