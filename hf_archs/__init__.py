@@ -3,10 +3,7 @@
 Importing this package registers every installed plugin with transformers' Auto classes.
 """
 
-import importlib.metadata
 from typing import Any
-
-__version__ = importlib.metadata.version("hf-archs")  # modules that are imported below read it
 
 import hf_archs.layers.attention
 import hf_archs.layers.memory_attention
@@ -15,6 +12,7 @@ import hf_archs.layers.side_by_side  # noqa: F401 - these register mixers and fe
 from hf_archs.model.adapters import add_adapter
 from hf_archs.model.sharding import fully_shard
 from hf_archs.native.conversion import from_native, to_native
+from hf_archs.parts import VERSION
 from hf_archs.registry import (
     Architecture,
     architectures,
@@ -27,6 +25,8 @@ from hf_archs.registry import (
     register_feed_forward,
     register_mixer,
 )
+
+__version__ = VERSION
 
 __all__ = [
     "ArchTrainer",

@@ -4,6 +4,7 @@ A part is a token mixer or a feed-forward. Letters in shapes: b batch, l length,
 """
 
 # no `annotations` of the future here: `strict` reads the types of PartConfig
+import importlib.metadata
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from hf_archs.cache import Slot
+
+VERSION = importlib.metadata.version("hf-archs")
 
 
 @dataclass(frozen=True)

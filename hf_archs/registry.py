@@ -260,11 +260,9 @@ def register_mixer(
         parts: of a mixer that is several side by side, each one's registered name and config.
         window: of one that sees the last tokens alone, how many.
         follows_pairs: whether it follows a mask of four dimensions, `hf_archs.cache.call.call.pairs`.
-        shows_weights: whether it hands the weights of attention to `hf_archs.cache.call.call.show`, where somebody
-            looks.
+        shows_weights: whether it hands the weights of attention to `hf_archs.cache.call.call.show`.
         lora_targets: names of its linear layers that LoRA adapts by default.
-        even_targets: those of them whose widths are multiples of ``hidden_size`` or of a head's size, for adapters
-            that cut a matrix into blocks.
+        even_targets: those of them whose widths are multiples of ``hidden_size`` or of a head's size.
         tiny: config fields of the tiny mixer that tests use.
 
     Raises:

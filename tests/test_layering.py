@@ -1,4 +1,4 @@
-"""Which way the imports may point: kernels -> layers -> mixers -> blocks -> models; core never knows a plugin."""
+"""Which way the imports may point: kernels -> layers -> blocks -> models -> commands; core never knows a plugin."""
 
 import ast
 import sys
@@ -12,58 +12,60 @@ ROOT = Path(hf_archs.__file__).parent
 REPOSITORY = ROOT.parent
 PLUGINS = sorted(path.name for path in (REPOSITORY / "plugins").iterdir() if (path / "__init__.py").exists())
 CORE = sorted(ROOT.rglob("*.py"))
-# what stands below the models, and may not import them
+OURS = [*CORE, *sorted((REPOSITORY / "plugins").rglob("*.py"))]
+# what stands below the models, and all that each may import of the library
+GROUND = ("hf_archs.errors", "hf_archs.parts")
 BELOW = {
-    "hf_archs.kernels.backend": (),
-    "hf_archs.kernels": ("hf_archs.kernels.backend", "hf_archs.kernels"),
-    # but for the errors, for types and inside functions
-    "hf_archs.registry": ("hf_archs.config.model", "hf_archs.errors", "hf_archs.native.formats"),
-    "hf_archs.layers.norm": ("hf_archs.kernels", "hf_archs.kernels.backend"),
-    "hf_archs.layers.convolution": (
-        "hf_archs.kernels",
-        "hf_archs.kernels.backend",
-        "hf_archs.cache",
-    ),  # what a mixer hands it
-    "hf_archs.cache.call": (),
-    "hf_archs.cache": ("hf_archs.registry", "hf_archs.cache.call"),
-    "hf_archs.native.stub": ("hf_archs.registry",),
-    "hf_archs.config.model": (
-        "hf_archs.registry",
-        "hf_archs.native.stub",
-        "hf_archs.native.reading",
-        "hf_archs.cache.call",
-        "hf_archs.errors",
-        "hf_archs.native.formats",
-        "hf_archs.__version__",
-    ),
     "hf_archs.errors": (),
-    "hf_archs.native.formats": ("hf_archs.registry",),
+    "hf_archs.parts": (),
+    "hf_archs.kernels": (),
+    "hf_archs.cache.call": (),
+    "hf_archs.cache": GROUND,
+    "hf_archs.registry": (*GROUND, "hf_archs.native.hosts"),
+    "hf_archs.native.formats": ("hf_archs.parts",),
     "hf_archs.native.pickles": (),
-    "hf_archs.native.reading": (
-        "hf_archs.registry",
-        "hf_archs.native.formats",
-        "hf_archs.errors",
-        "hf_archs.native.pickles",
-    ),
+    "hf_archs.native.hosts": (),
+    "hf_archs.native.state_spaces": ("hf_archs.native.formats",),
+    "hf_archs.native.stub": ("hf_archs.registry",),
+    "hf_archs.native.model_card": ("hf_archs.registry", "hf_archs.parts"),
+    "hf_archs.native.disk": ("hf_archs.native.model_card",),
+    "hf_archs.native.reading": (*GROUND, "hf_archs.registry", "hf_archs.native", "hf_archs.cache.call"),
+    "hf_archs.native": (*GROUND, "hf_archs.registry", "hf_archs.cache.call"),
+    "hf_archs.config.pattern": ("hf_archs.errors",),
+    "hf_archs.config.model": (*GROUND, "hf_archs.registry", "hf_archs.native", "hf_archs.cache.call"),
+    "hf_archs.layers.norm": ("hf_archs.kernels",),
+    "hf_archs.layers.convolution": ("hf_archs.kernels", "hf_archs.cache"),  # what a mixer hands it
+    "hf_archs.layers": (*GROUND, "hf_archs.registry", "hf_archs.kernels", "hf_archs.cache"),
+    "hf_archs.config": (*GROUND, "hf_archs.registry", "hf_archs.native", "hf_archs.cache.call", "hf_archs.layers"),
+    "hf_archs.data": (*GROUND, "hf_archs.native.disk"),
 }
-# what of a plugin is about models: the rest are ops (filters are layers between the two, distillation makes models)
-MODEL_FILES = ("__init__", "configuration", "mixer", "modeling", "conversion", "bench", "filters", "distillation")
-MODEL_FILES += ("routing", "expert_layer", "feed_forward", "callbacks", "upcycling", "presets", "switch_layers")
-MODEL_FILES += ("torchscale",)
+# models, and what needs them: ops and kernels can be used, and tested, without
+MODELS = ("hf_archs.config", "hf_archs.layers", "hf_archs.model", "hf_archs.cache", "hf_archs.native", "transformers")
 # programs over the library: which architecture they take where none is named, and which peers they measure
-PROGRAMS = {"cli.py", "quickstart"}
+PROGRAMS = ("cli.py", "quickstart")
 # a value that a foreign checkpoint format leaves out, and what transformers calls a layer
-FOREIGN = {("formats.py", "Mamba1"), ("configuration.py", "moe"), ("parallel.py", "hybrid")}
+FOREIGN = {("state_spaces.py", "Mamba1"), ("model.py", "moe"), ("side_by_side.py", "hybrid")}
+LONGEST = 450  # lines of a file that holds no kernels
 
 
-def module_of(file: Path, root: Path) -> str:
+def module_of(file: Path) -> str:
+    root = REPOSITORY if file.is_relative_to(ROOT) else REPOSITORY / "plugins"
     return ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
+MODULES = {module_of(file): file for file in OURS}
+
+
 def imports(file: Path) -> set[str]:
-    """Every module that a file imports, wherever in the file, as dotted names."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    """Every module that a file imports, wherever in the file but for types alone, as dotted names."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            waiting += node.orelse
+            continue
+        waiting += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -75,6 +77,36 @@ def imports(file: Path) -> set[str]:
 
 def within(name: str, *packages: str) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def needs(file: Path, modules: dict[str, Path]) -> set[str]:
+    """The modules of ours that a file imports: those named, and the packages that they stand in and the file does not.
+
+    (A package that the file stands in runs before it. Where the file names something in it, it needs it all the same.)
+    """
+    found = set()
+    here = next(module for module, place in modules.items() if place == file)
+    for name in imports(file):
+        named = name if name in modules else name.rpartition(".")[0]
+        if named in modules:
+            parts = named.split(".")
+            around = {".".join(parts[:count]) for count in range(1, len(parts))}
+            found |= {named} | {package for package in around if not within(here, package)}
+    return found
+
+
+def circles(modules: dict[str, Path]) -> set[frozenset[str]]:
+    """The largest sets of modules in which each imports each, by way of others or at once."""
+    direct = {module: needs(file, modules) for module, file in modules.items()}
+    reached: dict[str, set[str]] = {}
+    for module in modules:
+        found, waiting = set(), [module]
+        while waiting:
+            new = direct[waiting.pop()] - found
+            found |= new
+            waiting += new
+        reached[module] = found
+    return {frozenset(b for b in found if a in reached[b]) for a, found in reached.items() if a in found}
 
 
 def test_there_are_plugins():
@@ -96,33 +128,86 @@ def test_a_plugin_imports_no_plugin_and_no_package_root(plugin):
             package = name.partition(".")[0]
             assert not package.startswith("hf_archs_") or package == plugin, f"{file}: {name}"
             if package == "hf_archs":
-                module = ROOT.joinpath(*name.split(".")[1:2])
-                assert module.is_dir() or module.with_suffix(".py").is_file(), f"{file}: {name} is no submodule"
+                assert ".".join(name.split(".")[:2]) in MODULES, f"{file}: {name} is no submodule"
+
+
+@pytest.mark.parametrize("file", OURS, ids=module_of)
+def test_only_the_program_imports_commands(file):
+    if not within(module_of(file), "hf_archs.commands", "hf_archs_main"):
+        assert not {name for name in imports(file) if within(name, "hf_archs.commands")}
+
+
+def test_no_circle():
+    assert not circles(MODULES)
+
+
+def test_a_circle_is_found(tmp_path):
+    """Inside functions too, and by way of a package that names what is in it; not for types alone."""
+    code = {
+        "p.__init__": "",
+        "p.a": "def f():\n    import p.b",
+        "p.b": "from p import c",
+        "p.c": "from p.a import f\nimport p.d",
+        "p.d": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.c import f",
+        "p.e": "from q.x import y",
+        "q.__init__": "from q import x",
+        "q.x": "from q import z",
+        "q.z": "import p.e",
+    }
+    modules = {name.removesuffix(".__init__"): tmp_path / f"{name}.py" for name in code}
+    for name, text in code.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    assert circles(modules) == {frozenset({"p.a", "p.b", "p.c"}), frozenset({"p.e", "q", "q.x", "q.z"})}
 
 
 @pytest.mark.parametrize("below", BELOW)
 def test_nothing_imports_what_stands_above_it(below):
     allowed = (*BELOW[below], below)
-    files = [file for file in CORE if within(module_of(file, REPOSITORY), below)]
-    assert files
-    for file in files:
-        for name in imports(file):
-            assert not within(name, "hf_archs") or within(name, *allowed), f"{file}: {name}"
+    inner = [other for other in BELOW if other != below and within(other, below)]  # which have lines of their own
+    modules = [module for module in MODULES if within(module, below) and not within(module, *inner)]
+    assert modules
+    for module in modules:
+        for name in imports(MODULES[module]):
+            assert not within(name, "hf_archs") or within(name, *allowed), f"{module}: {name}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if "ops" in m.split(".") or within(m, "hf_archs.kernels")])
+def test_ops_import_no_models(module):
+    """They import kernels, and ops of their own package."""
+    plugin = module.partition(".")[0]
+    for name in imports(MODULES[module]):
+        assert not within(name, *MODELS), f"{module}: {name}"
+        own = ("hf_archs.kernels",) if plugin == "hf_archs" else ("hf_archs.kernels", f"{plugin}.ops")
+        assert not name.startswith("hf_archs") or within(name, *own), f"{module}: {name}"
+
+
+def test_every_plugin_keeps_its_ops_in_a_folder():
+    """An op that is outside would be held to nothing."""
+    for module in MODULES:
+        if module.endswith(("_portable", "_triton")):
+            assert "ops" in module.split(".") or within(module, "hf_archs.kernels"), module
+
+
+@pytest.mark.parametrize("file", OURS, ids=module_of)
+def test_files_are_short(file):
+    if not {"kernels", "ops"} & set(file.relative_to(REPOSITORY).parts):
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+def test_one_look_shows_the_core():
+    entries = sorted(path.name for path in ROOT.iterdir() if path.name != "__pycache__")
+    assert len(entries) <= 16, entries
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-def test_ops_import_no_models(plugin):
-    """The ops of a plugin can be used, and tested, without transformers."""
-    for file in sorted((REPOSITORY / "plugins" / plugin).rglob("*.py")):
-        if file.stem not in MODEL_FILES:
-            for name in imports(file):
-                assert not within(name, "transformers", "hf_archs.model.backbone", "hf_archs.cache"), f"{file}: {name}"
-                assert not within(name, *(f"{plugin}.{x}" for x in ("configuration", "mixer", "modeling"))), file
+def test_models_of_a_plugin_are_declared(plugin):
+    file = REPOSITORY / "plugins" / plugin / "modeling.py"
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 35
 
 
 @pytest.mark.parametrize(
     "file",
-    [file for file in CORE if file.relative_to(ROOT).parts[0] not in PROGRAMS],
+    [file for file in CORE if not {file.name, *file.relative_to(ROOT).parts} & set(PROGRAMS)],
     ids=lambda file: str(file.relative_to(ROOT)),
 )
 def test_core_names_no_architecture(file):

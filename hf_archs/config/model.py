@@ -13,12 +13,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from hf_archs import __version__, registry
+from hf_archs import registry
 from hf_archs.cache.call import NEW_NAME, OLD_NAME, call
 from hf_archs.errors import did_you_mean, similar
 from hf_archs.native import reading, stub
 from hf_archs.native.formats import IDLE, MOST_LABELS, MOST_LAYERS
-from hf_archs.parts import PartConfig, StateSpec, check_range
+from hf_archs.parts import VERSION, PartConfig, StateSpec, check_range
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +28,7 @@ FOLLOW = ("num_heads", "num_key_value_heads")  # what PEFT's prompt and prefix t
 def _is_newer(version: object) -> bool:
     """Whether this is a version of hf-archs after the installed one."""
     try:
-        return isinstance(version, str) and Version(version) > Version(__version__)
+        return isinstance(version, str) and Version(version) > Version(VERSION)
     except InvalidVersion:
         return False
 
@@ -269,7 +269,7 @@ class ArchConfig(PreTrainedConfig, PartConfig):
         unknown = [name for name in given if not self._is_known(name)]
         if unknown and _is_newer(written_by):
             logger.warning(
-                f"hf-archs {written_by} wrote this config, and the installed one, {__version__}, does not know "
+                f"hf-archs {written_by} wrote this config, and the installed one, {VERSION}, does not know "
                 f"{', '.join(unknown)}: the model may be another one; pip install -U hf-archs"
             )
             return
@@ -297,7 +297,7 @@ class ArchConfig(PreTrainedConfig, PartConfig):
         output = super().to_dict()
         for name in self._misspelt(output):  # which somebody set on this object, and no file of ours may hold
             del output[name]
-        output["hf_archs_version"] = __version__
+        output["hf_archs_version"] = VERSION
         output.update({name: getattr(self, name) for name in FOLLOW if getattr(self, name, None) is not None})
         auto_map = stub.auto_map(type(self))
         if auto_map:

@@ -15,6 +15,11 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import auto_docstring, can_return_tuple
 
@@ -286,3 +291,15 @@ class ArchForMaskedLM(ArchPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+class ArchForSequenceClassification(GenericForSequenceClassification, ArchPreTrainedModel):
+    """The backbone with a head over the last token of a sequence."""
+
+
+class ArchForTokenClassification(GenericForTokenClassification, ArchPreTrainedModel):
+    """The backbone with a head over every token."""
+
+
+class ArchForQuestionAnswering(GenericForQuestionAnswering, ArchPreTrainedModel):
+    """The backbone with a head that marks where an answer begins and ends."""

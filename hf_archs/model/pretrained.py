@@ -195,6 +195,8 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         super().mark_tied_weights_as_initialized(loading_info)
         # here, before memory is taken for tensors that a wrong config asks for
+        if call.reading is not None:
+            call.reading.pass_over_buffers(loading_info)
         if call.reading is not None and getattr(self, "hf_quantizer", None) is None:  # which stores weights in parts
             self._adjust_missing_and_unexpected_keys(loading_info)
             call.reading.check(self, loading_info)

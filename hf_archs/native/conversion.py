@@ -87,11 +87,7 @@ def _from_checkpoint(checkpoint: NativeCheckpoint) -> PreTrainedModel:
     architecture, form = found
     config_class: Any = architecture.config_class
     config = config_class(**translate(form, checkpoint.config, config_class))
-    state = {
-        form.ours(name): tensor
-        for name, tensor in checkpoint.state_dict.items()
-        if not (isinstance(form, StateDictFormat) and form.is_buffer(name))
-    }
+    state = {form.ours(name): tensor for name, tensor in checkpoint.state_dict.items() if not form.is_buffer(name)}
     state = form.convert(state, config)
     embedding = state.get(f"{OURS}.embed_tokens.weight")
     if config.tie_word_embeddings and embedding is not None:  # files leave one of the two out

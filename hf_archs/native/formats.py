@@ -194,6 +194,14 @@ class NativeFormat(ABC):
             place[name] = value
         return found
 
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor of theirs is no parameter, and follows from the config."""
+        return False
+
+    def buffers(self, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+        """What their state dict holds beside parameters."""
+        return {}
+
     def write_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Our config in their fields, as far as they have other names only.
 
@@ -312,14 +320,6 @@ class StateDictFormat(NativeFormat):
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Our config as their ``config.json``. Raises as `write_fields` does."""
         return {**self.defaults, **self.write_fields(config)}
-
-    def is_buffer(self, name: str) -> bool:
-        """Whether a tensor of theirs is no parameter, and follows from the config."""
-        return False
-
-    def buffers(self, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-        """What their state dict holds beside parameters."""
-        return {}
 
 
 def _flat(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:

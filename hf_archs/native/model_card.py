@@ -14,8 +14,8 @@ from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-import hf_archs
 from hf_archs import registry
+from hf_archs.parts import VERSION
 
 _CARD = """\
 ---
@@ -120,7 +120,7 @@ def model_card(
     )
     rows = [f"| {what} | {figure} |" for what, figure in results.items()]
     measured = "\n".join(["| what | figure |", "|---|---|", *rows]) if rows else "Nothing yet."
-    more = f"\n## Training\n\n{training}\n\n## Measured\n\n{measured}\n\nMade with hf-archs {hf_archs.__version__}.\n"
+    more = f"\n## Training\n\n{training}\n\n## Measured\n\n{measured}\n\nMade with hf-archs {VERSION}.\n"
     return ModelCard(_text(metadata, repository, what, load, architecture) + more)
 
 

@@ -277,6 +277,12 @@ class Reading:
     any_shape: bool
     reported: bool
 
+    def pass_over_buffers(self, found: Any) -> None:
+        """Take what follows from the config out of the list of what is left over, in transformers' report."""
+        form = None if self.checkpoint is None else self.checkpoint.native
+        if form is not None:
+            found.unexpected_keys -= {name for name in found.unexpected_keys if form.is_buffer(name)}
+
     def check(self, model: PreTrainedModel, found: Any) -> None:
         """Hold the names and shapes in the files against the model.
 

@@ -1,45 +1,34 @@
 """The model classes of the hybrid architecture: the shared backbone over the layers of its config."""
 
-from __future__ import annotations
-
 from transformers import GenerationMixin
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-)
 
-from hf_archs.model.backbone import ArchModel
-from hf_archs.model.heads import ArchForCausalLM, ArchForMaskedLM
-from hf_archs.model.pretrained import ArchPreTrainedModel
+from hf_archs.model import heads
 from hf_archs_hybrid.configuration import ArchHybridConfig
 
 
-class ArchHybridPreTrainedModel(ArchPreTrainedModel):
+class ArchHybridPreTrainedModel(heads.ArchPreTrainedModel):
     config_class = ArchHybridConfig
 
 
-class ArchHybridModel(ArchModel):
-    config_class = ArchHybridConfig
-
-
-class ArchHybridForCausalLM(ArchForCausalLM, GenerationMixin):
-    config_class = ArchHybridConfig
-    _model_class = ArchHybridModel
-
-
-class ArchHybridForMaskedLM(ArchForMaskedLM):
-    config_class = ArchHybridConfig
-    _model_class = ArchHybridModel
-
-
-class ArchHybridForSequenceClassification(GenericForSequenceClassification, ArchHybridPreTrainedModel):
+class ArchHybridModel(ArchHybridPreTrainedModel, heads.ArchModel):
     pass
 
 
-class ArchHybridForTokenClassification(GenericForTokenClassification, ArchHybridPreTrainedModel):
+class ArchHybridForCausalLM(ArchHybridPreTrainedModel, heads.ArchForCausalLM, GenerationMixin):
+    _model_class = ArchHybridModel
+
+
+class ArchHybridForMaskedLM(ArchHybridPreTrainedModel, heads.ArchForMaskedLM):
+    _model_class = ArchHybridModel
+
+
+class ArchHybridForSequenceClassification(ArchHybridPreTrainedModel, heads.ArchForSequenceClassification):
     pass
 
 
-class ArchHybridForQuestionAnswering(GenericForQuestionAnswering, ArchHybridPreTrainedModel):
+class ArchHybridForTokenClassification(ArchHybridPreTrainedModel, heads.ArchForTokenClassification):
+    pass
+
+
+class ArchHybridForQuestionAnswering(ArchHybridPreTrainedModel, heads.ArchForQuestionAnswering):
     pass

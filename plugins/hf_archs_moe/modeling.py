@@ -1,45 +1,34 @@
 """The model classes of the mixture of experts: the shared backbone with experts among its feed-forwards."""
 
-from __future__ import annotations
-
 from transformers import GenerationMixin
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-)
 
-from hf_archs.model.backbone import ArchModel
-from hf_archs.model.heads import ArchForCausalLM, ArchForMaskedLM
-from hf_archs.model.pretrained import ArchPreTrainedModel
+from hf_archs.model import heads
 from hf_archs_moe.configuration import ArchMoEConfig
 
 
-class ArchMoEPreTrainedModel(ArchPreTrainedModel):
+class ArchMoEPreTrainedModel(heads.ArchPreTrainedModel):
     config_class = ArchMoEConfig
 
 
-class ArchMoEModel(ArchModel):
-    config_class = ArchMoEConfig
-
-
-class ArchMoEForCausalLM(ArchForCausalLM, GenerationMixin):
-    config_class = ArchMoEConfig
-    _model_class = ArchMoEModel
-
-
-class ArchMoEForMaskedLM(ArchForMaskedLM):
-    config_class = ArchMoEConfig
-    _model_class = ArchMoEModel
-
-
-class ArchMoEForSequenceClassification(GenericForSequenceClassification, ArchMoEPreTrainedModel):
+class ArchMoEModel(ArchMoEPreTrainedModel, heads.ArchModel):
     pass
 
 
-class ArchMoEForTokenClassification(GenericForTokenClassification, ArchMoEPreTrainedModel):
+class ArchMoEForCausalLM(ArchMoEPreTrainedModel, heads.ArchForCausalLM, GenerationMixin):
+    _model_class = ArchMoEModel
+
+
+class ArchMoEForMaskedLM(ArchMoEPreTrainedModel, heads.ArchForMaskedLM):
+    _model_class = ArchMoEModel
+
+
+class ArchMoEForSequenceClassification(ArchMoEPreTrainedModel, heads.ArchForSequenceClassification):
     pass
 
 
-class ArchMoEForQuestionAnswering(GenericForQuestionAnswering, ArchMoEPreTrainedModel):
+class ArchMoEForTokenClassification(ArchMoEPreTrainedModel, heads.ArchForTokenClassification):
+    pass
+
+
+class ArchMoEForQuestionAnswering(ArchMoEPreTrainedModel, heads.ArchForQuestionAnswering):
     pass

@@ -1,39 +1,34 @@
 """The model classes."""
 
-from hf_archs.backbone import ArchForCausalLM, ArchForMaskedLM, ArchModel, ArchPreTrainedModel
 from transformers import GenerationMixin
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-)
 
+from hf_archs.model import heads
 from toy_plugin.mixer import ArchToyConfig
 
 
-class ArchToyPreTrainedModel(ArchPreTrainedModel):
+class ArchToyPreTrainedModel(heads.ArchPreTrainedModel):
     config_class = ArchToyConfig
 
 
-class ArchToyModel(ArchToyPreTrainedModel, ArchModel):
+class ArchToyModel(ArchToyPreTrainedModel, heads.ArchModel):
     pass
 
 
-class ArchToyForCausalLM(ArchToyPreTrainedModel, ArchForCausalLM, GenerationMixin):
+class ArchToyForCausalLM(ArchToyPreTrainedModel, heads.ArchForCausalLM, GenerationMixin):
     _model_class = ArchToyModel
 
 
-class ArchToyForMaskedLM(ArchToyPreTrainedModel, ArchForMaskedLM):
+class ArchToyForMaskedLM(ArchToyPreTrainedModel, heads.ArchForMaskedLM):
     _model_class = ArchToyModel
 
 
-class ArchToyForSequenceClassification(GenericForSequenceClassification, ArchToyPreTrainedModel):
+class ArchToyForSequenceClassification(ArchToyPreTrainedModel, heads.ArchForSequenceClassification):
     pass
 
 
-class ArchToyForTokenClassification(GenericForTokenClassification, ArchToyPreTrainedModel):
+class ArchToyForTokenClassification(ArchToyPreTrainedModel, heads.ArchForTokenClassification):
     pass
 
 
-class ArchToyForQuestionAnswering(GenericForQuestionAnswering, ArchToyPreTrainedModel):
+class ArchToyForQuestionAnswering(ArchToyPreTrainedModel, heads.ArchForQuestionAnswering):
     pass
