@@ -68,6 +68,7 @@ class AttentionConfig(MixerConfig):
     attention_scale: float | None = None
 
     def validate_attention(self) -> None:
+        """Refuse values that are out of range or do not fit together."""
         check_range(self, "num_heads", 1, 2**10)
         check_range(self, "partial_rotary_factor", 2.0**-10, 1.0)
         if self.num_key_value_heads is not None:
@@ -136,6 +137,7 @@ class SlidingAttentionConfig(AttentionConfig):
     global_tokens: int = 0
 
     def validate_window(self) -> None:
+        """Refuse sizes that are out of range."""
         check_range(self, "window", 1, 2**24)
         check_range(self, "global_tokens", 0, 2**16)
 
@@ -338,6 +340,7 @@ class Attention(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
         position = None if state is None else state.get("position")
         start = document_starts(hidden_states.shape[1], position, seq_idx, hidden_states.device)
         q, k, v = self._project(hidden_states, start)

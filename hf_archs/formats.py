@@ -249,6 +249,7 @@ class TransformersFormat(NativeFormat):
         ]
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `NativeFormat.expand`, by the config class of transformers."""
         config_class = getattr(transformers, self.config_name)
         # a file may leave out what has its class's default, and the class knows older names of its fields
         given = config_class.from_dict({k: v for k, v in raw.items() if k != "auto_map"}).to_dict()
@@ -311,6 +312,7 @@ class StateDictFormat(NativeFormat):
     defaults: Mapping[str, Any]
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `NativeFormat.expand`, by the format's ``defaults``."""
         return {**self.defaults, **raw}, dict(self.defaults)
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
@@ -344,9 +346,11 @@ class StateSpacesFormat(NativeFormat):
         return "the state-spaces layout"
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
+        """Whether the stack is of this format's layers."""
         return state_spaces_layer(raw) == self.layer
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `NativeFormat.expand`, by the defaults of mamba_ssm."""
         # options of mamba_ssm.models.config_mamba.MambaConfig beside the sizes, and the value that a stack of
         # nothing but such layers has
         defaults = {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True}

@@ -131,9 +131,11 @@ class ArchTrainer(Trainer):
             self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in transformers, by `decay_parameter_names`."""
         return decay_parameter_names(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, into a folder that appears when it is whole."""
         with checkpoints.replacing(output_dir or str(self.args.output_dir)) as partial:
             super().save_model(str(partial), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:

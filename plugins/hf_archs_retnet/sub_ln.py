@@ -19,6 +19,7 @@ class SubLNMLPConfig(MLPConfig):
     gated: bool = False
 
     def validate_sub_ln(self) -> None:
+        """Refuse a gated one."""
         self._allow(not self.gated, "gated", "is False")
 
 
@@ -35,4 +36,5 @@ class SubLNMLP(MLP):
         return dict.fromkeys(("up_proj", "down_proj"), "colwise_gather_output")
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``(..., d)`` to the same."""
         return self.down_proj(self.norm(self.act(self.up_proj(hidden_states))))
