@@ -253,8 +253,7 @@ def register_mixer(
     """Make a token mixer available to every architecture under ``name``.
 
     Args:
-        module_class: a `hf_archs.parts.TokenMixer`, built as ``module_class(config)``.
-        config_class: a subclass of `hf_archs.parts.PartConfig`.
+        module_class, config_class: a `hf_archs.parts.TokenMixer`, built as ``module_class(config)``.
         state: the mixer's states, from its config.
         layer_type: the kind of a layer of it in transformers' words, from its config.
         parts: of a mixer that is several side by side, each one's registered name and config.

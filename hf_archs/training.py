@@ -114,6 +114,7 @@ class ArchTrainer(Trainer):
             self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in transformers, by `decay_parameter_names`."""
         return decay_parameter_names(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -38,6 +38,7 @@ class Bar:
         self._start(what)
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
+        """Show how much is done."""
         described = f"{self.what} ({note})" if note else self.what
         self.shown.update(self._task, completed=done, total=total, description=described)
 
@@ -65,6 +66,7 @@ class Bar:
         self._say(", ".join(words))
 
     def say_end(self) -> None:
+        """Leave a line with the time that the present job took."""
         self._say(f"{self.what}: {self.shown.tasks[-1].elapsed or 0:.1f} s")
 
     def _say(self, line: str) -> None:

@@ -34,6 +34,7 @@ class ComposedConfig(ArchConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without the instances that were made from the fields."""
         output = super().to_dict()
         del output["_instances"]
         return output

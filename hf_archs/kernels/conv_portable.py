@@ -54,6 +54,7 @@ def _convolve(
 def causal_conv1d_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, reach: Tensor | None, silu: bool
 ) -> Tensor:
+    """The output, (b, l, c), in the dtype of ``x``."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -23,6 +23,7 @@ def _blocks(channels: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
 
 
 def rms_norm_gated_fwd(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int) -> Tensor:
+    """The output, in the shape and dtype of ``x``."""
     dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for x_rows, z_rows, out in _blocks(channels, x, z, y):

@@ -120,6 +120,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def rms_norm_gated_fwd(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int) -> Tensor:
+    """The output, in the shape and dtype of ``x``."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     channels, config = x.shape[-1], _config(group_size)
     x, z = _rows(x), _rows(z)

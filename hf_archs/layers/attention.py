@@ -76,6 +76,7 @@ class Attention(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
         position = None if state is None else state.get("position")
         start = document_starts(hidden_states.shape[1], position, seq_idx, hidden_states.device)
         q, k, v = self._project(hidden_states, start)

@@ -63,4 +63,5 @@ class CausalConv1d(nn.Module):
         return self.weight.squeeze(1).t().contiguous().t()  # taps outermost in memory, as a decode step reads them
 
     def extra_repr(self) -> str:
+        """Channels, taps and bias, as `print` shows them."""
         return f"{self.weight.shape[0]}, kernel_size={self.weight.shape[-1]}, bias={self.bias is not None}"

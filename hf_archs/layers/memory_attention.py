@@ -46,6 +46,7 @@ class MemoryConfig(SlidingAttentionConfig):
     retrieved_keys: int = 32
 
     def validate_memory(self) -> None:
+        """Refuse values that are out of range or do not fit together."""
         check_range(self, "memory_slots", 1, 2**20)
         check_range(self, "compression_rate", 1, 2**10)
         if self.memory_type == "retrieval":
@@ -55,6 +56,9 @@ class MemoryConfig(SlidingAttentionConfig):
 
     @property
     def reach(self) -> int:
+        """The most tokens whose keys are kept as they are: the window, and behind it those to be compressed or
+        retrieved.
+        """
         # an unfinished block is seen token by token, and what can be retrieved is kept as it is
         more = self.memory_slots if self.memory_type == "retrieval" else self.compression_rate - 1
         return self.window + more
@@ -101,6 +105,7 @@ class CompressiveMemory(nn.Module):
         self.key_taps, self.value_taps = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
 
     def init_weights(self) -> None:
+        """The mean of a block."""
         for taps in (self.key_taps, self.value_taps):
             init.constant_(taps, 1 / self.config.compression_rate)
 
@@ -216,6 +221,7 @@ class RetrievalMemory(nn.Module):
         self.gate = nn.Parameter(torch.empty(config.num_heads))
 
     def init_weights(self) -> None:
+        """Window and memory in equal parts."""
         init.zeros_(self.gate)
 
     def mask(self, blocks: Blocks) -> torch.Tensor:
@@ -233,6 +239,7 @@ class RetrievalMemory(nn.Module):
         mask: torch.Tensor,  # (b or 1, 1, l, columns)
         scaling: float,
     ) -> torch.Tensor:
+        """The window's output beside that of the best keys in the memory, mixed by the gate, (b, l, h, n)."""
         groups = q.shape[1] // k.shape[1]
         with no_autocast(q):
             k, v = (wide(t).repeat_interleave(groups, 1) for t in (k, v))

@@ -31,6 +31,7 @@ class MLPConfig(PartConfig):
     bias: bool = False
 
     def validate_mlp(self) -> None:
+        """Refuse a width out of range and an activation that transformers does not know."""
         check_range(self, "intermediate_size", 1, 2**20)
         if self.hidden_act not in ACT2FN:
             raise ValueError(
@@ -51,6 +52,7 @@ class MLP(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``(..., d)`` to the same."""
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(hidden_states)))
         return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

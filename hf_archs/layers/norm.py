@@ -27,6 +27,7 @@ class ArchRMSNorm(nn.Module):
         self.shape = (hidden_size,)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``(..., d)`` to the same."""
         weight, hidden_states = self.weight, wide(hidden_states)
         if hidden_states.shape[-2] == 1 and hidden_states.is_cpu:  # a GPU has it in one kernel
             normed = hidden_states * inverse_rms(hidden_states, self.eps)
@@ -35,6 +36,7 @@ class ArchRMSNorm(nn.Module):
         return weight * cast(normed, weight.dtype)
 
     def extra_repr(self) -> str:
+        """Shape and eps, as `print` shows them."""
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
@@ -42,6 +44,7 @@ class ArchLayerNorm(nn.LayerNorm):
     """LayerNorm (Ba et al. 2016) in at least float32, returned in the dtype of its weight."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``(..., d)`` to the same."""
         normed = F.layer_norm(wide(hidden_states), self.normalized_shape, eps=self.eps)
         return torch.addcmul(self.bias, self.weight, cast(normed, self.weight.dtype))
 
@@ -64,7 +67,9 @@ class ArchRMSNormGated(nn.Module):
         self.eps, self.group_size = eps, group_size
 
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Two of ``(..., d)`` to the same."""
         return rms_norm_gated(hidden_states, self.weight, gate, eps=self.eps, group_size=self.group_size)
 
     def extra_repr(self) -> str:
+        """Shape, eps and group, as `print` shows them."""
         return f"{tuple(self.weight.shape)}, eps={self.eps}, group_size={self.group_size}"

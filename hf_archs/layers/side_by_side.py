@@ -27,11 +27,13 @@ class ParallelConfig(PartConfig):
     parts: dict[str, Any] = field(default_factory=dict)
 
     def validate_parts(self) -> None:
+        """Refuse fewer than two mixers."""
         if len(self.parts) < 2:
             raise ValueError(f"ParallelConfig: parts is {[*self.parts]}; allowed are two mixers or more")
 
     @property
     def num_heads(self) -> int:
+        """The most heads that one of the mixers has."""
         return max(config.num_heads for _, config in self.parts.values())
 
 
@@ -49,6 +51,7 @@ class ParallelMixer(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
         slots: Mapping[str, Slot | None] = {n: None if state is None else state.part(n) for n in self.parts}
         mixed = [part(hidden_states, slots[n], lengths, seq_idx) for n, part in self.parts.items()]
         return sum(mixed[1:], start=mixed[0])

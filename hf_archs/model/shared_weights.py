@@ -38,6 +38,7 @@ class SiteLinear(nn.Linear):
         init.zeros_(self.site_up)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``(..., in)`` to ``(..., out)``, with what the running layer adds."""
         own = F.linear(F.linear(input, self.site_down[call.site]), self.site_up[call.site])
         return super().forward(input) + own
 

@@ -253,6 +253,7 @@ class TransformersFormat(NativeFormat):
         ]
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `NativeFormat.expand`, by the config class of transformers."""
         config_class = getattr(transformers, self.config_name)
         # a file may leave out what has its class's default, and the class knows older names of its fields
         given = config_class.from_dict({k: v for k, v in raw.items() if k != "auto_map"}).to_dict()
@@ -315,6 +316,7 @@ class StateDictFormat(NativeFormat):
     defaults: Mapping[str, Any]
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `NativeFormat.expand`, by the format's ``defaults``."""
         return {**self.defaults, **raw}, dict(self.defaults)
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Measure:
 
 @dataclass
 class Result:
+    """The medians of one comparison: ``ratio`` of our time to the peer's, pair by pair, and both in milliseconds."""
+
     name: str
     peer: str
     ratio: float

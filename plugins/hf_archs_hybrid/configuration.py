@@ -41,12 +41,14 @@ class ArchHybridConfig(ComposedConfig):
         super().__post_init__(**kwargs)
 
     def validate_names(self) -> None:
+        """Refuse names of instances that are no identifiers."""
         for kind in ("mixers", "feed_forward"):
             for name in getattr(self, kind) or ():
                 if not name.isidentifier() or name == NONE:
                     raise ValueError(f"{type(self).__name__}: {kind} has the name {name!r}; allowed are identifiers")
 
     def validate_layers(self) -> None:
+        """Refuse patterns that are too long or name something that there is not."""
         for field_name in ("layer_pattern", "feed_forward_pattern"):
             pattern, layers = getattr(self, field_name), self.num_hidden_layers
             if isinstance(pattern, list) and len(pattern) > layers:
@@ -58,6 +60,7 @@ class ArchHybridConfig(ComposedConfig):
             self.layer_plan(i)
 
     def instances(self) -> dict[str, Instance]:
+        """Every named mixer and feed-forward by its path, ``mixers.local``, say."""
         mixers = {f"mixers.{n}": self.mixer_instance(n, _own(fields)) for n, fields in (self.mixers or {}).items()}
         named = (self.feed_forward or {}).items()
         return mixers | {f"feed_forward.{n}": self.feed_forward_instance(n, _own(fields)) for n, fields in named}
@@ -76,6 +79,7 @@ class ArchHybridConfig(ComposedConfig):
 
     @property
     def output_router_logits(self) -> bool:
+        """Whether a forward gives the routers' logits; there only with a router in some layer."""
         self._routed  # noqa: B018 - raises where there is none
         return self.__dict__.get("output_router_logits", True)
 
@@ -87,6 +91,7 @@ class ArchHybridConfig(ComposedConfig):
 
     @property
     def router_aux_loss_coef(self) -> float:
+        """That of the routed feed-forward; there only with a router in some layer."""
         return self._routed[1].router_aux_loss_coef
 
     @router_aux_loss_coef.setter
@@ -99,10 +104,12 @@ class ArchHybridConfig(ComposedConfig):
 
     @property
     def num_experts(self) -> int:
+        """That of the routed feed-forward; there only with a router in some layer."""
         return self._routed[1].num_experts
 
     @property
     def num_experts_per_tok(self) -> int:
+        """That of the routed feed-forward; there only with a router in some layer."""
         return self._routed[1].experts_per_token
 
     def placed_by_kind(self, layer_idx: int) -> tuple[list[str], list[str]]:
@@ -138,6 +145,7 @@ class ArchHybridConfig(ComposedConfig):
         return mixers + feed_forwards
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
+        """What the patterns put into layer ``layer_idx``."""
         mixers, feed_forwards = self.placed_by_kind(layer_idx)
         plan = LayerPlan(None, None)
         if mixers:

@@ -60,6 +60,7 @@ class HyenaFields(PartConfig):
     filter_group_size: int = 1
 
     def validate_hyena(self) -> None:
+        """Refuse values that are out of range or do not fit together."""
         check_range(self, "order", 2, 16)
         check_range(self, "conv_kernel", 2, 8)
         check_range(self, "max_positions", 2, 2**24)
@@ -149,6 +150,7 @@ class ArchHyenaConfig(ArchConfig, HyenaFields, MLPConfig):
         super().__post_init__(**kwargs)
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
+        """A mixer with this layer's kind of filter, and a feed-forward."""
         kind = self.filter_types[layer_idx % len(self.filter_types)]
         if not torch.compiler.is_compiling():  # a compiled forward makes caches, but cannot make configs
             shared = {field.name: getattr(self, field.name) for field in fields(HyenaFields)}
@@ -158,6 +160,7 @@ class ArchHyenaConfig(ArchConfig, HyenaFields, MLPConfig):
         return LayerPlan(self.mixer_type, self._mixers[kind], "mlp", self)
 
     def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without the mixers' configs that were made from the fields."""
         output = super().to_dict()
         del output["_mixers"]
         return output

@@ -55,6 +55,7 @@ class HyenaFilter(nn.Module, ABC):
         need_state: bool = False,
         once: Once | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The gated convolutions of ``v``, (b, l, d), and the state after them where it is needed."""
         last, *others = gates
         with no_autocast(v):
             filters = self._filters(v, state, once)
@@ -169,6 +170,7 @@ class ImplicitFilter(HyenaFilter):
         return torch.cat([t, torch.cos(angle), -torch.sin(angle)], dim=1), t
 
     def taps(self, length: int) -> torch.Tensor:
+        """The filters at lags 0 to ``length - 1``, (c, length)."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or length < LONG:
             return self._taps(length)
         # the network's activations would take more memory than the rest of the mixer's: compute them again
@@ -234,9 +236,11 @@ class ExplicitFilter(UngatedFilter):
         self.coefficients = nn.Parameter(torch.empty(config.filter_channels // config.filter_group_size, count))
 
     def init_weights(self) -> None:
+        """As `nn.Conv1d` initialises its weight."""
         init.kaiming_uniform_(self.coefficients, a=math.sqrt(5))
 
     def taps(self, length: int) -> torch.Tensor:
+        """The filters at lags 0 to ``length - 1``, (c, length), 0 beyond the last coefficient."""
         taps = self._windowed().repeat_interleave(self.config.filter_group_size, 0)
         return F.pad(taps, (0, max(length - taps.shape[1], 0)))[:, :length]
 
@@ -293,6 +297,7 @@ class ModalFilter(UngatedFilter):
         init.copy_(self.residues, torch.randn_like(self.residues) * log_step.exp().unsqueeze(2))
 
     def taps(self, length: int) -> torch.Tensor:
+        """The filters at lags 0 to ``length - 1``, (c, length)."""
         return modal_taps(self.log_decay, self.phase, self.residues, length)
 
     def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> None:

@@ -33,6 +33,7 @@ class HyenaMixer(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
         u = self.in_proj(hidden_states)
         if state is None:
             return self.out_proj(self._mix(u, {}, lengths, seq_idx, need_state=False)[0])

@@ -52,6 +52,7 @@ class MambaMixerConfig(PartConfig):
     bcdt_norm_eps: float = 1e-6
 
     def validate_mamba(self) -> None:
+        """Refuse values that are out of range or do not fit together."""
         check_range(self, "state_size", 1, 2**12)
         check_range(self, "expand", 1, 64)
         if self.inner_size is not None:

@@ -57,6 +57,7 @@ class SelectiveSSM(nn.Module):
         seq_idx: torch.Tensor | None = None,
         once: Once | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs, (b, l, c), and the state after them, (b, c, n)."""
         A = self._rates() if once is None else once("A", self._rates)
         dt = cast(dt, A.dtype) + self.dt_bias
         return selective_scan(x, dt, A, B, C, self.D, z, initial_state=state, seq_idx=seq_idx, lengths=lengths)
@@ -73,6 +74,7 @@ class PlainRMSNorm(nn.Module):
         self.shape, self.eps = (size,), eps
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """``(..., size)`` to the same."""
         return F.rms_norm(wide(t), self.shape, eps=self.eps).to(t.dtype)
 
 
@@ -111,6 +113,7 @@ class MambaMixer(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
         conv, ssm, once = (None, None, None) if state is None else (state.get("conv"), state.get("ssm"), state.once)
         u, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         x, conv = self.conv1d(u, conv, lengths, seq_idx, once)

@@ -46,10 +46,12 @@ class Mamba2MixerConfig(PartConfig):
     time_step_limit: tuple[float, float] | list[float] = (0.0, float("inf"))
 
     def validate_mixer_sizes(self) -> None:
+        """Refuse sizes that are out of range; first of all, since others compute with them."""
         super().validate_mixer_sizes()
         check_range(self, "head_dim", 1, 2**12)  # heads are counted with it
 
     def validate_mamba2(self) -> None:
+        """Refuse values that are out of range or do not fit together."""
         check_range(self, "state_size", 1, 2**12)
         check_range(self, "expand", 1, 64)
         if self.inner_size is not None:

@@ -58,6 +58,7 @@ class ScalarSSM(nn.Module):
         seq_idx: torch.Tensor | None = None,
         once: Once | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs, (b, l, h, p), and the state after them, (b, h, p, n)."""
         A = self._rates() if once is None else once("A", self._rates)
         return ssd_scan(
             x,
@@ -103,6 +104,7 @@ class Mamba2Mixer(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
         conv, ssm, once = (None, None, None) if state is None else (state.get("conv"), state.get("ssm"), state.once)
         z, u, dt = torch.split_with_sizes(self.in_proj(hidden_states), self.splits, -1)
         xBC, conv = self.conv1d(u, conv, lengths, seq_idx, once)

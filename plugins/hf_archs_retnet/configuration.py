@@ -48,6 +48,7 @@ class RetNetMixerConfig(PartConfig):
     normalize_decay: bool = False
 
     def validate_retnet(self) -> None:
+        """Refuse values that are out of range or do not fit together."""
         check_range(self, "num_heads", 1, 2**10)
         if self.head_norm_eps is not None:
             check_range(self, "head_norm_eps", 0.0, 1.0)
@@ -118,8 +119,10 @@ class ArchRetNetConfig(ArchConfig, RetNetMixerConfig, MLPConfig):
         super().__post_init__(**kwargs)
 
     def validate_feed_forward(self) -> None:
+        """Refuse values that are out of range or do not fit together."""
         check_range(self, "hidden_ratio", 1e-3, 1024.0)
         self._allow(not (self.inner_norm and self.gated), "inner_norm", "is False where gated is True")
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
+        """The same in every layer: retention and a feed-forward, with a norm inside where ``inner_norm`` is True."""
         return LayerPlan(self.mixer_type, self, "sub_ln_mlp" if self.inner_norm else "mlp", self)

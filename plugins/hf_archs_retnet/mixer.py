@@ -43,6 +43,7 @@ class GatedHeadRMSNorm(nn.Module):
         return norm_gate(hidden_states, gate, self.weight, eps=self.eps, gate_fn=self.gate_fn)
 
     def extra_repr(self) -> str:
+        """Channels and options, as `print` shows them."""
         affine = self.weight is not None
         return f"{self.head_dim}, eps={self.eps}, gate_fn={self.gate_fn}, affine={affine}, centred={self.centred}"
 
@@ -158,6 +159,7 @@ class RetNetMixer(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
         before = {name: None if state is None else state.get(name) for name in ("position", "retention")}
         q, k, v = (
             projection(hidden_states).view(*hidden_states.shape[:2], self.config.num_heads, -1)

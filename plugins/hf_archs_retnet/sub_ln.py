@@ -19,6 +19,7 @@ class SubLNMLPConfig(MLPConfig):
     gated: bool = False
 
     def validate_sub_ln(self) -> None:
+        """Refuse a gated one."""
         self._allow(not self.gated, "gated", "is False")
 
 
@@ -30,6 +31,7 @@ class SubLNMLP(MLP):
         self.norm = ArchLayerNorm(config.intermediate_size, config.norm_eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``(..., d)`` to the same."""
         return self.down_proj(self.norm(self.act(self.up_proj(hidden_states))))
 
 

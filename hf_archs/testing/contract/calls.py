@@ -37,6 +37,7 @@ def attributes(model: nn.Module) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
+    """Whether two attributes are the same object, or equal tensors or values of one type."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     return a is b or (isinstance(a, types.MethodType) and a == b) or (type(a) is type(b) and a == b)

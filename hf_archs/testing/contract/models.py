@@ -145,11 +145,13 @@ class Contract:
     @pytest.fixture(scope="class")
     @classmethod
     def architecture(cls) -> Architecture:
+        """The architecture that is held to the contract; to be overridden."""
         raise NotImplementedError("override the fixture `architecture` with your own")
 
     @pytest.fixture(scope="class")
     @classmethod
     def shared_model(cls, architecture: Architecture) -> Any:
+        """A causal model that tests may not change."""
         model = lively(architecture.causal_lm_class, architecture.tiny_config())
         assert_remembers(model)
         return model

@@ -30,6 +30,7 @@ LENGTHS = (1, 5, 70, 1, 51, 12)
 
 
 def documents(lengths: tuple[int, ...]) -> list[torch.Tensor]:
+    """Token ids of documents of these lengths, each ``(length,)``."""
     return [tokens(1, n, seed=i)[0] for i, n in enumerate(lengths)]
 
 

@@ -50,6 +50,7 @@ def assert_same_bits(found: Any, expected: Any) -> None:
 
 
 def stored_names(folder: Path) -> set[str]:
+    """The names of all tensors in the safetensors files of a folder."""
     names: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
@@ -61,7 +62,9 @@ class SavingContract(Contract):
     """Promises about checkpoints."""
 
     @pytest.mark.parametrize("auto_class", HEADS)
-    def test_every_head_comes_back_bit_for_bit(self, architecture: Architecture, auto_class: str, tmp_path: Path):
+    def test_every_head_comes_back_bit_for_bit(
+        self, architecture: Architecture, auto_class: str, tmp_path: Path
+    ) -> None:
         loader: Any
         found: Any
         loader, model_class = architecture.auto_classes()[auto_class]

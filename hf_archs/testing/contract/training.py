@@ -57,11 +57,13 @@ def examples(lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def trained(trainer: Trainer) -> nn.Module:
+    """The model of a trainer."""
     assert trainer.model is not None
     return trainer.model
 
 
 def losses(trainer: Trainer) -> list[float]:
+    """The losses that a trainer logged, in their order."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

@@ -38,6 +38,7 @@ def long_conv_fwd(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> Tensor:
+    """The output, (b, l, c), in the dtype of ``x``."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     past = 0 if initial_state is None else initial_state.shape[2]
     groups = None if seq_idx is None else _documents(seq_idx, past)

@@ -139,6 +139,7 @@ def _grad_taps(g: Tensor, rows: Tensor, k: int) -> Tensor:
 def toeplitz_conv_fwd(
     x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, documents: Tensor | None
 ) -> Tensor:
+    """The output, (b, l, c), in the dtype of ``x``."""
     layout = _Layout(x, taps.shape[1] - 1, initial_state, documents)
     y = layout.outputs(_convolve(layout.rows, _per_channel(x, taps, bias)))
     return y.to(x.dtype).contiguous()
