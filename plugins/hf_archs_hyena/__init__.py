@@ -1,6 +1,7 @@
 """Hyena (Poli et al. 2023) as an architecture of hf-archs, and its op `long_conv`."""
 
 from hf_archs.data.dna import dna_tokenizer
+from hf_archs.errors import moved
 from hf_archs.registry import Architecture, register, register_mixer
 from hf_archs_hyena import modeling
 from hf_archs_hyena.configuration import ArchHyenaConfig, HyenaMixerConfig, hyena_state
@@ -34,6 +35,9 @@ __all__ = [
 
 # the token ids of HyenaDNA's vocabulary: 12 characters and special tokens, in 16 rows
 _DNA = {"vocab_size": 16, "pad_token_id": 4, "bos_token_id": 2, "eos_token_id": 1}
+
+moved("hf_archs_hyena.modal", "hf_archs_hyena.ops.modal")  # to 0.1
+moved("hf_archs_hyena.toeplitz_conv", "hf_archs_hyena.ops.toeplitz_conv")
 
 register_mixer(
     "hyena",
