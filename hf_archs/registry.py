@@ -95,8 +95,7 @@ class Architecture:
 
     Attributes:
         name: what the registry, the command line and the documents call it.
-        config_class, model_class, causal_lm_class, masked_lm_class, sequence_classification_class,
-            token_classification_class, question_answering_class: the classes, found in ``modeling`` by their bases.
+        config_class, model_class, ...: the classes, found in ``modeling`` by their bases.
         tiny: config fields of the tiny model that tests use, those of its mixer among them.
         sizes: config fields of each named size that ``hf-archs init`` offers.
         native_formats: the foreign checkpoint formats that can be read and written.
@@ -141,9 +140,10 @@ class Architecture:
         if unknown := sorted(set(classes) - {"config_class", *_ROLES}):
             raise TypeError(f"architecture {name!r}: there is no argument {unknown[0]!r}")
         if modeling is None:
+            given = ", ".join([*classes, *(["mixer_class"] if mixer_class else [])])
             warnings.warn(
-                f"architecture {name!r}: its classes are passed one by one; pass modeling=, the module that they stand "
-                "in. The next release takes nothing else",
+                f"hf_archs.Architecture({name!r}): pass modeling=, the module that its classes stand in, in place of {given}, "
+                "which the next release does not take",
                 FutureWarning,
                 stacklevel=2,
             )
