@@ -142,8 +142,8 @@ class Architecture:
         if modeling is None:
             given = ", ".join([*classes, *(["mixer_class"] if mixer_class else [])])
             warnings.warn(
-                f"hf_archs.Architecture({name!r}): pass modeling=, the module that its classes stand in, in place of {given}, "
-                "which the next release does not take",
+                f"hf_archs.Architecture({name!r}): pass modeling=, the module that its classes stand in, in place of "
+                f"{given}, which the next release does not take",
                 FutureWarning,
                 stacklevel=2,
             )
