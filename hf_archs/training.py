@@ -15,12 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_archs.model.adapters import add_adapter

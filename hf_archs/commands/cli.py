@@ -104,7 +104,7 @@ def _overrides(pairs: list[str] | None) -> dict[str, Any]:
 
 @app.command("list", cls=_Command)
 def list_architectures() -> None:
-    """List the architectures, their sizes and what they can read."""
+    """List the architectures, their sizes, what they can read, and what a hybrid can be made of."""
     from hf_archs import registry
     from hf_archs.commands import tables
 
@@ -114,6 +114,13 @@ def list_architectures() -> None:
         formats = ", ".join(map(str, a.native_formats))
         table.add_row(name, a.model_type, ", ".join(("tiny", *a.sizes)), formats, ", ".join(a.lora_targets))
     tables.show(table, console)
+    parts = Table("part of a hybrid", "kind", "LoRA on")
+    for mixer in map(registry.get_mixer, registry.mixers()):
+        if mixer.parts is None:  # several side by side are said by a pattern
+            parts.add_row(mixer.name, "token mixer", ", ".join(mixer.lora_targets))
+    for feed_forward in map(registry.get_feed_forward, registry.feed_forwards()):
+        parts.add_row(feed_forward.name, "feed-forward", ", ".join(feed_forward.lora_targets))
+    tables.show(parts, console)
 
 
 @app.command(cls=_Command)

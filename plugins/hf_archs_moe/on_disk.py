@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-)
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
 
 
 def expert_conversions() -> list[WeightConverter | WeightRenaming]:

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from transformers import MambaConfig, MambaForCausalLM
 
 import hf_archs
-from hf_archs import training
+from hf_archs import registry, training
 from hf_archs.commands import cli, loading, sentences, tables, versions
 from hf_archs.data import text
 from hf_archs.native import disk
@@ -144,6 +144,8 @@ def test_list_names_every_architecture(run):
         line = next(line for line in out.splitlines() if line.startswith(f"│ {name} "))
         for word in (architecture.model_type, *architecture.sizes, *architecture.lora_targets):
             assert re.search(rf"\b{re.escape(word)}[, ]", line)
+    for name in {*registry.mixers(), *registry.feed_forwards()} - {"parallel"}:  # of which a hybrid can be made
+        assert f"│ {name} " in out
 
 
 @pytest.mark.parametrize("width", [20, 60, 90, 130, 1000])

@@ -12,14 +12,7 @@ from transformers import CompileConfig
 
 from hf_archs.registry import Architecture
 from hf_archs.testing.contract.generation import generate
-from hf_archs.testing.contract.models import (
-    Contract,
-    assert_all_close,
-    assert_close,
-    gradients,
-    lively,
-    tokens,
-)
+from hf_archs.testing.contract.models import Contract, assert_all_close, assert_close, gradients, lively, tokens
 from hf_archs.testing.contract.padding import padded
 
 

@@ -13,15 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from hf_archs.errors import CheckpointMismatch
 from hf_archs.registry import Architecture
-from hf_archs.testing.contract.models import (
-    Contract,
-    forward,
-    gradients,
-    lively,
-    logits,
-    state_parameters,
-    tokens,
-)
+from hf_archs.testing.contract.models import Contract, forward, gradients, lively, logits, state_parameters, tokens
 
 HEADS = (
     "AutoModel",
