@@ -11,6 +11,7 @@ NONE = "none"
 
 
 def near_or_all(name: str, names: Collection[str]) -> str:
+    """The end of an error on ``name``: names that look like it, where there are any, and all that are allowed."""
     return f"{did_you_mean(similar(name, names))} allowed are {', '.join(sorted(names)) or 'none'}".lstrip()
 
 

@@ -24,6 +24,7 @@ class CacheNames:
         return super().__contains__(self._replace_old_cache_name(key))  # type: ignore[misc]
 
     def get(self, key: Any, default: Any = None) -> Any:
+        """As a dict's, by either name of the cache."""
         return super().get(self._replace_old_cache_name(key), default)  # type: ignore[misc]
 
 

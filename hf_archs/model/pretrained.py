@@ -49,6 +49,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         return {"hidden_states": ArchBlock, **({"attentions": AttentionWeights} if shown else {})}
 
     def post_init(self) -> None:
+        """As in transformers; lists of modules to keep in float32 come to name only modules that this model has."""
         super().post_init()
         model_card.tag(self)
         # whoever reads the list may rely on every name in it to stand for something in this model
@@ -193,6 +194,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """As in transformers; files that do not fit raise a `CheckpointMismatch`, before memory is taken."""
         super().mark_tied_weights_as_initialized(loading_info)
         # here, before memory is taken for tensors that a wrong config asks for
         if call.reading is not None:

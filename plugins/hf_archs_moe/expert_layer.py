@@ -95,6 +95,7 @@ class ArchExperts(_Experts):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def init_weights(self) -> None:
+        """Draw all weights from a normal distribution of the width ``initializer_range``."""
         for weight in self.parameters():
             init.normal_(weight, std=getattr(self.config, "initializer_range", 0.02))
 
