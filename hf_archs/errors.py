@@ -1,7 +1,5 @@
 """Errors that more than one part of the library raises."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 from collections.abc import Iterable, Sequence

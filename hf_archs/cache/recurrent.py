@@ -8,8 +8,6 @@ the past (assisted decoding), each mixer hands over the inputs of its recurrence
 again from the state before. Of a long forward only the last positions are kept that way, see `RecurrentCache.begin`.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterator

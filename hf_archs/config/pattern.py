@@ -1,7 +1,5 @@
 """The small language in which a ``layer_pattern`` says what stands in each layer."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 

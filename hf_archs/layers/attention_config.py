@@ -1,7 +1,5 @@
 """What attention is told, and what it keeps between tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

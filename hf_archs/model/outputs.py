@@ -1,7 +1,5 @@
 """The outputs of the backbone and of the heads."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

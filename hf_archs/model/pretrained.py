@@ -1,7 +1,5 @@
 """The base of every model class: how weights begin, and how they are loaded and saved."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The checkpoints of the package mamba_ssm, as state-spaces publishes them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

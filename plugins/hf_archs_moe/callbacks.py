@@ -1,7 +1,5 @@
 """What routers need between the steps of a training, and what they report."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

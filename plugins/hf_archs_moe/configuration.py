@@ -1,7 +1,5 @@
 """Configs of the mixture of experts as a feed-forward, and of the architecture."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """The experts of a layer in transformers' experts interface, and `expert_mlp` as an implementation of it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

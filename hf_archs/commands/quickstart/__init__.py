@@ -4,8 +4,6 @@ Everything goes through the host libraries as a user would call them: `transform
 classes and the client of huggingface_hub.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

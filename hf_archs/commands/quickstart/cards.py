@@ -1,7 +1,5 @@
 """The model cards of a run."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Mapping
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """The figures of a run, for people: tables, a picture, and where it ran."""
 
-from __future__ import annotations
-
 import math
 import platform
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The job on DNA."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The model of a run: whether it fits, made new, saved, generating."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

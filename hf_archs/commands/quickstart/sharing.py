@@ -1,7 +1,5 @@
 """Push, pull and compare."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from typing import Any

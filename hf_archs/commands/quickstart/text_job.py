@@ -1,7 +1,5 @@
 """The job on text."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Who asks, and for which repository."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

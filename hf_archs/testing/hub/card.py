@@ -1,7 +1,5 @@
 """The metadata of a repository's card."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

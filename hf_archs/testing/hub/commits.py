@@ -1,7 +1,5 @@
 """A commit: files written, moved in and deleted at once."""
 
-from __future__ import annotations
-
 import base64
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """A repository's files at a revision."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 from urllib.parse import parse_qs, unquote

@@ -1,7 +1,5 @@
 """The files of a commit, with git's object ids, and the rows in which the client reads them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Branches, tags, history, discussions and pull requests."""
 
-from __future__ import annotations
-
 from urllib.parse import unquote
 
 from starlette.requests import Request

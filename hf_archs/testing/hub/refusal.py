@@ -1,7 +1,5 @@
 """Refusals, as the client reads them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from starlette.requests import Request

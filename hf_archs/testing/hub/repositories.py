@@ -1,7 +1,5 @@
 """The account, its repositories, and whether a card's metadata is sound."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

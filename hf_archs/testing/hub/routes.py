@@ -1,7 +1,5 @@
 """The table of all endpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

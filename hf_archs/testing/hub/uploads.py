@@ -1,7 +1,5 @@
 """Large files on their way: LFS, whole or in parts, and Xet."""
 
-from __future__ import annotations
-
 import base64
 import fnmatch
 import hashlib

@@ -1,7 +1,5 @@
 """The ``local://`` stores that Xet uploads into, as plain objects."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import struct
