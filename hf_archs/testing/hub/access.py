@@ -8,8 +8,7 @@ from urllib.parse import unquote
 
 from starlette.requests import Request
 
-from hf_archs.testing.hub.refusal import HubError
-from hf_archs.testing.hub.repository import Repository
+from hf_archs.testing.hub.repository import HubError, Repository
 
 KINDS = ("models", "datasets", "spaces")
 
