@@ -1,7 +1,5 @@
 """Errors and warnings that more than one part of the library gives."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import sys

@@ -5,8 +5,6 @@ Rows and tokens may be dynamic: a graph that was made with one number of them is
 Letters in shapes: b batch, l length, v vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@
 both.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,6 +111,7 @@ class ArchTrainer(Trainer):
         return decay_parameter_names(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, into a folder whose old files stay until all new ones are written."""
         with disk.replacing(output_dir or str(self.args.output_dir)) as partial:
             super().save_model(str(partial), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:

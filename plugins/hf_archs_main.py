@@ -5,8 +5,6 @@ imports the library only inside its commands, so that help, the version and a mi
 and by the commands themselves.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

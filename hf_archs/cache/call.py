@@ -5,8 +5,6 @@ A value that a module kept would outlive a call that fails, and two threads, or 
 write over each other's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable, Iterator

@@ -8,8 +8,6 @@ the past (assisted decoding), each mixer hands over the inputs of its recurrence
 again from the state before. Of a long forward only the last positions are kept that way, see `RecurrentCache.begin`.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -89,6 +87,7 @@ class RecurrentCache(Cache):
         return self.timeline.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of a mask's keys: all positions, the new ones among them, from the first on."""
         return self.get_seq_length() + query_length, 0
 
     @property
@@ -193,15 +192,19 @@ class RecurrentCache(Cache):
             record.inputs = [{n: function(t) for n, t in inputs.items()} for inputs in record.inputs]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Take the rows that a beam search goes on with, row ``beam_idx[i]`` for row i; ``beam_idx`` is ``(b,)``."""
         self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times, copies side by side."""
         self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows of these indices, in their order; ``indices`` is ``(n,)``."""
         self._map_rows(lambda t: t[indices.to(t.device)])
 
     def reset(self) -> None:
+        """Forget every token, the records and all that slots derived, so that another sequence may begin."""
         super().reset()
         self._forget()
         self.forget_derived()
@@ -221,6 +224,7 @@ class RecurrentCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
+        """True always: transformers asks before anything is recorded, and `crop` itself refuses where it cannot."""
         return True
 
     def stop_recording(self) -> None:

@@ -4,8 +4,6 @@ The library is imported inside the commands only: ``hf_archs_main`` runs this fi
 the version and a mistyped option are answered before torch is imported, which takes seconds.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

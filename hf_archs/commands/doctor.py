@@ -1,7 +1,5 @@
 """The state of an installation: versions, the device, the ops and the plugins."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import platform

@@ -4,8 +4,6 @@ The functions raise what the host libraries raise (`ValueError`, `OSError`, thei
 message names the thing, its value and what is allowed.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import shutil

@@ -4,8 +4,6 @@ On a terminal it is a bar; elsewhere (a pipe, a log file) a line of its own ever
 that stdout has the results alone. This module needs nothing of hf-archs, so that it can show how the rest is imported.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ process's: ``python -m hf_archs.commands.publish JSON``. One process does both, 
 longer than all the rest.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The errors that a user's input can cause, each as one sentence."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

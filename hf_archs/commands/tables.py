@@ -1,7 +1,5 @@
 """Tables that cut no word."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.measure import measure_renderables
 from rich.table import Table

@@ -1,7 +1,5 @@
 """``hf-archs train``: its arguments, where an interrupted run goes on, and the run."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """The versions that hf-archs was tested with, against those that are installed."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from dataclasses import dataclass
 

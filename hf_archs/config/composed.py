@@ -2,8 +2,6 @@
 the patterns that place them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Callable, Mapping

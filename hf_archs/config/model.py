@@ -172,12 +172,14 @@ class ArchConfig(PreTrainedConfig, PartConfig):
             )
 
     def validate_sizes(self) -> None:
+        """Refuse sizes that are out of range, with a `ValueError`."""
         check_range(self, "vocab_size", 1, 2**24)
         check_range(self, "num_hidden_layers", 1, MOST_LAYERS)
         check_range(self, "initializer_range", 0.0, 10.0)
         check_range(self, "embedding_multiplier", 1e-6, 1e6)
 
     def validate_token_ids(self) -> None:
+        """Refuse ids of special tokens that the vocabulary does not have, with a `ValueError`."""
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)
             for token in value if isinstance(value, list) else [value]:
@@ -294,6 +296,7 @@ class ArchConfig(PreTrainedConfig, PartConfig):
         return found
 
     def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with this library's version and the Auto classes' map, and without misspelt fields."""
         output = super().to_dict()
         for name in self._misspelt(output):  # which somebody set on this object, and no file of ours may hold
             del output[name]

@@ -1,7 +1,5 @@
 """The small language in which a ``layer_pattern`` says what stands in each layer."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 
@@ -11,6 +9,7 @@ NONE = "none"
 
 
 def near_or_all(name: str, names: Collection[str]) -> str:
+    """The end of an error on ``name``: names that look like it, where there are any, and all that are allowed."""
     return f"{did_you_mean(similar(name, names))} allowed are {', '.join(sorted(names)) or 'none'}".lstrip()
 
 

@@ -3,8 +3,6 @@
 Letters: b batch, l length, c channels.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ MPS and anything without Triton) and ``triton`` (CUDA and ROCm, or a CPU under `
 The environment variable ``HF_ARCHS_BACKEND`` overrides the automatic choice, for debugging.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os

@@ -4,8 +4,6 @@ with Selective State Spaces", https://arxiv.org/abs/2312.00752, figure 3).
 Letters: b batch, l length, c channels, k taps of a filter.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

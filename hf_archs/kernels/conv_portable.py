@@ -5,8 +5,6 @@ Time is cut into blocks, so that what is only needed for a while stays in the pr
 Letters: b batch, l length, c channels; ``size`` is the width less one, the number of inputs seen before a position.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

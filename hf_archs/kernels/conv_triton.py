@@ -10,8 +10,6 @@ Letters: b batch, l length, c channels; SIZE is the width less one, the number o
 # a tuple that grows in a kernel has a type of its own at every step
 # mypy: disable-error-code="assignment,var-annotated"
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

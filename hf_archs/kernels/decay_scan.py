@@ -6,8 +6,6 @@ RetNet: Sun et al. 2023, "Retentive Network", https://arxiv.org/abs/2307.08621, 
 Letters: b batch, l length, h heads, g groups of heads that share q and k, r = h / g, n key_dim, p value_dim.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -16,8 +16,6 @@ Where a decay is the same at every token, as RetNet's are, so are all of these f
 them once, the factors go into q and k, and no gradient of a decay has to be known by token.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

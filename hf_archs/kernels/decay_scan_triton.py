@@ -24,8 +24,6 @@ Letters: b batch, l length, h heads, g groups of heads that share q and k, n key
 i tokens that read, j tokens that write. States are (c, b, h, p, n).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@
 Letters: b batch, l length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

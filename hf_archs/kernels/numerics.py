@@ -3,8 +3,6 @@
 States, decays and sums are in float32, or float64 where the activations are, autocast or not.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable

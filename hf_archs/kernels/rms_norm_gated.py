@@ -2,8 +2,6 @@
 section 7.1; RMSNorm: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

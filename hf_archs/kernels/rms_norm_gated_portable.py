@@ -2,8 +2,6 @@
 and takes no memory; the backward computes again what the forward did.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

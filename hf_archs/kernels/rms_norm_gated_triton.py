@@ -5,8 +5,6 @@ and written once and nothing is stored between forward and backward: the backwar
 inputs it reads anyway.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -10,8 +10,6 @@ Coordinates: the first token of a forward is at 0, what came before it has negat
 earlier starts at a negative one. A token at coordinate i of a document that starts at a has position i - a.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

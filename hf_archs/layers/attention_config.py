@@ -1,7 +1,5 @@
 """What attention is told, and what it keeps between tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +42,7 @@ class AttentionConfig(PartConfig):
     attention_scale: float | None = None
 
     def validate_attention(self) -> None:
+        """Refuse values that are out of range or do not fit together."""
         check_range(self, "num_heads", 1, 2**10)
         check_range(self, "partial_rotary_factor", 2.0**-10, 1.0)
         if self.num_key_value_heads is not None:
@@ -112,6 +111,7 @@ class SlidingAttentionConfig(AttentionConfig):
     global_tokens: int = 0
 
     def validate_window(self) -> None:
+        """Refuse sizes that are out of range."""
         check_range(self, "window", 1, 2**24)
         check_range(self, "global_tokens", 0, 2**16)
 

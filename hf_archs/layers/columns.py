@@ -3,8 +3,6 @@
 Letters and coordinates are those of `hf_archs.layers.attention`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

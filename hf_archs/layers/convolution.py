@@ -1,7 +1,5 @@
 """The short causal depthwise convolution that most recurrent mixers put before their recurrence."""
 
-from __future__ import annotations
-
 import math
 
 import torch

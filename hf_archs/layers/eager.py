@@ -3,8 +3,6 @@
 Letters are those of `hf_archs.layers.attention`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

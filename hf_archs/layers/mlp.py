@@ -1,7 +1,5 @@
 """The feed-forward of one hidden layer, registered as ``mlp``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Normalisation layers. (transformers initialises every class with ``RMSNorm`` or ``LayerNorm`` in its name.)"""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Several mixers side by side in one layer, as one mixer, registered as ``parallel``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

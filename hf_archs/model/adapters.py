@@ -1,7 +1,5 @@
 """Adapters of PEFT, with the mistakes refused that PEFT passes over: a name that stands for nothing, a tied layer."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import warnings

@@ -43,6 +43,7 @@ class ScaledEmbedding(nn.Embedding):
         self.embed_scale = embed_scale
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Token ids ``(b, l)`` to scaled embeddings ``(b, l, d)``."""
         return super().forward(input) * self.embed_scale
 
 

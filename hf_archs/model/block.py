@@ -3,8 +3,6 @@
 Letters in shapes: b batch, l length, d hidden size.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from functools import partial

@@ -130,6 +130,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
     def generate(  # type: ignore[override]  # by the types of 5.23
         self: Any, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any
     ) -> Any:
+        """As in transformers, with the cache under either of its names, and no router logits unless asked for."""
         given = _given_cache(cache, past_key_values, self.config)
         if given is not None:
             kwargs[NAME] = given
@@ -148,6 +149,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(  # type: ignore[override]
         self: Any, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
+        """As in transformers, with the cache under its old name too, since PEFT looks there."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         if NAME in inputs:
             inputs[OLD_NAME] = inputs[NAME]  # where PEFT looks, whatever the release of transformers

@@ -52,6 +52,7 @@ def inverse(order: torch.Tensor) -> torch.Tensor:
 
 
 def permute(hidden_states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Reorder positions: ``(b, l, d)`` by ``index``, ``(b, l)``, or unchanged where that is None."""
     if index is None:
         return hidden_states
     return hidden_states.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))

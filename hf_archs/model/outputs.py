@@ -1,7 +1,5 @@
 """The outputs of the backbone and of the heads."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +22,7 @@ class CacheNames:
         return super().__contains__(self._replace_old_cache_name(key))  # type: ignore[misc]
 
     def get(self, key: Any, default: Any = None) -> Any:
+        """As a dict's, by either name of the cache."""
         return super().get(self._replace_old_cache_name(key), default)  # type: ignore[misc]
 
 

@@ -1,7 +1,5 @@
 """The base of every model class: how weights begin, and how they are loaded and saved."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path
@@ -49,6 +47,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         return {"hidden_states": ArchBlock, **({"attentions": AttentionWeights} if shown else {})}
 
     def post_init(self) -> None:
+        """As in transformers; lists of modules to keep in float32 come to name only modules that this model has."""
         super().post_init()
         model_card.tag(self)
         # whoever reads the list may rely on every name in it to stand for something in this model
@@ -193,6 +192,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """As in transformers; files that do not fit raise a `CheckpointMismatch`, before memory is taken."""
         super().mark_tied_weights_as_initialized(loading_info)
         # here, before memory is taken for tensors that a wrong config asks for
         if call.reading is not None:

@@ -5,8 +5,6 @@ stand in ``ssm`` and stay in float32 beside weights in half precision, so they h
 whoever makes it: `fully_shard` below, torch's own, transformers' plan or accelerate.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

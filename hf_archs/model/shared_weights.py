@@ -3,8 +3,6 @@
 The layers share the modules themselves, so an adapter on one is on all of them, and merges.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

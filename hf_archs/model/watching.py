@@ -3,8 +3,6 @@
 `hf_archs.ArchTrainer` does neither.
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """Models in memory out of foreign ones of the same mathematics, and back."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints on a disk: which names are folders, whether weights are sound, folders written whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import tempfile

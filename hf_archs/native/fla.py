@@ -31,15 +31,18 @@ class FlaFormat(StateDictFormat):
         return f"flash-linear-attention's {self.defaults['model_type']}"
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
+        """Whether it has this ``model_type`` and a field that the other package's files do not have."""
         own = {*self.alone, *self.earlier.values()}
         return raw.get("model_type") == self.defaults["model_type"] and not own.isdisjoint(raw)
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `StateDictFormat.expand`, with earlier names of fields as today's and a derived "auto" as None."""
         today = {name: new for name, new in self.earlier.items() if new not in raw}
         given, defaults = super().expand({today.get(name, name): value for name, value in raw.items()})
         return given | {name: None for name in self.derived if given[name] == "auto"}, defaults
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """As `StateDictFormat.write_config`, with the derived fields' values."""
         written = super().write_config(config)
         return written | {theirs: getattr(config, attribute) for theirs, attribute in self.derived.items()}
 
@@ -55,4 +58,5 @@ class FormatBesideFla(TransformersFormat):
     fla: FlaFormat
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
+        """As `NativeFormat.detect`, unless the file is flash-linear-attention's."""
         return super().detect(raw) and not self.fla.detect(raw)

@@ -3,8 +3,6 @@
 `hf_archs.native.formats` says what a format is, and `hf_archs.native.conversion` converts models in memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import inspect

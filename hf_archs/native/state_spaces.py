@@ -1,7 +1,5 @@
 """The checkpoints of the package mamba_ssm, as state-spaces publishes them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +25,11 @@ class StateSpacesFormat(NativeFormat):
         return "the state-spaces layout"
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
+        """Whether all is made of this format's layer. Raises as `state_spaces_layer`."""
         return state_spaces_layer(raw) == self.layer
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `NativeFormat.expand`, by mamba_ssm's defaults. Raises a `ValueError` for an impossible size."""
         # options of mamba_ssm.models.config_mamba.MambaConfig beside the sizes, and the value that a stack of
         # nothing but such layers has
         defaults = {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True}

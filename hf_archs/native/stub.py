@@ -5,8 +5,6 @@ run the stub, which only fetches the classes from the installed library. Where t
 reads the stub's imports and names the package to install.
 """
 
-from __future__ import annotations
-
 import os
 
 from hf_archs import registry

@@ -1,7 +1,5 @@
 """Config of models whose layers follow a pattern."""
 
-from __future__ import annotations
-
 from dataclasses import field, replace
 from typing import Any
 

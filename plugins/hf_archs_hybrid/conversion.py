@@ -34,6 +34,8 @@ class HybridFormat(TransformersFormat):
         object.__setattr__(self, "constants", {**self.constants, **types})
 
     def names_for(self, config: Any) -> Callable[[str], str]:
+        """As `NativeFormat.names_for`: the name of a parameter follows from the mixer or feed-forward in its layer."""
+
         def theirs(name: str) -> str:
             match = re.fullmatch(r"(.*?layers\.)(\d+)\.(.*)", name)
             if match is None:
@@ -45,6 +47,7 @@ class HybridFormat(TransformersFormat):
         return theirs
 
     def read_config(self, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+        """As `NativeFormat.read_config`, with the fields that ``read_pattern`` gives."""
         found = super().read_config(raw, config_class)
         for path, value in self.read_pattern(self.expand(raw)[0]).items():
             *parents, name = path.split(".")
@@ -52,6 +55,7 @@ class HybridFormat(TransformersFormat):
         return found
 
     def write_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """As `NativeFormat.write_fields`, with the pattern as ``write_pattern`` gives it."""
         return {**super().write_fields(config), **self.write_pattern(config)}
 
 
@@ -290,6 +294,7 @@ class NemotronHFormat(HybridFormat):
     """
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `TransformersFormat.expand`. Raises a `ValueError` for a contradiction or an unknown kind of layer."""
         raw = dict(raw)
         _same(raw, "layer_norm_epsilon", raw.get("layer_norm_epsilon", 1e-5), "norm_eps", "rms_norm_eps")
         if "attention_head_dim" in raw:  # of the first files, where transformers has head_dim

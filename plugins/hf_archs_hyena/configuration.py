@@ -1,7 +1,5 @@
 """Configs of the Hyena mixer and of the architecture."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 

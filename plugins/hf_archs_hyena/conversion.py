@@ -33,6 +33,7 @@ class HyenaDNAFormat(StateDictFormat):
         return self.name
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `StateDictFormat.expand`, with the sizes that follow. Raises a `ValueError` for an impossible one."""
         given, defaults = super().expand(raw)
         width = self._whole(given, "d_model", 1)
         multiple = self._whole(given, "pad_vocab_size_multiple", 1)
@@ -55,14 +56,17 @@ class HyenaDNAFormat(StateDictFormat):
         return value
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """As `StateDictFormat.write_config`, with bands as features of a lag."""
         written = super().write_config(config)
         written[self.features] = 2 * written.pop("bands") + 1
         return written
 
     def is_buffer(self, name: str) -> bool:
+        """Whether it is the times of the positions, which follow from their number."""
         return name.endswith("filter_fn.pos_emb.t")
 
     def buffers(self, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+        """The times of the positions in every layer's filter, ``(1, max_positions, 1)``."""
         t = torch.linspace(0, 1, config.max_positions)[None, :, None]  # type: ignore[attr-defined]
         layers = range(config.num_hidden_layers)  # type: ignore[attr-defined]
         return {f"{self.prefix}.layers.{i}.mixer.filter_fn.pos_emb.t": t for i in layers}
@@ -77,9 +81,11 @@ class OriginalFormat(HyenaDNAFormat):
     """
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
+        """Whether it has the mixer's options under ``layer``, both sizes, and no ``model_type``."""
         return "model_type" not in raw and isinstance(raw.get("layer"), Mapping) and {"d_model", "n_layer"} <= set(raw)
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `HyenaDNAFormat.expand`, the mixer's options flat. Raises a `ValueError` for another width of it."""
         mixer = {f"layer.{name}": value for name, value in raw["layer"].items()}
         given, defaults = super().expand({**{k: v for k, v in raw.items() if k != "layer"}, **mixer})
         self._whole(given, "layer.l_max", 2)
@@ -91,6 +97,7 @@ class OriginalFormat(HyenaDNAFormat):
         return given, defaults
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """As `HyenaDNAFormat.write_config`, with the mixer's options under ``layer``."""
         written = super().write_config(config)
         mixer = {name.removeprefix("layer."): written.pop(name) for name in [*written] if name.startswith("layer.")}
         return {**written, "layer": mixer}
@@ -98,13 +105,16 @@ class OriginalFormat(HyenaDNAFormat):
     # Lightning's module holds the model as `model`; what is recomputed in the backward stands in a module `layer`
 
     def ours(self, name: str) -> str:
+        """As `NativeFormat.ours`, of a name as Lightning saves it."""
         return super().ours(re.sub(r"\.(mixer|mlp)\.layer\.", r".\1.", name.removeprefix("model.")))
 
     def key_mapping(self) -> dict[str, str]:
+        """As `NativeFormat.key_mapping`, after Lightning's prefix and the ``layer`` of recomputed modules go."""
         plain = {r"^model\.(backbone|lm_head)\.": r"\1.", r"\.(mixer|mlp)\.layer\.": r".\1."}
         return {**plain, **super().key_mapping()}
 
     def is_buffer(self, name: str) -> bool:
+        """As `HyenaDNAFormat.is_buffer`, and the sums of Lightning's metrics."""
         return super().is_buffer(name) or "torchmetrics" in name
 
 

@@ -4,8 +4,6 @@ Letters in shapes: b batch, l length, d hidden size, s convolutions (order - 1),
 k taps, m modes.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

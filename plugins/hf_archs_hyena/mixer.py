@@ -3,8 +3,6 @@
 Letters in shapes: b batch, l length, d hidden size, n order, c channels of the long convolutions ((n - 1) x d).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

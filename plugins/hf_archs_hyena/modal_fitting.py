@@ -11,8 +11,6 @@ Only the filter itself is summed against powers of the poles, by matrix products
 Letters: c channels, l taps, n modes, k candidates.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Configs of the Mamba mixer and of the architecture."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -3,8 +3,6 @@
 Letters in shapes: b batch, l length, d hidden size, c channels, n states per channel, r step rank.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Configs of the Mamba-2 mixer and of the architecture."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

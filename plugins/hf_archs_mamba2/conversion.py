@@ -20,6 +20,7 @@ class Mamba2FlaFormat(FlaFormat):
     """
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `FlaFormat.expand`. Raises a `ValueError` where the heads do not make up the expanded width."""
         given, defaults = super().expand(raw)
         sizes = [given[name] for name in ("num_heads", "head_dim", "expand", "hidden_size")]
         if all(type(size) is int for size in sizes) and sizes[0] * sizes[1] != sizes[2] * sizes[3]:

@@ -4,8 +4,6 @@ Letters in shapes: b batch, l length, d hidden size, c channels, h heads, p chan
 g groups, n state size.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

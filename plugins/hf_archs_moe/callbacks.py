@@ -1,7 +1,5 @@
 """What routers need between the steps of a training, and what they report."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ class RouterCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Correct every router by the loads since the last step, over all ranks, and start its statistics anew."""
         routers = list(_routers(kwargs["model"]).values())
         for router, counted in zip(routers, _over_ranks([router.training_statistics for router in routers])):
             router.correct(Statistics.unpack(counted).load)
@@ -33,6 +32,7 @@ class RouterCallback(TrainerCallback):
             router.training_statistics.zero_()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the figures of all routers since the last log to the logs of a training step."""
         logs = kwargs["logs"]
         if "loss" not in logs:  # those of an evaluation, and of the end
             return

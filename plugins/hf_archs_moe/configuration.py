@@ -1,7 +1,5 @@
 """Configs of the mixture of experts as a feed-forward, and of the architecture."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -86,6 +84,7 @@ class MoEConfig(PartConfig):
             self.num_experts_per_tok = self._own_top_k
 
     def validate_moe(self) -> None:
+        """Refuse values that are out of range or do not fit together."""
         check_range(self, "num_experts", 1, 2**14)
         check_range(self, "moe_intermediate_size", 1, 2**20)
         check_range(self, "shared_expert_intermediate_size", 0, 2**20)
@@ -104,6 +103,7 @@ class MoEConfig(PartConfig):
         )
 
     def validate_router(self) -> None:
+        """Refuse options that the chosen router does not have, and values that it cannot work with."""
         with_router = f"with router {self.router!r}"
         chooses = self.router in ("top_k", "loss_free")
         if chooses:
@@ -167,10 +167,12 @@ class ArchMoEConfig(ComposedConfig, MoEConfig):
         super().__post_init__(**kwargs)
 
     def validate_mixer_sizes(self) -> None:
+        """Refuse sizes that are out of range; first of all, since others compute with them."""
         super().validate_mixer_sizes()
         check_range(self, "expert_layer_period", 1, 2**12)  # layers are counted with it
 
     def validate_layers(self) -> None:
+        """Refuse layers that there are not, a width out of range, and a mixer that its own config refuses."""
         check_range(self, "intermediate_size", 1, 2**20)
         check_range(self, "expert_layer_offset", 0, self.expert_layer_period - 1)
         for layer in self.dense_layers or ():
@@ -183,10 +185,12 @@ class ArchMoEConfig(ComposedConfig, MoEConfig):
         return placed and layer_idx not in (self.dense_layers or ())
 
     def instances(self) -> dict[str, Instance]:
+        """The one mixer."""
         assert self.mixer is not None
         return {"mixer": self.mixer_instance("mixer", self.mixer)}
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
+        """The mixer, with experts or, in the other layers, a dense feed-forward."""
         mixer, config = self.instances()["mixer"]
         if self.has_experts(layer_idx):
             return LayerPlan(mixer, config, "moe", self)

@@ -165,6 +165,7 @@ class DenseFormat(TransformersFormat):
     """A decoder of attention and gated feed-forwards alone: a model of ours where no layer has experts."""
 
     def read_config(self, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+        """As `NativeFormat.read_config`, with all layers dense. Raises a `ValueError` for sliding windows too."""
         if "sliding_attention" in (raw.get("layer_types") or ()):
             raise ValueError(
                 f"layer_types has 'sliding_attention' in this {self.name} checkpoint, which {config_class.__name__} "
@@ -174,6 +175,7 @@ class DenseFormat(TransformersFormat):
         return {**fields, "dense_layers": list(range(fields["num_hidden_layers"]))}
 
     def write_fields(self, config: Any) -> dict[str, Any]:
+        """As `NativeFormat.write_fields`. Raises a `ValueError` for layers with experts too."""
         experts = [i for i in range(config.num_hidden_layers) if config.has_experts(i)]
         if experts:
             raise ValueError(

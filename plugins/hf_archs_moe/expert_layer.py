@@ -1,7 +1,5 @@
 """The experts of a layer in transformers' experts interface, and `expert_mlp` as an implementation of it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -95,6 +93,7 @@ class ArchExperts(_Experts):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def init_weights(self) -> None:
+        """Draw all weights from a normal distribution of the width ``initializer_range``."""
         for weight in self.parameters():
             init.normal_(weight, std=getattr(self.config, "initializer_range", 0.02))
 

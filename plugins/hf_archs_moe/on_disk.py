@@ -1,7 +1,5 @@
 """How the experts of a layer stand in files."""
 
-from __future__ import annotations
-
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
 
 

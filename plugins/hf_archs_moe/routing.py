@@ -176,6 +176,7 @@ class Predictor(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.num_experts))
 
     def init_weights(self) -> None:
+        """Draw the weight as a router's; the bias is 0."""
         _init_scores(self.weight, self.config)
         init.zeros_(self.bias)
 
@@ -221,6 +222,7 @@ class Router(nn.Module):
         self.register_buffer("training_statistics", counts, persistent=False)
 
     def init_weights(self) -> None:
+        """Draw the weight as wide as the model's others; the correction and the statistics are 0."""
         _init_scores(self.weight, self.config)
         for buffer in self.buffers(recurse=False):
             init.zeros_(buffer)

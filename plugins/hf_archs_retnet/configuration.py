@@ -1,7 +1,5 @@
 """Configs of the retention mixer and of the RetNet architecture."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal

@@ -3,8 +3,6 @@
 Letters in shapes: b batch, l length, d hidden size, h heads, n key channels per head, p value channels per head.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The feed-forward of torchscale's first RetNet, registered as ``sub_ln_mlp``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -34,6 +34,7 @@ class DecoderFormat(StateDictFormat):
     """
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `StateDictFormat.expand`, with the value width and the embedding's scale in our units."""
         given, defaults = super().expand(raw)
         width = given["decoder_embed_dim"]
         # under names of our own: what they say in other units
@@ -42,6 +43,7 @@ class DecoderFormat(StateDictFormat):
         return given, defaults
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """As `StateDictFormat.write_config`. Raises a `ValueError` for a scale of the embedding that is no option."""
         written = super().write_config(config)
         multiplier, width = written.pop("multiplier"), written["decoder_embed_dim"]
         if multiplier not in (1.0, math.sqrt(width)):
@@ -54,6 +56,7 @@ class DecoderFormat(StateDictFormat):
         return written
 
     def is_buffer(self, name: str) -> bool:
+        """Whether it is of the angles and decays of relative positions."""
         return "retnet_rel_pos." in name
 
     def buffers(self, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
@@ -73,9 +76,11 @@ class SyncdothFormat(DecoderFormat):
         return "syncdoth's retnet"
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
+        """Whether it has ``model_type`` ``retnet`` and torchscale's options."""
         return raw.get("model_type") == "retnet" and is_decoder(raw)
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `DecoderFormat.expand`. Raises a `ValueError` for a file of before October 2023."""
         if "decoder_value_embed_dim" not in raw:
             raise ValueError(
                 f"decoder_value_embed_dim is missing in this {self.name} checkpoint, as in those from before 2 October "
@@ -89,18 +94,22 @@ class TorchscaleFormat(DecoderFormat):
     """The options of torchscale's ``RetNetConfig``, and the state dict of a ``RetNetDecoder``."""
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
+        """Whether it has no ``model_type``, and options of retention, the value width among them."""
         return "model_type" not in raw and "decoder_retention_heads" in raw and "decoder_value_embed_dim" in raw
 
     def theirs(self, name: str) -> str:
+        """As `NativeFormat.theirs`, without the decoder's prefix, since its state dict has none."""
         return super().theirs(name).removeprefix(f"{self.prefix}.")
 
     def ours(self, name: str) -> str:
+        """As `NativeFormat.ours`, of a name with or without the decoder's prefix."""
         name = name.removeprefix(f"{self.prefix}.")  # which checkpoints of whole fairseq models have
         if name == self.renames["lm_head.weight"]:
             return "lm_head.weight"
         return super().ours(f"{self.prefix}.{name}")
 
     def key_mapping(self) -> dict[str, str]:
+        """As `NativeFormat.key_mapping`, where the decoder's prefix may be missing."""
         prefix = rf"^(?:{self.prefix}\.)?"
         head = rf"{prefix}output_projection\.weight$"
         return {
@@ -123,9 +132,11 @@ class Torchscale2023Format(TorchscaleFormat):
         return "torchscale before 29 September 2023"
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
+        """Whether it has no ``model_type``, and options of retention without the value width."""
         return "model_type" not in raw and "decoder_retention_heads" in raw and not super().detect(raw)
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `DecoderFormat.expand`, values twice as wide. Raises a `ValueError` where the norm's eps is unknown."""
         width = raw.get("decoder_embed_dim", self.defaults["decoder_embed_dim"])
         given, defaults = super().expand({**raw, "decoder_value_embed_dim": 2 * width})
         if given["head_norm_eps"] is None and given["layernorm_eps"] != 1e-6:
@@ -137,6 +148,7 @@ class Torchscale2023Format(TorchscaleFormat):
         return given, defaults
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """As `DecoderFormat.write_config`. Raises a `ValueError` for values that are not twice as wide."""
         written = super().write_config(config)
         if written.pop("decoder_value_embed_dim") != 2 * written["decoder_embed_dim"]:
             raise ValueError(

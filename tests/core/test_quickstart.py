@@ -23,9 +23,8 @@ from typer.testing import CliRunner
 
 import hf_archs
 from hf_archs.commands import cli, loading, publish
-from hf_archs.commands.quickstart import GenomeOptions, TextOptions, make_options, quickstart, text_job, training
-from hf_archs.commands.quickstart.cards import text_cards
-from hf_archs.commands.quickstart.figures import draw, in_bits
+from hf_archs.commands.quickstart import GenomeOptions, TextOptions, jobs, make_options, quickstart, training
+from hf_archs.commands.quickstart.figures import draw, in_bits, text_cards
 from hf_archs.commands.quickstart.run import Run
 from hf_archs.commands.sentences import CheckFailed
 from hf_archs.data import text
@@ -58,7 +57,7 @@ def recorder():
 def sample():
     """Less of the held-out text is measured than there is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_job, "SAMPLE", 300)
+        patch.setattr(jobs, "SAMPLE", 300)
         yield 300
 
 
@@ -277,7 +276,7 @@ def test_bytes_per_token():
     tokenizer = text.train_tokenizer(corpus.values(), 258)
     rows = text.token_blocks(tokenizer, corpus.values(), 9)
     tokens = sum(len(row) for row in rows["input_ids"])
-    assert text_job._bytes_per_token(tokenizer, rows) == pytest.approx(360 / tokens, rel=0.05)
+    assert jobs._bytes_per_token(tokenizer, rows) == pytest.approx(360 / tokens, rel=0.05)
 
 
 def test_encoding_and_measuring_say_how_far_they_are():

@@ -4,16 +4,13 @@ Everything goes through the host libraries as a user would call them: `transform
 classes and the client of huggingface_hub.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 
-from hf_archs.commands.quickstart.genome_job import run_genome
+from hf_archs.commands.quickstart.jobs import run_genome, run_text
 from hf_archs.commands.quickstart.options import GenomeOptions, Options, TextOptions, make_options
-from hf_archs.commands.quickstart.text_job import run_text
 
 __all__ = ["GenomeOptions", "TextOptions", "make_options", "quickstart"]
 

@@ -1,25 +1,30 @@
-"""The model of a run: whether it fits, made new, saved, generating."""
+"""The model of a run: whether it fits, made new, saved, generating, shared."""
 
-from __future__ import annotations
-
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from hf_archs.commands import loading, publish
 from hf_archs.commands.progress import Bar, working
 from hf_archs.commands.quickstart.options import Options
-from hf_archs.commands.quickstart.sharing import embedded_hub
+from hf_archs.commands.quickstart.run import Run
 from hf_archs.data import text
 from hf_archs.errors import needs
 from hf_archs.native import disk
 from hf_archs.registry import get_architecture
 
 NEW_TOKENS = 60  # of a generated text
+
+
+def embedded_hub() -> Any:
+    """The class of the embedded Hub; an ImportError names the extra that brings what it needs."""
+    return needs("hf_archs.testing.hub", "the embedded Hub", "quickstart").EmbeddedHub
 
 
 def prepare(options: Options, overrides: Mapping[str, Any]) -> tuple[Any, int, str]:
@@ -89,3 +94,29 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, seed: 
             streamer=_Tokens(bar),
         )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def share(
+    run: Run,
+    repository: str,
+    prompt: str,
+    tokens: torch.Tensor,
+    pushed: Mapping[str, torch.Tensor],
+    cards: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Push, pull into an empty cache, compare."""
+    hub = "the Hub" if run.options.hub else "an embedded Hub"
+    run.console.print(f"[bold]4[/] push to {hub}, [bold]5[/] and pull")
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {name: f"{scratch}/{name}.safetensors" for name in ("tokens", "logits")}
+        save_file({"tokens": tokens}, files["tokens"])
+        push = {"folder": str(run.folder), "name": repository, "private": not run.options.public, "cards": cards}
+        pull = {"text": prompt, "tokens": files["tokens"], "output": files["logits"], "cache": f"{scratch}/pulled"}
+        if run.options.hub:
+            answer = publish.run({"HF_XET_CACHE": f"{scratch}/xet"}, push, pull)
+        else:
+            with embedded_hub()() as server:
+                answer = publish.run(server.environment(f"{scratch}/home"), push, pull)
+        pulled = load_file(files["logits"])
+    same = {part: torch.equal(pulled[part], pushed[part]) for part in pushed} | answer["same"]
+    return {"repositories": answer["names"], "pulled_equals_pushed": all(same.values()), "pulled": same}

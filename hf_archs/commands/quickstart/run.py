@@ -1,7 +1,5 @@
 """The finished stages of a run, so that an interrupted one can go on."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

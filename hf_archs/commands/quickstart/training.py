@@ -1,7 +1,5 @@
 """A training that goes on from its last checkpoint."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import time

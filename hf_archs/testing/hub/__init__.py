@@ -21,6 +21,7 @@ a ``local://`` store, which ``hf_xet`` knows for tests, and turns what lies ther
 Downloads are always plain HTTP, because no file is announced with an ``X-Xet-Hash``.
 """
 
-from hf_archs.testing.hub.server import EmbeddedHub
+from hf_archs.testing.hub.repository import HubError
+from hf_archs.testing.hub.server import USERS, EmbeddedHub
 
-__all__ = ["EmbeddedHub"]
+__all__ = ["USERS", "EmbeddedHub", "HubError"]

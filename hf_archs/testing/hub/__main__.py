@@ -1,7 +1,5 @@
 """The Hub as a process of its own: ``python -m hf_archs.testing.hub``."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys

@@ -1,7 +1,5 @@
 """Who asks, and for which repository."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +8,7 @@ from urllib.parse import unquote
 
 from starlette.requests import Request
 
-from hf_archs.testing.hub.refusal import HubError
-from hf_archs.testing.hub.repository import Repository
+from hf_archs.testing.hub.repository import HubError, Repository
 
 KINDS = ("models", "datasets", "spaces")
 

@@ -1,19 +1,87 @@
-"""A repository's files at a revision."""
-
-from __future__ import annotations
+"""Repositories, their files at a revision, and their cards' metadata."""
 
 import contextlib
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+import yaml
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from hf_archs.testing.hub.access import Access
-from hf_archs.testing.hub.card import card_metadata
-from hf_archs.testing.hub.files import below, file_row, folder_row, folders_of
-from hf_archs.testing.hub.refusal import HubError
-from hf_archs.testing.hub.repository import Repository
+from hf_archs.testing.hub.access import KINDS, Access
+from hf_archs.testing.hub.repository import HubError, Repository, below, file_row, folder_row, folders_of
+
+
+def card_metadata(card: str) -> dict[str, Any]:
+    """The YAML block at a card's head, empty where there is none; ValueError for one that the Hub would refuse."""
+    block = re.match(r"\s*---\r?\n(.*?\n)??---\s*(\n|$)", card, re.DOTALL)
+    try:
+        metadata = yaml.safe_load(block[1] or "") if block else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"YAML: {error}") from error
+    if not isinstance(metadata, dict | None):
+        raise ValueError("the metadata must be a mapping")
+    texts, lists = (
+        ("pipeline_tag", "library_name"),
+        ("license", "language", "tags", "datasets", "base_model", "metrics"),
+    )
+    for key, value in (metadata or {}).items():
+        if key in texts and not isinstance(value, str):
+            raise ValueError(f'"{key}" must be a string')
+        values = value if isinstance(value, list) and key != "license" else [value]
+        if key in lists and not all(isinstance(item, str) for item in values):
+            raise ValueError(f'"{key}" must be a string' + ("" if key == "license" else " or a list of strings"))
+    return metadata or {}
+
+
+class Repositories(Access):
+    """The endpoints of the account and of whole repositories."""
+
+    async def whoami(self, request: Request) -> Response:
+        """The account of the token."""
+        user, role = self.caller(request)
+        if user is None:
+            raise HubError(401, "Invalid username or password.")
+        auth = {"type": "access_token", "accessToken": {"displayName": role, "role": role}}
+        return JSONResponse({"type": "user", "id": user, "name": user, "fullname": user, "orgs": [], "auth": auth})
+
+    async def validate_yaml(self, request: Request) -> Response:
+        """Whether the Hub would take a card."""
+        try:
+            metadata = card_metadata((await request.json())["content"])
+        except ValueError as error:
+            return JSONResponse({"errors": [{"message": str(error)}], "warnings": []}, 400)
+        warning = {"message": "empty or missing yaml metadata in repo card"}
+        return JSONResponse({"errors": [], "warnings": [] if metadata else [warning]})
+
+    async def _named(self, request: Request) -> tuple[dict[str, Any], Path, str]:
+        """(body, folder, URL) of the repository in the body of a create or delete."""
+        body = await request.json()
+        repo_id = f"{body.get('organization') or self.caller(request)[0]}/{body['name']}"
+        kind = f"{body.get('type') or 'model'}s"
+        if kind not in KINDS:
+            raise HubError(400, f"Invalid repository type: {body['type']!r}")
+        folder = self.root / kind / self.owner(request, repo_id).relative_to(self.root / "models")
+        return body, folder, f"{request.base_url}{'' if kind == 'models' else f'{kind}/'}{repo_id}"
+
+    async def create(self, request: Request) -> Response:
+        """Make a repository."""
+        body, folder, url = await self._named(request)
+        if folder.exists():
+            raise HubError(409, f"You already created this {folder.parts[-3][:-1]} repo", url=url)
+        repo = Repository.create(folder, body.get("visibility") == "private")
+        return JSONResponse({"url": url, "name": repo.id, "id": repo.id})
+
+    async def delete(self, request: Request) -> Response:
+        """Delete a repository with all that it holds."""
+        _, folder, _ = await self._named(request)
+        if not folder.exists():
+            raise HubError(404, "Repository not found", "RepoNotFound")
+        shutil.rmtree(folder)
+        return Response("OK")
 
 
 class Contents(Access):

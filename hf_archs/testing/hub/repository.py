@@ -1,4 +1,4 @@
-"""One repository on disk."""
+"""One repository on disk: files and commits with git's object ids."""
 
 from __future__ import annotations
 
@@ -6,16 +6,83 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hf_archs.testing.hub.files import Files, git_oid, tree_oid
-from hf_archs.testing.hub.refusal import HubError
-
+Files = dict[str, dict[str, Any]]  # path -> {"oid": git id, "size": bytes, "sha256": of the content, "lfs": bool}
 LFS_SUFFIXES = "7z arrow bin bz2 ckpt gz h5 joblib model msgpack npy npz onnx parquet pickle pkl pt pth safetensors tar"
 GIT_ATTRIBUTES = "".join(f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES.split())
+
+
+class HubError(Exception):
+    """A refusal: the status, the sentence for ``X-Error-Message`` and what else the client reads."""
+
+    def __init__(
+        self, status: int, message: str, code: str | None = None, commit: str | None = None, **body: Any
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": message, **body}
+        headers = {"X-Error-Message": message.encode("ascii", "replace").decode().replace("\n", " ")}
+        self.headers = (
+            headers | ({"X-Error-Code": code} if code else {}) | ({"X-Repo-Commit": commit} if commit else {})
+        )
+
+
+def git_oid(kind: str, content: bytes) -> str:
+    """Git's id of an object; ``kind`` is blob, tree or commit."""
+    return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
+
+
+def pointer(sha256: str, size: int) -> bytes:
+    """The file that git holds in place of an LFS object."""
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
+
+
+def lfs_entry(sha256: str, size: int) -> dict[str, Any]:
+    """The entry of an LFS object in `Files`."""
+    return {"oid": git_oid("blob", pointer(sha256, size)), "size": size, "sha256": sha256, "lfs": True}
+
+
+def tree_oid(files: Files) -> str:
+    """Git's id of a folder with these files."""
+    leaves: list[tuple[str, str, str]] = []  # (name that git sorts by, mode, id)
+    folders: dict[str, Files] = {}
+    for path, entry in files.items():
+        head, slash, rest = path.partition("/")
+        if slash:
+            folders.setdefault(head, {})[rest] = entry
+        else:
+            leaves.append((head, "100644", entry["oid"]))
+    leaves += [(f"{name}/", "40000", tree_oid(inside)) for name, inside in folders.items()]
+    body = b"".join(f"{mode} {name.rstrip('/')}\0".encode() + bytes.fromhex(oid) for name, mode, oid in sorted(leaves))
+    return git_oid("tree", body)
+
+
+def below(files: Files, folder: str) -> Files:
+    """The files below a folder, by their paths in it."""
+    return {path[len(folder) + 1 :]: entry for path, entry in files.items() if path.startswith(f"{folder}/")}
+
+
+def file_row(path: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """A file as the client reads it."""
+    row = {"type": "file", "oid": entry["oid"], "size": entry["size"], "path": path}
+    if entry["lfs"]:
+        pointer_size = len(pointer(entry["sha256"], entry["size"]))
+        row["lfs"] = {"oid": entry["sha256"], "size": entry["size"], "pointerSize": pointer_size}
+    return row
+
+
+def folder_row(path: str, files: Files) -> dict[str, Any]:
+    """A folder as the client reads it."""
+    return {"type": "directory", "oid": tree_oid(below(files, path)), "size": 0, "path": path}
+
+
+def folders_of(paths: Iterable[str]) -> set[str]:
+    """Every folder above one of these paths."""
+    return {path[:i] for path in paths for i, letter in enumerate(path) if letter == "/"}
 
 
 def _now() -> str:

@@ -1,20 +1,100 @@
-"""The server on loopback."""
+"""The server on loopback, and the table of all its endpoints."""
 
 from __future__ import annotations
 
 import socket
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hf_archs.testing.hub.routes import application
+from hf_archs.testing.hub.commits import Commits, References
+from hf_archs.testing.hub.contents import Contents, Repositories
+from hf_archs.testing.hub.repository import HubError
+from hf_archs.testing.hub.uploads import Uploads
 
 # token -> (user, role); "read" may look at the user's own repositories, "write" may change them
 USERS = {"hf_write": ("alice", "write"), "hf_read": ("alice", "read"), "hf_other": ("bob", "write")}
 MULTIPART_THRESHOLD = 64 * 2**20  # bytes; larger LFS objects arrive in parts of this size
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    """The answer to a `HubError`."""
+    assert isinstance(error, HubError)
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def gone(request: Request, error: Exception) -> Response:
+    """The answer to a client that hung up."""
+    return Response(status_code=499)  # nobody is there to read it
+
+
+async def malformed(request: Request, error: Exception) -> Response:
+    """The answer to a request without a field that it needs, or with a wrong value."""
+    return await refuse(request, HubError(400, f"malformed request: {type(error).__name__}: {error}"))
+
+
+def application(root: Path, users: Mapping[str, tuple[str, str]], multipart_threshold: int) -> ASGIApp:
+    """The Hub of the repositories below ``root``; for the arguments see `EmbeddedHub`."""
+    repositories, contents, references = Repositories(root, users), Contents(root, users), References(root, users)
+    uploads, commits = Uploads(root, users, multipart_threshold), Commits(root, users)
+    api, repo, page = "/api/{kind}/{owner}/{name}", "{kind}/{owner}/{name}", "{owner}/{name}"
+    table: list[tuple[str, str, Callable[[Request], Any]]] = [
+        ("GET", "/api/whoami-v2", repositories.whoami),
+        ("POST", "/api/validate-yaml", repositories.validate_yaml),
+        ("POST", "/api/repos/create", repositories.create),
+        ("DELETE", "/api/repos/delete", repositories.delete),
+        ("PUT", "/lfs/{ticket}", uploads.upload),
+        ("PUT", "/lfs/{ticket}/{part:int}", uploads.upload),
+        ("POST", "/lfs/{ticket}", uploads.complete),
+        ("GET", "/api/{kind}/{name}", contents.info),
+        ("GET", api, contents.info),
+        ("GET", f"{api}/revision/{{revision}}", contents.info),
+        ("GET", f"{api}/tree/{{revision}}", contents.tree),
+        ("GET", f"{api}/tree/{{revision}}/{{path:path}}", contents.tree),
+        ("POST", f"{api}/paths-info/{{revision}}", contents.paths_info),
+        ("GET", f"{api}/refs", references.list_refs),
+        ("GET", f"{api}/commits/{{revision}}", references.commits),
+        ("POST", f"{api}/branch/{{ref}}", references.create_branch),
+        ("DELETE", f"{api}/branch/{{ref}}", references.delete_branch),
+        ("POST", f"{api}/tag/{{revision}}", references.create_tag),
+        ("DELETE", f"{api}/tag/{{ref}}", references.delete_tag),
+        ("POST", f"{api}/discussions", references.discuss),
+        ("GET", f"{api}/discussions/{{num:int}}", references.discussion),
+        ("POST", f"{api}/preupload/{{revision}}", uploads.preupload),
+        ("GET", f"{api}/xet-write-token/{{revision}}", uploads.xet_token),
+        ("POST", f"{api}/commit/{{revision}}", commits.commit),
+    ]
+    for place in (repo, page):  # models have no prefix
+        table += [
+            ("GET", f"/{place}/resolve/{{revision}}/{{path:path}}", contents.resolve),
+            ("POST", f"/{place}.git/info/lfs/objects/batch", uploads.lfs_batch),
+            ("POST", f"/{place}.git/info/lfs/objects/verify", uploads.lfs_verify),
+        ]
+    table.append(("GET", "/{name}/resolve/{revision}/{path:path}", contents.resolve))
+    starlette = Starlette(
+        routes=[Route(path, endpoint, methods=[method]) for method, path, endpoint in table],
+        exception_handlers={
+            HubError: refuse,
+            ClientDisconnect: gone,
+            KeyError: malformed,
+            ValueError: malformed,
+        },
+    )
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        # Routing must see the path undecoded: a revision's slashes come as %2F and are no separators.
+        await starlette({**scope, "path": scope["raw_path"].decode("ascii")}, receive, send)
+
+    return app
 
 
 class EmbeddedHub:

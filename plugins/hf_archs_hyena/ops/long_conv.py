@@ -4,8 +4,6 @@ Models", https://arxiv.org/abs/2302.10866, section 3).
 Letters: b batch, l length, c channels, k taps of a filter, p inputs before the first, t = p + l.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -7,8 +7,6 @@ Letters: b batch, l length, c channels of a block, k taps, p inputs before the f
 of a transform.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache

@@ -11,8 +11,6 @@ dimension of size 2, its real and imaginary part; no tensor here is complex.
 Letters: b batch, l length, c channels, n modes, m tokens of a chunk, q chunks.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

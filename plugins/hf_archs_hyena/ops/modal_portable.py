@@ -9,8 +9,6 @@ The backward computes the states again: they are half as large as x, and cheap.
 Letters: b batch, l length, c channels, n modes, m tokens of a chunk (i reads, j writes), q chunks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -12,8 +12,6 @@ Letters: b batch, l length, c channels, n modes, q chunks.
 # a tuple that grows in a kernel has a type of its own at every step
 # mypy: disable-error-code="assignment,var-annotated"
 
-from __future__ import annotations
-
 import functools
 
 import torch

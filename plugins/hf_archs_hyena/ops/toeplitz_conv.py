@@ -8,8 +8,6 @@ section 3 (tiles of that matrix on tensor cores).
 Letters: b batch, l length, c channels, g groups of channels that share a filter, k taps of a filter.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -10,8 +10,6 @@ reaches back, so that no document sees another.
 Letters: b batch, l length, c channels, g groups of channels that share a filter, k taps; n positions of a layout.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

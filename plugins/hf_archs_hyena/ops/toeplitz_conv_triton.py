@@ -19,8 +19,6 @@ Letters: b batch, l length, c channels, g groups of channels that share a filter
 the initial state before them, if there is one, (b, before + l, c).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 import triton

@@ -4,8 +4,6 @@ https://arxiv.org/abs/2312.00752, sections 3.2 and 3.3, algorithm 2).
 Letters: b batch, l length, c channels, n state.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

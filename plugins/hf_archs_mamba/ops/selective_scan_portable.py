@@ -9,8 +9,6 @@ grows with the length by l / 128 states. (Measured on a CPU: scans in log-many s
 slower; the closed form exp(cumsum) * cumsum(...) overflows.)
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Iterator

@@ -27,8 +27,6 @@ There is no autotuning: the configuration follows from the shape alone, so resul
 # Tuples grow in the kernels, which are no Python.
 # mypy: disable-error-code="assignment,var-annotated"
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ Algorithms Through Structured State Space Duality", https://arxiv.org/abs/2405.2
 Letters: b batch, l length, h heads, g groups of heads that share B and C, n state, p head_dim.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

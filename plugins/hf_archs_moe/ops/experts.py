@@ -6,8 +6,6 @@ Letters: t tokens, k choices of a token, p pairs of a token and one of its choic
 i inner.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -9,8 +9,6 @@ inner layer with its own gradient, so the experts' outputs are not computed agai
 Letters: t tokens, k choices of a token, p pairs of a token and one of its choices, e experts, h hidden, i inner.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise

@@ -17,8 +17,6 @@ in registers.
 Letters: t tokens, k choices of a token, p pairs of a token and one of its choices, e experts, h hidden, i inner.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

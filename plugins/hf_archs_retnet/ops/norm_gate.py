@@ -7,8 +7,6 @@ processor's cache, and its backward computes them again.
 Letters: h heads, p channels of a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@ https://arxiv.org/abs/2307.08621, section 2.1): linear attention whose state dec
 Letters: b batch, l length, h heads, n key_dim, p value_dim.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
