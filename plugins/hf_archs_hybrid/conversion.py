@@ -184,8 +184,7 @@ JAMBA = HybridFormat(
         **_of("feed_forward.moe", moe_intermediate_size="intermediate_size"),
     },
     constants={
-        "residual_in_fp32": False,
-        "rescale_prenorm_residual": False,
+        **dict.fromkeys(("residual_in_fp32", "rescale_prenorm_residual"), False),
         "mixers.mamba.bcdt_norm": "affine",
         "mixers.attention.rope_theta": None,
         "feed_forward.moe.norm_topk_prob": False,
@@ -263,8 +262,7 @@ BAMBA = HybridFormat(
         **_of("feed_forward.mlp", "intermediate_size", bias="mlp_bias"),
     },
     constants={
-        "residual_in_fp32": False,
-        "rescale_prenorm_residual": False,
+        **dict.fromkeys(("residual_in_fp32", "rescale_prenorm_residual"), False),
         "feed_forward.mlp.hidden_act": "silu",  # hidden_act is the mixer's as well
     },
     unused=(*_PATTERNS, *(f"mixers.mamba2.time_step_{x}" for x in ("min", "max", "floor"))),
@@ -399,8 +397,7 @@ NEMOTRON_H = NemotronHFormat(
     fields={
         **{name: name for name in _SAME if name != "tie_word_embeddings"},  # which its class passes over
         "norm_eps": "layer_norm_epsilon",
-        "residual_in_fp32": "residual_in_fp32",
-        "rescale_prenorm_residual": "rescale_prenorm_residual",
+        **{name: name for name in ("residual_in_fp32", "rescale_prenorm_residual")},
         **_of("mixers.mamba2", "n_groups", "conv_kernel", "expand", "use_conv_bias", "use_bias"),
         **_of("mixers.mamba2", "time_step_min", "time_step_max", "time_step_floor"),
         **_of("mixers.mamba2", state_size="ssm_state_size", head_dim="mamba_head_dim"),
@@ -420,8 +417,7 @@ NEMOTRON_H = NemotronHFormat(
     },
     unused=(
         *_PATTERNS,
-        *("mixers.mamba2.inner_size", "mixers.mamba2.time_step_limit"),
-        "feed_forward.moe.router_aux_loss_coef",
+        *("mixers.mamba2.inner_size", "mixers.mamba2.time_step_limit", "feed_forward.moe.router_aux_loss_coef"),
     ),
     allowed={
         "time_step_limit": ((0.0, math.inf),),
