@@ -102,7 +102,7 @@ def _overrides(pairs: list[str] | None) -> dict[str, Any]:
 
 @app.command("list", cls=_Command)
 def list_architectures() -> None:
-    """List the architectures, what they can read, and the parts of hybrids."""
+    """List the architectures, and the parts of hybrids."""
     from hf_archs import registry
     from hf_archs.commands import tables
 
