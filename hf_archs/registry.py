@@ -11,6 +11,7 @@ import importlib.metadata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -158,20 +159,23 @@ class Architecture:
 
     def parts(self) -> list[Mixer | FeedForward]:
         """The mixers and feed-forwards that its layers can be made of: all there are, unless it is a pure stack."""
+        return self._stacked or [*_mixers.values(), *_feed_forwards.values()]
+
+    @cached_property
+    def _stacked(self) -> list[Mixer | FeedForward]:
+        """The parts of a pure stack; empty for others."""
         mixer = getattr(self.config_class, "mixer_type", None)
         if mixer is None:
-            return [*_mixers.values(), *_feed_forwards.values()]
-        config = self.tiny_config()
-        plans = [config.layer_plan(i) for i in range(config.num_hidden_layers)]
+            return []
+        plans = self.tiny_config().layer_plans()
         feed_forwards = {plan.feed_forward: None for plan in plans if plan.feed_forward is not None}
         return [get_mixer(mixer), *map(get_feed_forward, feed_forwards)]
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Names of the linear layers that LoRA adapts by default; a model has those of its own parts."""
-        return self._lora_targets or tuple(  # type: ignore[attr-defined]
-            dict.fromkeys(target for part in self.parts() for target in part.lora_targets)
-        )
+        gathered = dict.fromkeys(target for part in self.parts() for target in part.lora_targets)
+        return self._lora_targets or tuple(gathered)  # type: ignore[attr-defined]
 
     @property
     def even_targets(self) -> tuple[str, ...]:
@@ -179,9 +183,8 @@ class Architecture:
         that cut a matrix into blocks.
         """
         uneven = {name for part in self.parts() for name in {*part.lora_targets} - {*part.even_targets}}
-        return self._even_targets or tuple(  # type: ignore[attr-defined]
-            name for name in self.lora_targets if name not in uneven
-        )
+        even = tuple(name for name in self.lora_targets if name not in uneven)
+        return self._even_targets or even  # type: ignore[attr-defined]
 
     def tiny_config(self, **overrides: Any) -> Any:
         """A config of vocabulary 128, width 64 and two layers (unless the architecture needs up to four)."""
@@ -270,20 +273,9 @@ def register_mixer(
     """
     if not (isinstance(config_class, type) and issubclass(config_class, PartConfig)):
         raise TypeError(f"mixer {name!r}: config_class is {config_class!r}, which is no subclass of PartConfig")
-    entry = Mixer(
-        name,
-        cast(type[nn.Module], module_class),
-        config_class,
-        state,
-        layer_type,
-        parts,
-        window,
-        follows_pairs,
-        shows_weights,
-        tuple(lora_targets),
-        tuple(even_targets),
-        tiny or {},
-    )
+    module, targets, even = cast(type[nn.Module], module_class), tuple(lora_targets), tuple(even_targets)
+    facts = (state, layer_type, parts, window, follows_pairs, shows_weights)
+    entry = Mixer(name, module, config_class, *facts, targets, even, tiny or {})
     _add("mixer", _mixers, name, entry)
     _enter_parts()
     return entry
@@ -390,7 +382,8 @@ def register(architecture: Architecture) -> Architecture:
 def _enter_parts() -> None:
     """Tell the architectures that are there already of a new part."""
     for architecture in _architectures.values():
-        enter_adapter_targets(architecture)
+        if not architecture._stacked:
+            enter_adapter_targets(architecture)
         _register_conversions(architecture)
 
 
