@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from hf_archs.configuration import ArchConfig, LayerPlan
-from hf_archs.mlp import MLPConfig
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from hf_archs.cache import Slot, States
+from hf_archs.config.model import ArchConfig, LayerPlan
+from hf_archs.layers.mlp import MLPConfig
 from hf_archs.parts import PartConfig, StateSpec, check_range
 
 
