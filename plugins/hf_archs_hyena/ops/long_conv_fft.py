@@ -69,8 +69,8 @@ def long_conv_bwd(
     grad_in = None if not of_in else torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_out = None if not of_out else torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_taps = torch.empty(taps.shape, dtype=dtype, device=x.device)
-    grad_bias = None if not of_bias else torch.empty(bias.shape, dtype=dtype, device=x.device)
-    grad_state = None if not of_state else torch.empty_like(initial_state)
+    grad_bias = None if bias is None or not of_bias else torch.empty(bias.shape, dtype=dtype, device=x.device)
+    grad_state = None if initial_state is None or not of_state else torch.empty_like(initial_state)
     past = 0 if initial_state is None else initial_state.shape[2]
     groups = None if seq_idx is None else _documents(seq_idx, past)
     for block in _blocks(x, taps, past, groups):
