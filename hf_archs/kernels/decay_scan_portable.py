@@ -226,7 +226,7 @@ def decay_scan_bwd(
             s.split_heads(grad_scale).copy_((grad_write * s.v).sum(5))
         if of_v and s.scale is None:
             s.split_heads(grad_v).copy_(grad_write)
-        elif of_v:
+        elif of_v and s.scale is not None:
             torch.mul(grad_write, s.scale.unsqueeze(5).to(dtype), out=s.split_heads(grad_v))
     return grad_q, grad_k, grad_v, grad_decay, grad_scale, grad_state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n)
 
