@@ -71,3 +71,10 @@ def last_inputs(
         visible = last == torch.where(inside.squeeze(2), documents.gather(1, in_x), 0)
         window = torch.where(visible.unsqueeze(2), window, 0)
     return window.transpose(1, 2)
+
+
+def some_boundaries(batch: int, length: int, device: torch.device | str) -> dict[str, Tensor]:
+    """``seq_idx`` and ``lengths`` for the ``cases`` of an op: documents of 1 to 24 tokens, and rows that end early."""
+    position, row = torch.arange(length, device=device), torch.arange(batch, device=device)
+    begins = (position == 5) | (position == 6) | (position % 24 == 23)
+    return {"seq_idx": (begins.cumsum(0) % 3).repeat(batch, 1), "lengths": (length - 7 * row).clamp(min=0)}

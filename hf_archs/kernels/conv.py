@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
+from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents, some_boundaries
 from hf_archs.kernels.backend import backend_for, is_transformed
-from hf_archs.kernels.numerics import cast, differentiates_once, wide
+from hf_archs.kernels.library import Op
+from hf_archs.kernels.numerics import cast, wide
 
 MAX_WIDTH = 8
 
@@ -64,10 +65,7 @@ def causal_conv1d(
     if backend == "portable" and x.shape[1] == 1:
         return _step(x, weight, bias, silu, initial_state, lengths)
     reach = None if seq_idx is None else _reach(seq_idx, size)
-    if torch.compiler.is_exporting() or is_transformed():
-        y = _shifted_sum(x, weight, bias, silu, initial_state, reach)
-    else:
-        y = _causal_conv1d(x, weight, bias, initial_state, reach, silu)
+    y = _causal_conv1d(x, weight, bias, initial_state, reach, silu)
     return y, last_inputs(x, size, initial_state, number_documents(seq_idx), lengths)
 
 
@@ -171,7 +169,7 @@ def _reach(seq_idx: Tensor, size: int) -> Tensor:
 
 
 def _shifted_sum(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_state: Tensor | None, reach: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, reach: Tensor | None, silu: bool
 ) -> Tensor:
     """The convolution in ordinary operators, for exporters and for `torch.func`, which know no others."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -187,32 +185,6 @@ def _shifted_sum(
     return (F.silu(y) if silu else y).to(x.dtype)
 
 
-# The op as PyTorch's op library sees it. Missing gradients come back empty, since a schema has no optional results.
-
-
-@torch.library.custom_op("hf_archs::causal_conv1d", mutates_args=())
-def _causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, reach: Tensor | None, silu: bool
-) -> Tensor:
-    return _implementation(x).causal_conv1d_fwd(x, weight, bias, initial_state, reach, silu)
-
-
-@torch.library.custom_op("hf_archs::causal_conv1d_backward", mutates_args=())
-def _causal_conv1d_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    reach: Tensor | None,
-    silu: bool,
-) -> list[Tensor]:
-    """The gradients of x, weight, bias and initial_state."""
-    gradients = _implementation(x).causal_conv1d_bwd(grad_y, x, weight, bias, initial_state, reach, silu)
-    inputs = (x, weight, bias, initial_state)
-    return [x.new_empty(0) if t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
-
-
 def _implementation(x: Tensor):
     if backend_for(x) == "triton":
         from hf_archs.kernels import conv_triton
@@ -223,26 +195,32 @@ def _implementation(x: Tensor):
     return conv_portable
 
 
-@_causal_conv1d.register_fake
-def _(x, weight, bias, initial_state, reach, silu):
-    return x.new_empty(x.shape)
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, reach: Tensor | None, silu: bool
+) -> Tensor:
+    return _implementation(x).causal_conv1d_fwd(x, weight, bias, initial_state, reach, silu)
 
 
-@_causal_conv1d_backward.register_fake
-def _(grad_y, x, weight, bias, initial_state, reach, silu):
-    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state)]
+def _backward(grad_y, x, *arguments):
+    return _implementation(x).causal_conv1d_bwd(grad_y, x, *arguments)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
+_causal_conv1d = Op(
+    "causal_conv1d",
+    _forward,
+    _backward,
+    fake=lambda x, *_: x.new_empty(x.shape),
+    learnt=("x", "weight", "bias", "initial_state"),
+    plain=_shifted_sum,
+)
 
 
-def _backward(ctx, grad_y):
-    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
-    gradients = _causal_conv1d_backward(grad_y, *saved, ctx.silu)
-    return *(g if t is not None else None for g, t in zip(gradients, saved)), None, None
-
-
-_causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
-differentiates_once(_causal_conv1d_backward)
+def cases(device, dtype, batch=2, length=40, channels=12):
+    """Arguments of `causal_conv1d` for tests and benchmarks: without and with all that is optional."""
+    x, weight, bias, state = (
+        torch.randn(shape, device=device, dtype=dtype)
+        for shape in ((batch, length, channels), (channels, 4), (channels,), (batch, channels, 3))
+    )
+    yield {"x": x, "weight": weight}
+    boundaries = some_boundaries(batch, length, device)
+    yield {"x": x, "weight": weight, "bias": bias, "activation": "silu", "initial_state": state, **boundaries}

@@ -5,7 +5,7 @@ Time is cut into blocks, so that what is only needed for a while stays in the pr
 Letters: b batch, l length, c channels; ``size`` is the width less one, the number of inputs seen before a position.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -76,8 +76,10 @@ def causal_conv1d_bwd(
     initial_state: Tensor | None,
     reach: Tensor | None,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted: Sequence[bool] = (True,) * 4,
+) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight, bias and initial_state; what the forward computed is computed again."""
+    of_x, of_weight, of_bias, of_state = wanted
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
     (b, l, c), size = x.shape, weight.shape[0] - 1
@@ -91,15 +93,16 @@ def causal_conv1d_bwd(
         if silu:
             _convolve(seen, weight, bias, reach, start, end, product)
             g = torch.ops.aten.silu_backward(g, product)
-        if bias is not None:
+        if of_bias:
             grad_bias += g.sum((0, 1))
-        torch.mul(g, weight[size], out=grad_x[:, start:end])
+        if of_x or of_state:
+            torch.mul(g, weight[size], out=grad_x[:, start:end])
         for back in range(size + 1):
             term = _visible(g, reach, start, end, back) if back else g
-            grad_weight[size - back] += torch.mul(term, seen[:, size - back : size - back + count], out=product).sum(
-                (0, 1)
-            )
-            if back:
+            if of_weight:
+                there = seen[:, size - back : size - back + count]
+                grad_weight[size - back] += torch.mul(term, there, out=product).sum((0, 1))
+            if back and (of_x or of_state):
                 split = min(back, count) if start == 0 else 0  # so many rows look back into the initial state
                 grad_state[:, size - back : size - back + split].addcmul_(term[:, :split], weight[size - back])
                 grad_x[:, start + split - back : end - back].addcmul_(term[:, split:], weight[size - back])

@@ -10,6 +10,8 @@ Letters: b batch, l length, c channels; SIZE is the width less one, the number o
 # a tuple that grows in a kernel has a type of its own at every step
 # mypy: disable-error-code="assignment,var-annotated"
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -222,7 +224,7 @@ def causal_conv1d_fwd(
         _conv_fwd_kernel[grid](
             x,
             weight.contiguous(),
-            bias,
+            None if bias is None else bias.contiguous(),
             None if initial_state is None else initial_state.transpose(1, 2).contiguous(),
             reach,
             y,
@@ -246,9 +248,13 @@ def causal_conv1d_bwd(
     initial_state: Tensor | None,
     reach: Tensor | None,
     silu: bool,
+    wanted: Sequence[bool] = (True,) * 4,
     config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of x, weight, bias and initial_state; ``config`` is one of `BACKWARD_CONFIGS`."""
+    """The gradients of x, weight, bias and initial_state; one kernel makes all of them, whichever are wanted.
+
+    ``config`` is one of `BACKWARD_CONFIGS`.
+    """
     (b, l, c), width = x.shape, weight.shape[1]
     config = config or BACKWARD_CONFIGS[0 if width <= 4 else 1]
     grad_y, x = _rows(grad_y), _rows(x)
@@ -262,7 +268,7 @@ def causal_conv1d_bwd(
             grad_y,
             x,
             weight.contiguous(),
-            bias,
+            None if bias is None else bias.contiguous(),
             None if initial_state is None else initial_state.transpose(1, 2).contiguous(),
             reach,
             grad_x,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hf_archs.kernels import decay_scan_portable as portable
-from hf_archs.kernels.arguments import check_shapes, number_documents
+from hf_archs.kernels.arguments import check_shapes, number_documents, some_boundaries
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.numerics import LOG2_E, cast, constant, differentiates_once, no_autocast, wide
+from hf_archs.kernels.library import Op
+from hf_archs.kernels.numerics import LOG2_E, cast, constant, wide
 
 
 def decay_scan(
@@ -66,17 +67,11 @@ def decay_scan(
         log_decay = torch.where(real, log_decay, 0)
         # torch.where keeps a scale at a pad out of the gradient even where it is not finite
         scale = real.to(log_decay.dtype).expand(log_decay.shape) if scale is None else torch.where(real, scale, 0)
-    inputs = (q, k, v, log_decay, scale, initial_state, documents)
     if backend == "portable" and v.shape[1] == 1:
         return _step(q, k, v, log_decay, scale, initial_state)
-    if torch.compiler.is_exporting():
-        with no_autocast(v):
-            return portable.decay_scan_plain(*inputs)
-    keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if torch.float64 in (q.dtype, k.dtype, v.dtype):  # which Triton's matrix products do not have
         backend = "portable"
-    y, final_state, _ = _decay_scan(*inputs, keep_states, backend)
-    return y, final_state
+    return _decay_scan(q, k, v, log_decay, scale, initial_state, documents, backend)
 
 
 def _check(
@@ -159,50 +154,6 @@ def _step(
     return cast((state * q).sum(3), y_dtype).unsqueeze(1), state
 
 
-# The op as PyTorch's op library sees it. Missing tensors come back empty, since a schema has no optional results.
-
-
-@torch.library.custom_op("hf_archs::decay_scan", mutates_args=())
-def _decay_scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: Tensor | None,
-    initial_state: Tensor | None,
-    documents: Tensor | None,
-    keep_states: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the states at the start of every chunk of tokens (empty unless ``keep_states``)."""
-    with no_autocast(v), torch.accelerator.device_index(v.device.index):
-        return _implementation(backend).decay_scan_fwd(q, k, v, log_decay, scale, initial_state, documents, keep_states)
-
-
-@torch.library.custom_op("hf_archs::decay_scan_backward", mutates_args=())
-def _decay_scan_backward(
-    grad_y: Tensor | None,
-    grad_final_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: Tensor | None,
-    initial_state: Tensor | None,
-    documents: Tensor | None,
-    kept_states: Tensor,
-    factors: bool,
-    backend: str,
-) -> list[Tensor]:
-    """The gradients of q, k, v, log_decay and scale (both empty unless ``factors``), and initial_state."""
-    with no_autocast(v), torch.accelerator.device_index(v.device.index):
-        gradients = _implementation(backend).decay_scan_bwd(
-            grad_y, grad_final_state, q, k, v, log_decay, scale, documents, kept_states, factors
-        )
-    inputs = (q, k, v, log_decay, scale, initial_state)
-    return [v.new_empty(0) if g is None or t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
-
-
 def _implementation(backend: str):
     if backend == "triton":
         from hf_archs.kernels import decay_scan_triton
@@ -211,36 +162,54 @@ def _implementation(backend: str):
     return portable
 
 
-@_decay_scan.register_fake
-def _(q, k, v, log_decay, scale, initial_state, documents, keep_states, backend):
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: Tensor | None,
+    initial_state: Tensor | None,
+    documents: Tensor | None,
+    backend: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the states at the start of every chunk of tokens."""
+    return _implementation(backend).decay_scan_fwd(q, k, v, log_decay, scale, initial_state, documents, keep)
+
+
+def _backward(grad_y, grad_state, q, k, v, log_decay, scale, initial_state, documents, kept, backend, wanted):
+    return _implementation(backend).decay_scan_bwd(
+        grad_y, grad_state, q, k, v, log_decay, scale, documents, kept, wanted
+    )
+
+
+def _fake(q, k, v, log_decay, scale, initial_state, documents, backend, keep):
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), n = v.shape, q.shape[3]
     # in one row: a dimension of chunks would be 1 for short sequences, and torch.compile compiles once more for a 1
     chunk = _implementation(backend).CHUNK
-    kept = (l + chunk - 1) // chunk * b * h * p * n if keep_states else 0
+    kept = (l + chunk - 1) // chunk * b * h * p * n if keep else 0
     return v.new_empty(b, l, h, p), v.new_empty(b, h, p, n, dtype=dtype), v.new_empty(kept, dtype=dtype)
 
 
-@_decay_scan_backward.register_fake
-def _(grad_y, grad_final_state, q, k, v, log_decay, scale, initial_state, documents, kept_states, factors, backend):
-    inputs = (q, k, v, log_decay if factors else None, scale if factors else None, initial_state)
-    return [v.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+_decay_scan = Op(
+    "decay_scan",
+    _forward,
+    _backward,
+    _fake,
+    learnt=("q", "k", "v", "log_decay", "scale", "initial_state"),
+    plain=lambda *arguments: portable.decay_scan_plain(*arguments[:-1]),
+)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7], output[2])
-    ctx.backend = inputs[8]  # the kept states are its own
-
-
-def _backward(ctx, grad_y, grad_final_state, _):
-    if grad_y is None and grad_final_state is None:
-        return (None,) * 9
-    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
-    factors = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]  # where nothing learns them, they are spared
-    gradients = _decay_scan_backward(grad_y, grad_final_state, *saved, factors, ctx.backend)
-    return *(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad[:6])), None, None, None
-
-
-_decay_scan.register_autograd(_backward, setup_context=_setup_context)
-differentiates_once(_decay_scan_backward)
+def cases(device, dtype, batch=2, length=70, groups=2, heads=4, key_dim=8, value_dim=12):
+    """Arguments of `decay_scan` for tests and benchmarks: constant decays, then all that is optional."""
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k = torch.randn(2, batch, length, groups, key_dim, device=device, dtype=dtype)
+    v = torch.randn(batch, length, heads, value_dim, device=device, dtype=dtype)
+    decays, scale = torch.rand(2, batch, length, heads, device=device, dtype=wide)
+    state = torch.randn(batch, heads, value_dim, key_dim, device=device, dtype=wide)
+    constant = torch.linspace(-0.5, -0.01, groups, device=device, dtype=wide).expand(batch, length, groups)
+    yield {"q": q, "k": k, "v": v[:, :, :groups].contiguous(), "log_decay": constant}
+    boundaries = some_boundaries(batch, length, device)
+    yield {"q": q, "k": k, "v": v, "log_decay": -decays, "scale": scale, "initial_state": state, **boundaries}

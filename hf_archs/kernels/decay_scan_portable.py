@@ -16,6 +16,8 @@ Where a decay is the same at every token, as RetNet's are, so are all of these f
 them once, the factors go into q and k, and no gradient of a decay has to be known by token.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from hf_archs.kernels.exporting import in_chunks, out_of_chunks, scan
 from hf_archs.kernels.numerics import LOG2_E
 
 CHUNK = 64  # tokens between two kept states
+LEAST = -1100.0  # no decay is less than two to this, which is 0 in every dtype: differences of infinities are no number
 _SPAN = 2**17  # entries of the decay masks that are worked on together
 _CONSTANT_SPAN = 2**17  # entries of the largest tensor that is worked on together, where decays are constant
 
@@ -60,7 +63,7 @@ class _Span:
             torch.mul(self.v, self.scale.unsqueeze(5).to(self.dtype), out=self.write)
 
         self.wide = self.dtype if v.device.type == "mps" else torch.float64
-        summed = (self.split_heads(log_decay).to(self.wide) * LOG2_E).cumsum(4)
+        summed = (self.split_heads(log_decay).to(self.wide) * LOG2_E).clamp_min_(LEAST).cumsum(4)
         last = summed[..., -1:]
         self.to_end = torch.exp2((last - summed).to(self.dtype))  # (c, b, g, r, m)
         self.from_start = torch.exp2(summed.to(self.dtype))  # (c, b, g, r, m)
@@ -140,7 +143,7 @@ def decay_scan_fwd(
         s.split_heads(y).copy_(s.rows_first(total))
     return (
         y,
-        state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n),
+        state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n).contiguous(),  # with h = g it is a view
         v.new_empty(0, dtype=dtype) if kept is None else kept.flatten(),
     )
 
@@ -155,9 +158,12 @@ def decay_scan_bwd(
     scale: Tensor | None,
     documents: Tensor | None,
     kept: Tensor,
-    factors: bool = True,
+    wanted: Sequence[bool] = (True,) * 6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of q, k, v, log_decay and scale (both None unless ``factors``), and the initial state."""
+    """The gradients of q, k, v, log_decay and scale (both None unless one is wanted), and the initial state; those of
+    q, k and v are untouched memory unless they are wanted."""
+    of_q, of_k, of_v, of_decay, of_scale, _ = wanted
+    factors = of_decay or of_scale
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     if not factors and _is_constant(q, v, log_decay, scale, documents):
@@ -167,7 +173,7 @@ def decay_scan_bwd(
     grad_y = torch.zeros_like(v) if grad_y is None else grad_y
     grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
     grad_decay = v.new_empty(b, l, h, dtype=dtype) if factors else None
-    grad_scale = v.new_empty(b, l, h, dtype=dtype) if factors and scale is not None else None
+    grad_scale = v.new_empty(b, l, h, dtype=dtype) if of_scale else None
     grad_state = v.new_zeros(b, g, n, r, p, dtype=dtype)  # of the state after the chunk at hand
     if grad_final_state is not None:
         grad_state.copy_(grad_final_state.unflatten(1, (g, r)).permute(0, 1, 4, 2, 3))
@@ -186,8 +192,6 @@ def decay_scan_bwd(
         for end, reads, over in zip(reversed(ends.unbind()), reversed(read.unbind()), reversed(s.over.unbind())):
             end.copy_(grad_state)
             torch.addcmul(reads, over[:, :, None, :, None], grad_state, out=grad_state)
-        grad_of_q = torch.matmul(grad_before.flatten(4), starts.transpose(3, 4))
-        grad_of_k = torch.matmul(s.write_to_end.flatten(4), ends.flatten(4).transpose(3, 4))
         to_end = torch.matmul(s.k, ends.flatten(4)).unflatten(4, (r, p))  # (c, b, g, m, r, p)
         if grad_decay is not None:
             across = (ends * starts.view_as(ends)).sum((3, 5)) * s.over  # (c, b, g, r)
@@ -197,11 +201,17 @@ def decay_scan_bwd(
         # inside chunks
         grad_weight = torch.matmul(grad_out, s.write.transpose(4, 5))  # (c, b, g, r, i, j)
         weight = s.decay * s.scores.unsqueeze(3)
-        grad_write = torch.matmul(weight.transpose(4, 5), grad_out)  # (c, b, g, r, m, p)
-        grad_write += s.rows_first(to_end.mul_(s.rows_first(s.to_end).unsqueeze(5)))
-        grad_scores = s.decay.mul_(grad_weight).sum(3).masked_fill_(s.unseen, 0)  # (c, b, g, i, j)
-        grad_of_q += torch.matmul(grad_scores, s.k)
-        grad_of_k += torch.matmul(grad_scores.transpose(3, 4), s.q)
+        if of_v or of_scale:
+            grad_write = torch.matmul(weight.transpose(4, 5), grad_out)  # (c, b, g, r, m, p)
+            grad_write += s.rows_first(to_end.mul_(s.rows_first(s.to_end).unsqueeze(5)))
+        if of_q or of_k:
+            grad_scores = s.decay.mul_(grad_weight).sum(3).masked_fill_(s.unseen, 0)  # (c, b, g, i, j)
+        if of_q:
+            grad_of_q = torch.matmul(grad_before.flatten(4), starts.transpose(3, 4))
+            s.split(grad_q).copy_(grad_of_q.add_(torch.matmul(grad_scores, s.k)))
+        if of_k:
+            grad_of_k = torch.matmul(s.write_to_end.flatten(4), ends.flatten(4).transpose(3, 4))
+            s.split(grad_k).copy_(grad_of_k.add_(torch.matmul(grad_scores.transpose(3, 4), s.q)))
 
         if grad_decay is not None:
             # The log decay of token t stands in every path from a j < t to an i >= t. Only sums of such paths are
@@ -212,13 +222,11 @@ def decay_scan_bwd(
             grad_log = later.flip(4).cumsum(4).flip(4) + (earlier.cumsum(4) - earlier) + across.unsqueeze(4)
             s.split_heads(grad_decay).copy_(grad_log)
 
-        s.split(grad_q).copy_(grad_of_q)
-        s.split(grad_k).copy_(grad_of_k)
-        if s.scale is None:
+        if grad_scale is not None:
+            s.split_heads(grad_scale).copy_((grad_write * s.v).sum(5))
+        if of_v and s.scale is None:
             s.split_heads(grad_v).copy_(grad_write)
-        else:
-            if grad_scale is not None:
-                s.split_heads(grad_scale).copy_((grad_write * s.v).sum(5))
+        elif of_v and s.scale is not None:
             torch.mul(grad_write, s.scale.unsqueeze(5).to(dtype), out=s.split_heads(grad_v))
     return grad_q, grad_k, grad_v, grad_decay, grad_scale, grad_state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n)
 
@@ -241,7 +249,7 @@ class _Constant:
 
     def __init__(self, log_decay: Tensor, dtype: torch.dtype, tokens: int):
         wide = dtype if log_decay.device.type == "mps" else torch.float64
-        log = log_decay[0, 0].to(wide)[:, None, None] * LOG2_E
+        log = (log_decay[0, 0].to(wide)[:, None, None] * LOG2_E).clamp_min_(LEAST)
         at = torch.arange(tokens, device=log.device)[:, None]
         self.dtype, self.tokens = dtype, tokens
         self.between = torch.exp2(log * (at - at.T).clamp_(min=0)).tril_().to(dtype)

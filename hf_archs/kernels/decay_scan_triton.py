@@ -24,6 +24,7 @@ Letters: b batch, l length, h heads, g groups of heads that share q and k, n key
 i tokens that read, j tokens that write. States are (c, b, h, p, n).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -148,7 +149,9 @@ def _decay_sums_kernel(
     t = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :].to(tl.int64)
     inside = (t < length) & (h < heads)
     logs = tl.load(log_decay + b * a_b + t * a_l + h * a_h, inside, 0).to(tl.float64)
-    sums = tl.cumsum(logs * 1.4426950408889634, axis=1)
+    logs *= 1.4426950408889634
+    # two to that is 0, and differences of infinities would be no number; not `tl.maximum`, which loses one
+    sums = tl.cumsum(tl.where(logs < -1100.0, -1100.0, logs), axis=1)
     place = (b * heads + h) * padded + t
     above = sums.to(tl.float32)
     tl.store(high + place, above, h < heads)
@@ -756,7 +759,7 @@ def decay_scan_fwd(
     (b, l, h, p), g = v.shape, q.shape[2]
     x = _Launch(q, k, v, log_decay, scale, documents, config)
     added = x.chunk_states(x.k, x.v, reads=False)
-    starts, final_state = torch.empty_like(added), torch.empty_like(added[0])
+    starts, final_state = torch.empty_like(added), added.new_empty(added.shape[1:])
     x.pass_states(added, starts, initial_state, final_state)
     y = v.new_empty(b, l, h, p)
     _outputs_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
@@ -776,10 +779,11 @@ def decay_scan_bwd(
     scale: Tensor | None,
     documents: Tensor | None,
     kept: Tensor,
-    factors: bool = True,
+    wanted: Sequence[bool] = (True,) * 6,
     config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of q, k, v, log_decay and scale (both None unless ``factors``), and the initial state."""
+    """The gradients of q, k, v, log_decay and scale (both None unless one is wanted), and the initial state."""
+    factors = wanted[3] or wanted[4]
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     r = h // g
     x = _Launch(q, k, v, log_decay, scale, documents, config)
@@ -788,7 +792,7 @@ def decay_scan_bwd(
     of_q, of_k, of_v, of_y = (t.stride()[:3] for t in (x.q, x.k, x.v, grad_y))
 
     added = x.chunk_states(x.q, grad_y, reads=True)
-    grad_ends, grad_initial = torch.empty_like(added), torch.empty_like(added[0])
+    grad_ends, grad_initial = torch.empty_like(added), added.new_empty(added.shape[1:])
     across = added.new_empty(triton.cdiv(p * n, PASSED), b, h, x.chunks) if factors else None
     x.pass_states(added, grad_ends, grad_final_state, grad_initial, starts, across)
 
@@ -799,7 +803,7 @@ def decay_scan_bwd(
     )  # fmt: skip
 
     # The heads of a group take turns in one program; where that leaves a large GPU idle, they are split among several.
-    splits = min(r, triton.cdiv(PROGRAMS, b * g * x.chunks))
+    splits = min(r, triton.cdiv(PROGRAMS, max(1, b * g * x.chunks)))
     inside = crossing = columns = along = None
     if factors:
         crossing, columns = x.high.new_empty(2, b, h, x.padded)

@@ -39,18 +39,6 @@ def below_autograd() -> contextlib.AbstractContextManager:
     return torch._C._AutoDispatchBelowAutograd()
 
 
-def differentiates_once(backward: Any) -> None:
-    """Register that an op which computes gradients has none itself, in words."""
-
-    def refuse(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            f"{backward._qualname}: the op can be differentiated once; allowed for second derivatives are torch.func "
-            "(jvp of grad, hessian) and hf_archs.kernels.backend.use_backend('reference')"
-        )
-
-    backward.register_autograd(refuse)
-
-
 _kept: dict[Any, Tensor] = {}
 
 

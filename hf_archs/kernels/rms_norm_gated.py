@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.numerics import cast, differentiates_once, inverse_rms, wide
+from hf_archs.kernels.library import Op
+from hf_archs.kernels.numerics import cast, inverse_rms, wide
 
 
 def rms_norm_gated(x: Tensor, weight: Tensor, z: Tensor, *, eps: float, group_size: int | None = None) -> Tensor:
@@ -39,33 +40,18 @@ def rms_norm_gated(x: Tensor, weight: Tensor, z: Tensor, *, eps: float, group_si
         raise ValueError(f"rms_norm_gated: group_size must divide the {channels} channels; {group_size} does not")
     backend = backend_for(x)
     one_token = x.dim() < 2 or x.shape[-2] == 1
-    if backend == "reference" or (backend == "portable" and one_token) or torch.compiler.is_exporting():
+    if backend == "reference" or (backend == "portable" and one_token):
         return rms_norm_gated_reference(x, weight, z, eps=eps, group_size=group_size)
     return _rms_norm_gated(x, weight, z, eps, group_size)
 
 
-def rms_norm_gated_reference(
-    x: Tensor, weight: Tensor, z: Tensor, *, eps: float, group_size: int | None = None
-) -> Tensor:
+def rms_norm_gated_reference(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int | None = None) -> Tensor:
     """`rms_norm_gated` in ordinary operators: the oracle, the form for one token, and the one for exporters."""
     groups = wide(x) * F.silu(wide(z))
     if group_size not in (None, x.shape[-1]):
         groups = groups.unflatten(-1, (-1, group_size))
     normed = groups * inverse_rms(groups, eps)
     return cast(weight * cast(normed.view(x.shape), x.dtype), x.dtype)
-
-
-@torch.library.custom_op("hf_archs::rms_norm_gated", mutates_args=())
-def _rms_norm_gated(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int) -> Tensor:
-    return _implementation(x).rms_norm_gated_fwd(x, weight, z, eps, group_size)
-
-
-@torch.library.custom_op("hf_archs::rms_norm_gated_backward", mutates_args=())
-def _rms_norm_gated_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and z."""
-    return _implementation(x).rms_norm_gated_bwd(grad_y, x, weight, z, eps, group_size)
 
 
 def _implementation(x: Tensor):
@@ -78,24 +64,27 @@ def _implementation(x: Tensor):
     return rms_norm_gated_portable
 
 
-@_rms_norm_gated.register_fake
-def _(x, weight, z, eps, group_size):
-    return x.new_empty(x.shape)
+def _forward(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int) -> Tensor:
+    return _implementation(x).rms_norm_gated_fwd(x, weight, z, eps, group_size)
 
 
-@_rms_norm_gated_backward.register_fake
-def _(grad_y, x, weight, z, eps, group_size):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), z.new_empty(z.shape)
+def _backward(grad_y, x, *arguments):
+    return _implementation(x).rms_norm_gated_bwd(grad_y, x, *arguments)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.group_size = inputs
-    ctx.save_for_backward(*tensors)
+_rms_norm_gated = Op(
+    "rms_norm_gated",
+    _forward,
+    _backward,
+    fake=lambda x, *_: x.new_empty(x.shape),
+    learnt=("x", "weight", "z"),
+    plain=rms_norm_gated_reference,
+)
 
 
-def _backward(ctx, grad_y):
-    return *_rms_norm_gated_backward(grad_y, *ctx.saved_tensors, ctx.eps, ctx.group_size), None, None
-
-
-_rms_norm_gated.register_autograd(_backward, setup_context=_setup_context)
-differentiates_once(_rms_norm_gated_backward)
+def cases(device, dtype, batch=2, length=9, channels=48):
+    """Arguments of `rms_norm_gated` for tests and benchmarks: one group of channels, and three."""
+    x, z = torch.randn(2, batch, length, channels, device=device, dtype=dtype)
+    weight = torch.randn(channels, device=device, dtype=dtype)
+    yield {"x": x, "weight": weight, "z": z, "eps": 1e-5}
+    yield {"x": x, "weight": weight, "z": z, "eps": 1e-5, "group_size": channels // 3}

@@ -2,7 +2,7 @@
 and takes no memory; the backward computes again what the forward did.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,9 +33,16 @@ def rms_norm_gated_fwd(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_s
 
 
 def rms_norm_gated_bwd(
-    grad_y: Tensor, x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    eps: float,
+    group_size: int,
+    wanted: Sequence[bool] = (True,) * 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and z."""
+    """The gradients of x, weight and z, each untouched memory unless it is wanted."""
+    of_x, of_weight, of_z = wanted
     dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_z = torch.empty(z.shape, dtype=z.dtype, device=x.device)
@@ -50,13 +57,17 @@ def rms_norm_gated_bwd(
         groups.mul_(scale)
         # the forward rounded what the weight multiplies
         product = g * normed.to(x.dtype)
-        grad_weight += product.sum(0)
+        if of_weight:
+            grad_weight += product.sum(0)
+            if not (of_x or of_z):
+                continue
         # of the gated input u, with n = scale u and its gradient h: scale (h - n mean(h n))
         grad_gated = torch.mul(g, wide_weight, out=product)
         h = grad_gated.view_as(groups)
         along = torch.linalg.vecdot(h, groups).div_(group_size).unsqueeze(-1)
         h.addcmul_(groups, along, value=-1).mul_(scale)
-        out_z.copy_(torch.ops.aten.silu_backward(torch.mul(grad_gated, x_rows, out=normed), z_rows))
-        torch.mul(grad_gated, gate, out=gate)
-        out_x.copy_(gate)
-    return grad_x, grad_weight.to(weight.dtype), grad_z
+        if of_z:
+            out_z.copy_(torch.ops.aten.silu_backward(torch.mul(grad_gated, x_rows, out=normed), z_rows))
+        if of_x:
+            out_x.copy_(torch.mul(grad_gated, gate, out=gate))
+    return grad_x, grad_weight, grad_z

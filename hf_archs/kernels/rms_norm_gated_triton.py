@@ -5,6 +5,8 @@ and written once and nothing is stored between forward and backward: the backwar
 inputs it reads anyway.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -141,9 +143,15 @@ def rms_norm_gated_fwd(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_s
 
 
 def rms_norm_gated_bwd(
-    grad_y: Tensor, x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    eps: float,
+    group_size: int,
+    wanted: Sequence[bool] = (True,) * 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and z."""
+    """The gradients of x, weight and z; one kernel makes all of them, whichever are wanted."""
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     channels, config = x.shape[-1], _config(group_size)
@@ -170,7 +178,7 @@ def rms_norm_gated_bwd(
             **config,
             **FUSED,
         )
-    return grad_x, sums.sum(0).to(weight.dtype), grad_z
+    return grad_x, sums.sum(0), grad_z
 
 
 def aot_specs() -> list[KernelSpec]:

@@ -7,7 +7,7 @@ import torch
 
 from hf_archs.kernels import decay_scan_portable, decay_scan_triton
 from hf_archs.kernels.backend import use_backend
-from hf_archs.kernels.decay_scan import _decay_scan, decay_scan, decay_scan_reference
+from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
 from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
 
 
@@ -390,7 +390,9 @@ def test_opcheck(grad, everything):
     inputs = [None if t is None else t.requires_grad_(grad) for t in tensors.values()]
     documents = torch.zeros(2, 70, dtype=torch.int32)
     documents[:, 33:] = 1
-    torch.library.opcheck(_decay_scan, (*inputs, documents if everything else None, grad, "portable"))
+    torch.library.opcheck(
+        torch.ops.hf_archs.decay_scan.default, (*inputs, documents if everything else None, "portable", grad)
+    )
 
 
 def test_export_knows_no_custom_op():

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
+from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents, some_boundaries
 from hf_archs.kernels.backend import backend_for
+from hf_archs.kernels.library import Op
 from hf_archs.kernels.numerics import no_autocast
 from hf_archs_hyena.ops import long_conv_fft
 
@@ -72,10 +73,7 @@ def long_conv(
         )
     if x.shape[1] == 1:
         return long_conv_step(x, taps.flip(1), bias, gate_in, gate_out, initial_state, lengths, need_state)
-    if torch.compiler.is_exporting():
-        y = _exportable(x, taps, bias, gate_in, gate_out, initial_state, seq_idx)
-    else:
-        y = _long_conv(x, taps, bias, gate_in, gate_out, initial_state, seq_idx)
+    y = _long_conv(x, taps, bias, gate_in, gate_out, initial_state, seq_idx)
     if not need_state:
         return y, None
     return y, _past_inputs(x if gate_in is None else x * gate_in, taps.shape[1], initial_state, seq_idx, lengths)
@@ -221,60 +219,23 @@ def _exportable(
     return (y if gate_out is None else y * gate_out).to(x.dtype)
 
 
-# The op as PyTorch's op library sees it. Missing gradients come back empty, since a schema has no optional results.
+_long_conv = Op(
+    "long_conv",
+    long_conv_fft.long_conv_fwd,
+    long_conv_fft.long_conv_bwd,
+    fake=lambda x, *_: x.new_empty(x.shape),
+    learnt=("x", "taps", "bias", "gate_in", "gate_out", "initial_state"),
+    plain=_exportable,
+)
 
 
-@torch.library.custom_op("hf_archs::long_conv", mutates_args=())
-def _long_conv(
-    x: Tensor,
-    taps: Tensor,
-    bias: Tensor | None,
-    gate_in: Tensor | None,
-    gate_out: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-) -> Tensor:
-    with no_autocast(x):
-        return long_conv_fft.long_conv_fwd(x, taps, bias, gate_in, gate_out, initial_state, seq_idx)
-
-
-@torch.library.custom_op("hf_archs::long_conv_backward", mutates_args=())
-def _long_conv_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    taps: Tensor,
-    bias: Tensor | None,
-    gate_in: Tensor | None,
-    gate_out: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-) -> list[Tensor]:
-    """The gradients of x, taps, bias, gate_in, gate_out and initial_state."""
-    inputs = (x, taps, bias, gate_in, gate_out, initial_state)
-    with no_autocast(x):
-        gradients = long_conv_fft.long_conv_bwd(grad_y, *inputs, seq_idx)
-    return [x.new_empty(0) if t is None or g is None else g.to(t.dtype) for g, t in zip(gradients, inputs)]
-
-
-@_long_conv.register_fake
-def _(x, taps, bias, gate_in, gate_out, initial_state, seq_idx):
-    return x.new_empty(x.shape)
-
-
-@_long_conv_backward.register_fake
-def _(grad_y, x, taps, bias, gate_in, gate_out, initial_state, seq_idx):
-    inputs = (x, taps, bias, gate_in, gate_out, initial_state)
-    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_y):
-    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
-    gradients = _long_conv_backward(grad_y, *saved)
-    return *(g if t is not None else None for g, t in zip(gradients, saved[:6])), None
-
-
-_long_conv.register_autograd(_backward, setup_context=_setup_context)
+def cases(device, dtype, batch=2, length=40, channels=6, past=9):
+    """Arguments of `long_conv` for tests and benchmarks: without and with all that is optional."""
+    x, gate_in, gate_out = torch.randn(3, batch, length, channels, device=device, dtype=dtype)
+    taps, bias, state = (
+        torch.randn(shape, device=device, dtype=dtype)
+        for shape in ((channels, length + past), (channels,), (batch, channels, past))
+    )
+    yield {"x": x, "taps": taps}
+    gates = {"gate_in": gate_in, "gate_out": gate_out, "initial_state": state}
+    yield {"x": x, "taps": taps, "bias": bias, **gates, **some_boundaries(batch, length, device)}

@@ -7,7 +7,7 @@ Letters: b batch, l length, c channels of a block, k taps, p inputs before the f
 of a transform.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -60,39 +60,44 @@ def long_conv_bwd(
     gate_out: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
+    wanted: Sequence[bool] = (True,) * 6,
 ) -> list[Tensor | None]:
     """The gradients of x, taps, bias, gate_in, gate_out and initial_state; the convolution is computed again."""
+    of_x, of_taps, of_bias, of_in, of_out, of_state = wanted
     dtype = torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_in = None if gate_in is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_out = None if gate_out is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_in = None if not of_in else torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_out = None if not of_out else torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_taps = torch.empty(taps.shape, dtype=dtype, device=x.device)
-    grad_bias = None if bias is None else torch.empty(bias.shape, dtype=dtype, device=x.device)
-    grad_state = None if initial_state is None else torch.empty_like(initial_state)
+    grad_bias = None if bias is None or not of_bias else torch.empty(bias.shape, dtype=dtype, device=x.device)
+    grad_state = None if initial_state is None or not of_state else torch.empty_like(initial_state)
     past = 0 if initial_state is None else initial_state.shape[2]
     groups = None if seq_idx is None else _documents(seq_idx, past)
     for block in _blocks(x, taps, past, groups):
         v = _gated(x, gate_in, block)
         gy = grad_y[:, :, block].transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
         g = gy if gate_out is None else gy * gate_out[:, :, block].transpose(1, 2)
-        out, grad_seen, grad_taps[block] = _convolve_backward(
-            g, _seen(v, initial_state, block), _wide(taps[block], v), past, groups, gate_out is not None
+        out, grad_seen, grad_block = _convolve_backward(
+            g, _seen(v, initial_state, block), _wide(taps[block], v), past, groups, of_out, of_taps
         )
+        if grad_block is not None:
+            grad_taps[block] = grad_block
         grad_v = grad_seen[:, :, past:]
-        if bias is not None and grad_bias is not None:
+        if grad_bias is not None:
+            grad_bias[block] = (g * v).sum((0, 2))
+        if bias is not None:
             wide = _wide(bias[block], v).unsqueeze(1)
             if out is not None:
                 out.addcmul_(v, wide)
-            grad_bias[block] = (g * v).sum((0, 2))
             grad_v = grad_v.addcmul_(g, wide)
         if grad_out is not None and out is not None:
             grad_out[:, :, block] = out.mul_(gy).transpose(1, 2)
         if grad_state is not None:
             grad_state[:, block] = grad_seen[:, :, :past]
-        if gate_in is None or grad_in is None:
-            grad_x[:, :, block] = grad_v.transpose(1, 2)
-        else:
-            grad_x[:, :, block] = (grad_v * gate_in[:, :, block].transpose(1, 2)).transpose(1, 2)
+        if of_x:
+            of_input = grad_v if gate_in is None else grad_v * gate_in[:, :, block].transpose(1, 2)
+            grad_x[:, :, block] = of_input.transpose(1, 2)
+        if grad_in is not None:
             grad_in[:, :, block] = grad_v.mul_(x[:, :, block].transpose(1, 2)).transpose(1, 2)
     return [grad_x, grad_taps, grad_bias, grad_in, grad_out, grad_state]
 
@@ -138,17 +143,18 @@ def _convolve(seen: Tensor, taps: Tensor, past: int, groups: list[Documents] | N
 
 
 def _convolve_backward(
-    g: Tensor, seen: Tensor, taps: Tensor, past: int, groups: list[Documents] | None, again: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """From the gradient of the outputs: the outputs (if wanted again), and the gradients of seen and taps."""
+    g: Tensor, seen: Tensor, taps: Tensor, past: int, groups: list[Documents] | None, again: bool, of_taps: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """From the gradient of the outputs: the outputs (if ``again``), the gradients of seen and (``of_taps``) taps."""
     if groups is None:
-        return _backward(g, seen, taps, past, again)
+        return _backward(g, seen, taps, past, again, of_taps)
     g = F.pad(g, (past, 0))
     out, grad_seen, grad_taps = torch.empty_like(seen), torch.empty_like(seen), torch.zeros_like(taps)
     for group in groups:
-        part, grad_part, more = _backward(_gather(g, group), _gather(seen, group), taps, 0, again)
+        part, grad_part, more = _backward(_gather(g, group), _gather(seen, group), taps, 0, again, of_taps)
         _scatter(grad_seen, group, grad_part)
-        grad_taps += more
+        if more is not None:
+            grad_taps += more
         if part is not None:
             _scatter(out, group, part)
     return out[:, :, past:] if again else None, grad_seen, grad_taps
@@ -224,15 +230,21 @@ def _forward(seen: Tensor, taps: Tensor, past: int) -> Tensor:
     return torch.fft.irfft(spectrum, n)[:, :, past : seen.shape[2]]
 
 
-def _backward(g: Tensor, seen: Tensor, taps: Tensor, past: int, again: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+def _backward(
+    g: Tensor, seen: Tensor, taps: Tensor, past: int, again: bool, of_taps: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     whole, length = taps.shape[1], seen.shape[2]
     seen, taps, past = _trimmed(seen, taps, past)
     t, k = seen.shape[2], taps.shape[1]
     n = _points(t, k, past)
-    seen_f, taps_f = torch.fft.rfft(seen, n), torch.fft.rfft(taps, n)
+    out, grad_taps, taps_f = None, None, torch.fft.rfft(taps, n)
     g_f = torch.fft.rfft(F.pad(g, (past, 0)) if past else g, n)
-    grad_taps_f = torch.einsum("bcn,bcn->cn", g_f, seen_f.conj()) if g.shape[0] > 1 else (g_f * seen_f.conj())[0]
-    grad_taps = F.pad(torch.fft.irfft(grad_taps_f, n)[:, :k], (0, whole - k))
-    out = torch.fft.irfft(seen_f.mul_(taps_f), n)[:, :, past:t] if again else None
+    if of_taps or again:
+        seen_f = torch.fft.rfft(seen, n)
+    if of_taps:
+        grad_taps_f = torch.einsum("bcn,bcn->cn", g_f, seen_f.conj()) if g.shape[0] > 1 else (g_f * seen_f.conj())[0]
+        grad_taps = F.pad(torch.fft.irfft(grad_taps_f, n)[:, :k], (0, whole - k))
+    if again:
+        out = torch.fft.irfft(seen_f.mul_(taps_f), n)[:, :, past:t]
     grad_seen = torch.fft.irfft(g_f.mul_(taps_f.conj()), n)[:, :, :t]
     return out, F.pad(grad_seen, (length - t, 0)) if length > t else grad_seen, grad_taps

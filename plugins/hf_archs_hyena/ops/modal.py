@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_archs.kernels.arguments import check_shapes, number_documents
+from hf_archs.kernels.arguments import check_shapes, number_documents, some_boundaries
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.numerics import differentiates_once, no_autocast
+from hf_archs.kernels.library import Op
+from hf_archs.kernels.numerics import no_autocast
 from hf_archs_hyena.ops import modal_portable as portable
 
 # tokens between two entries of the coarse table of powers; fixed, so that a longer filter has the same taps
@@ -346,11 +347,7 @@ def _implementation(backend: str):
     return portable
 
 
-# The op as PyTorch's op library sees it. Missing gradients come back empty, since a schema has no optional results.
-
-
-@torch.library.custom_op("hf_archs::modal_conv", mutates_args=())
-def _modal_conv(
+def _forward(
     x: Tensor,
     taps: Tensor,
     powers: Tensor,
@@ -362,57 +359,30 @@ def _modal_conv(
 ) -> tuple[Tensor, Tensor]:
     """y and the final state, from the first taps (c, m), the poles' powers 0 to m (c, n, m + 1, 2), and ``read``, what
     a chunk's tokens take of the state before it (c, 2 n, m)."""
-    with no_autocast(x), torch.accelerator.device_index(x.device.index):
-        return _implementation(backend).modal_conv_fwd(x, taps, powers, read, initial_state, documents, lengths)
+    return _implementation(backend).modal_conv_fwd(x, taps, powers, read, initial_state, documents, lengths)
 
 
-@torch.library.custom_op("hf_archs::modal_conv_backward", mutates_args=())
-def _modal_conv_backward(
-    grad_y: Tensor | None,
-    grad_final_state: Tensor | None,
-    x: Tensor,
-    taps: Tensor,
-    powers: Tensor,
-    read: Tensor,
-    initial_state: Tensor | None,
-    documents: Tensor | None,
-    lengths: Tensor | None,
-    backend: str,
-) -> list[Tensor]:
-    """The gradients of x, taps, powers, read and initial_state."""
-    with no_autocast(x), torch.accelerator.device_index(x.device.index):
-        gradients = _implementation(backend).modal_conv_bwd(
-            grad_y, grad_final_state, x, taps, powers, read, initial_state, documents, lengths
-        )
-    inputs = (x, taps, powers, read, initial_state)
-    return [x.new_empty(0) if t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
+def _backward(grad_y, grad_final_state, *arguments):
+    *tensors, backend, wanted = arguments
+    return _implementation(backend).modal_conv_bwd(grad_y, grad_final_state, *tensors, wanted)
 
 
-@_modal_conv.register_fake
-def _(x, taps, powers, read, initial_state, documents, lengths, backend):
+def _fake(x, taps, powers, *_):
     (b, l, c), n = x.shape, powers.shape[1]
     return x.new_empty(b, l, c), x.new_empty(b, c, n, 2, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@_modal_conv_backward.register_fake
-def _(grad_y, grad_final_state, x, taps, powers, read, initial_state, documents, lengths, backend):
-    inputs = (x, taps, powers, read, initial_state)
-    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+_modal_conv = Op("modal_conv", _forward, _backward, _fake, learnt=("x", "taps", "powers", "read", "initial_state"))
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7])
-    ctx.backend = inputs[7]
-
-
-def _backward(ctx, grad_y, grad_final_state):
-    if grad_y is None and grad_final_state is None:
-        return (None,) * 8
-    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
-    gradients = _modal_conv_backward(grad_y, grad_final_state, *saved, ctx.backend)
-    return *(g if t is not None else None for g, t in zip(gradients, saved[:5])), None, None, None
-
-
-_modal_conv.register_autograd(_backward, setup_context=_setup_context)
-differentiates_once(_modal_conv_backward)
+def cases(device, dtype, batch=2, length=70, channels=6, modes=4):
+    """Arguments of `modal_conv` for tests and benchmarks: without and with all that is optional."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(batch, length, channels, device=device, dtype=dtype)
+    log_decay, phase = torch.randn(2, channels, modes, device=device, dtype=wide)
+    residues = torch.randn(channels, modes, 2, device=device, dtype=wide)
+    bias = torch.randn(channels, device=device, dtype=wide)
+    state = torch.randn(batch, channels, modes, 2, device=device, dtype=wide)
+    filters = {"log_decay": log_decay, "phase": phase, "residues": residues}
+    yield {"x": x, **filters}
+    yield {"x": x, **filters, "bias": bias, "initial_state": state, **some_boundaries(batch, length, device)}

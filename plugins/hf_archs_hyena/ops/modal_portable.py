@@ -9,7 +9,7 @@ The backward computes the states again: they are half as large as x, and cheap.
 Letters: b batch, l length, c channels, n modes, m tokens of a chunk (i reads, j writes), q chunks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -188,10 +188,12 @@ def modal_conv_bwd(
     initial_state: Tensor | None,
     documents: Tensor | None,
     lengths: Tensor | None,
+    wanted: Sequence[bool] = (True,) * 5,
     passing: PassStates = pass_states,
     passing_gradients: PassGradients = pass_gradients,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """The gradients of x, taps, powers, read and initial_state."""
+    of_x, of_taps, of_powers, of_read, _ = wanted
     tables = _Tables(x, taps, powers, initial_state, documents, lengths, passing)
     chunks, inputs, states = tables.chunks, tables.inputs, tables.states
     (c, _, b, m), n = chunks.x.shape, powers.shape[1]
@@ -210,15 +212,21 @@ def modal_conv_bwd(
     grad_powers[:, :, m] += torch.view_as_real(passed)
 
     states, ends = states.view(c, -1, 2 * n), ends.view(c, -1, 2 * n)
-    grad_read = torch.bmm(states.transpose(1, 2), grad_out)
-    grad_taps = _diagonals(torch.bmm(grad_out.transpose(1, 2), inputs))
-    grad_write = torch.bmm(inputs.transpose(1, 2), ends)
-    grad_x = torch.bmm(grad_out, tables.matrix)
-    grad_x.baddbmm_(ends, tables.write.transpose(1, 2))
-    grad_x = grad_x.view_as(chunks.x)
-    if grad_end is not None:
-        grad_end = grad_end.view(c, b, 2 * n)
-        grad_write.baddbmm_(chunks.at_end().transpose(1, 2), grad_end)
-        chunks.add_at_end(grad_x, torch.bmm(grad_end, tables.write.transpose(1, 2)))
-    grad_powers[:, :, :m] += grad_write.view(c, m, n, 2).flip(1).transpose(1, 2)
-    return chunks.join(grad_x, x.dtype), grad_taps, grad_powers, grad_read, grad_state.transpose(0, 1)
+    grad_end = None if grad_end is None else grad_end.view(c, b, 2 * n)
+    grad_x = grad_taps = grad_read = None
+    if of_read:
+        grad_read = torch.bmm(states.transpose(1, 2), grad_out)
+    if of_taps:
+        grad_taps = _diagonals(torch.bmm(grad_out.transpose(1, 2), inputs))
+    if of_powers:
+        grad_write = torch.bmm(inputs.transpose(1, 2), ends)
+        if grad_end is not None:
+            grad_write.baddbmm_(chunks.at_end().transpose(1, 2), grad_end)
+        grad_powers[:, :, :m] += grad_write.view(c, m, n, 2).flip(1).transpose(1, 2)
+    if of_x:
+        split = torch.bmm(grad_out, tables.matrix)
+        split = split.baddbmm_(ends, tables.write.transpose(1, 2)).view_as(chunks.x)
+        if grad_end is not None:
+            chunks.add_at_end(split, torch.bmm(grad_end, tables.write.transpose(1, 2)))
+        grad_x = chunks.join(split, x.dtype)
+    return grad_x, grad_taps, grad_powers, grad_read, grad_state.transpose(0, 1)

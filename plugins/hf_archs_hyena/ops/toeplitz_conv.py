@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents
+from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents, some_boundaries
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.numerics import differentiates_once
+from hf_archs.kernels.library import Op
 from hf_archs_hyena.ops import toeplitz_conv_portable as portable
 
 MAX_TAPS = 128
@@ -57,10 +57,7 @@ def toeplitz_conv(
     if x.shape[1] == 1:
         return _step(x, taps, bias, initial_state, lengths)
     documents = number_documents(seq_idx)
-    if torch.compiler.is_exporting():
-        y = _plain(x, taps, bias, initial_state, documents)
-    else:
-        y = _toeplitz_conv(x, taps, bias, initial_state, documents)
+    y = _toeplitz_conv(x, taps, bias, initial_state, documents)
     return y, last_inputs(x, taps.shape[1] - 1, initial_state, documents, lengths).contiguous()
 
 
@@ -160,33 +157,6 @@ def _plain(
     return y.to(x.dtype)
 
 
-# The op as PyTorch's op library sees it. Missing gradients come back empty, since a schema has no optional results.
-
-
-@torch.library.custom_op("hf_archs::toeplitz_conv", mutates_args=())
-def _toeplitz_conv(
-    x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, documents: Tensor | None
-) -> Tensor:
-    with torch.accelerator.device_index(x.device.index):
-        return _implementation(x).toeplitz_conv_fwd(x, taps, bias, initial_state, documents)
-
-
-@torch.library.custom_op("hf_archs::toeplitz_conv_backward", mutates_args=())
-def _toeplitz_conv_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    taps: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    documents: Tensor | None,
-) -> list[Tensor]:
-    """The gradients of x, taps, bias and initial_state."""
-    with torch.accelerator.device_index(x.device.index):
-        gradients = _implementation(x).toeplitz_conv_bwd(grad_y, x, taps, bias, initial_state, documents)
-    inputs = (x, taps, bias, initial_state)
-    return [x.new_empty(0) if t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
-
-
 def _implementation(x: Tensor):
     # Triton's matrix products have no float64
     if backend_for(x) == "triton" and x.dtype != torch.float64:
@@ -196,25 +166,35 @@ def _implementation(x: Tensor):
     return portable
 
 
-@_toeplitz_conv.register_fake
-def _(x, taps, bias, initial_state, documents):
-    return x.new_empty(x.shape)
+def _forward(
+    x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, documents: Tensor | None
+) -> Tensor:
+    return _implementation(x).toeplitz_conv_fwd(x, taps, bias, initial_state, documents)
 
 
-@_toeplitz_conv_backward.register_fake
-def _(grad_y, x, taps, bias, initial_state, documents):
-    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, taps, bias, initial_state)]
+def _backward(grad_y, x, taps, bias, initial_state, documents, wanted):
+    return _implementation(x).toeplitz_conv_bwd(grad_y, x, taps, bias, initial_state, documents, wanted=wanted)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+_toeplitz_conv = Op(
+    "toeplitz_conv",
+    _forward,
+    _backward,
+    fake=lambda x, *_: x.new_empty(x.shape),
+    learnt=("x", "taps", "bias", "initial_state"),
+    plain=_plain,
+)
 
 
-def _backward(ctx, grad_y):
-    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
-    gradients = _toeplitz_conv_backward(grad_y, *saved)
-    return *(g if t is not None else None for g, t in zip(gradients, saved)), None
+def cases(device, dtype, batch=2, length=40, groups=3, shared=4, taps=20):
+    """Arguments of `toeplitz_conv` for tests and benchmarks: many taps, few with every option, shared filters."""
 
+    def arguments(groups, channels, taps):
+        shapes = (batch, length, channels), (groups, taps), (channels,), (batch, channels, taps - 1)
+        made = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+        return dict(zip(("x", "taps", "bias", "initial_state"), made))
 
-_toeplitz_conv.register_autograd(_backward, setup_context=_setup_context)
-differentiates_once(_toeplitz_conv_backward)
+    plain = arguments(groups, groups * shared, taps)
+    yield {"x": plain["x"], "taps": plain["taps"]}
+    yield arguments(groups, groups * shared, taps // 3) | some_boundaries(batch, length, device)
+    yield arguments(2, 32, taps) | some_boundaries(batch, length, device)

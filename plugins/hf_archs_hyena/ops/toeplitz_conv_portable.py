@@ -10,7 +10,7 @@ reaches back, so that no document sees another.
 Letters: b batch, l length, c channels, g groups of channels that share a filter, k taps; n positions of a layout.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -150,11 +150,19 @@ def toeplitz_conv_bwd(
     bias: Tensor | None,
     initial_state: Tensor | None,
     documents: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted: Sequence[bool] = (True,) * 4,
+) -> tuple[Tensor | None, ...]:
     """The gradients of x, taps, bias and initial_state."""
     groups, k = taps.shape
+    of_x, of_taps, of_bias, of_state = wanted
+    grad_x = grad_state = grad_taps = grad_bias = None
     layout = _Layout(x, k - 1, initial_state, documents)
     g = layout.all_outputs(grad_y)
-    grad_x, grad_state = layout.inputs(_convolve_back(g, _per_channel(x, taps, bias)))
-    grad_channels = _grad_taps(g, layout.rows, k)
-    return grad_x, grad_channels.unflatten(0, (groups, -1)).sum(1), grad_channels[:, 0], grad_state
+    if of_x or of_state:
+        grad_x, grad_state = layout.inputs(_convolve_back(g, _per_channel(x, taps, bias)))
+    if of_taps:
+        grad_channels = _grad_taps(g, layout.rows, k)
+        grad_taps, grad_bias = grad_channels.unflatten(0, (groups, -1)).sum(1), grad_channels[:, 0]
+    elif of_bias:
+        grad_bias = (g * layout.rows[:, k - 1 :]).sum((0, 1))
+    return grad_x, grad_taps, grad_bias, grad_state

@@ -19,6 +19,8 @@ Letters: b batch, l length, c channels, g groups of channels that share a filter
 the initial state before them, if there is one, (b, before + l, c).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -315,7 +317,7 @@ def _convolve(
     (b, inputs, c), (groups, k) = rows.shape, taps.shape
     outputs = length + before if backwards else length
     out = torch.empty(b, outputs, c, dtype=rows.dtype, device=rows.device)
-    taps = taps.float()
+    taps, bias = taps.float(), None if bias is None else bias.contiguous()
     common = (documents, out, length, inputs, before, c)
     if c // groups < SHARED:
         config = _config(SHIFT_CONFIGS, rows.dtype, config)
@@ -374,15 +376,20 @@ def toeplitz_conv_bwd(
     documents: Tensor | None,
     config: dict[str, int] | None = None,
     sum_config: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    wanted: Sequence[bool] = (True,) * 4,
+) -> tuple[Tensor | None, ...]:
     """The gradients of x, taps, bias and initial_state; ``sum_config`` is one of `SUM_CONFIGS` or `MATRIX_CONFIGS`."""
     (b, l, c), (groups, k) = x.shape, taps.shape
     rows, before = _rows(x, initial_state)
     inputs, grad_y = rows.shape[1], grad_y.to(x.dtype).contiguous()
-    grad_rows = _convolve(grad_y, taps, bias, documents, l, before, True, config)
-    grad_state = None if initial_state is None else grad_rows[:, :before].transpose(1, 2)
-    grad_bias = None
-    if c // groups < SHARED:
+    of_x, of_taps, of_bias, of_state = wanted
+    grad_x = grad_state = grad_taps = grad_bias = None
+    if of_x or of_state:
+        grad_rows = _convolve(grad_y, taps, bias, documents, l, before, True, config)
+        grad_state, grad_x = grad_rows[:, :before].transpose(1, 2), grad_rows[:, before:]
+    if not of_taps:
+        pass
+    elif c // groups < SHARED:
         sum_config = sum_config or SUM_CONFIGS[0 if k > 8 else 1]
         parts = triton.cdiv(c, sum_config["BLOCK_C"]), triton.cdiv(k, sum_config["BLOCK_M"])
         span = _span(l, b * parts[0] * parts[1])
@@ -393,7 +400,6 @@ def toeplitz_conv_bwd(
         )
         by_channel = sums.sum(0)  # (k, c)
         grad_taps = by_channel.unflatten(1, (groups, -1)).sum(2).t()
-        grad_bias = by_channel[0]
     else:
         sum_config = _config(MATRIX_CONFIGS, x.dtype, sum_config)
         wide = min(sum_config.pop("COLUMNS"), triton.next_power_of_2(c // groups))
@@ -420,9 +426,9 @@ def toeplitz_conv_bwd(
             **FUSED,
         )
         grad_taps = _diagonals(sums.sum(0), k)
-        if bias is not None:
-            grad_bias = (grad_y.float() * x).sum((0, 1))
-    return grad_rows[:, before:], grad_taps, grad_bias, grad_state
+    if of_bias:
+        grad_bias = (grad_y.float() * x).sum((0, 1))
+    return grad_x, grad_taps, grad_bias, grad_state
 
 
 def aot_specs() -> list[KernelSpec]:

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_archs.kernels.arguments import check_shapes
+from hf_archs.kernels.arguments import check_shapes, some_boundaries
 from hf_archs.kernels.backend import backend_for
 from hf_archs.kernels.exporting import scan
-from hf_archs.kernels.numerics import LOG2_E, cast, constant, differentiates_once, no_autocast, wide
+from hf_archs.kernels.library import Op
+from hf_archs.kernels.numerics import LOG2_E, cast, constant, wide
 from hf_archs_mamba.ops import selective_scan_portable as portable
 
 
@@ -57,7 +58,6 @@ def selective_scan(
         ValueError: where a shape does not fit, naming the argument.
     """
     _check(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths)
-    inputs = (x, dt, A, B, C, D, z, initial_state, seq_idx, lengths)
     backend = backend_for(x)
     if backend == "reference":
         return selective_scan_reference(
@@ -65,11 +65,7 @@ def selective_scan(
         )
     if backend == "portable" and x.shape[1] == 1:
         return _step(x, dt, A, B, C, D, z, initial_state, lengths)
-    if torch.compiler.is_exporting():
-        return _scan_by_token(*inputs)
-    keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, final_state, _ = _selective_scan(*inputs, keep_states)
-    return y, final_state
+    return _selective_scan(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths)
 
 
 def _check(
@@ -212,58 +208,6 @@ def _scan_by_token(
     return y.to(y_dtype), state
 
 
-# The op as PyTorch's op library sees it. Missing tensors come back empty, since a schema has no optional results.
-
-
-@torch.library.custom_op("hf_archs::selective_scan", mutates_args=())
-def _selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    lengths: Tensor | None,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the states at the start of every block of tokens (empty unless ``keep_states``)."""
-    with no_autocast(x), torch.accelerator.device_index(x.device.index):
-        y, final_state, kept = _implementation(x).selective_scan_fwd(
-            x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep_states
-        )
-    # in one row: a dimension of blocks would be 1 for short sequences, and torch.compile compiles once more for a 1
-    return y, final_state, kept.flatten()
-
-
-@torch.library.custom_op("hf_archs::selective_scan_backward", mutates_args=())
-def _selective_scan_backward(
-    grad_y: Tensor | None,
-    grad_final_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    lengths: Tensor | None,
-    kept_states: Tensor,
-) -> list[Tensor]:
-    """The gradients of x, dt, A, B, C, D, z and initial_state."""
-    kept_states = kept_states.view(-1, x.shape[0], A.shape[1], x.shape[2])
-    with no_autocast(x), torch.accelerator.device_index(x.device.index):
-        gradients = _implementation(x).selective_scan_bwd(
-            grad_y, grad_final_state, x, dt, A, B, C, D, z, seq_idx, lengths, kept_states
-        )
-    inputs = (x, dt, A, B, C, D, z, initial_state)
-    return [x.new_empty(0) if g is None or t is None else g.to(t.dtype).contiguous() for g, t in zip(gradients, inputs)]
-
-
 def _implementation(x: Tensor):
     if backend_for(x) == "triton" and x.dtype != torch.float64:  # the kernels are float32 inside
         from hf_archs_mamba.ops import selective_scan_triton
@@ -272,32 +216,58 @@ def _implementation(x: Tensor):
     return portable
 
 
-@_selective_scan.register_fake
-def _(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep_states):
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the states at the start of every block of tokens."""
+    y, final_state, kept = _implementation(x).selective_scan_fwd(
+        x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep
+    )
+    # in one row: a dimension of blocks would be 1 for short sequences, and torch.compile compiles once more for a 1
+    return y, final_state, kept.flatten()
+
+
+def _backward(grad_y, grad_final_state, x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, kept, wanted):
+    kept = kept.view(-1, x.shape[0], A.shape[1], x.shape[2])
+    return _implementation(x).selective_scan_bwd(
+        grad_y, grad_final_state, x, dt, A, B, C, D, z, seq_idx, lengths, kept, wanted
+    )
+
+
+def _fake(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep):
     dtype = torch.promote_types(x.dtype, torch.float32)
     b, l, c = x.shape
-    kept = (l + portable.BLOCK - 1) // portable.BLOCK * b * A.shape[1] * c if keep_states else 0
+    kept = (l + portable.BLOCK - 1) // portable.BLOCK * b * A.shape[1] * c if keep else 0
     return x.new_empty(b, l, c), x.new_empty(b, *A.shape, dtype=dtype), x.new_empty(kept, dtype=dtype)
 
 
-@_selective_scan_backward.register_fake
-def _(grad_y, grad_final_state, x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, kept_states):
-    inputs = (x, dt, A, B, C, D, z, initial_state)
-    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+_selective_scan = Op(
+    "selective_scan",
+    _forward,
+    _backward,
+    _fake,
+    learnt=("x", "dt", "A", "B", "C", "D", "z", "initial_state"),
+    plain=_scan_by_token,
+)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:-1], output[2])
-
-
-def _backward(ctx, grad_y, grad_final_state, _):
-    if grad_y is None and grad_final_state is None:
-        return (None,) * 11
-    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
-    gradients = _selective_scan_backward(grad_y, grad_final_state, *saved)
-    return *(g if t is not None else None for g, t in zip(gradients, saved[:8])), None, None, None
-
-
-_selective_scan.register_autograd(_backward, setup_context=_setup_context)
-differentiates_once(_selective_scan_backward)
+def cases(device, dtype, batch=2, length=20, channels=12, state=4):
+    """Arguments of `selective_scan` for tests and benchmarks: without and with all that is optional."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x, dt, z = torch.randn(3, batch, length, channels, device=device, dtype=dtype)
+    B, C = torch.randn(2, batch, length, state, device=device, dtype=dtype)
+    A, D = -torch.rand(channels, state, device=device, dtype=wide), torch.randn(channels, device=device, dtype=wide)
+    initial_state = torch.randn(batch, channels, state, device=device, dtype=wide)
+    plain = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
+    yield plain
+    yield plain | {"D": D, "z": z, "initial_state": initial_state} | some_boundaries(batch, length, device)

@@ -11,7 +11,7 @@ slower; the closed form exp(cumsum) * cumsum(...) overflows.)
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -202,8 +202,13 @@ def selective_scan_bwd(
     seq_idx: Tensor | None,
     lengths: Tensor | None,
     kept: Tensor,
+    wanted: Sequence[bool] = (True,) * 8,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Gives the gradients of x, dt, A, B, C, D, z and the initial state, each in the working dtype or its tensor's."""
+    """The gradients of x, dt, A, B, C, D, z and the initial state, each in the working dtype or its tensor's.
+
+    Those that are not ``wanted`` are anything.
+    """
+    of_x, of_dt, of_A, of_B, of_C, of_D, of_z, _ = wanted
     (b, l, c), n = x.shape, A.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     reset, pad = boundaries(seq_idx, lengths, x)
@@ -230,7 +235,7 @@ def selective_scan_bwd(
             m = part.scan(block)
             r = part.x.shape[1]
             states, decay, grads = w.states[: m + 1], w.decay[:m], w.grads[:m]
-            if part.z is not None:
+            if of_z:
                 part.outputs(block, out)
 
             # g_t = C_t dy_t + decay_{t+1} g_{t+1}
@@ -240,24 +245,34 @@ def selective_scan_bwd(
             _recur(w.grad_at[:m][-2::-1], w.decay_at[back], w.grad_at[back])
             torch.mul(w.grad_at[0], w.decay_at[0], out=carried)
 
-            dC[block, rows] += _over_channels(states[1:], dy[block])
-            dB[block, rows] += _over_channels(grads, part.input[block])
-            torch.bmm(part.B[block].view(m * r, 1, n), grads.view(m * r, n, -1), out=d_input[block].view(m * r, 1, -1))
-            d_delta_A = grads.mul_(states[:m]).mul_(decay)  # the gradient of delta * A: g h_{t-1} decay
-            torch.sum(torch.mul(d_delta_A, part.A, out=decay), 2, out=d_delta[block])
-            dA[:, cols] += d_delta_A.mul_(part.delta[block].unsqueeze(2)).sum((0, 1))
-        if part.z is not None and dz is not None:
+            if of_C:
+                dC[block, rows] += _over_channels(states[1:], dy[block])
+            if of_B:
+                dB[block, rows] += _over_channels(grads, part.input[block])
+            if of_x or of_dt:
+                by_input = d_input[block].view(m * r, 1, -1)
+                torch.bmm(part.B[block].view(m * r, 1, n), grads.view(m * r, n, -1), out=by_input)
+            if of_dt or of_A:
+                d_delta_A = grads.mul_(states[:m]).mul_(decay)  # the gradient of delta * A: g h_{t-1} decay
+            if of_dt:
+                torch.sum(torch.mul(d_delta_A, part.A, out=decay), 2, out=d_delta[block])
+            if of_A:
+                dA[:, cols] += d_delta_A.mul_(part.delta[block].unsqueeze(2)).sum((0, 1))
+        if of_z and dz is not None:
             if part.D is not None:
                 out.addcmul_(part.D, part.x)
             dz[rows, :, cols] = d_gate.mul_(out).transpose(0, 1)
-        d_delta.addcmul_(d_input, part.x).mul_(part.dt.sigmoid())
-        if part.pad is not None:
-            d_delta.masked_fill_(part.pad, 0)
-        ddt[rows, :, cols] = d_delta.transpose(0, 1)
-        d_x = d_input.mul_(part.delta)
-        if part.D is not None and dD is not None:
+        if of_dt:
+            d_delta.addcmul_(d_input, part.x).mul_(part.dt.sigmoid())
+            if part.pad is not None:
+                d_delta.masked_fill_(part.pad, 0)
+            ddt[rows, :, cols] = d_delta.transpose(0, 1)
+        if of_D and dD is not None:
             dD[cols] += (dy * part.x).sum((0, 1))
-            d_x.addcmul_(part.D, dy)
-        dx[rows, :, cols] = d_x.transpose(0, 1)
+        if of_x:
+            d_x = d_input.mul_(part.delta)
+            if part.D is not None:
+                d_x.addcmul_(part.D, dy)
+            dx[rows, :, cols] = d_x.transpose(0, 1)
         d_initial[rows, cols] = carried.transpose(1, 2)
     return dx, ddt, dA.t(), dB.transpose(0, 1), dC.transpose(0, 1), dD, dz, d_initial

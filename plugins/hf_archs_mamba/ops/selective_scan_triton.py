@@ -28,6 +28,7 @@ There is no autotuning: the configuration follows from the shape alone, so resul
 # mypy: disable-error-code="assignment,var-annotated"
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -624,6 +625,7 @@ def selective_scan_bwd(
     seq_idx: Tensor | None,
     lengths: Tensor | None,
     kept: Tensor,
+    wanted: Sequence[bool] = (True,) * 8,
     *,
     config: dict[str, int] | None = None,
     segment: int | None = None,

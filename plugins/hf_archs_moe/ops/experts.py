@@ -16,7 +16,8 @@ from torch import Tensor
 from hf_archs.kernels.arguments import check_shapes
 from hf_archs.kernels.backend import backend_for, is_transformed
 from hf_archs.kernels.exporting import any_length
-from hf_archs.kernels.numerics import cast, differentiates_once, no_autocast, wide
+from hf_archs.kernels.library import Op
+from hf_archs.kernels.numerics import cast, wide
 from hf_archs_moe.ops import experts_portable as portable
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -72,19 +73,17 @@ def expert_mlp(
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     x, up, down = (cast(t, dtype) for t in (x, up, down))
+    inputs = (x, expert_index, expert_weight, up, down, activation, gated)
     if is_transformed():
-        return _dense(x, expert_index, expert_weight, up, down, activation, gated)
+        return _dense(*inputs)
     if backend_for(x) == "reference":
         return expert_mlp_reference(x, expert_index, expert_weight, up, down, activation=activation, gated=gated)
     if any_length():
-        return _dense(x, expert_index, expert_weight, up, down, activation, gated)
-    inputs = (x, expert_index, expert_weight, up, down, activation, gated)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, expert_weight, up, down)):
-        return _expert_mlp(*inputs, True)[0]
-    if x.is_cpu and not torch.compiler.is_compiling():  # an op of the library costs as much as a small expert there
-        with no_autocast(x):
-            return _implementation(x).expert_mlp_fwd(*inputs, False)[0]
-    return _expert_mlp(*inputs, False)[0]
+        return _dense(*inputs)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, expert_weight, up, down))
+    if x.is_cpu and not learns and not torch.compiler.is_compiling():
+        return _expert_mlp.run(*inputs, False)[0]  # an op of the library costs as much as a small expert there
+    return _expert_mlp(*inputs)
 
 
 def _check(
@@ -155,11 +154,15 @@ def _dense(
     return cast(torch.where(chosen.any(1).t().unsqueeze(2), outputs, 0).sum(0), x.dtype)
 
 
-# The op as PyTorch's op library sees it. Missing tensors come back empty, since a schema has no optional results.
+def _implementation(x: Tensor):
+    if backend_for(x) == "triton" and x.dtype != torch.float64:  # the kernels are float32 inside
+        from hf_archs_moe.ops import experts_triton
+
+        return experts_triton
+    return portable
 
 
-@torch.library.custom_op("hf_archs::expert_mlp", mutates_args=())
-def _expert_mlp(
+def _forward(
     x: Tensor,
     expert_index: Tensor,
     expert_weight: Tensor,
@@ -169,72 +172,31 @@ def _expert_mlp(
     gated: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, and the products with ``up`` of all pairs sorted by expert (empty unless ``keep``)."""
-    with no_autocast(x), torch.accelerator.device_index(x.device.index):
-        return _implementation(x).expert_mlp_fwd(x, expert_index, expert_weight, up, down, activation, gated, keep)
+    """y, and the products with ``up`` of all pairs sorted by expert."""
+    return _implementation(x).expert_mlp_fwd(x, expert_index, expert_weight, up, down, activation, gated, keep)
 
 
-@torch.library.custom_op("hf_archs::expert_mlp_backward", mutates_args=())
-def _expert_mlp_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    expert_index: Tensor,
-    expert_weight: Tensor,
-    up: Tensor,
-    down: Tensor,
-    pre: Tensor,
-    activation: str,
-    gated: bool,
-    up_learns: bool,
-    down_learns: bool,
-) -> list[Tensor]:
-    """The gradients of x, expert_weight, up and down; the last two empty where they do not learn."""
-    with no_autocast(x), torch.accelerator.device_index(x.device.index):
-        grad_x, grad_weight, grad_up, grad_down = _implementation(x).expert_mlp_bwd(
-            grad_y, x, expert_index, expert_weight, up, down, pre, activation, gated, up_learns, down_learns
-        )
-    none = x.new_empty(0)
-    return [
-        grad_x,
-        grad_weight.to(expert_weight.dtype),
-        none if grad_up is None else grad_up,
-        none.clone() if grad_down is None else grad_down,
-    ]
+def _backward(grad_y, x, *arguments):
+    *inputs, (_, _, up_learns, down_learns) = arguments
+    return _implementation(x).expert_mlp_bwd(grad_y, x, *inputs, up_learns, down_learns)
 
 
-def _implementation(x: Tensor):
-    if backend_for(x) == "triton" and x.dtype != torch.float64:  # the kernels are float32 inside
-        from hf_archs_moe.ops import experts_triton
-
-        return experts_triton
-    return portable
-
-
-@_expert_mlp.register_fake
-def _(x, expert_index, expert_weight, up, down, activation, gated, keep):
+def _fake(x, expert_index, expert_weight, up, down, activation, gated, keep):
     return x.new_empty(x.shape), x.new_empty((expert_index.numel(), up.shape[1]) if keep else (0,))
 
 
-@_expert_mlp_backward.register_fake
-def _(grad_y, x, expert_index, expert_weight, up, down, pre, activation, gated, up_learns, down_learns):
-    learns = (True, True, up_learns, down_learns)
-    return [t.new_empty(t.shape if wanted else 0) for t, wanted in zip((x, expert_weight, up, down), learns)]
+_expert_mlp = Op("expert_mlp", _forward, _backward, _fake, learnt=("x", "expert_weight", "up", "down"))
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.gated, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _backward(ctx, grad_y, _):
-    if grad_y is None:
-        return (None,) * 8
-    learns = ctx.needs_input_grad[3:5]
-    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them, and hands them out once
-    grad_x, grad_weight, *gradients = _expert_mlp_backward(grad_y, *saved, ctx.activation, ctx.gated, *learns)
-    return grad_x, None, grad_weight, *(g if wanted else None for g, wanted in zip(gradients, learns)), None, None, None
-
-
-_expert_mlp.register_autograd(_backward, setup_context=_setup_context)
-differentiates_once(_expert_mlp_backward)
+def cases(device, dtype, batch=2, length=9, experts=4, hidden=16, inner=12):
+    """Arguments of `expert_mlp` for tests and benchmarks: with a gate, and without one and some pairs of no expert."""
+    tokens = batch * length
+    x = torch.randn(tokens, hidden, device=device, dtype=dtype)
+    weight = torch.rand(tokens, 2, device=device, dtype=dtype)
+    index = torch.randint(experts, (tokens, 2), device=device)
+    up = torch.randn(experts, 2 * inner, hidden, device=device, dtype=dtype) * hidden**-0.5
+    down = torch.randn(experts, hidden, inner, device=device, dtype=dtype) * inner**-0.5
+    yield {"x": x, "expert_index": index, "expert_weight": weight, "up": up, "down": down}
+    index = torch.where(torch.rand(tokens, 2, device=device) < 0.2, experts, index)
+    plain = {"up": up[:, :inner].contiguous(), "down": down, "activation": "gelu", "gated": False}
+    yield {"x": x, "expert_index": index, "expert_weight": weight, **plain}

@@ -121,6 +121,7 @@ def expert_mlp_fwd(
     pairs = _Pairs(index, len(up))
     scale = pairs.scale(weight, x)
     kept = x.new_empty((index.numel(), up.shape[1]) if keep else 0)
+    kept[pairs.count :] = 0  # pairs of no expert
     rows = _rows(pairs.count, x)
     ups, downs = up.mT.unbind(), down.mT.unbind()
     for own, tokens, s, y, *into in pairs.blocks(scale, rows[: pairs.count], *([kept[: pairs.count]] if keep else [])):

@@ -7,7 +7,7 @@ processor's cache, and its backward computes them again.
 Letters: h heads, p channels of a head.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.numerics import differentiates_once, inverse_rms
+from hf_archs.kernels.library import Op
+from hf_archs.kernels.numerics import inverse_rms
 
 _BLOCK = 2**17  # entries that are worked on together
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "gelu": F.gelu}
@@ -36,12 +37,12 @@ def norm_gate(x: Tensor, gate: Tensor, weight: Tensor | None, *, eps: float, gat
     Returns:
         A tensor with the shape and dtype of ``gate``, which can be differentiated, once.
     """
-    if backend_for(x) != "portable" or x.shape[1] == 1 or torch.compiler.is_exporting():
-        return norm_gate_reference(x, gate, weight, eps=eps, gate_fn=gate_fn)  # torch.compile makes one kernel of it
+    if backend_for(x) != "portable" or x.shape[1] == 1:
+        return norm_gate_reference(x, gate, weight, eps, gate_fn)  # torch.compile makes one kernel of it
     return _norm_gate(x, gate, weight, eps, gate_fn)
 
 
-def norm_gate_reference(x: Tensor, gate: Tensor, weight: Tensor | None, *, eps: float, gate_fn: str) -> Tensor:
+def norm_gate_reference(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, gate_fn: str) -> Tensor:
     """`norm_gate` in ordinary operators: the oracle, the form for one token, for GPUs and for exporters."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     normed = F.rms_norm(x.to(dtype), x.shape[-1:], eps=eps)
@@ -59,8 +60,7 @@ def _blocks(x: Tensor, *tensors: Tensor) -> Iterator[list[Tensor]]:
         yield [t[start : start + step] for t in rows]
 
 
-@torch.library.custom_op("hf_archs::norm_gate", mutates_args=())
-def _norm_gate(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, gate_fn: str) -> Tensor:
+def _forward(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, gate_fn: str) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     for x_rows, z, out in _blocks(x, gate, y):
@@ -72,11 +72,11 @@ def _norm_gate(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, gate_
     return y
 
 
-@torch.library.custom_op("hf_archs::norm_gate_backward", mutates_args=())
-def _norm_gate_backward(
-    grad_y: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, gate_fn: str
+def _backward(
+    grad_y: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, gate_fn: str, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, gate and weight (empty without one)."""
+    """The gradients of x, gate and weight, each untouched memory unless it is wanted."""
+    of_x, of_gate, of_weight = wanted
     dtype = torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
@@ -86,43 +86,40 @@ def _norm_gate_backward(
         x_rows, z, g = x_rows.to(dtype), z.to(dtype), g.to(dtype)
         scale = inverse_rms(x_rows, eps)
         normed = x_rows * scale
+        if of_gate:
+            of_act = g * normed
+            if weight is not None:
+                of_act.mul_(weight)
+            out_z.copy_(activation_backward(of_act, z))
+        if not (of_x or of_weight):
+            continue
         gated = g * _ACTIVATIONS[gate_fn](z)  # the gradient of the normed and weighted
-        of_act = g * normed
-        if weight is not None:
+        if of_weight:
             grad_weight += torch.mul(gated, normed).flatten(0, 1).sum(0)
+        if not of_x:
+            continue
+        if weight is not None:
             gated.mul_(weight)
-            of_act.mul_(weight)
-        out_z.copy_(activation_backward(of_act, z))
         # of x, with n = scale x and its gradient h: scale (h - n mean(h n))
         along = torch.linalg.vecdot(gated, normed).div_(x.shape[-1]).unsqueeze(-1)
         torch.mul(gated.addcmul_(normed, along, value=-1), scale, out=out_x)
-    return grad_x, grad_gate, x.new_empty(0) if weight is None else grad_weight.to(weight.dtype)
+    return grad_x, grad_gate, grad_weight
 
 
-@_norm_gate.register_fake
-def _(x, gate, weight, eps, gate_fn):
-    return gate.new_empty(gate.shape)
+_norm_gate = Op(
+    "norm_gate",
+    _forward,
+    _backward,
+    fake=lambda x, gate, *_: gate.new_empty(gate.shape),
+    learnt=("x", "gate", "weight"),
+    plain=norm_gate_reference,
+)
 
 
-@_norm_gate_backward.register_fake
-def _(grad_y, x, gate, weight, eps, gate_fn):
-    return (
-        x.new_empty(x.shape),
-        gate.new_empty(gate.shape),
-        x.new_empty(0) if weight is None else weight.new_empty(weight.shape),
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.gate_fn = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_y):
-    saved = ctx.saved_tensors  # read once: gradient checkpointing hands them out once
-    grad_x, grad_gate, grad_weight = _norm_gate_backward(grad_y, *saved, ctx.eps, ctx.gate_fn)
-    return grad_x, grad_gate, None if saved[2] is None else grad_weight, None, None
-
-
-_norm_gate.register_autograd(_backward, setup_context=_setup_context)
-differentiates_once(_norm_gate_backward)
+def cases(device, dtype, batch=2, length=9, heads=4, channels=12):
+    """Arguments of `norm_gate` for tests and benchmarks: without and with a weight."""
+    x = torch.randn(batch, length, heads, channels, device=device, dtype=dtype)
+    gate = torch.randn(batch, length, heads * channels, device=device, dtype=dtype)
+    weight = torch.randn(channels, device=device, dtype=dtype)
+    yield {"x": x, "gate": gate, "weight": None, "eps": 1e-5, "gate_fn": "gelu"}
+    yield {"x": x, "gate": gate, "weight": weight, "eps": 1e-5, "gate_fn": "swish"}

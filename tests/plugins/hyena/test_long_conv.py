@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from hf_archs.kernels.backend import use_backend
 from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
 from hf_archs_hyena.ops import long_conv_fft
-from hf_archs_hyena.ops.long_conv import _exportable, _long_conv, long_conv, long_conv_reference, long_conv_step
+from hf_archs_hyena.ops.long_conv import _exportable, long_conv, long_conv_reference, long_conv_step
 
 B, C = 2, 3
 
@@ -224,7 +224,7 @@ class TestCompilers:
         for past, packed in ((0, False), (4, True)):
             arguments = {n: None if t is None else t.requires_grad_() for n, t in tensors(9, 12, past).items()}
             seq_idx = boundaries(9)["seq_idx"] if packed else None
-            torch.library.opcheck(_long_conv, (*arguments.values(), seq_idx))
+            torch.library.opcheck(torch.ops.hf_archs.long_conv.default, (*arguments.values(), seq_idx))
 
     def test_one_graph_for_every_length(self):
         counter = CompileCounterWithBackend("aot_eager")

@@ -1,0 +1,126 @@
+"""Ops as PyTorch's op library sees them: `Op` registers one with its backward, fake, guards and form for exporters.
+
+A schema has no optional results, so a tensor that is missing comes back empty.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_archs.kernels.backend import is_transformed
+from hf_archs.kernels.numerics import no_autocast
+
+OPS: dict[str, "Op"] = {}  # by the name in PyTorch's library
+
+
+def _nothing(tensors: Any) -> bool:
+    """Whether no tensor has an element, as where there are no rows."""
+    return all(t is None or t.numel() == 0 for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
+
+
+class Op:
+    """``hf_archs::<name>`` and ``hf_archs::<name>_backward``; called with the forward's arguments, without ``keep``.
+
+    Both run with autocast off and on the device of the first tensor. The op can be differentiated once.
+
+    Args:
+        name: that of the public function, which stands in the module of ``forward`` beside its ``cases``.
+        forward: with type annotations: first tensors (some may be None), then options. Where its last option is
+            ``keep``, the last result is for the backward only, and may be empty unless ``keep``.
+        backward: takes the gradients of the results (None where there is none), the tensors, what was kept, the options
+            and ``wanted``, a bool for each learnt tensor; gives a gradient or None for each learnt tensor.
+        fake: ``forward`` on shapes.
+        learnt: names of the tensors that have gradients.
+        plain: the op in PyTorch's own operators, for exporters and `torch.func`, which know no others; None where the
+            public function sees to it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        backward: Callable[..., Sequence[Tensor | None]],
+        fake: Callable[..., Any],
+        learnt: tuple[str, ...],
+        plain: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name, self.plain = f"hf_archs::{name}", plain
+        self.forward, self.backward, self.fake = forward, backward, fake
+        schema = torch.library.infer_schema(forward, mutates_args=())
+        arguments, results = schema.removeprefix("(").split(") -> ")
+        declared = arguments.split(", ")
+        names = [argument.split()[-1] for argument in declared]
+        self.tensors = sum(argument.startswith("Tensor") for argument in declared)
+        self.keeps = names[-1] == "keep"
+        self.results = results.count("Tensor") - self.keeps
+        self.learnt = [names.index(tensor) for tensor in learnt]
+
+        forward_op = torch.library.custom_op(self.name, self.run, mutates_args=(), schema=schema)
+        forward_op.register_fake(fake)
+        optional = "?" if self.results > 1 else ""
+        taken = [f"Tensor{optional} grad_{result}" for result in range(self.results)] + declared[: self.tensors]
+        taken += ["Tensor kept"] * self.keeps + declared[self.tensors : len(declared) - self.keeps] + ["bool[] wanted"]
+        schema = f"({', '.join(taken)}) -> Tensor[]"
+        backward_op = torch.library.custom_op(f"{self.name}_backward", self._backward, mutates_args=(), schema=schema)
+        backward_op.register_fake(self._fake_gradients)
+        forward_op.register_autograd(self._differentiate, setup_context=self._save)
+        backward_op.register_autograd(self._refuse)
+        self.op, self.backward_op = (op._opoverload for op in (forward_op, backward_op))
+        OPS[self.name] = self
+
+    def __call__(self, *arguments: Any) -> Any:  # noqa: D102
+        if self.plain is not None and (torch.compiler.is_exporting() or is_transformed()):
+            with no_autocast(arguments[0]):
+                return self.plain(*arguments)
+        if not self.keeps:
+            return self.op(*arguments)
+        tensors = arguments[: self.tensors]
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        results = self.op(*arguments, keep)
+        return results[0] if self.results == 1 else results[:-1]
+
+    def run(self, *arguments: Any) -> Any:
+        """The forward itself, past PyTorch's library."""
+        if arguments[0].numel() == 0 and _nothing(empty := self.fake(*arguments)):
+            return empty
+        with no_autocast(arguments[0]), torch.accelerator.device_index(arguments[0].device.index):
+            return self.forward(*arguments)
+
+    def _backward(self, *arguments: Any) -> list[Tensor]:
+        inputs, wanted = arguments[self.results :], arguments[-1]
+        if _nothing(arguments[: self.results]):
+            return [gradient.zero_() for gradient in self._fake_gradients(*arguments)]
+        with no_autocast(inputs[0]), torch.accelerator.device_index(inputs[0].device.index):
+            gradients = self.backward(*arguments)
+        return [
+            gradient.to(inputs[place].dtype).contiguous() if asked and gradient is not None else inputs[0].new_empty(0)
+            for gradient, place, asked in zip(gradients, self.learnt, wanted, strict=True)
+        ]
+
+    def _fake_gradients(self, *arguments: Any) -> list[Tensor]:
+        inputs, wanted = arguments[self.results :], arguments[-1]
+        learnt = [inputs[place] if asked else None for place, asked in zip(self.learnt, wanted, strict=True)]
+        return [inputs[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in learnt]
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[: self.tensors], *([output[-1]] if self.keeps else []))
+        ctx.options = inputs[self.tensors : len(inputs) - self.keeps]
+
+    def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        grads, wanted = grads[: self.results], [ctx.needs_input_grad[place] for place in self.learnt]
+        if any(grad is not None for grad in grads):
+            # read once: gradient checkpointing recomputes the saved tensors, and hands them out once
+            found = self.backward_op(*grads, *ctx.saved_tensors, *ctx.options, wanted)
+            for place, asked, gradient in zip(self.learnt, wanted, found):
+                gradients[place] = gradient if asked else None
+        return tuple(gradients)
+
+    def _refuse(self, ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"{self.name}_backward: the op can be differentiated once; allowed for second derivatives are torch.func "
+            "(jvp of grad, hessian) and hf_archs.kernels.backend.use_backend('reference')"
+        )
