@@ -21,7 +21,7 @@ OPS = sorted(name for name in REGISTERED if not name.endswith("_backward"))
 DECAYS = {"log_decay": -torch.inf, "dt": -torch.inf, "A": -1e30}
 NEEDS_A_TOKEN = "length at least 1"
 every_op = pytest.mark.parametrize("name", OPS)
-every_form = pytest.mark.parametrize("backend", ["portable", "triton"])
+every_form = pytest.mark.parametrize("backend", ["portable", pytest.param("triton", marks=pytest.mark.interpreted)])
 
 
 def function(name):
