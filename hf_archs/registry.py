@@ -13,26 +13,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_archs.errors import did_you_mean, similar
-from hf_archs.native.hosts import enter_adapter_targets, enter_names
+from hf_archs.native.hosts import ROLES, enter_adapter_targets, enter_names
 from hf_archs.parts import PartConfig, RoutedFeedForward, StateSpec, TokenMixer
 
 if TYPE_CHECKING:
@@ -79,17 +69,6 @@ class FeedForward:
         return issubclass(self.module_class, RoutedFeedForward)
 
 
-# of each class of an architecture: the Auto class, and the base in this library or in transformers that tells it
-_ROLES: dict[str, tuple[Any, str]] = {
-    "model_class": (AutoModel, "ArchModel"),
-    "causal_lm_class": (AutoModelForCausalLM, "ArchForCausalLM"),
-    "masked_lm_class": (AutoModelForMaskedLM, "ArchForMaskedLM"),
-    "sequence_classification_class": (AutoModelForSequenceClassification, "GenericForSequenceClassification"),
-    "token_classification_class": (AutoModelForTokenClassification, "GenericForTokenClassification"),
-    "question_answering_class": (AutoModelForQuestionAnswering, "GenericForQuestionAnswering"),
-}
-
-
 @dataclass(frozen=True, init=False)
 class Architecture:
     """A registered architecture: the classes, and what the library and its users need to know of it.
@@ -97,7 +76,7 @@ class Architecture:
     Attributes:
         name: what the registry, the command line and the documents call it.
         config_class, model_class, ...: the classes, found in ``modeling`` by their bases.
-        tiny: config fields of the tiny model that tests use, those of its mixer among them.
+        tiny: config fields of the tiny model that tests use, beside those that its mixer was registered with.
         sizes: config fields of each named size that ``hf-archs init`` offers.
         native_formats: the foreign checkpoint formats that can be read and written.
     """
@@ -125,7 +104,6 @@ class Architecture:
         native_formats: Sequence[NativeFormat] = (),
         lora_targets: Sequence[str] = (),
         even_targets: Sequence[str] = (),
-        mixer_class: type[nn.Module] | None = None,
         **classes: type,
     ):
         """
@@ -133,21 +111,21 @@ class Architecture:
             name, tiny, sizes, native_formats: see above.
             modeling: the module with the model classes, one for each Auto class.
             lora_targets, even_targets: in place of those that its mixers and feed-forwards were registered with.
-            mixer_class, classes: to 0.1 the classes were passed one by one. That warns now.
+            classes: to 0.1 the classes were passed one by one, and that of the mixer with them. That warns now.
 
         Raises:
             TypeError: where a class is missing in ``modeling``, or an argument is none of these.
         """
-        if unknown := sorted(set(classes) - {"config_class", *_ROLES}):
+        if unknown := sorted(set(classes) - {"config_class", "mixer_class", *ROLES}):
             raise TypeError(f"architecture {name!r}: there is no argument {unknown[0]!r}")
         if modeling is None:
-            given = ", ".join([*classes, *(["mixer_class"] if mixer_class else [])])
             warnings.warn(
                 f"hf_archs.Architecture({name!r}): pass modeling=, the module that its classes stand in, in place of "
-                f"{given}, which the next release does not take",
+                f"{', '.join(classes)}, which the next release does not take",
                 FutureWarning,
                 stacklevel=2,
             )
+        classes.pop("mixer_class", None)  # nothing reads it
         own = {"_lora_targets": tuple(lora_targets), "_even_targets": tuple(even_targets)}
         vars(self).update(name=name, modeling=modeling, **{**_find_classes(name, modeling), **classes}, **own)
         vars(self).update(tiny=tiny or {}, sizes=sizes or {}, native_formats=tuple(native_formats))
@@ -164,12 +142,17 @@ class Architecture:
     @cached_property
     def _stacked(self) -> list[Mixer | FeedForward]:
         """The parts of a pure stack; empty for others."""
-        mixer = getattr(self.config_class, "mixer_type", None)
-        if mixer is None:
+        if self._mixer is None:
             return []
         plans = self.tiny_config().layer_plans()
         feed_forwards = {plan.feed_forward: None for plan in plans if plan.feed_forward is not None}
-        return [get_mixer(mixer), *map(get_feed_forward, feed_forwards)]
+        return [self._mixer, *map(get_feed_forward, feed_forwards)]
+
+    @property
+    def _mixer(self) -> Mixer | None:
+        """The mixer of a pure stack; None for others."""
+        name = getattr(self.config_class, "mixer_type", None)
+        return None if name is None else get_mixer(name)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -188,14 +171,13 @@ class Architecture:
 
     def tiny_config(self, **overrides: Any) -> Any:
         """A config of vocabulary 128, width 64 and two layers (unless the architecture needs up to four)."""
-        mixer = getattr(self.config_class, "mixer_type", None)
-        own = {} if mixer is None else get_mixer(mixer).tiny
+        own = {} if self._mixer is None else self._mixer.tiny
         fields = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, **own, **self.tiny, **overrides}
         return self.config_class(**fields)
 
     def auto_classes(self) -> dict[str, tuple[type, type]]:
         """The Auto class and the class it resolves to, by the name that stands in ``auto_map``."""
-        return {auto.__name__: (auto, getattr(self, role)) for role, (auto, _) in _ROLES.items()}
+        return {auto.__name__: (auto, getattr(self, role)) for role, (auto, _) in ROLES.items()}
 
 
 def _find_classes(name: str, modeling: ModuleType | None) -> dict[str, type]:
@@ -203,7 +185,7 @@ def _find_classes(name: str, modeling: ModuleType | None) -> dict[str, type]:
         return {}
     own = [c for c in vars(modeling).values() if isinstance(c, type) and c.__module__ == modeling.__name__]
     found: dict[str, type] = {}
-    for role, (_, base) in _ROLES.items():
+    for role, (_, base) in ROLES.items():
         there = [c for c in own if any(parent.__name__ == base for parent in c.__mro__[1:])]
         if len(there) != 1:
             names = ", ".join(c.__name__ for c in there) or "none"
@@ -273,9 +255,22 @@ def register_mixer(
     """
     if not (isinstance(config_class, type) and issubclass(config_class, PartConfig)):
         raise TypeError(f"mixer {name!r}: config_class is {config_class!r}, which is no subclass of PartConfig")
-    module, targets, even = cast(type[nn.Module], module_class), tuple(lora_targets), tuple(even_targets)
-    facts = (state, layer_type, parts, window, follows_pairs, shows_weights)
-    entry = Mixer(name, module, config_class, *facts, targets, even, tiny or {})
+    module: Any = module_class  # the protocol does not say that it is one
+    targets, even = tuple(lora_targets), tuple(even_targets)
+    entry = Mixer(
+        name,
+        module,
+        config_class,
+        state,
+        layer_type,
+        parts,
+        window,
+        follows_pairs,
+        shows_weights,
+        targets,
+        even,
+        tiny or {},
+    )
     _add("mixer", _mixers, name, entry)
     _enter_parts()
     return entry

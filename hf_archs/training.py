@@ -1,4 +1,4 @@
-"""What the host's Trainer cannot find on a model by itself.
+"""Parts of a training that the host's Trainer cannot find on a model by itself.
 
 `parameter_groups` and `callbacks` serve everybody's own training loop; `ArchTrainer` is transformers' Trainer with
 both.

@@ -31,20 +31,23 @@ CAPACITIES = {
 LOSS_FREE = {"router": "loss_free", "score_function": "sigmoid", "gated": False, "hidden_act": "relu2"}
 
 # retention's first outputs may be nearly zero by chance, and its norm would then amplify what float32 rounds; so would
-# the filters of large random weights at their usual frequency
+# the filters of large random weights at many positions
+CALMER = {"retnet": {"num_heads": 4, "norm_eps": 0.1}, "hyena": {"max_positions": 256}}
+ENTRIES = [registry.get_mixer(name) for name in registry.mixers()]
 MIXERS = {
-    "attention": {"type": "attention", "num_heads": 4, "num_key_value_heads": 2},
-    "sliding_attention": {"type": "sliding_attention", "num_heads": 4, "window": 7, "global_tokens": 2},
-    "memory": {"type": "memory", "num_heads": 4, "window": 5, "memory_slots": 4, "compression_rate": 3},
-    "mamba": {"type": "mamba", "state_size": 8},
-    "mamba2": {"type": "mamba2", "state_size": 16, "head_dim": 16},
-    "retnet": {"type": "retnet", "num_heads": 4, "norm_eps": 0.1},
-    "hyena": {"type": "hyena", "filter_frequency": 1.0, "max_positions": 256},
+    entry.name: {"type": entry.name, **entry.tiny, **CALMER.get(entry.name, {})}
+    for entry in ENTRIES
+    if entry.parts is None and not entry.name.startswith("toy")
 }
-FEED_FORWARDS = {
-    "mlp": {"type": "mlp", "intermediate_size": 96},
-    "moe": {"type": "moe", "num_experts": 4, "moe_intermediate_size": 48},
-}
+FEED_FORWARDS = {name: {"type": name, **registry.get_feed_forward(name).tiny} for name in ("mlp", "moe")}
+HYBRIDS = [
+    ("attention+mamba sliding_attention+retnet memory+hyena mamba2", "mlp"),
+    ("attention mamba", "moe"),
+    ("memory+hyena mamba2", ""),
+    ("sliding_attention retnet+mamba", "mlp"),
+]
+IN_HYBRIDS = {name for pattern, _ in HYBRIDS for entry in pattern.split() for name in entry.split("+")}
+HYBRIDS += [(f"{name} attention", "mlp") for name in MIXERS if name not in IN_HYBRIDS]  # that came since
 
 
 def variant(name, **tiny):
@@ -119,12 +122,7 @@ class TestEveryMixerInAHybrid(StatesContract):
 
     @pytest.fixture(
         scope="class",
-        params=[
-            ("attention+mamba sliding_attention+retnet memory+hyena mamba2", "mlp"),
-            ("attention mamba", "moe"),
-            ("memory+hyena mamba2", ""),
-            ("sliding_attention retnet+mamba", "mlp"),
-        ],
+        params=HYBRIDS,
         ids=lambda p: " ".join(p),
     )
     @classmethod

@@ -13,7 +13,7 @@ REPOSITORY = ROOT.parent
 PLUGINS = sorted(path.name for path in (REPOSITORY / "plugins").iterdir() if (path / "__init__.py").exists())
 CORE = sorted(ROOT.rglob("*.py"))
 OURS = [*CORE, *sorted((REPOSITORY / "plugins").rglob("*.py"))]
-# what stands below the models, and all that each may import of the library
+# modules below the models, and all that each may import of the library
 GROUND = ("hf_archs.errors", "hf_archs.parts")
 BELOW = {
     "hf_archs.errors": (),
@@ -34,7 +34,7 @@ BELOW = {
     "hf_archs.config.pattern": ("hf_archs.errors",),
     "hf_archs.config.model": (*GROUND, "hf_archs.registry", "hf_archs.native", "hf_archs.cache.call"),
     "hf_archs.layers.norm": ("hf_archs.kernels",),
-    "hf_archs.layers.convolution": ("hf_archs.kernels", "hf_archs.cache"),  # what a mixer hands it
+    "hf_archs.layers.convolution": ("hf_archs.kernels", "hf_archs.cache"),  # whose slots a mixer hands it
     "hf_archs.layers": (*GROUND, "hf_archs.registry", "hf_archs.kernels", "hf_archs.cache"),
     "hf_archs.config": (*GROUND, "hf_archs.registry", "hf_archs.native", "hf_archs.cache.call", "hf_archs.layers"),
     "hf_archs.data": (*GROUND, "hf_archs.native.disk"),

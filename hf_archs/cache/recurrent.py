@@ -24,7 +24,7 @@ from hf_archs.parts import StateSpec
 
 
 class RecurrentCache(Cache):
-    """What `ArchDynamicCache` and `ArchStaticCache` share; see the module's docstring."""
+    """The common part of `ArchDynamicCache` and `ArchStaticCache`; see the module's docstring."""
 
     is_static = False
     max_cache_len: int | None = None  # columns of growing states in a static cache; None where nobody said
@@ -230,9 +230,8 @@ class RecurrentCache(Cache):
     def stop_recording(self) -> None:
         """Forget what was recorded and record no more."""
         self._forget()
-        for layer in self.layers:
-            if hasattr(layer, "record_past"):
-                layer.record_past = False
+        for slot in self._slots:
+            slot.layer.record_past = False
 
     def _forget(self) -> None:
         self.timeline.segments = []

@@ -44,7 +44,7 @@ class Segment:
 
 @dataclass
 class Record:
-    """What one slot needs to roll back: its states before the first segment and every segment's inputs."""
+    """The record that one slot rolls back by: its states before the first segment and every segment's inputs."""
 
     replay: Replay
     before: dict[str, torch.Tensor | None]
@@ -231,7 +231,7 @@ class Slot:
 
     def _keep(self, names: Iterable[str], inputs: dict[str, torch.Tensor | None], replay: Replay) -> None:
         """Record this forward's inputs; of a long one only the window, with the states brought up to its start."""
-        if not getattr(self.layer, "record_past", False):
+        if not self.layer.record_past:
             return
         before = {name: self.get(name) for name in names}
         if self.timeline.is_static:  # its buffers are written over below

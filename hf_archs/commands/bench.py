@@ -34,7 +34,7 @@ def measures(kind: str, device: torch.device, names: list[str] | None = None) ->
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What a reader must know of the hardware and the versions."""
+    """The hardware and the versions, without which the figures say nothing."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         if device.type == "cpu":

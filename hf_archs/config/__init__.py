@@ -1,1 +1,1 @@
-"""What a model is told: the fields that all share, models of several kinds of layers, their pattern."""
+"""Configs of models: the fields that all share, models of several kinds of layers, and patterns of layers."""

@@ -118,8 +118,8 @@ class ArchConfig(PreTrainedConfig, PartConfig):
         tie_word_embeddings: the language-model head is the embedding.
     """
 
-    # the registered mixer of a pure stack
-    mixer_type: ClassVar[str]
+    # the registered mixer of a pure stack; None where layers differ
+    mixer_type: ClassVar[str | None] = None
     keys_to_ignore_at_inference: ClassVar[list[str]] = [OLD_NAME, NEW_NAME, "aux_loss", "router_logits"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}  # prompt tuning asks for it
     # of each module that a stage of a pipeline may hold, the names of what its forward is given and gives
@@ -193,8 +193,12 @@ class ArchConfig(PreTrainedConfig, PartConfig):
         """What stands in layer ``layer_idx``; a pure stack has the same everywhere."""
         return LayerPlan(self.mixer_type, self)
 
+    def instances(self) -> dict[str, tuple[str, PartConfig]]:
+        """Every named instance of a mixer or feed-forward by its path in this config; a pure stack has none."""
+        return {}
+
     def layer_plans(self) -> list[LayerPlan]:
-        """What stands in every layer."""
+        """The plan of every layer."""
         return [self.layer_plan(i) for i in range(self.num_hidden_layers)]
 
     @property

@@ -220,23 +220,22 @@ def causal_conv1d_fwd(
     x = _rows(x)
     y = torch.empty(b, l, c, dtype=x.dtype, device=x.device)
     grid = (b * triton.cdiv(l, config["BLOCK_T"]), triton.cdiv(c, config["BLOCK_C"]))
-    with torch.accelerator.device_index(x.device.index):
-        _conv_fwd_kernel[grid](
-            x,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            None if initial_state is None else initial_state.transpose(1, 2).contiguous(),
-            reach,
-            y,
-            l,
-            c,
-            x.stride(0),
-            x.stride(1),
-            WIDTH=width,
-            SILU=silu,
-            **config,
-            **FUSED,
-        )
+    _conv_fwd_kernel[grid](
+        x,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if initial_state is None else initial_state.transpose(1, 2).contiguous(),
+        reach,
+        y,
+        l,
+        c,
+        x.stride(0),
+        x.stride(1),
+        WIDTH=width,
+        SILU=silu,
+        **config,
+        **FUSED,
+    )
     return y
 
 
@@ -263,29 +262,28 @@ def causal_conv1d_bwd(
     grad_state = None if initial_state is None else torch.empty(b, width - 1, c, dtype=dtype, device=x.device)
     programs = b * triton.cdiv(l + (0 if initial_state is None else width - 1), SPAN)
     sums = torch.empty(programs, width + 1, c, dtype=dtype, device=x.device)
-    with torch.accelerator.device_index(x.device.index):
-        _conv_bwd_kernel[programs, triton.cdiv(c, config["BLOCK_C"])](
-            grad_y,
-            x,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            None if initial_state is None else initial_state.transpose(1, 2).contiguous(),
-            reach,
-            grad_x,
-            grad_state,
-            sums,
-            l,
-            c,
-            grad_y.stride(0),
-            grad_y.stride(1),
-            x.stride(0),
-            x.stride(1),
-            WIDTH=width,
-            SILU=silu,
-            SPAN=SPAN,
-            **config,
-            **FUSED,
-        )
+    _conv_bwd_kernel[programs, triton.cdiv(c, config["BLOCK_C"])](
+        grad_y,
+        x,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if initial_state is None else initial_state.transpose(1, 2).contiguous(),
+        reach,
+        grad_x,
+        grad_state,
+        sums,
+        l,
+        c,
+        grad_y.stride(0),
+        grad_y.stride(1),
+        x.stride(0),
+        x.stride(1),
+        WIDTH=width,
+        SILU=silu,
+        SPAN=SPAN,
+        **config,
+        **FUSED,
+    )
     total = sums.sum(0)
     return grad_x, total[:width].t(), total[width], None if grad_state is None else grad_state.transpose(1, 2)
 

@@ -70,7 +70,8 @@ class Op:
         self.op, self.backward_op = (op._opoverload for op in (forward_op, backward_op))
         OPS[self.name] = self
 
-    def __call__(self, *arguments: Any) -> Any:  # noqa: D102
+    def __call__(self, *arguments: Any) -> Any:
+        """The results, of which those for the backward are left out."""
         if self.plain is not None and (torch.compiler.is_exporting() or is_transformed()):
             with no_autocast(arguments[0]):
                 return self.plain(*arguments)

@@ -124,21 +124,20 @@ def rms_norm_gated_fwd(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_s
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     channels, config = x.shape[-1], _config(group_size)
     x, z = _rows(x), _rows(z)
-    with torch.accelerator.device_index(x.device.index):
-        _rms_norm_gated_fwd_kernel[triton.cdiv(x.shape[0], config["ROWS"]), channels // group_size](
-            x,
-            weight.contiguous(),
-            z,
-            y,
-            x.shape[0],
-            channels,
-            x.stride(0),
-            z.stride(0),
-            eps,
-            GROUP=group_size,
-            **config,
-            **FUSED,
-        )
+    _rms_norm_gated_fwd_kernel[triton.cdiv(x.shape[0], config["ROWS"]), channels // group_size](
+        x,
+        weight.contiguous(),
+        z,
+        y,
+        x.shape[0],
+        channels,
+        x.stride(0),
+        z.stride(0),
+        eps,
+        GROUP=group_size,
+        **config,
+        **FUSED,
+    )
     return y
 
 
@@ -158,26 +157,25 @@ def rms_norm_gated_bwd(
     grad_y, x, z = _rows(grad_y), _rows(x), _rows(z)
     programs = triton.cdiv(x.shape[0], SPAN)
     sums = torch.empty(programs, channels, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    with torch.accelerator.device_index(x.device.index):
-        _rms_norm_gated_bwd_kernel[programs, channels // group_size](
-            grad_y,
-            x,
-            weight.contiguous(),
-            z,
-            grad_x,
-            grad_z,
-            sums,
-            x.shape[0],
-            channels,
-            grad_y.stride(0),
-            x.stride(0),
-            z.stride(0),
-            eps,
-            GROUP=group_size,
-            SPAN=SPAN,
-            **config,
-            **FUSED,
-        )
+    _rms_norm_gated_bwd_kernel[programs, channels // group_size](
+        grad_y,
+        x,
+        weight.contiguous(),
+        z,
+        grad_x,
+        grad_z,
+        sums,
+        x.shape[0],
+        channels,
+        grad_y.stride(0),
+        x.stride(0),
+        z.stride(0),
+        eps,
+        GROUP=group_size,
+        SPAN=SPAN,
+        **config,
+        **FUSED,
+    )
     return grad_x, sums.sum(0), grad_z
 
 

@@ -1,4 +1,4 @@
-"""What attention is told, and what it keeps between tokens."""
+"""Configs and states of attention."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -12,7 +12,7 @@ from hf_archs.kernels.numerics import cast
 
 
 class Columns(NamedTuple):
-    """What the queries of a forward may see, and where their documents start."""
+    """Keys and values that the queries of a forward may see, and the starts of the documents."""
 
     k: torch.Tensor  # (b, k, p + l, n), at the coordinates -p to l - 1
     v: torch.Tensor

@@ -31,7 +31,7 @@ setattr(CacheNames, OLD_NAME if NAME == NEW_NAME else NEW_NAME, property(lambda 
 
 @dataclass
 class ArchModelOutput(CacheNames, BaseModelOutputWithPast):
-    """What the backbone gives.
+    """Output of the backbone.
 
     Attributes:
         router_logits: for each layer with a router its logits ``(b * l, experts)``, where they were asked for.

@@ -42,7 +42,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
 
     @property
     def _can_record_outputs(self) -> dict[str, type[nn.Module]]:  # type: ignore[override]
-        mixer = getattr(self.config, "mixer_type", None)
+        mixer = self.config.mixer_type
         shown = mixer is None or get_mixer(mixer).shows_weights
         return {"hidden_states": ArchBlock, **({"attentions": AttentionWeights} if shown else {})}
 
@@ -50,7 +50,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         """As in transformers; lists of modules to keep in float32 come to name only modules that this model has."""
         super().post_init()
         model_card.tag(self)
-        # whoever reads the list may rely on every name in it to stand for something in this model
+        # every name in the list stands for something in this model: its readers rely on that
         names = {part for name in self.state_dict() for part in name.split(".")}
         kept: Any = set(self._keep_in_fp32_modules_strict or ()) & names
         self._keep_in_fp32_modules_strict = kept

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_archs import registry
+from hf_archs.errors import reason
 from hf_archs.native.formats import OURS, NativeCheckpoint, NativeFormat, StateDictFormat, TransformersFormat
 from hf_archs.native.reading import translate
 from hf_archs.registry import Architecture
@@ -98,8 +99,7 @@ def _from_checkpoint(checkpoint: NativeCheckpoint) -> PreTrainedModel:
     try:
         return _build(model_class, config, _widened(model_class, state), first.device, first.dtype).eval()
     except RuntimeError as error:
-        lines = " ".join(str(error).split())
-        raise ValueError(f"from_native: the state dict does not fit its config: {lines}") from error
+        raise ValueError(f"from_native: the state dict does not fit its config: {reason(error)}") from error
 
 
 def to_native(model: PreTrainedModel, format: str | None = None) -> PreTrainedModel | NativeCheckpoint:

@@ -199,7 +199,7 @@ class NativeFormat(ABC):
         return False
 
     def buffers(self, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-        """What their state dict holds beside parameters."""
+        """The tensors of their state dict that are no parameters, under their names."""
         return {}
 
     def write_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
@@ -327,7 +327,7 @@ class StateDictFormat(NativeFormat):
 def _flat(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The values and the defaults of a config's fields; those of named instances behind their paths."""
     fresh = type(config)()
-    instances = config.instances() if hasattr(config, "instances") else {}
+    instances = config.instances()
     passed_over = {"architectures", "transformers_version", *(path.partition(".")[0] for path in instances)}
     names = [f.name for f in dataclasses.fields(config) if f.name not in passed_over and not f.name.startswith("_")]
     values = {name: getattr(config, name) for name in names}

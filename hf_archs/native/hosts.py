@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 if TYPE_CHECKING:
     from hf_archs.registry import Architecture
+
+
+# of each class of an architecture: the Auto class, and the base in this library or in transformers that tells it
+ROLES: dict[str, tuple[Any, str]] = {
+    "model_class": (AutoModel, "ArchModel"),
+    "causal_lm_class": (AutoModelForCausalLM, "ArchForCausalLM"),
+    "masked_lm_class": (AutoModelForMaskedLM, "ArchForMaskedLM"),
+    "sequence_classification_class": (AutoModelForSequenceClassification, "GenericForSequenceClassification"),
+    "token_classification_class": (AutoModelForTokenClassification, "GenericForTokenClassification"),
+    "question_answering_class": (AutoModelForQuestionAnswering, "GenericForQuestionAnswering"),
+}
 
 
 def enter_names(architecture: Architecture) -> None:

@@ -143,7 +143,7 @@ class ArchHybridConfig(ComposedConfig):
         return mixers + feed_forwards
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
-        """What the patterns put into layer ``layer_idx``."""
+        """The plan of layer ``layer_idx``, as the patterns have it."""
         mixers, feed_forwards = self.placed_by_kind(layer_idx)
         plan = LayerPlan(None, None)
         if mixers:

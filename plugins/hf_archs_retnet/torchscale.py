@@ -339,7 +339,7 @@ SYNCDOTH = SyncdothFormat(
         *_DECODER_IGNORED,
         *_UNGATED,
         "forward_impl",
-        # what comes out beside the logits
+        # results beside the logits
         "output_retentions",
         # which the tokenizer has
         "unk_token_id",

@@ -124,7 +124,7 @@ def chain(node: ast.expr) -> tuple[str, list[str]]:
 
 
 def members(node: ast.ClassDef) -> Iterator[str]:
-    """What a class defines, and what it takes from ``self``."""
+    """The names that a class defines, and those that it takes from ``self``."""
     for part in node.body:
         for target in getattr(part, "targets", [getattr(part, "target", part)]):
             yield getattr(target, "id", getattr(target, "name", ""))
@@ -134,7 +134,7 @@ def members(node: ast.ClassDef) -> Iterator[str]:
 
 
 def hidden(tree: ast.Module) -> set[ast.stmt]:
-    """What stands in classes inside functions, whose bases nothing here can look up."""
+    """The classes inside functions, whose bases nothing here can look up."""
     inside = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node not in tree.body]
     return {part for node in inside for part in node.body}
 
@@ -158,7 +158,7 @@ def definitions(tree: ast.Module) -> Iterator[str]:
 
 
 def uses(tree: ast.Module) -> Iterator[str]:
-    """What a file takes: whole names of imports and of what it reads from them; other attributes, keywords, strings."""
+    """Names that a file takes: whole ones of imports and of reads from them; other attributes, keywords, strings."""
     imported = imports(tree)
     yield from imported.values()
     yield from (part.name for part in hidden(tree) if isinstance(part, ast.FunctionDef))

@@ -22,7 +22,7 @@ COMMANDS = ["list", "doctor", "init", "train", "generate", "convert", "describe"
 
 
 def find(name: str) -> object:
-    """What a dotted name stands for: something in a module, or a module."""
+    """The object of a dotted name: something in a module, or a module."""
     module, _, last = name.rpartition(".")
     with warnings.catch_warnings():  # what has another place works for a release, and says so
         warnings.simplefilter("ignore", DeprecationWarning)

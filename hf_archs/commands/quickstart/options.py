@@ -10,7 +10,7 @@ from hf_archs.data import dna
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `quickstart` is asked for, whatever the task.
+    """Options of `quickstart` for every task.
 
     Attributes:
         arch: name of the architecture.

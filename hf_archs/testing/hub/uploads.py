@@ -26,7 +26,7 @@ LARGE_FILE = 10 * 2**20  # bytes; above it a file is LFS whatever its name
 
 @dataclass
 class _Upload:
-    """What was promised for one LFS object; its ticket in the URL is the permission, as with a signed URL."""
+    """The promise for one LFS object; its ticket in the URL is the permission, as with a signed URL."""
 
     repo: Repository
     sha256: str

@@ -42,7 +42,7 @@ def tokens() -> torch.Tensor:
 
 @torch.no_grad()
 def answers(model: Any, name: str) -> dict[str, torch.Tensor]:
-    """What the model of that architecture says: padded, generating, and with the saved cache behind it.
+    """The answers of that architecture's model: padded, generating, and with the saved cache behind it.
 
     One thread computes: how many there are decides the order of additions.
     """

@@ -164,7 +164,10 @@ def test_every_name_of_a_field():
     got = [expected.norm_eps, expected.dt_rank, expected.time_step_scale, expected.time_step_min]
     got += [expected.time_step_max, expected.time_step_init_scheme, expected.time_step_floor]
     assert got == [0.1, 3, 0.5, 0.01, 0.2, "constant", 1e-3]
-    assert ArchMambaConfig(**FLA.read_config({**CONFIG, "dt_rank": "auto"}, ArchMambaConfig)).dt_rank == 2
+    automatic = ArchMambaConfig(
+        **FLA.read_config({**CONFIG, "dt_rank": "auto", "intermediate_size": "auto"}, ArchMambaConfig)
+    )
+    assert (automatic.dt_rank, automatic.channels) == (2, automatic.expand * automatic.hidden_size)
 
 
 def test_which_package_a_file_is_of(tmp_path):
