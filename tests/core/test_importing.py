@@ -8,19 +8,7 @@ import pytest
 
 HTTP_CLIENTS = ("aiohttp", "httpx", "httpx2", "requests", "urllib3")
 COMMAND_LINE = ("click", "matplotlib", "rich", "starlette", "typer", "uvicorn")
-COMMANDS = (
-    "hf_archs.testing.measuring",
-    "hf_archs.commands.loading",
-    "hf_archs.commands.cli",
-    "hf_archs.commands.describe",
-    "hf_archs.commands.doctor",
-    "hf_archs.commands.inspect",
-    "hf_archs.commands.progress",
-    "hf_archs.commands.publish",
-    "hf_archs.commands.quickstart",
-    "hf_archs.commands.tables",
-    "hf_archs.commands.versions",
-)
+COMMANDS = ("hf_archs.commands", "hf_archs.testing.measuring")
 
 
 def imported_by(statement: str) -> set[str]:
@@ -45,4 +33,4 @@ def test_importing_brings_neither_an_http_client_nor_a_command(ours, name):
 
 
 def test_the_commands_are_there():
-    assert set(COMMANDS) <= imported_by(f"import {', '.join(COMMANDS)}")
+    assert set(COMMANDS) <= imported_by("import hf_archs.commands.cli, hf_archs.testing.measuring")

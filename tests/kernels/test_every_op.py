@@ -203,8 +203,8 @@ def offset(t):
     return whole[1:].view(t.shape)
 
 
-def reversed_rows(t):
-    return t.flip(0).contiguous().flip(0) if t.dim() > 1 else t.repeat_interleave(3)[::3]
+def rows_apart(t):
+    return t.repeat_interleave(3, 0)[::3]
 
 
 def slice_of_wider(t):
@@ -223,7 +223,7 @@ def copy(t):
     return t.clone(memory_format=torch.contiguous_format)
 
 
-VIEWS = (strided, transposed, offset, reversed_rows, slice_of_wider, broadcast, inner_broadcast)
+VIEWS = (strided, transposed, offset, rows_apart, slice_of_wider, broadcast, inner_broadcast)
 
 
 @pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
