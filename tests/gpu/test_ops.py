@@ -43,6 +43,7 @@ def _selective_scan(length, dtype, packed):
         "C": _randn(b, length, n, dtype=dtype),
         "D": _randn(c),
         "z": _randn(b, length, c, dtype=dtype),
+        "dt_bias": _randn(c),
         "initial_state": _randn(b, c, n),
     }
     return selective_scan, selective_scan_reference, tensors, _boundaries(b, length, packed)
