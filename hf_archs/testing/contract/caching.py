@@ -1,5 +1,6 @@
 """The cache: continued at any split it gives what one pass gives, its size does not grow, and it can be kept."""
 
+import copy
 import itertools
 import random
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 
-from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache
+from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, StateCache
 from hf_archs.registry import Architecture
 from hf_archs.testing.contract.models import Contract, assert_close, forward, logits, tokens
 
@@ -141,6 +143,42 @@ class CacheContract(Contract):
             assert_close(found, expected, f"{kind} into {target}")
             # sums over a buffer of another length may be taken in another order
             assert torch.equal(found, expected) or (growing(model.config) and target != kind), f"{kind} into {target}"
+
+    def test_a_cache_as_a_file(self, architecture: Architecture, model: Any, tmp_path: Path) -> None:
+        """Continued by this model and by its copies in other precisions; refused by a model with other weights."""
+        ids, path = tokens(2, 20), tmp_path / "state.safetensors"
+        cache = forward(model, ids[:, :9], use_cache=True).past_key_values
+        cache.save(path, model)
+        expected = continued(model, ids[:, 9:], [1, 10], cache)
+        found = continued(model, ids[:, 9:], [1, 10], ArchDynamicCache.load(path, model))
+        assert torch.equal(found, expected)
+        found = continued(model, ids[:, 9:], [1, 10], ArchStaticCache.load(path, model, 50))
+        assert_close(found, expected, "in a static cache")
+        for dtype in (torch.bfloat16, torch.float64):
+            other = copy.deepcopy(model).to(dtype)
+            alone = forward(other, ids[:, :9], use_cache=True).past_key_values
+            loaded = ArchDynamicCache.load(path, other)
+            assert {n: t.dtype for n, t in loaded.tensors()} == {n: t.dtype for n, t in alone.tensors()}
+            found = continued(other, ids[:, 9:], [1, 10], loaded)
+        assert_close(found.float(), expected, "in float64")  # in bf16 a router may choose other experts
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM"))
+        with pytest.raises(ValueError, match=r"state\.safetensors is of a model with other weights"):
+            ArchDynamicCache.load(path, adapted)
+
+    def test_prefix_cache(self, model: Any) -> None:
+        """A prompt that begins as others did is read from there on, and where two prompts parted as well."""
+        read: list[int] = []
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+        states = StateCache(model, 2**24)
+        first = tokens(1, 20)
+        second, third = (torch.cat([first[:, :12], tokens(1, n, seed=n)], 1) for n in (9, 3))
+        for ids, expected in ((first, 19), (first, 0), (second, 20), (third, 2)):
+            read.clear()
+            cache = states.read(ids)
+            assert sum(read) == expected
+            assert_close(
+                logits(model, ids[:, -1:], past_key_values=cache), logits(model, ids)[:, -1:], "the last token"
+            )
 
     def test_states_of_another_model_are_refused(self, model: Any, architecture: Architecture) -> None:
         wider = architecture.causal_lm_class(architecture.tiny_config(hidden_size=128))
