@@ -64,9 +64,9 @@ def check_native(model_class: Any, config: Any, architecture: str, dtype: torch.
     form = next(form for form in forms if form.name == config.model_type)
     ids = torch.randint(3, 97, (2, 23), generator=torch.Generator().manual_seed(0))
     check_parity(ours, theirs, form.ours, ids, 1e-5 if dtype == torch.float32 else 1e-10)
-    said = ("architectures", "_name_or_path", "dtype", "transformers_version")
+    volatile = ("architectures", "_name_or_path", "dtype", "transformers_version")
     kept, given = check_back(ours, theirs, config.model_type).to_dict(), config.to_dict()
-    assert {k: v for k, v in kept.items() if k not in said} == {k: v for k, v in given.items() if k not in said}
+    assert {k: v for k, v in kept.items() if k not in volatile} == {k: v for k, v in given.items() if k not in volatile}
 
 
 @torch.no_grad()

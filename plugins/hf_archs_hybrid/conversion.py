@@ -116,7 +116,7 @@ def _mamba2(module: str) -> dict[str, str]:
     }
 
 
-def _every(config: Any, kind: str, layers: Sequence[list[str]], name: str, other: str) -> dict[str, int]:
+def _period_and_offset(config: Any, kind: str, layers: Sequence[list[str]], name: str, other: str) -> dict[str, int]:
     """Jamba's period and offset of the layers that hold ``name``; all others must hold ``other``."""
     found = [i for i, entry in enumerate(layers) if entry == [name]]
     if not found:
@@ -147,9 +147,9 @@ def _read_jamba(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_jamba(config: Any) -> dict[str, Any]:
     mixers, feed_forwards = zip(*(config.placed_by_kind(i) for i in range(config.num_hidden_layers)))
-    written = _every(config, "attn", mixers, "attention", "mamba")
+    written = _period_and_offset(config, "attn", mixers, "attention", "mamba")
     written["mamba_dt_rank"] = config.instances()["mixers.mamba"][1].dt_rank
-    experts = _every(config, "expert", feed_forwards, "moe", "mlp")
+    experts = _period_and_offset(config, "expert", feed_forwards, "moe", "mlp")
     if ["moe"] not in feed_forwards:
         return {**written, "num_experts": 1}
     return {**written, **experts, "output_router_logits": config.output_router_logits}
@@ -294,24 +294,24 @@ class NemotronHFormat(HybridFormat):
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """As `TransformersFormat.expand`. Raises a `ValueError` for contradicting fields or an unknown layer type."""
         raw = dict(raw)
-        _same(raw, "layer_norm_epsilon", raw.get("layer_norm_epsilon", 1e-5), "norm_eps", "rms_norm_eps")
+        _check_same(raw, "layer_norm_epsilon", raw.get("layer_norm_epsilon", 1e-5), "norm_eps", "rms_norm_eps")
         if "attention_head_dim" in raw:  # the first files' name of head_dim
             raw.setdefault("head_dim", raw["attention_head_dim"])
-            _same(raw, "head_dim", raw["head_dim"], "attention_head_dim")
+            _check_same(raw, "head_dim", raw["head_dim"], "attention_head_dim")
         for kind in raw.get("hybrid_override_pattern") or "":
             if kind not in "ME*-":
                 raise ValueError(
                     f"hybrid_override_pattern has {kind!r} in this nemotron_h checkpoint; allowed are M, E, * and -"
                 )
         given, defaults = super().expand(raw)
-        _same(raw, "the length of the pattern", len(given["layers_block_type"]), "num_hidden_layers")
+        _check_same(raw, "the length of the pattern", len(given["layers_block_type"]), "num_hidden_layers")
         limit = given["time_step_limit"]
         if len(limit) == 2:  # files write 1e308 for infinity, which JSON lacks
             given["time_step_limit"] = (limit[0], limit[1] if limit[1] < torch.finfo(torch.float32).max else math.inf)
         return given, defaults
 
 
-def _same(raw: Mapping[str, Any], field: str, value: Any, *others: str) -> None:
+def _check_same(raw: Mapping[str, Any], field: str, value: Any, *others: str) -> None:
     """Raise a `ValueError` if the file holds another value under another name of a field."""
     for name in others:
         if raw.get(name, value) != value:
@@ -431,7 +431,7 @@ NEMOTRON_H = NemotronHFormat(
     ignored=(
         # read by _read_nemotron_h
         *("mamba_num_heads", "layers_block_type", "output_router_logits"),
-        # second names, compared by _same
+        # second names, compared by _check_same
         *("norm_eps", "rms_norm_eps", "attention_head_dim", "num_hidden_layers"),
         # ignored by its class: the head is never tied, use_bias sets the mixer's biases, steps have no rank, attention
         # has no positions

@@ -37,11 +37,11 @@ class HyenaDNAFormat(StateDictFormat):
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """As `StateDictFormat.expand`, with derived sizes. Raises a `ValueError` for an impossible size."""
         given, defaults = super().expand(raw)
-        width = self._whole(given, "d_model", 1)
-        multiple = self._whole(given, "pad_vocab_size_multiple", 1)
-        given["vocab_size"] = -(-self._whole(given, "vocab_size", 1) // multiple) * multiple
+        width = self._whole_number(given, "d_model", 1)
+        multiple = self._whole_number(given, "pad_vocab_size_multiple", 1)
+        given["vocab_size"] = -(-self._whole_number(given, "vocab_size", 1) // multiple) * multiple
         given["d_inner"] = 4 * width if given["d_inner"] is None else given["d_inner"]
-        features = self._whole(given, self.features, 3)
+        features = self._whole_number(given, self.features, 3)
         if features % 2 == 0:
             raise ValueError(f"{self.features} is {features} in this {self} checkpoint; allowed are odd numbers from 3")
         given["bands"] = (features - 1) // 2  # our name, for the same in our unit
@@ -51,7 +51,7 @@ class HyenaDNAFormat(StateDictFormat):
                 given[theirs] = float(given[theirs])
         return given, defaults
 
-    def _whole(self, given: Mapping[str, Any], name: str, least: int) -> int:
+    def _whole_number(self, given: Mapping[str, Any], name: str, least: int) -> int:
         value = given[name]
         if type(value) is not int or value < least:
             raise ValueError(f"{name} is {value!r} in this {self} checkpoint; allowed are whole numbers from {least}")
@@ -90,7 +90,7 @@ class OriginalFormat(HyenaDNAFormat):
         """As `HyenaDNAFormat.expand`, with flat options. Raises a `ValueError` for a mixer of another width."""
         mixer = {f"layer.{name}": value for name, value in raw["layer"].items()}
         given, defaults = super().expand({**{k: v for k, v in raw.items() if k != "layer"}, **mixer})
-        self._whole(given, "layer.l_max", 2)
+        self._whole_number(given, "layer.l_max", 2)
         if given.pop("layer.d_model", given["d_model"]) != given["d_model"]:
             raise ValueError(
                 f"layer.d_model is {raw['layer']['d_model']!r} in this {self} checkpoint; allowed is d_model = "

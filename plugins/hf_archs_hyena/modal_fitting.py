@@ -76,7 +76,7 @@ def _bounded(w: Tensor, length: int) -> Tensor:
     return torch.complex(w.real.clamp(-50.0, -0.01 / length), w.imag)
 
 
-def _less_one(w: Tensor) -> Tensor:
+def _expm1(w: Tensor) -> Tensor:
     """``exp(w) - 1``, accurate near 0."""
     a, b = w.real, w.imag
     return torch.complex(torch.expm1(a) * b.cos() - 2 * (b / 2).sin().square(), a.exp() * b.sin())
@@ -85,12 +85,12 @@ def _less_one(w: Tensor) -> Tensor:
 def _geometric(w: Tensor, length: int, conjugate: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``sum_t t^k exp((w_i + w_j) t)``, t = 0 to length - 1, for k = 0, 1 and 2, or with conj(w_j): (c, i, j) each."""
 
-    def pairs(less_one: Tensor) -> Tensor:  # exp(a + b) - 1 from exp(a) - 1 and exp(b) - 1
-        other = less_one.conj() if conjugate else less_one
-        a, b = less_one.unsqueeze(2), other.unsqueeze(1)
+    def pairs(expm1: Tensor) -> Tensor:  # exp(a + b) - 1 from exp(a) - 1 and exp(b) - 1
+        other = expm1.conj() if conjugate else expm1
+        a, b = expm1.unsqueeze(2), other.unsqueeze(1)
         return a + b + a * b
 
-    ratio, end = -pairs(_less_one(w)), pairs(_less_one(w * length))
+    ratio, end = -pairs(_expm1(w)), pairs(_expm1(w * length))
     zeroth = -end / ratio
     last = end + 1
     first = (zeroth - 1 - (length - 1) * last) / ratio

@@ -73,14 +73,14 @@ class MoEConfig(PartConfig):
     causal_predictor: bool = False
 
     def __post_init__(self) -> None:
-        self._settle()
+        self._fill_defaults()
 
-    def _settle(self) -> None:
+    def _fill_defaults(self) -> None:
         """Replace None by the defaults in two fields that other libraries read."""
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = 0.01 if self.router in BALANCED else 0.0
         if self.num_experts_per_tok is None:
-            self.num_experts_per_tok = self._own_top_k
+            self.num_experts_per_tok = self._default_top_k
 
     def validate_moe(self) -> None:
         """Refuse values that are out of range or do not fit together."""
@@ -106,11 +106,11 @@ class MoEConfig(PartConfig):
         with_router = f"with router {self.router!r}"
         chooses = self.router in ("top_k", "loss_free")
         if chooses:
-            at_most = f"are 1 to num_experts = {self.num_experts}, and None for {self._own_top_k}"
+            at_most = f"are 1 to num_experts = {self.num_experts}, and None for {self._default_top_k}"
             self._allow(1 <= self.experts_per_token <= self.num_experts, "num_experts_per_tok", at_most)
         else:
-            own = f"is {self._own_top_k}, which is also what None stands for, {with_router}"
-            self._allow(self.experts_per_token == self._own_top_k, "num_experts_per_tok", own)
+            own = f"is {self._default_top_k}, which is also what None stands for, {with_router}"
+            self._allow(self.experts_per_token == self._default_top_k, "num_experts_per_tok", own)
             self._allow(
                 self.experts_per_token <= self.num_experts,
                 "num_experts",
@@ -128,13 +128,13 @@ class MoEConfig(PartConfig):
             check_range(self, field, 2.0**-10, self.num_experts)
 
     @property
-    def _own_top_k(self) -> int:
+    def _default_top_k(self) -> int:
         return {"switch": 1, "expert_choice": self.num_experts}.get(self.router, 2)
 
     @property
     def experts_per_token(self) -> int:
         """Experts that may compute one token: 1 with Switch, all with expert choice, else the field or by default 2."""
-        return self._own_top_k if self.num_experts_per_tok is None else self.num_experts_per_tok
+        return self._default_top_k if self.num_experts_per_tok is None else self.num_experts_per_tok
 
 
 @strict
@@ -162,7 +162,7 @@ class ArchMoEConfig(ComposedConfig, MoEConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.mixer is None:
             self.mixer = {"type": "attention", "num_heads": max(self.hidden_size // 64, 1)}
-        self._settle()
+        self._fill_defaults()
         super().__post_init__(**kwargs)
 
     def validate_mixer_sizes(self) -> None:

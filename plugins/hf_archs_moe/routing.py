@@ -265,7 +265,7 @@ class Router(nn.Module):
         config = self.config
         logits = F.linear(x, cast(self.weight, x.dtype))
         scores = logits.softmax(-1) if config.score_function == "softmax" else logits.sigmoid()
-        every = mask is None and config.router != "expert_choice"  # whether all choices are kept: none is masked
+        all_kept = mask is None and config.router != "expert_choice"  # then no choice has to be masked
         if mask is None:
             mask = torch.ones(shape, dtype=torch.bool, device=x.device)
         real = mask.reshape(-1, 1)
@@ -281,12 +281,12 @@ class Router(nn.Module):
         else:
             index, weight, drawn = self._choose_experts(scores)
             wanted = real.expand_as(index) if drawn is None else drawn & real
-            every = every and drawn is None
+            all_kept = all_kept and drawn is None
         if guess is not None and torch.is_grad_enabled():
             # a gradient of 0 for the predictor if no loss has one: data-parallel processes wait for all gradients
             weight = weight + guess[:0].sum()
         kept = self._place(index, wanted, real)
-        every = every and kept is wanted
+        all_kept = all_kept and kept is wanted
 
         if not (count or self.training):
             statistics = x.new_zeros(Statistics.size(config.num_experts))
@@ -299,7 +299,7 @@ class Router(nn.Module):
                 self.training_statistics.add_(statistics.detach())
         if config.routed_scaling_factor != 1.0:
             weight = weight * config.routed_scaling_factor
-        if not every:
+        if not all_kept:
             index, weight = index.masked_fill(~kept, config.num_experts), weight.masked_fill(~kept, 0.0)
         return index, weight, statistics, logits
 

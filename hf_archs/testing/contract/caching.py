@@ -101,9 +101,9 @@ class CacheContract(Contract):
         """Compiled steps and CUDA graphs write to fixed addresses."""
         cache = ArchStaticCache(model.config, max_cache_len=50)
         continued(model, tokens(2, 5), [5], cache)
-        where = {name: tensor.data_ptr() for name, tensor in cache.held()}
+        addresses = {name: tensor.data_ptr() for name, tensor in cache.held()}
         continued(model, tokens(2, 5), [1, 4], cache)
-        assert {name: tensor.data_ptr() for name, tensor in cache.held()} == where
+        assert {name: tensor.data_ptr() for name, tensor in cache.held()} == addresses
 
     def test_no_cache_unless_asked_for(self, model: Any) -> None:
         assert model(tokens(1, 4), use_cache=False).past_key_values is None

@@ -100,11 +100,11 @@ class TrainingContract(Contract):
         batches |= {"pads": (tokens(2, 9), torch.zeros(2, 9)), "no rows": (tokens(2, 9)[:0], None)}
         for name, (_, model_class) in architecture.auto_classes().items():
             model = lively(model_class, architecture.tiny_config(num_labels=2)).train()
-            for what, (ids, mask) in batches.items():
+            for kind, (ids, mask) in batches.items():
                 outputs = model(ids, attention_mask=mask)
                 values = [value for value in outputs.to_tuple() if isinstance(value, torch.Tensor)]
                 gradients(model, total(value.sum() for value in values[:1]))
-                if what == "tokens" and name == "AutoModelForCausalLM" and model.model.has_routers:
+                if kind == "tokens" and name == "AutoModelForCausalLM" and model.model.has_routers:
                     gradients(model, model(ids, labels=ids, output_router_logits=False).loss)
 
     def test_per_sample_gradients(self, model: Any) -> None:
