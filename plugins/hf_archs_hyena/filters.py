@@ -24,7 +24,7 @@ from hf_archs_hyena.ops.long_conv import long_conv, long_conv_step
 from hf_archs_hyena.ops.modal import modal_conv, modal_taps
 from hf_archs_hyena.ops.toeplitz_conv import toeplitz_conv
 
-LONG = 2**15  # taps from which on the network of an implicit filter is checkpointed
+LONG = 2**15  # taps from which on an implicit filter's network is checkpointed
 WINDOW_END = 1e-2  # value of a window after `fast_decay` or `slow_decay`
 
 
@@ -46,7 +46,7 @@ class HyenaFilter(nn.Module, ABC):
     def forward(
         self,
         v: torch.Tensor,  # (b, l, d)
-        gates: Sequence[torch.Tensor],  # one (b, l, d) for each of order, applied last to first
+        gates: Sequence[torch.Tensor],  # order gates (b, l, d), applied last to first
         state: torch.Tensor | None = None,  # (b, c, ...)
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
@@ -198,7 +198,7 @@ class ImplicitFilter(HyenaFilter):
         length = min(past + v.shape[1], self.config.max_positions)
         if state is None or once is None or torch.compiler.is_compiling():
             return self.taps(length), False
-        # doubling whenever there are too few computes, over a generation, a few times the taps that it needs
+        # their number doubles, so that a generation computes a few times the taps that it needs
         enough = min(max(256, 2 ** (length - 1).bit_length()), self.config.max_positions)
         if v.shape[1] > 1 or backend_for(v) == "reference":
             return once(f"{enough} taps", lambda: self.taps(enough))[:, :length], False

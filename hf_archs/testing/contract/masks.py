@@ -42,7 +42,7 @@ def follows_pairs(model: Any) -> bool:
 
 
 def apart(numbers: torch.Tensor) -> torch.Tensor:
-    """The causal mask of four dimensions within documents; pads see nothing."""
+    """The four-dimensional mask that is causal within documents and shows nothing to pads."""
     same = (numbers[:, None, :, None] == numbers[:, None, None]) & (numbers != 0)[:, None, None]
     return same & torch.ones(same.shape[2:], dtype=torch.bool).tril()
 
