@@ -154,9 +154,10 @@ class ArchHybridConfig(ComposedConfig):
             plan = LayerPlan(mixer, config, shared_mixer=_shared(mixers[0], described[mixers[0]]))
         for name in feed_forwards:
             fields = (self.feed_forward or {})[name]
-            feed_forward, config = self.feed_forward_instance(name, _own(fields))
-            own: Any = {"feed_forward": feed_forward, "feed_forward_config": config}
-            plan = replace(plan, **own, shared_feed_forward=_shared(name, fields))
+            kind, config = self.feed_forward_instance(name, _own(fields))
+            plan = replace(
+                plan, feed_forward=kind, feed_forward_config=config, shared_feed_forward=_shared(name, fields)
+            )
         return plan
 
 

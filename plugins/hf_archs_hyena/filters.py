@@ -134,13 +134,10 @@ class ImplicitFilter(HyenaFilter):
         self.bias = nn.Parameter(torch.empty(config.filter_channels))
         self.deltas = nn.Parameter(torch.empty(1, 1, config.filter_channels))
         features = 2 * config.position_bands + 1
-        self.z = None
-        if config.learned_positions:
-            self.z = nn.Parameter(torch.empty(1, config.max_positions, features))
-        self.freq = None
-        if config.learned_frequency:
-            self.freq = nn.Parameter(torch.empty(1, config.filter_size))  # shared by all sines, as in HyenaDNA
         width = config.filter_size
+        self.z = nn.Parameter(torch.empty(1, config.max_positions, features)) if config.learned_positions else None
+        # shared by all sines, as in HyenaDNA
+        self.freq = nn.Parameter(torch.empty(1, width)) if config.learned_frequency else None
         inputs = [features] + [width] * config.filter_layers
         self.layers = nn.ModuleList(nn.Linear(size, width) for size in inputs)
         self.layers.append(nn.Linear(width, config.filter_channels, bias=False))
