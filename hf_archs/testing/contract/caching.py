@@ -1,4 +1,4 @@
-"""The cache: continued at any split it gives what one pass gives, its size does not grow, and it can be kept."""
+"""The cache: any split of the input gives the logits of one pass; its size is constant; it can be saved."""
 
 import copy
 import itertools
@@ -18,13 +18,13 @@ from hf_archs.testing.contract.models import Contract, assert_close, forward, lo
 
 
 def growing(config: Any) -> bool:
-    """Whether the cache of such a model grows with the sequence."""
+    """Whether the cache of a model with this config grows with the sequence."""
     states = [spec for i in range(config.num_hidden_layers) for spec in config.layer_plan(i).states().values()]
     return not set(config.layer_types) <= {"linear_attention", "conv"} or any(spec.grows for spec in states)
 
 
 def continued(model: Any, ids: torch.Tensor, sizes: list[int], cache: Any = None) -> torch.Tensor:
-    """The logits of ``ids`` fed in pieces of these sizes, with one cache."""
+    """The logits of ``ids`` in pieces of these sizes, with one cache."""
     found = []
     for piece in ids.split(sizes, dim=1):
         out = forward(model, piece, past_key_values=cache, use_cache=True)
@@ -34,7 +34,7 @@ def continued(model: Any, ids: torch.Tensor, sizes: list[int], cache: Any = None
 
 
 def caches(config: Any) -> dict[str, Any]:
-    """An empty cache of every kind that a model may be handed."""
+    """An empty cache of every class that a model accepts."""
     return {
         "dynamic": ArchDynamicCache(config),
         "static": ArchStaticCache(config, max_cache_len=200),
@@ -59,7 +59,7 @@ class CacheContract(Contract):
     @pytest.mark.parametrize("kind", [ArchDynamicCache, ArchStaticCache], ids=lambda kind: kind.__name__)
     @pytest.mark.parametrize("start", [4, 5])
     def test_documents_are_taken_back(self, model: Any, kind: Any, start: int) -> None:
-        """The last of seven tokens, whether a document begins before what is kept to do so or with it."""
+        """The last of seven tokens, if its document begins before the recorded tokens or with the first of them."""
         ids = tokens(1, 9)
         cache = kind(model.config, 20) if kind is ArchStaticCache else kind(model.config)
         cache.activate_past_recording()
@@ -78,7 +78,7 @@ class CacheContract(Contract):
         assert_close(logits(model, ids, past_key_values=cache), logits(model, ids), "from the beginning")
 
     def test_pieces_longer_and_shorter_than_any_chunk(self, model: Any) -> None:
-        """Chunked forms cut at 64 or 128: pieces end one before, at and one after those, and at random places."""
+        """Chunked forms cut at 64 or 128: pieces end there, one token before and after, and at random places."""
         ids = tokens(2, 150)
         whole = logits(model, ids, use_cache=False)
         cuts = [[c, 150 - c] for c in (1, 63, 64, 65, 127, 128, 129, 149)]
@@ -103,9 +103,9 @@ class CacheContract(Contract):
         """Compiled steps and CUDA graphs write to fixed addresses."""
         cache = ArchStaticCache(model.config, max_cache_len=50)
         continued(model, tokens(2, 5), [5], cache)
-        where = {name: tensor.data_ptr() for name, tensor in cache.held()}
+        addresses = {name: tensor.data_ptr() for name, tensor in cache.held()}
         continued(model, tokens(2, 5), [1, 4], cache)
-        assert {name: tensor.data_ptr() for name, tensor in cache.held()} == where
+        assert {name: tensor.data_ptr() for name, tensor in cache.held()} == addresses
 
     def test_no_cache_unless_asked_for(self, model: Any) -> None:
         assert model(tokens(1, 4), use_cache=False).past_key_values is None
@@ -124,7 +124,7 @@ class CacheContract(Contract):
 
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
     def test_states_saved_and_loaded(self, model: Any, kind: str, tmp_path: Path) -> None:
-        """Through a file, into a new cache of either kind, bit for bit; the saved copy does not change afterwards."""
+        """Through a file, into a new cache of either kind, bit for bit; the saved copy does not change later."""
         ids = tokens(2, 20)
         whole = logits(model, ids, use_cache=False)
         cache = caches(model.config)[kind]
@@ -141,7 +141,7 @@ class CacheContract(Contract):
             assert int(other.get_seq_length()) == 9
             found = continued(model, ids[:, 9:], [1, 10], other)
             assert_close(found, expected, f"{kind} into {target}")
-            # sums over a buffer of another length may be taken in another order
+            # a buffer of another length may be summed in another order
             assert torch.equal(found, expected) or (growing(model.config) and target != kind), f"{kind} into {target}"
 
     def test_a_cache_as_a_file(self, architecture: Architecture, model: Any, tmp_path: Path) -> None:
