@@ -35,8 +35,11 @@ class StateSpacesFormat(NativeFormat):
         defaults = {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True}
         options = {"vocab_size": 50277, "residual_in_fp32": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True}
         empty = ("attn_layer_idx", "attn_cfg")  # null means empty
-        given = {k: v for k, v in raw.items() if k != "ssm_cfg" and not (k in empty and v is None)}
-        given = {**defaults, **options, **given}
+        given = {
+            **defaults,
+            **options,
+            **{k: v for k, v in raw.items() if k != "ssm_cfg" and not (k in empty and v is None)},
+        }
         for name in ("d_model", "vocab_size", "pad_vocab_size_multiple"):
             if type(given[name]) is not int or given[name] < 1:
                 raise ValueError(
