@@ -26,7 +26,7 @@ BELOW = {
     "hf_archs.native.pickles": (),
     "hf_archs.native.hosts": (),
     "hf_archs.native.state_spaces": ("hf_archs.native.formats",),
-    "hf_archs.native.stub": ("hf_archs.registry",),
+    "hf_archs.native.stub": ("hf_archs.registry", "hf_archs.native.hosts"),
     "hf_archs.native.model_card": ("hf_archs.registry", "hf_archs.parts"),
     "hf_archs.native.disk": ("hf_archs.native.model_card",),
     "hf_archs.native.reading": (*GROUND, "hf_archs.registry", "hf_archs.native", "hf_archs.cache.call"),
