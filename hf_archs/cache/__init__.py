@@ -1,6 +1,6 @@
 """The cache of recurrent models: states, rollback, save and load.
 
-`ArchDynamicCache` and `ArchStaticCache` are for users, `Slot` and the types beside it for mixers.
+`ArchDynamicCache` and `ArchStaticCache` are for users, the other types for mixers.
 """
 
 from hf_archs.cache.prefixes import StateCache
