@@ -11,17 +11,14 @@ from hf_archs_retnet.ops import norm_gate_portable
 from hf_archs_retnet.ops.norm_gate import _norm_gate, norm_gate, norm_gate_reference
 
 
-def on(backend):
-    """`norm_gate` on one backend."""
-
-    def op(**arguments):
-        with use_backend(backend):
-            return norm_gate(**arguments)
-
-    return op
+def portable(**arguments):
+    with use_backend("portable"):
+        return norm_gate(**arguments)
 
 
-portable, triton = on("portable"), on("triton")
+def check(backend, tensors, **options):
+    with use_backend(backend):  # around the backward too, which chooses anew
+        check_op(norm_gate, norm_gate_reference, tensors, {"eps": 1e-5, **options})
 
 
 def make(b=2, l=9, h=3, p=8, dtype=torch.float32, affine=True):
@@ -50,8 +47,7 @@ def test_the_reference_is_the_formula():
 @pytest.mark.parametrize(("l", "affine", "centred"), [(1, True, True), (9, True, False), (40, False, True)])
 def test_portable_is_the_reference(l, affine, centred, gate_fn, dtype, monkeypatch, nan_filled_memory):
     monkeypatch.setattr(norm_gate_portable, "BLOCK", 7 * 24)  # several blocks, the last one shorter
-    options = {"eps": 1e-5, "gate_fn": gate_fn, "centred": centred}
-    check_op(portable, norm_gate_reference, make(l=l, dtype=dtype, affine=affine), options)
+    check("portable", make(l=l, dtype=dtype, affine=affine), gate_fn=gate_fn, centred=centred)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -62,16 +58,15 @@ def test_portable_is_the_reference(l, affine, centred, gate_fn, dtype, monkeypat
 )
 def test_triton_is_the_reference(l, p, affine, centred, gate_fn, dtype, nan_filled_memory):
     """Tiles of many rows, of some and of one; one program, and several of which the last has rows left over."""
-    options = {"eps": 1e-5, "gate_fn": gate_fn, "centred": centred}
-    check_op(triton, norm_gate_reference, make(l=l, p=p, dtype=dtype, affine=affine), options)
+    check("triton", make(l=l, p=p, dtype=dtype, affine=affine), gate_fn=gate_fn, centred=centred)
 
 
+@pytest.mark.parametrize("backend", ["portable", "triton"])
 @pytest.mark.parametrize("gate_fn", ["swish", "gelu"])
-def test_gates_far_from_zero(gate_fn):
+def test_gates_far_from_zero(gate_fn, backend):
     tensors = make()
     tensors["gate"] = 100 * tensors["gate"]
-    for op in (portable, triton):
-        check_op(op, norm_gate_reference, tensors, {"eps": 1e-5, "gate_fn": gate_fn})
+    check(backend, tensors, gate_fn=gate_fn)
 
 
 @pytest.mark.parametrize("backend", ["portable", "triton"])
@@ -79,7 +74,8 @@ def test_only_the_inputs_are_saved(backend):
     tensors = {name: t.requires_grad_() for name, t in make(dtype=torch.float16).items()}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = on(backend)(**tensors, eps=1e-5, gate_fn="swish", centred=True)
+        with use_backend(backend):
+            y = norm_gate(**tensors, eps=1e-5, gate_fn="swish", centred=True)
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in tensors.values()}
     del y
 
