@@ -155,7 +155,8 @@ def init(
     fields = _overrides(assign)
     chosen = None if tokenizer is None else loading.load_tokenizer(tokenizer)
     if chosen is not None:
-        fields.setdefault("vocab_size", len(chosen))
+        special = {f"{name}_token_id": getattr(chosen, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        fields = {"vocab_size": len(chosen), **special, **fields}
     config = loading.sized_config(architecture, size, fields)
     parameters = loading.check_memory(config)
     _check_free(output, overwrite)

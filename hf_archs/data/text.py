@@ -32,7 +32,25 @@ Corpus = dict[str, str]
 Progress = Callable[[int, int], object]  # called with (done, total)
 
 END_OF_TEXT = "<|endoftext|>"  # begins every document, and so ends the one before
-SMALLEST_VOCABULARY = 257  # every byte, and the end of text
+PAD = "<|pad|>"  # not the end of text: labels of pads are masked, and a model must learn where its answer ends
+ROLES = ("system", "user", "assistant")  # of messages; each begins with a token of its own, <|user|>
+SPECIAL_TOKENS = (END_OF_TEXT, PAD, *(f"<|{role}|>" for role in ROLES))
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte
+# no character between a special token and a message: it could merge with the message's first one
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message.role not in ("system", "user", "assistant") -%}
+{{- raise_exception("role is " ~ message.role ~ "; allowed are system, user and assistant") -}}
+{%- endif -%}
+{{- "<|" ~ message.role ~ "|>" -}}
+{%- if message.role == "assistant" -%}
+{%- generation -%}{{- message.content ~ eos_token -}}{%- endgeneration -%}
+{%- else -%}
+{{- message.content -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|assistant|>" -}}{%- endif -%}"""
 PIECE = 8192  # characters of a piece of a single file
 # files of rows with a text column, which are not supported yet
 ROWS = frozenset([".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow"])
@@ -194,20 +212,23 @@ def sample(corpus: Mapping[str, str], size: int, longest: int = 4 * PIECE) -> Co
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a BPE tokenizer (Sennrich et al. 2016) on bytes, as in GPT-2, which can encode any text.
 
-    Its only special token, with id 0, is the bos, eos and pad token. Calling the tokenizer puts it before the text, so
-    that a prompt begins like a document of `token_blocks`.
+    ``<|endoftext|>``, with id 0, is the bos and eos token, and ``<|pad|>`` the pad token. Calling the tokenizer puts
+    the bos token before the text, so that a prompt begins like a document of `token_blocks`; the chat template puts it
+    before a conversation, and the eos token after each answer.
 
     Raises:
         ValueError: if ``vocab_size`` has no room for all bytes.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(f"vocab_size is {vocab_size}; allowed are {SMALLEST_VOCABULARY} (every byte) or more")
+        raise ValueError(
+            f"vocab_size is {vocab_size}; allowed are {SMALLEST_VOCABULARY} (every byte, and special tokens) or more"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[*SPECIAL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -218,7 +239,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        additional_special_tokens=[*SPECIAL_TOKENS[2:]],
+        chat_template=CHAT_TEMPLATE,
     )
 
 
