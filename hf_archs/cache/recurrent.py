@@ -11,14 +11,17 @@ the accepted prefix again from the state before. A long forward keeps its last p
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import is_torchdynamo_compiling
 
+from hf_archs.cache import stored
 from hf_archs.cache.call import NAME
 from hf_archs.cache.slot import KINDS, Place, Record, Segment, Slot, States, Timeline, rolled
 from hf_archs.parts import StateSpec
@@ -166,12 +169,58 @@ class RecurrentCache(Cache):
             if len(shape) != 1 + len(spec.shape) or shape[1 : 1 + len(fixed)] != fixed:
                 expected = ("batch", *fixed, "length") if spec.grows else ("batch", *fixed)
                 raise ValueError(f"state {key} has shape {shape}; allowed is {expected}")
-        self.reset()
         length = int(states["length"])
+        if self._grows and self.is_static and length > (self.max_cache_len or math.inf):
+            raise ValueError(f"the states are of {length} positions; allowed are max_cache_len = {self.max_cache_len}")
+        self.reset()
         self._count(length)
         places = dict(self._places())
         for key in sorted(given):
             places[key].store(states[key].clone())  # the caller may load them again
+
+    def save(self, path: str | os.PathLike, model: nn.Module) -> None:
+        """Write the states into a safetensors file, with fingerprints of ``model``, which computed them.
+
+        The file appears whole or not at all.
+
+        Raises:
+            ValueError: where the cache is empty, or ``model`` is no model of transformers.
+        """
+        stored.save(self, path, model)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, model: nn.Module, *arguments: Any, filename: str = stored.FILE, **download: Any
+    ) -> Self:
+        """A cache with the states that `save` or `push_to_hub` stored, to continue with ``model``.
+
+        The states get the dtypes and devices of ``model``, which may be in another precision.
+
+        Args:
+            path: a file, or a repository on the Hub.
+            model: has the weights, adapters included, that computed the states.
+            arguments: of the class after its config: ``max_cache_len`` of a static cache.
+            filename: the file in the repository.
+            download: arguments of transformers' ``cached_file``: ``revision``, ``token``, ...
+
+        Raises:
+            OSError: where there is no such file.
+            ValueError: where the file holds no cache, is damaged, or is of another version or model.
+        """
+        cache = cls(stored.backbone_of(model).config, *arguments)
+        stored.load(cache, stored.find(path, filename, **download), model)
+        return cache
+
+    def push_to_hub(self, repo_id: str, model: nn.Module, filename: str = stored.FILE, **upload: Any) -> Any:
+        """`save` into a repository on the Hub, which is made where it is missing.
+
+        Args:
+            upload: ``token`` and ``private``, and arguments of ``HfApi.upload_file``: ``commit_message``, ...
+
+        Returns:
+            the ``CommitInfo``.
+        """
+        return stored.push(self, repo_id, model, filename, **upload)
 
     def _count(self, length: int) -> None:
         self.timeline.length = self.timeline.length.fill_(length) if self.is_static else length
