@@ -54,7 +54,7 @@ class Attention(nn.Module):
         self.config = config
         size, heads, groups = config.head_size, config.num_heads, config.key_value_heads
         self.num_key_value_groups = heads // groups
-        # reading a field of a model's config takes as long as a small operator
+        # copies, since reading a field of a model's config takes as long as a small operator
         self.head_size, self.qk_norm, self.clip = size, config.qk_norm, config.clip_qkv
         self.rotation = None if config.rope_theta is None else (config.rotary_size, config.rope_theta)
         self.scaling = size**-0.5 if config.attention_scale is None else config.attention_scale
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         return cast(q, dtype), cast(k, dtype), v
 
     def _angles(self, length: int, start: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `rotary`."""
+        """Cosine and sine for these tokens, see `rotary`."""
         assert self.rotation is not None
         given = None if call.pairs is None else call.pairs.positions
         return rotary(

@@ -138,7 +138,7 @@ def _accepts_no_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _step() -> Iterator[None]:
-    """For the layers of a decode step."""
+    """The context of a forward of one token: no autograd in inference, and layers share values by `once`."""
     with below_autograd(), contextlib.nullcontext() if torch.compiler.is_compiling() else during(shared={}):
         yield
 
