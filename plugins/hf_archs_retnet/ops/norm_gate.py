@@ -123,3 +123,6 @@ def cases(device, dtype, batch=2, length=9, heads=4, channels=12):
     weight = torch.randn(channels, device=device, dtype=dtype)
     yield {"x": x, "gate": gate, "weight": None, "eps": 1e-5, "gate_fn": "gelu"}
     yield {"x": x, "gate": gate, "weight": weight, "eps": 1e-5, "gate_fn": "swish"}
+
+
+MODEL_SIZES = {"channels": 256}
