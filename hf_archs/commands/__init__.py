@@ -1,1 +1,1 @@
-"""The command line, ``hf-archs``: a file is called as its command. Nothing else imports these."""
+"""The command line, ``hf-archs``: each command has a module of its name. Nothing outside this package imports them."""
