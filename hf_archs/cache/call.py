@@ -25,6 +25,7 @@ class _Call(threading.local):
         show: receives the attention weights (b, h, l, columns) and returns weights to use; None if none are recorded.
         generating: whether `generate` is running, during which the weights do not change.
         card: the user's own model card in the folder being saved, while the model is pushed from there.
+        shared: values that the layers of a decode step share, by their keys; None outside a decode step.
         reading: the `hf_archs.native.reading.Reading` of a running ``from_pretrained``, which checks the checkpoint.
     """
 
@@ -34,6 +35,7 @@ class _Call(threading.local):
     generating: bool = False
     card: bytes | None = None
     reading: Any = None
+    shared: dict[Any, Any] | None = None
 
 
 call = _Call()
@@ -50,3 +52,13 @@ def during(**values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(call, name, value)
+
+
+def once(key: Any, compute: Callable[[], Any]) -> Any:
+    """A value that is the same in every layer: computed by the first layer of a decode step, and else by each layer."""
+    shared = call.shared
+    if shared is None:
+        return compute()
+    if key not in shared:
+        shared[key] = compute()
+    return shared[key]

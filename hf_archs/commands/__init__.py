@@ -1,1 +1,1 @@
-"""The command line, ``hf-archs``: each command has a module of its name. Nothing outside this package imports them."""
+"""The command line, ``hf-archs``. No other package of the library imports it."""

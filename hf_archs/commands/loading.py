@@ -49,8 +49,8 @@ def described_config(source: str, overrides: Mapping[str, Any]) -> Any:
         ValueError, OSError: if there is no such config, or no architecture can read it.
     """
     name, colon, size = source.partition(":")
-    there = Path(source).expanduser().exists()
-    if not there and (name in registry.architectures() or (colon and "/" not in source)):
+    exists = Path(source).expanduser().exists()
+    if not exists and (name in registry.architectures() or (colon and "/" not in source)):
         return sized_config(registry.get_architecture(name), size or None, overrides)
     folder = str(Path(source).parent) if Path(source).is_file() else source
     checkpoint = look_at(folder)
@@ -129,17 +129,17 @@ def check_output(folder: str | Path, size: float = 0) -> None:
         OSError: if the folder is refused.
     """
     path = Path(folder).expanduser().resolve()
-    there = next(place for place in (path, *path.parents) if place.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"the output folder is {str(folder)!r}, but {str(there)!r} is a file; choose another")
+    place = next(p for p in (path, *path.parents) if p.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"the output folder is {str(folder)!r}, but {str(place)!r} is a file; choose another")
     try:
-        tempfile.TemporaryFile(dir=there).close()
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise OSError(
-            f"the output folder is {str(folder)!r}, and nothing can be written into {str(there)!r} ({error.strerror}); "
+            f"the output folder is {str(folder)!r}, and nothing can be written into {str(place)!r} ({error.strerror}); "
             "choose another"
         ) from error
-    needed, free = size * 1.05, shutil.disk_usage(there).free
+    needed, free = size * 1.05, shutil.disk_usage(place).free
     if needed > free:
         raise OSError(
             f"the output folder is {str(folder)!r}: {_size(needed)} are to be written there, and {_size(free)} are "

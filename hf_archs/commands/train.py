@@ -281,8 +281,8 @@ def _bytes_to_write(model: nn.Module, arguments: TrainingArguments, steps: int) 
     kept = arguments.save_total_limit or 1
     if arguments.max_steps > 0 and arguments.save_steps >= 1:
         kept = min(kept, math.ceil((arguments.max_steps - steps) / arguments.save_steps))
-    there = len(checkpoint_folders(Path(str(arguments.output_dir)).expanduser()))
-    return weights + (weights + states) * max(kept - there, 1)
+    existing = len(checkpoint_folders(Path(str(arguments.output_dir)).expanduser()))
+    return weights + (weights + states) * max(kept - existing, 1)
 
 
 def _up_to(size: int, texts: Any) -> list[str]:

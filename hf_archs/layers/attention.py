@@ -21,7 +21,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_archs.cache import Slot, States
-from hf_archs.cache.call import call
+from hf_archs.cache.call import call, once
 from hf_archs.kernels.arguments import last_inputs, number_documents
 from hf_archs.kernels.backend import is_transformed
 from hf_archs.kernels.exporting import any_length, in_chunks, out_of_chunks
@@ -54,6 +54,9 @@ class Attention(nn.Module):
         self.config = config
         size, heads, groups = config.head_size, config.num_heads, config.key_value_heads
         self.num_key_value_groups = heads // groups
+        # reading a field of a model's config takes as long as a small operator
+        self.head_size, self.qk_norm, self.clip = size, config.qk_norm, config.clip_qkv
+        self.rotation = None if config.rope_theta is None else (config.rotary_size, config.rope_theta)
         self.scaling = size**-0.5 if config.attention_scale is None else config.attention_scale
         self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, groups * size, bias=config.attention_bias)
@@ -133,24 +136,30 @@ class Attention(nn.Module):
         self, hidden_states: torch.Tensor, start: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (b, h, l, n), keys and values (b, k, l, n)."""
-        config = self.config
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         dtype = v.dtype
-        if config.qk_norm == "full":
+        if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
-        q, k, v = (t.unflatten(-1, (-1, config.head_size)) for t in (q, k, v))
-        if config.qk_norm == "head":
+        heads = (-1, self.head_size)
+        q, k, v = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+        if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
-        if config.clip_qkv is not None:
-            q, k, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (q, k, v))
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if config.rope_theta is not None:
-            given = None if call.pairs is None else call.pairs.positions
-            position = torch.arange(q.shape[2], device=q.device) - start if given is None else given
+        if self.rotation is not None:
             wider = torch.promote_types(dtype, torch.float32)
-            cos, sin = rotary(position, config.rotary_size, config.rope_theta, wider)
+            cos, sin = once((*self.rotation, wider, q.device), lambda: self._angles(q.shape[2], start, wider))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return cast(q, dtype), cast(k, dtype), v
+
+    def _angles(self, length: int, start: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `rotary`."""
+        assert self.rotation is not None
+        given = None if call.pairs is None else call.pairs.positions
+        return rotary(
+            torch.arange(length, device=start.device) - start if given is None else given, *self.rotation, dtype
+        )
 
     def _columns(
         self, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, before: Mapping[str, torch.Tensor | None]
@@ -185,8 +194,11 @@ class Attention(nn.Module):
     def _attend(self, q: torch.Tensor, columns: Columns) -> torch.Tensor:
         """(b, h, l, n) to (b, l, h * n), limited by windows and documents, or after a cache."""
         if columns.length == 1 and self.reach is None:  # a decode step, without the overhead of blocks
-            seen = torch.arange(-columns.past, 1, device=q.device) >= columns.start
-            return self._interface(q, columns.k, columns.v, seen[:, None, None]).flatten(2)
+            seen = once(
+                ("seen", columns.past, q.device),
+                lambda: (torch.arange(-columns.past, 1, device=q.device) >= columns.start)[:, None, None],
+            )
+            return self._interface(q, columns.k, columns.v, seen).flatten(2)
         blocks = self._blocks(q, columns)
         b, s = blocks.q.shape[:2]
         parts = [*self._extra(blocks, columns), (blocks.k, blocks.v, self._visible(blocks))]

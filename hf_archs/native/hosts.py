@@ -49,7 +49,7 @@ def enter_names(architecture: Architecture) -> None:
 
 # adapters that divide a matrix into blocks of a fixed size
 _EVEN = ("C3A", "MISS", "ROAD", "VBLORA")
-# of IA3 (Liu et al. 2022, section 3.3): projections to states, keys and values, and out of a feed-forward's inside
+# IA3 (Liu et al. 2022, section 3.3) scales states, keys, values and a feed-forward's inside, at these projections
 _SCALED = ("in_proj", "x_proj", "k_proj", "v_proj", "down_proj")
 
 

@@ -98,7 +98,7 @@ def model_card(
     base = model.get_base_model() if is_adapter else model
     architecture = registry.find_architecture(type(base.config))
     if architecture is None:
-        raise ValueError(f"a {type(base).__name__} is no model of hf-archs, so it gets no card of its")
+        raise ValueError(f"model is a {type(base).__name__}; allowed are models of hf-archs, and PEFT adapters on them")
     if is_adapter:
         names = sorted(_target_names(model))
         counted = sum(p.numel() for p in model.parameters() if p.requires_grad)

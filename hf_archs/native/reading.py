@@ -284,8 +284,9 @@ class Reading:
     def check(self, model: PreTrainedModel, found: Any) -> None:
         """Compare the names and shapes in the files with the model.
 
-        The parameters below the heads must all be there, and no others. A missing head is initialised anew; the head of
-        another model class is ignored. Files of this library may hold any further tensors; native files may not.
+        The parameters below the heads must all be there, and no others. A missing head is initialised anew, unless
+        `Checkpoint.whole` is set; the head of another model class is ignored. Tensors outside both are ignored in files
+        of this library, and refused in native files.
 
         Args:
             found: transformers' report on the files.

@@ -74,7 +74,7 @@ class MoE(RoutedFeedForward):
             (b * l, e).
         """
         index, weight, statistics, logits = self.gate(hidden_states, mask, count)
-        no_expert = self.config.num_experts
+        no_expert = self.gate.num_experts
         if self.experts.num_experts < no_expert:
             # transformers' expert parallelism has no index for no expert: take the first one, at its weight of 0
             index = index.masked_fill(index == no_expert, 0)

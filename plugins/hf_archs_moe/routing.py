@@ -212,10 +212,17 @@ class Router(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
-        experts = config.num_experts
+        # reading a field of a model's config takes as long as a small operator, and a decode step reads many
+        self.kind, self.score_function, self.scaling = (
+            config.router,
+            config.score_function,
+            config.routed_scaling_factor,
+        )
+        self.num_experts = experts = config.num_experts
+        self.top_k, self.normalize = config.experts_per_token, config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         self.predictor = Predictor(config) if config.causal_predictor else None
-        if config.router == "loss_free":
+        if self.kind == "loss_free":
             self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
         # sums since the last reset; activation checkpointing counts everything twice, which does not change ratios
         counts = torch.zeros(Statistics.size(experts), dtype=torch.float32)
@@ -262,17 +269,16 @@ class Router(nn.Module):
     def _route(
         self, x: Tensor, mask: Tensor | None, shape: torch.Size, count: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        config = self.config
         logits = F.linear(x, cast(self.weight, x.dtype))
-        scores = logits.softmax(-1) if config.score_function == "softmax" else logits.sigmoid()
-        all_kept = mask is None and config.router != "expert_choice"  # then no choice has to be masked
+        scores = logits.softmax(-1) if self.score_function == "softmax" else logits.sigmoid()
+        all_kept = mask is None and self.kind != "expert_choice"  # then no choice has to be masked
         if mask is None:
             mask = torch.ones(shape, dtype=torch.bool, device=x.device)
         real = mask.reshape(-1, 1)
         guess = None if self.predictor is None else self.predictor(x)
 
-        if config.router == "expert_choice":
-            index = torch.arange(config.num_experts, device=x.device).expand_as(scores)
+        if self.kind == "expert_choice":
+            index = torch.arange(self.num_experts, device=x.device).expand_as(scores)
             weight = scores
             if guess is None or self.training:
                 wanted = self._choose_tokens(scores.detach(), mask)
@@ -289,7 +295,7 @@ class Router(nn.Module):
         all_kept = all_kept and kept is wanted
 
         if not (count or self.training):
-            statistics = x.new_zeros(Statistics.size(config.num_experts))
+            statistics = x.new_zeros(Statistics.size(self.num_experts))
         else:
             statistics = self._count(logits, scores, guess, real, index, wanted, kept).pack()
         if self.training:
@@ -297,10 +303,10 @@ class Router(nn.Module):
                 _Tally.apply(self.training_statistics, statistics.detach())
             else:
                 self.training_statistics.add_(statistics.detach())
-        if config.routed_scaling_factor != 1.0:
-            weight = weight * config.routed_scaling_factor
+        if self.scaling != 1.0:
+            weight = weight * self.scaling
         if not all_kept:
-            index, weight = index.masked_fill(~kept, config.num_experts), weight.masked_fill(~kept, 0.0)
+            index, weight = index.masked_fill(~kept, self.num_experts), weight.masked_fill(~kept, 0.0)
         return index, weight, statistics, logits
 
     def _count(
@@ -314,14 +320,14 @@ class Router(nn.Module):
         kept: Tensor,  # (n, k)
     ) -> Statistics:
         probabilities = scores
-        if self.config.score_function == "sigmoid":
+        if self.score_function == "sigmoid":
             probabilities = scores / (scores.sum(-1, keepdim=True) + TINY)
         counted = cast(real, scores.dtype).squeeze(1)
         nothing = missed = counted.new_zeros(())
         if guess is not None and self.training:
             chosen = cast(wanted, scores.dtype)
             missed = counted @ F.binary_cross_entropy_with_logits(guess, chosen, reduction="none").mean(-1)
-        first = self.config.router == "gshard"
+        first = self.kind == "gshard"
         load = _load(index[:, :1], wanted[:, :1], scores) if first else _load(index, wanted, scores)
         return Statistics(
             load=load,
@@ -336,16 +342,15 @@ class Router(nn.Module):
 
     def _choose_experts(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Every token's experts, their weights, and which of them were drawn (None for all); each (n, k)."""
-        config = self.config
-        if config.router == "loss_free":
+        if self.kind == "loss_free":
             corrected = scores.detach() + cast(self.e_score_correction_bias, scores.dtype)
-            index = corrected.topk(config.experts_per_token).indices
+            index = corrected.topk(self.top_k).indices
             weight = scores.gather(1, index)
         else:
-            weight, index = scores.topk(config.experts_per_token)
-        if config.router == "gshard" or (config.norm_topk_prob and config.router != "switch"):
+            weight, index = scores.topk(self.top_k)
+        if self.kind == "gshard" or (self.normalize and self.kind != "switch"):
             weight = weight / (weight.sum(-1, keepdim=True) + TINY)
-        if config.router != "gshard" or not self.training:
+        if self.kind != "gshard" or not self.training:
             return index, weight, None
         # torch's default generator: the Trainer seeds and saves it, and activation checkpointing restores it
         drawn = torch.rand_like(weight[:, 1:]) < 2 * weight[:, 1:].detach()
@@ -354,8 +359,8 @@ class Router(nn.Module):
     def _choose_tokens(self, scores: Tensor, mask: Tensor) -> Tensor:
         """The tokens of each row that every expert takes, (n, e) bool."""
         b, l = mask.shape
-        factor = self.config.capacity_factor or min(2.0, self.config.num_experts)
-        places = capacity(mask.sum(1), factor, self.config.num_experts)
+        factor = self.config.capacity_factor or min(2.0, self.num_experts)
+        places = capacity(mask.sum(1), factor, self.num_experts)
         scores = scores.view(b, l, -1).masked_fill(~mask.unsqueeze(-1), -1.0)
         # a stable sort takes the earlier of equal tokens, wherever pads are (ONNX's only sort is stable)
         stable = {} if torch.onnx.is_in_onnx_export() else {"stable": True}
@@ -366,9 +371,9 @@ class Router(nn.Module):
     def _place(self, index: Tensor, wanted: Tensor, real: Tensor) -> Tensor:
         config = self.config
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
-        if config.router == "expert_choice" or factor is None:
+        if self.kind == "expert_choice" or factor is None:
             return wanted
-        return place(index, wanted, capacity(real.sum(), factor, config.num_experts), config.num_experts)
+        return place(index, wanted, capacity(real.sum(), factor, self.num_experts), self.num_experts)
 
     @torch.no_grad()
     def correct(self, load: Tensor) -> None:
@@ -377,7 +382,7 @@ class Router(nn.Module):
         Args:
             load: (e,) choices of each expert in the last step.
         """
-        if self.config.router == "loss_free":
+        if self.kind == "loss_free":
             self.e_score_correction_bias.add_(torch.sign(load.mean() - load), alpha=self.config.bias_update_rate)
 
 

@@ -28,7 +28,7 @@ def embedded_hub() -> Any:
 
 
 def prepare(options: Options, overrides: Mapping[str, Any]) -> tuple[Any, int, str]:
-    """The config, its number of parameters and the repository's name. A missing requirement is an error here."""
+    """The config, its number of parameters and the repository's name. A missing package or Hub is an error here."""
     architecture = get_architecture(options.arch)
     size = options.task if options.size is None and options.task in architecture.sizes else options.size
     config = loading.sized_config(architecture, size, {**overrides, **options.overrides})
