@@ -874,7 +874,15 @@ def aot_specs() -> list[KernelSpec]:
             _arguments(configs[place], n, p) | {"PRECISION": "bf16x6"} | model
             for configs in (STATE_CONFIGS, OUTPUT_CONFIGS, SCORE_CONFIGS, KEY_CONFIGS)
         )
-        tokens = {"CHUNK": CHUNK, "ROWS": ROWS, "HEADS": HEADS, "a_h": 1, "s_h": 1, "num_warps": 4, "num_stages": 3}
+        tokens: dict[str, Any] = {
+            "CHUNK": CHUNK,
+            "ROWS": ROWS,
+            "HEADS": HEADS,
+            "a_h": 1,
+            "s_h": 1,
+            "num_warps": 4,
+            "num_stages": 3,
+        }
         tokens |= {"TILES_N": triton.cdiv(n, over_keys["BLOCK_N"]), "STATE": n * p, "PASSED": PASSED} | model
         of_q: dict[str, Any] = {"READS": True, "scales": None}
         of_k: dict[str, Any] = {"READS": False}
