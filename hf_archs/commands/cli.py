@@ -1,7 +1,8 @@
 """The command line, ``hf-archs``: a thin layer over the library. Wrong input ends with one sentence and status 2.
 
-The library is imported inside the commands only, because importing torch takes seconds: ``hf_archs_main`` runs this
-file outside its package, and so answers help, the version and mistyped options at once.
+Importing torch takes seconds, so the library is imported inside the commands only. Importing this module's package
+would import torch too: the program ``hf-archs``, which is ``hf_archs_main``, loads this file on its own, and answers help,
+the version and mistyped options at once.
 """
 
 import json
@@ -27,7 +28,7 @@ console = Console()
 
 
 class _Command(TyperCommand):
-    """Prepares the process, which imports torch, only after the arguments are found to be valid."""
+    """Checks the arguments first, and then prepares the process, since the preparation imports torch."""
 
     def invoke(self, ctx: Any) -> Any:
         if not os.environ.get("HF_ARCHS_DEBUG"):
@@ -37,7 +38,7 @@ class _Command(TyperCommand):
 
 
 class _ShownCommand(_Command):
-    """Shows a progress line during imports: `hf_archs.commands.progress`, loaded outside its package."""
+    """Shows a progress line during imports, with `progress.py`, which is loaded on its own like this file."""
 
     def invoke(self, ctx: Any) -> Any:
         import importlib.util
@@ -47,8 +48,9 @@ class _ShownCommand(_Command):
         assert spec.loader is not None
         progress = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(progress)
-        # Waiting threads that spin take the cores from other processes, and then wait for these: ten times slower.
-        # Threads that sleep at once are twice as slow on an idle machine. Hence a third of the default spin count.
+        # A third of OpenMP's default spin count, set before torch is imported. With the default, waiting threads hold
+        # the cores, and training is ten times slower beside other processes; without spinning, it is half as fast on
+        # an idle machine.
         os.environ.setdefault("GOMP_SPINCOUNT", "100000")
         if ctx.params.get("size") == "tiny":
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # operators of tiny models gain nothing from a second thread
@@ -420,7 +422,10 @@ def _silence_libraries() -> None:
 
 
 def _use_all_cores() -> None:
-    """Use one thread per core: on some virtual machines torch takes two cores for one and starts one thread."""
+    """Start one thread per physical core, unless OMP_NUM_THREADS is set.
+
+    torch's own number is too low on some virtual machines, where it counts two cores as one.
+    """
     import psutil
     import torch
 
