@@ -1,8 +1,7 @@
 """The command line, ``hf-archs``: a thin layer over the library. Wrong input ends with one sentence and status 2.
 
-Importing torch takes seconds, so the library is imported inside the commands only. Importing this module's package
-would import torch too: the program ``hf-archs``, which is ``hf_archs_main``, loads this file on its own, and answers help,
-the version and mistyped options at once.
+Importing torch takes seconds, so the library is imported inside the commands only. The program (``hf_archs_main``)
+loads this file without its package, which imports torch: help and mistyped options are answered at once.
 """
 
 import json
@@ -48,9 +47,8 @@ class _ShownCommand(_Command):
         assert spec.loader is not None
         progress = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(progress)
-        # A third of OpenMP's default spin count, set before torch is imported. With the default, waiting threads hold
-        # the cores, and training is ten times slower beside other processes; without spinning, it is half as fast on
-        # an idle machine.
+        # A third of OpenMP's default: with it, training beside other processes is ten times slower, because waiting
+        # threads hold the cores; without spinning, training on an idle machine is half as fast.
         os.environ.setdefault("GOMP_SPINCOUNT", "100000")
         if ctx.params.get("size") == "tiny":
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # operators of tiny models gain nothing from a second thread
@@ -422,10 +420,7 @@ def _silence_libraries() -> None:
 
 
 def _use_all_cores() -> None:
-    """Start one thread per physical core, unless OMP_NUM_THREADS is set.
-
-    torch's own number is too low on some virtual machines, where it counts two cores as one.
-    """
+    """Start one thread per physical core; torch's own number is too low on virtual machines that it misreads."""
     import psutil
     import torch
 
