@@ -213,3 +213,12 @@ def cases(device, dtype, batch=2, length=70, groups=2, heads=4, key_dim=8, value
     yield {"q": q, "k": k, "v": v[:, :, :groups].contiguous(), "log_decay": constant}
     boundaries = some_boundaries(batch, length, device)
     yield {"q": q, "k": k, "v": v, "log_decay": -decays, "scale": scale, "initial_state": state, **boundaries}
+
+
+MODEL_SIZES = {
+    "batch": 1,
+    "groups": 1,
+    "heads": 2,
+    "key_dim": 256,
+    "value_dim": 512,
+}  # the largest heads that must be fast

@@ -39,16 +39,28 @@ CHUNK = 128  # tokens between two kept states
 ROWS = 64  # tokens of a tile; `_grad_scores_kernel` and `_grad_decays_kernel` rely on two tiles a chunk
 HEADS = 4  # heads whose decays are summed by one program
 PASSED = 1024  # elements of the state that one program passes on
-# TILE is what a product's result measures, STEP what it sums over at once; both are what fits into the registers.
-# VALUES is that of results as wide as v: larger, since for each tile of them the scores of q and k are formed anew. The
-# first config is for inputs of 16 bits, the second for float32 with its products of six terms. Which one runs follows
-# from the dtype alone, so nothing is tuned at run time.
-CONFIGS = [
-    {"TILE": 64, "VALUES": 128, "STEP": 32, "num_warps": 8, "num_stages": 3},
-    {"TILE": 32, "VALUES": 64, "STEP": 16, "num_warps": 8, "num_stages": 2},
-]
-STATE_TILE = 64  # of `_chunk_states_kernel`, whose only tile in float32 is the result
 PROGRAMS = 512  # enough of them to fill a large GPU
+# Each table has a config for inputs of 16 bits, and one for float32 with its products of six terms. Which one runs
+# follows from the dtype alone, so nothing is tuned at run time. A block is at most as large as its dimension.
+#
+# For 16 bits four warps are one group of Hopper's, which multiplies 64 rows at once: eight on the same tile would leave
+# each group half of its columns, and every weight would be formed and cut into terms twice.
+STATE_CONFIGS = [  # `_chunk_states_kernel`: BLOCK_P by BLOCK_N of a state, summed over ROWS tokens at once
+    {"ROWS": 32, "BLOCK_N": 256, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3},
+    {"ROWS": 16, "BLOCK_N": 64, "BLOCK_P": 64, "num_warps": 8, "num_stages": 2},
+]
+OUTPUT_CONFIGS = [  # `_outputs_kernel`, `_grad_values_kernel`: BLOCK_P values, wide, since each forms the scores anew
+    {"COLUMNS": 64, "BLOCK_N": 32, "BLOCK_P": 128, "num_warps": 4, "num_stages": 3},
+    {"COLUMNS": 32, "BLOCK_N": 16, "BLOCK_P": 64, "num_warps": 8, "num_stages": 2},
+]
+SCORE_CONFIGS = [  # `_grad_scores_kernel`: what is summed over at once
+    {"BLOCK_N": 32, "BLOCK_P": 32, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_N": 16, "BLOCK_P": 16, "num_warps": 8, "num_stages": 2},
+]
+KEY_CONFIGS = [  # `_grad_keys_kernel`: BLOCK_N of a key, summed over BLOCK_P values at once
+    {"BLOCK_N": 128, "BLOCK_P": 32, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_N": 32, "BLOCK_P": 16, "num_warps": 8, "num_stages": 2},
+]
 
 
 @triton.jit
@@ -684,6 +696,12 @@ def _precision() -> str:
     return "ieee" if knobs.runtime.interpret else "bf16x6"
 
 
+def _arguments(config: dict[str, int], n: int, p: int) -> dict[str, Any]:
+    """What a kernel of products takes: the config with blocks that are at most as large as their dimensions."""
+    blocks = {name: _tile(size, config[name]) for name, size in (("BLOCK_N", n), ("BLOCK_P", p))}
+    return {"N": n, "P": p, "CHUNK": CHUNK, "ROWS": ROWS, "PRECISION": _precision()} | config | blocks
+
+
 def _tile(dimension: int, tile: int) -> int:
     """The tile for a dimension: a power of two, and at least what the matrix units take."""
     return min(tile, max(16, triton.next_power_of_2(dimension)))
@@ -703,13 +721,10 @@ class _Launch:
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         self.dtype = dtype
         self.q, self.k, self.v = (_dense(t, dtype) for t in (q, k, v))
-        config = dict(config or CONFIGS[0 if dtype.itemsize == 2 else 1])
-        tile, values, self.step = config.pop("TILE"), config.pop("VALUES"), config.pop("STEP")
-        self.common = {"N": n, "P": p, "CHUNK": CHUNK, "PRECISION": _precision()} | config
-        sums = {"ROWS": ROWS, "BLOCK_N": _tile(n, self.step), "BLOCK_P": _tile(p, self.step)}
-        self.over_pairs = self.common | sums
-        self.over_values = self.common | sums | {"BLOCK_P": _tile(p, values), "COLUMNS": 2 * self.step}
-        self.over_keys = self.common | sums | {"BLOCK_N": _tile(n, tile)}
+        place = (0 if dtype.itemsize == 2 else 1) if config is None else config
+        self.over_states, self.over_values, self.over_pairs, self.over_keys = (
+            _arguments(configs[place], n, p) for configs in (STATE_CONFIGS, OUTPUT_CONFIGS, SCORE_CONFIGS, KEY_CONFIGS)
+        )
         self.tiles_n = triton.cdiv(n, self.over_keys["BLOCK_N"])
         self.tiles_p = triton.cdiv(p, self.over_values["BLOCK_P"])
         self.chunks = triton.cdiv(l, CHUNK)
@@ -726,11 +741,10 @@ class _Launch:
         b, l, h, p = self.v.shape
         g, n = keys.shape[2:]
         out = values.new_empty(self.chunks, b, h, p, n, dtype=torch.float32)
-        blocks = {"ROWS": self.step, "BLOCK_N": _tile(n, STATE_TILE), "BLOCK_P": _tile(p, STATE_TILE)}
-        tiles = triton.cdiv(n, blocks["BLOCK_N"]) * triton.cdiv(p, blocks["BLOCK_P"])
+        tiles = triton.cdiv(n, self.over_states["BLOCK_N"]) * triton.cdiv(p, self.over_states["BLOCK_P"])
         _chunk_states_kernel[(tiles * b * h, self.chunks)](
             keys, values, self.high, self.low, None if reads else self.scales, self.documents, out, l, self.padded,
-            b, h, h // g, *keys.stride()[:3], *values.stride()[:3], READS=reads, **self.common, **blocks, **FUSED,
+            b, h, h // g, *keys.stride()[:3], *values.stride()[:3], READS=reads, **self.over_states, **FUSED,
         )  # fmt: skip
         return out
 
@@ -753,9 +767,12 @@ def decay_scan_fwd(
     initial_state: Tensor | None,
     documents: Tensor | None,
     keep_states: bool,
-    config: dict[str, int] | None = None,
+    config: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and (if asked for) the chunks' start states in one row; ``config`` is one of `CONFIGS`."""
+    """y, the final state, and (if asked for) the chunks' start states in one row.
+
+    ``config`` is a place in the tables of configs, in the place of the one that the dtype gives.
+    """
     (b, l, h, p), g = v.shape, q.shape[2]
     x = _Launch(q, k, v, log_decay, scale, documents, config)
     added = x.chunk_states(x.k, x.v, reads=False)
@@ -780,7 +797,7 @@ def decay_scan_bwd(
     documents: Tensor | None,
     kept: Tensor,
     wanted: Sequence[bool] = (True,) * 6,
-    config: dict[str, int] | None = None,
+    config: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """The gradients of q, k, v, log_decay and scale (both None unless one is wanted), and the initial state."""
     factors = wanted[3] or wanted[4]
@@ -839,63 +856,62 @@ def decay_scan_bwd(
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Every kernel and config, for `hf_archs.kernels.aot`: bfloat16 with large heads, documents and a scale, as in
-    packed training, and float32 with the heads of Mamba-2, without documents; and both with the largest heads of
-    RetNet, whose decays are constants without a gradient, as far as the kernels differ for them."""
-    of_q: dict[str, object] = {"READS": True, "scales": None}
-    of_k: dict[str, object] = {"READS": False}
-    Variants = tuple[tuple[Any, str, tuple[int, ...], dict[str, object]], ...]
+    """Every kernel and config, for `hf_archs.kernels.aot`, at the shapes of published models: Mamba-2 2.7B, whose 80
+    heads are a multiple of 16, and Mamba2-130m, whose 24 are not; RetNet 6.7B, whose decays are constants without a
+    gradient, and the kernels of its backward in float32. What the first and the last leave out, documents, the others
+    have, as in packed training."""
     learnt = ("inside", "crossing", "columns", "along", "across")
+    constant = dict.fromkeys((*learnt, "scale", "scales")) | {"shared": 1}
     specs = []
-    for dtype, config, n, p, constant in (
-        ("bf16", CONFIGS[0], 256, 512, False),
-        ("fp32", CONFIGS[1], 128, 64, False),
-        ("bf16", CONFIGS[0], 256, 512, True),
-        ("fp32", CONFIGS[1], 256, 512, True),
+    for name, dtype, n, p, heads, model in (
+        ("Mamba-2 2.7B", "bf16", 128, 64, "i32:16", {"documents": None}),
+        ("RetNet 6.7B, packed", "bf16", 256, 512, "i32:16", constant),
+        ("Mamba2-130m, packed", "fp32", 128, 64, "i32", {}),
+        ("RetNet 6.7B", "fp32", 256, 512, "i32:16", constant | {"documents": None}),
     ):
-        tile, step, warps, stages = config["TILE"], config["STEP"], config["num_warps"], config["num_stages"]
-        common: dict[str, object] = {
+        place = 0 if dtype == "bf16" else 1
+        over_states, over_values, over_pairs, over_keys = (
+            _arguments(configs[place], n, p) | {"PRECISION": "bf16x6"} | model
+            for configs in (STATE_CONFIGS, OUTPUT_CONFIGS, SCORE_CONFIGS, KEY_CONFIGS)
+        )
+        tokens: dict[str, Any] = {
             "CHUNK": CHUNK,
+            "ROWS": ROWS,
             "HEADS": HEADS,
-            "PASSED": PASSED,
-            "STATE": n * p,
-            "COLUMNS": 2 * step,
+            "a_h": 1,
+            "s_h": 1,
+            "num_warps": 4,
+            "num_stages": 3,
         }
-        common |= {"N": n, "P": p, "TILES_N": triton.cdiv(n, _tile(n, tile)), "PRECISION": "bf16x6"}
-        if dtype == "fp32" or constant:
-            common["documents"] = None
-        if constant:
-            common |= dict.fromkeys((*learnt, "scales"))
-        elementwise, whole = (ROWS, 0, 0, 4, 3), (step, STATE_TILE, STATE_TILE, warps, stages)
-        over_values, over_pairs = (ROWS, step, config["VALUES"], warps, stages), (ROWS, step, step, warps, stages)
-        over_keys = (ROWS, tile, step, warps, stages)
-        backward: Variants = (
-            (_pass_states_kernel, ", reversed", elementwise, {"REVERSED": True}),
-            (_grad_scores_kernel, "", over_pairs, {}),
-            (_grad_keys_kernel, "", over_keys, of_k),
-            (_grad_keys_kernel, ", of q", over_keys, of_q),
-        )
-        others: Variants = (
-            (_decay_sums_kernel, "", elementwise, {}),
-            (_chunk_states_kernel, "", whole, of_k),
-            (_chunk_states_kernel, ", of q", whole, of_q),
-            (_pass_states_kernel, "", elementwise, {"REVERSED": False, "starts": None, "across": None}),
-            (_outputs_kernel, "", over_values, {}),
-            (_grad_values_kernel, "", over_values, {}),
-            (_grad_decays_kernel, "", elementwise, {}),
-        )
-        for kernel, name, (rows, block_n, block_p, kernel_warps, kernel_stages), more in (
-            backward if constant else (*others, *backward)
-        ):
-            known = common | {"ROWS": rows, "BLOCK_N": _tile(n, block_n), "BLOCK_P": _tile(p, block_p)} | more
-            signature = {argument: _kind(argument, known, dtype) for argument in kernel.arg_names}
+        tokens |= {"TILES_N": triton.cdiv(n, over_keys["BLOCK_N"]), "STATE": n * p, "PASSED": PASSED} | model
+        of_q: dict[str, Any] = {"READS": True, "scales": None}
+        of_k: dict[str, Any] = {"READS": False}
+        kernels: list[tuple[Any, str, dict[str, Any]]] = [
+            (_pass_states_kernel, ", reversed", tokens | {"REVERSED": True}),
+            (_grad_scores_kernel, "", over_pairs),
+            (_grad_keys_kernel, "", over_keys | of_k),
+            (_grad_keys_kernel, ", of q", over_keys | of_q),
+        ]
+        if name != "RetNet 6.7B":
+            kernels += [
+                (_decay_sums_kernel, "", tokens),
+                (_chunk_states_kernel, "", over_states | of_k),
+                (_chunk_states_kernel, ", of q", over_states | of_q),
+                (_pass_states_kernel, "", tokens | {"REVERSED": False, "starts": None, "across": None}),
+                (_outputs_kernel, "", over_values),
+                (_grad_values_kernel, "", over_values),
+            ]
+        if "inside" not in model:
+            kernels.append((_grad_decays_kernel, "", tokens))
+        for kernel, more, known in kernels:
+            signature = {argument: _kind(argument, known, dtype, heads) for argument in kernel.arg_names}
             constexprs = {argument: known[argument] for argument in signature if argument in known}
-            label = f"{dtype}, keys {n}, values {p}{', constant decays' if constant else ''}{name}"
-            specs.append(KernelSpec(kernel, signature, constexprs, kernel_warps, kernel_stages, label))
+            label = f"{name}, {dtype}, keys {n}, values {p}{more}"
+            specs.append(KernelSpec(kernel, signature, constexprs, known["num_warps"], known["num_stages"], label))
     return specs
 
 
-def _kind(argument: str, known: dict[str, object], dtype: str) -> str:
+def _kind(argument: str, known: dict[str, Any], dtype: str, heads: str) -> str:
     if argument in known:
         return "constexpr"
     if argument == "inside":
@@ -906,7 +922,9 @@ def _kind(argument: str, known: dict[str, object], dtype: str) -> str:
         return "*i32"
     if argument[1:2] == "_" and argument[0] in "qkvyo":
         return "i32:16"
-    counts = ("length", "padded", "chunks", "batch", "heads", "shared", "splits", "tiles")
+    if argument == "heads":
+        return heads
+    counts = ("length", "padded", "chunks", "batch", "shared", "splits", "tiles")
     if argument[1:2] == "_" or argument in counts:
         return "i32"
     return "*fp32"

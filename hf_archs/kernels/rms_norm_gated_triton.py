@@ -240,20 +240,24 @@ def rms_norm_gated_bwd(
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Both kernels for groups from one head to the whole of a wide model (1,536 and 5,120 are Mamba-2's of 130M and of
-    2.7B), for rows of 8-element units; and once for any rows."""
+    """Both kernels for groups from one head to the whole of a wide model, in rows of 8-element units, as Mamba2-130m's
+    of 3,352 are; and once in rows of any number of elements.
+    """
+    shapes = [("", 64, 8), ("Mamba2-130m, ", 1536, 8), ("Mamba2-1.3b, ", 4096, 8), ("Mamba2-2.7b, ", 5120, 8)]
+    shapes += [("", 8192, 8), ("any rows, ", 1536, 1)]
     specs = []
     for kernel in (_rms_norm_gated_fwd_kernel, _rms_norm_gated_bwd_kernel):
-        shapes = [(dtype, group, 8) for dtype in ("bf16", "fp32") for group in (64, 1536, 4096, 5120, 8192)]
-        for dtype, group, unit in (*shapes, ("bf16", 1536, 1)):
-            config = _config(group, backward=kernel is _rms_norm_gated_bwd_kernel)
-            num_warps = config.pop("num_warps")
-            constexprs: dict[str, object] = {"UNIT": unit, "GROUP": group, **config}
-            if kernel is _rms_norm_gated_bwd_kernel:
-                constexprs["SPAN"] = SPAN
-            types = {"rows": "i32", "channels": "i32", "eps": "fp32", "sums": "*fp32"}
-            types |= dict.fromkeys(("g_stride", "x_stride", "z_stride"), "i32") | dict.fromkeys(constexprs, "constexpr")
-            signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
-            label = f"{dtype} groups of {group}, rows in {unit}s"
-            specs.append(KernelSpec(kernel, signature, constexprs, num_warps, 3, label))
+        for dtype in ("bf16", "fp32"):
+            for model, group, unit in shapes:
+                config = _config(group, backward=kernel is _rms_norm_gated_bwd_kernel)
+                num_warps = config.pop("num_warps")
+                constexprs: dict[str, object] = {"UNIT": unit, "GROUP": group, **config}
+                if kernel is _rms_norm_gated_bwd_kernel:
+                    constexprs["SPAN"] = SPAN
+                types = {"rows": "i32", "channels": "i32", "eps": "fp32", "sums": "*fp32"}
+                types |= dict.fromkeys(("g_stride", "x_stride", "z_stride"), "i32")
+                types |= dict.fromkeys(constexprs, "constexpr")
+                signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
+                label = f"{model}{dtype} groups of {group}"
+                specs.append(KernelSpec(kernel, signature, constexprs, num_warps, 3, label))
     return specs

@@ -115,15 +115,16 @@ def test_triton_is_the_reference(case, dtype, nan_filled_memory):
 
 
 @pytest.mark.parametrize(
-    ("config", "programs", "key_dim", "value_dim"), [(0, 1, 40, 70), (0, 512, 70, 8), (1, 512, 40, 20)]
+    ("config", "programs", "key_dim", "value_dim"), [(0, 1, 300, 140), (0, 512, 70, 8), (1, 512, 40, 70)]
 )
 def test_every_triton_config(config, programs, key_dim, value_dim, monkeypatch, nan_filled_memory):
     """Over several tiles that the dimensions do not fill, heads in turn in one program or split among several."""
     monkeypatch.setattr(decay_scan_triton, "PROGRAMS", programs)
     for name in ("decay_scan_fwd", "decay_scan_bwd"):
         real = getattr(decay_scan_triton, name)
-        monkeypatch.setattr(decay_scan_triton, name, functools.partial(real, config=decay_scan_triton.CONFIGS[config]))
-    assert len(decay_scan_triton.CONFIGS) == 2
+        monkeypatch.setattr(decay_scan_triton, name, functools.partial(real, config=config))
+    for table in ("STATE_CONFIGS", "OUTPUT_CONFIGS", "SCORE_CONFIGS", "KEY_CONFIGS"):
+        assert len(getattr(decay_scan_triton, table)) == 2
     case = (135, 1, 2, key_dim, value_dim, True, True, 1.0, True, [135, 130])
     check_op(on("triton"), decay_scan_reference, *arguments(case, torch.float32))
 

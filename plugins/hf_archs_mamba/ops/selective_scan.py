@@ -283,3 +283,6 @@ def cases(device, dtype, batch=2, length=20, channels=12, state=4):
     yield plain
     optional = {"D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
     yield plain | optional | some_boundaries(batch, length, device)
+
+
+MODEL_SIZES = {"channels": 80, "state": 16}
