@@ -9,6 +9,7 @@ import hf_archs.layers.attention
 import hf_archs.layers.memory_attention
 import hf_archs.layers.mlp
 import hf_archs.layers.side_by_side  # noqa: F401 - these register mixers and feed-forwards
+from hf_archs.cache import StateCache
 from hf_archs.errors import moved
 from hf_archs.model.adapters import add_adapter
 from hf_archs.model.sharding import fully_shard
@@ -32,6 +33,7 @@ __version__ = VERSION
 __all__ = [
     "ArchTrainer",
     "Architecture",
+    "StateCache",
     "add_adapter",
     "architectures",
     "callbacks",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_archs.cache import ArchDynamicCache, RecurrentCache, adopt
-from hf_archs.cache.call import NAME, NEW_NAME, OLD_NAME
+from hf_archs.cache.call import NAME, NEW_NAME, OLD_NAME, during
 from hf_archs.config.model import ArchConfig
 from hf_archs.kernels.numerics import below_autograd
 from hf_archs.layers.masks import read_documents, read_mask, read_pairs
@@ -133,6 +133,13 @@ def _also_without_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
         return outputs if kwargs.get("return_dict", self.config.return_dict) is not False else outputs.to_tuple()
 
     return wrapper
+
+
+@contextlib.contextmanager
+def _step() -> Iterator[None]:
+    """For the layers of a decode step."""
+    with below_autograd(), contextlib.nullcontext() if torch.compiler.is_compiling() else during(shared={}):
+        yield
 
 
 class ArchModel(ArchPreTrainedModel):
@@ -270,7 +277,7 @@ class ArchModel(ArchPreTrainedModel):
         # fewer layers than there are where transformers drafts with the first ones, for `assistant_early_exit`
         number = self.config.num_hidden_layers
         layers = self.layers if number == len(self.layers) else self.layers[:number]
-        with below_autograd() if length == 1 else contextlib.nullcontext():
+        with _step() if length == 1 else contextlib.nullcontext():
             for layer in layers:
                 hidden_states = layer(
                     hidden_states, layout, cache=states, output_attentions=output_attentions, count=count

@@ -1,7 +1,7 @@
-"""How far an op may be from its float64 reference, stated once.
+"""The tolerance of an op.
 
-The rule: the distance to the float64 reference is at most twice the distance that the reference itself has when it
-runs in the tested precision, for the outputs and for every gradient.
+Outputs and every gradient may be at most twice as far from the float64 reference as the reference itself is when it
+runs in the tested precision.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ Tensors = Mapping[str, torch.Tensor | None]
 
 
 def operators(run: Callable[[], Any]) -> list[str]:
-    """The names of the operators that compute something in ``run``, without gradients; views compute nothing."""
+    """The names of the operators that ``run`` calls without gradients, except views."""
     found: list[str] = []
 
     class Record(TorchDispatchMode):
@@ -29,7 +29,7 @@ def operators(run: Callable[[], Any]) -> list[str]:
 
 
 def relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """``max |a - b| / max |b|`` in float64; not-a-number anywhere counts as infinitely far."""
+    """``max |a - b| / max |b|`` in float64; infinite if ``a`` has a value that is not finite."""
     a, b = a.detach().double(), b.detach().double()
     if a.shape != b.shape:
         raise AssertionError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
@@ -43,7 +43,7 @@ def relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def outputs_and_gradients(
     op: Callable[..., Any], tensors: Tensors, options: Mapping[str, Any], cotangent_seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Run ``op(**tensors, **options)`` and differentiate it by every floating-point tensor.
+    """Run ``op(**tensors, **options)`` and differentiate it by every floating-point tensor; both by name.
 
     The loss is the inner product of all outputs with fixed random cotangents, the same for every precision.
     """
@@ -68,16 +68,16 @@ def outputs_and_gradients(
 def check_op(
     op: Callable[..., Any], reference: Callable[..., Any], tensors: Tensors, options: Mapping[str, Any] | None = None
 ) -> None:
-    """Hold ``op`` against ``reference`` in float64, outputs and every gradient, by the rule of this module.
+    """Compare outputs and every gradient of ``op`` with the float64 ``reference``, by this module's tolerance.
 
     Args:
         op: the implementation under test, with the reference's signature.
-        reference: the oracle; it must run in whatever precision its inputs have, float64 included.
+        reference: the oracle; it must run in the precision of its inputs, float64 included.
         tensors: the tensor arguments by name, in the precision under test.
-        options: every other argument.
+        options: all other arguments.
 
     Raises:
-        AssertionError: naming what is too far off, and by how much.
+        AssertionError: naming the outputs and gradients that are too far off, and their distances.
     """
     options = options or {}
     wide = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
@@ -89,7 +89,7 @@ def check_op(
         if tested[name].dtype != plain[name].dtype:
             misses.append(f"{name}: dtype {tested[name].dtype}, expected {plain[name].dtype}")
         got, allowed = relative_distance(tested[name], truth), 2 * relative_distance(plain[name], truth)
-        # a lucky plain run can be nearly exact: sums of a few hundred float32 terms in another order
+        # a plain run can be nearly exact by luck: sums of a few hundred float32 terms in another order
         allowed = max(allowed, 8 * torch.finfo(torch.promote_types(tested[name].dtype, torch.float32)).eps)
         if not got <= allowed:
             misses.append(f"{name}: {got:.2e} from the float64 reference, allowed {allowed:.2e}")

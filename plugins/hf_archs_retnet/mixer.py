@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from hf_archs.cache import Slot, States
-from hf_archs.kernels.numerics import wide
 from hf_archs_retnet.configuration import RetNetMixerConfig
 from hf_archs_retnet.ops.norm_gate import norm_gate
 from hf_archs_retnet.ops.retention import multi_scale_log_decay, retention
@@ -35,10 +34,7 @@ class GatedHeadRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """``(b, l, h, p)`` and a gate ``(b, l, h * p)`` to the shape of the gate."""
-        if self.centred:
-            hidden_states = wide(hidden_states)
-            hidden_states = hidden_states - hidden_states.mean(-1, keepdim=True)
-        return norm_gate(hidden_states, gate, self.weight, eps=self.eps, gate_fn=self.gate_fn)
+        return norm_gate(hidden_states, gate, self.weight, eps=self.eps, gate_fn=self.gate_fn, centred=self.centred)
 
     def extra_repr(self) -> str:
         """Channels and options, as `print` shows them."""

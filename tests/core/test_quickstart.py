@@ -411,7 +411,7 @@ def test_the_command_shows_that_it_imports(monkeypatch):
     """And its threads do not spin for long: beside other work that costs ten times the time."""
     monkeypatch.setenv("GOMP_SPINCOUNT", "")
     monkeypatch.delenv("GOMP_SPINCOUNT")
-    monkeypatch.setattr(cli, "_only_ours", lambda: None)
+    monkeypatch.setattr(cli, "_silence_libraries", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.delenv("OMP_NUM_THREADS")
     result = CliRunner().invoke(cli.app, ["quickstart", "--task", "proteins", "--size", "tiny"])

@@ -1,4 +1,4 @@
-"""The selective scan: reference, portable form, Triton kernels, and the op as PyTorch's op library sees it."""
+"""The selective scan: reference, portable form, Triton kernels, and the op in PyTorch's op library."""
 
 import pytest
 import torch
