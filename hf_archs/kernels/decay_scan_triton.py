@@ -4,7 +4,7 @@ The sequence is cut into chunks of 128 tokens. Three kernels make the forward: w
 chunks at once; the states passed on from chunk to chunk, the only sequential part, elementwise; and the outputs, again
 all chunks at once. The backward does the same in the other direction.
 
-Why it should be fast: nearly all the work is matrix products of tiles of at most 64 by 64, whatever the key and value
+Why it should be fast: nearly all the work is matrix products of tiles of at most 64 by 256, whatever the key and value
 dimensions, so no accumulator outgrows the registers (`aot_specs` shows it). The states between chunks are what costs
 memory traffic: of 128 by 64, they are 256 bytes a token and head each time they are read or written, where chunks of 64
 tokens would take twice as much, and within a chunk of 128 the pairs of tokens are still less work than the states.
@@ -888,8 +888,8 @@ def aot_specs() -> list[KernelSpec]:
     specs = []
     for name, dtype, n, p, heads, model in (
         ("Mamba-2 2.7B", "bf16", 128, 64, "i32:16", {"documents": None}),
-        ("RetNet 6.7B, packed", "bf16", 256, 512, "i32:16", constant),
-        ("Mamba2-130m, packed", "fp32", 128, 64, "i32", {}),
+        ("RetNet 6.7B", "bf16", 256, 512, "i32:16", constant),
+        ("Mamba2-130m", "fp32", 128, 64, "i32", {}),
         ("RetNet 6.7B", "fp32", 256, 512, "i32:16", constant | {"documents": None}),
     ):
         place = 0 if dtype == "bf16" else 1
@@ -908,7 +908,7 @@ def aot_specs() -> list[KernelSpec]:
             (_grad_keys_kernel, "", over_keys | of_k),
             (_grad_keys_kernel, ", of q", over_keys | of_q),
         ]
-        if name != "RetNet 6.7B":
+        if (name, dtype) != ("RetNet 6.7B", "fp32"):
             kernels += [
                 (_decay_sums_kernel, "", tokens),
                 (_chunk_states_kernel, "", over_states | of_k),
@@ -922,8 +922,9 @@ def aot_specs() -> list[KernelSpec]:
         for kernel, more, known in kernels:
             signature = {argument: _kind(argument, known, dtype, heads) for argument in kernel.arg_names}
             constexprs = {argument: known[argument] for argument in signature if argument in known}
-            label = f"{name}, {dtype}, keys {n}, values {p}{more}"
-            specs.append(KernelSpec(kernel, signature, constexprs, known["num_warps"], known["num_stages"], label))
+            label = f"{dtype}, keys {n}, values {p}{'' if 'documents' in model else ', packed'}{more}"
+            config = known["num_warps"], known["num_stages"]
+            specs.append(KernelSpec(kernel, signature, constexprs, *config, label, name))
     return specs
 
 
