@@ -25,7 +25,7 @@ class _Call(threading.local):
         show: receives the attention weights (b, h, l, columns) and returns weights to use; None if none are recorded.
         generating: whether `generate` is running, during which the weights do not change.
         card: the user's own model card in the folder being saved, while the model is pushed from there.
-        shared: values that the layers of a decode step share, by their keys; None outside a decode step.
+        shared: values of `once` by key, during a forward of one token; None otherwise.
         reading: the `hf_archs.native.reading.Reading` of a running ``from_pretrained``, which checks the checkpoint.
     """
 
@@ -55,7 +55,7 @@ def during(**values: Any) -> Iterator[None]:
 
 
 def once(key: Any, compute: Callable[[], Any]) -> Any:
-    """A value that is the same in every layer: computed by the first layer of a decode step, and else by each layer."""
+    """A value that all layers share: in a forward of one token the first layer computes it, otherwise every layer."""
     shared = call.shared
     if shared is None:
         return compute()

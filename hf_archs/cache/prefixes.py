@@ -1,4 +1,4 @@
-"""States of prompts by their tokens, so that a prompt with a known beginning is read from its end on."""
+"""A prefix cache: prompts that share a prefix with earlier prompts start from stored states."""
 
 import threading
 from array import array
@@ -14,14 +14,17 @@ from hf_archs.cache.stored import backbone_of
 
 
 class StateCache:
-    """A prefix cache: the states of one model after the prompts that it has read; the least recently used go first.
+    """A prefix cache: the states of one model after earlier prompts, least recently used first out. Thread-safe.
 
-    A recurrent state belongs to one position and cannot be cut, so states are kept after each prompt and where two
-    prompts part, such as at the end of a common system prompt. Threads may share it.
+    A recurrent state belongs to one position and cannot be cut. States are therefore kept after each prompt and at the
+    end of a prefix that two prompts share, such as a system prompt.
 
     Args:
-        model: computes the states. After its weights change, `clear` is needed.
-        max_bytes: the size of all kept states together.
+        model: the model that computes the states. Call `clear` after a change of its weights.
+        max_bytes: upper limit of the bytes of all kept states.
+
+    Raises:
+        ValueError: for a negative ``max_bytes``.
     """
 
     def __init__(self, model: nn.Module, max_bytes: int):
@@ -32,10 +35,12 @@ class StateCache:
         self._lock = threading.Lock()
 
     def read(self, input_ids: torch.Tensor) -> ArchDynamicCache:
-        """A cache after all tokens of a prompt but the last, which `generate` reads. Only unknown tokens are read.
+        """A cache of all tokens of a prompt except the last, which is left to `generate`.
+
+        The model reads only the tokens after the longest stored prefix.
 
         Args:
-            input_ids: (1, l), no padding.
+            input_ids: (1, l), without padding.
 
         Raises:
             ValueError: for another shape.
@@ -63,7 +68,7 @@ class StateCache:
         """Keep a copy of the states in ``cache``, which has read ``input_ids``, (1, l).
 
         Raises:
-            ValueError: where it has read another number of tokens.
+            ValueError: if it has read another number of tokens.
         """
         if input_ids.shape != (1, cache.get_seq_length()):
             raise ValueError(
@@ -85,17 +90,17 @@ class StateCache:
         return len(self._kept)
 
     def clear(self) -> None:
-        """Forget all states."""
+        """Drop all kept states."""
         with self._lock:
             self._kept.clear()
 
 
 def _key(input_ids: torch.Tensor) -> bytes:
-    """Eight bytes a token, so that a prefix of tokens is a prefix of bytes."""
+    """The tokens as eight bytes each, so that a prefix of tokens is a prefix of bytes."""
     return array("q", input_ids[0].tolist()).tobytes()
 
 
 def _common(a: bytes, b: bytes) -> int:
-    """The number of tokens that two keys begin with."""
+    """Length of the common prefix of two keys, in tokens."""
     one, two = (torch.frombuffer(bytearray(key[: min(len(a), len(b))]), dtype=torch.long) for key in (a, b))
     return int((one == two).long().cumprod(0).sum())

@@ -179,12 +179,12 @@ class RecurrentCache(Cache):
             places[key].store(states[key].clone())  # the caller may load them again
 
     def save(self, path: str | os.PathLike, model: nn.Module) -> None:
-        """Write the states into a safetensors file, with fingerprints of ``model``, which computed them.
+        """Write the states to a safetensors file, with the config and a fingerprint of ``model``, which computed them.
 
-        The file appears whole or not at all.
+        The file is written completely or not at all.
 
         Raises:
-            ValueError: where the cache is empty, or ``model`` is no model of transformers.
+            ValueError: if the cache is empty, or ``model`` is no model of transformers.
         """
         stored.save(self, path, model)
 
@@ -192,33 +192,31 @@ class RecurrentCache(Cache):
     def load(
         cls, path: str | os.PathLike, model: nn.Module, *arguments: Any, filename: str = stored.FILE, **download: Any
     ) -> Self:
-        """A cache with the states that `save` or `push_to_hub` stored, to continue with ``model``.
-
-        The states get the dtypes and devices of ``model``, which may be in another precision.
+        """A cache with the states from `save` or `push_to_hub`, in the dtypes and on the devices of ``model``.
 
         Args:
             path: a file, or a repository on the Hub.
-            model: has the weights, adapters included, that computed the states.
-            arguments: of the class after its config: ``max_cache_len`` of a static cache.
+            model: a model with the weights, including adapters, that computed the states; its precision may differ.
+            arguments: further arguments of the class: ``max_cache_len`` of a static cache.
             filename: the file in the repository.
             download: arguments of transformers' ``cached_file``: ``revision``, ``token``, ...
 
         Raises:
-            OSError: where there is no such file.
-            ValueError: where the file holds no cache, is damaged, or is of another version or model.
+            OSError: if there is no such file.
+            ValueError: for a damaged file, another format or version, or another model.
         """
         cache = cls(stored.backbone_of(model).config, *arguments)
         stored.load(cache, stored.find(path, filename, **download), model)
         return cache
 
     def push_to_hub(self, repo_id: str, model: nn.Module, filename: str = stored.FILE, **upload: Any) -> Any:
-        """`save` into a repository on the Hub, which is made where it is missing.
+        """`save` to a repository on the Hub, which is created if missing.
 
         Args:
             upload: ``token`` and ``private``, and arguments of ``HfApi.upload_file``: ``commit_message``, ...
 
         Returns:
-            the ``CommitInfo``.
+            The ``CommitInfo``.
         """
         return stored.push(self, repo_id, model, filename, **upload)
 

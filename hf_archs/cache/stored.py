@@ -1,4 +1,4 @@
-"""A cache as a file: its states in safetensors, with fingerprints of the config and the weights that computed them."""
+"""A cache as a safetensors file: its states, and the config and a fingerprint of the weights that computed them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 FORMAT, FORMAT_VERSION = "hf_archs.cache", "1"
 FILE = "state.safetensors"  # in a repository on the Hub
-# config fields of ours that change no state
+# fields of this library's configs that change no state
 _IDLE = {"use_cache", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"}
 
 
 def backbone_of(model: nn.Module) -> Any:
-    """The model below the head and below the wrapper of an adapter: the part that computes states.
+    """The backbone in a model with a head, and in an adapter's wrapper: the part that computes states.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if there is none.
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.base_model is module:
@@ -43,9 +43,10 @@ def backbone_of(model: nn.Module) -> Any:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names and bf16-rounded values of all that computes states, adapters included.
+    """SHA-256 of names and values, rounded to bf16, of all parameters that compute states, including adapters.
 
-    Float32 and bf16 copies of one model have one fingerprint. A head is left out, since states do not depend on it.
+    A float32 and a bf16 copy of one model have the same fingerprint. States do not depend on the head, which is left
+    out.
     """
     digest = hashlib.sha256()
     backbone = backbone_of(model)
@@ -67,11 +68,7 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def save(cache: RecurrentCache, path: str | os.PathLike, model: nn.Module) -> None:
-    """Write the states of ``cache``; ``model`` computed them. The file appears whole or not at all.
-
-    Raises:
-        ValueError: where the cache is empty.
-    """
+    """Write the states of ``cache``, which ``model`` computed, to a file; see `RecurrentCache.save`."""
     if cache.is_empty:
         raise ValueError("the cache is empty; allowed is one that has read a token")
     path = Path(path).expanduser()
@@ -83,16 +80,16 @@ def save(cache: RecurrentCache, path: str | os.PathLike, model: nn.Module) -> No
 
 
 def load(cache: RecurrentCache, path: str | os.PathLike, model: nn.Module) -> None:
-    """Read the states that `save` wrote into ``cache``, in the dtypes and on the devices of ``model``.
+    """Read a file of `save` into ``cache``, in the dtypes and on the devices of ``model``.
 
     Raises:
-        ValueError: where the file is none of `save`'s, of another version, damaged, or of another model. It names the
-            config field that differs, or says that the weights do.
+        ValueError: for a damaged file, another format or version, or another model; it names the config field that
+            differs, or the weights.
     """
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); allowed is a saved cache") from error
     if about.get("format") != FORMAT:
@@ -124,16 +121,16 @@ def load(cache: RecurrentCache, path: str | os.PathLike, model: nn.Module) -> No
 
 
 def find(path: str | os.PathLike, filename: str = FILE, **options: Any) -> str:
-    """The local path of a saved cache: ``path`` itself where it is a file, else ``filename`` of a repository."""
+    """The local path of a saved cache: ``path`` itself if it is a file, else ``filename`` of that repository."""
     if Path(path).expanduser().is_file():
         return str(Path(path).expanduser())
     found = cached_file(str(path), filename, **options)
-    assert found is not None  # a missing file is an error there
+    assert found is not None  # `cached_file` raises for a missing file
     return found
 
 
 def push(cache: RecurrentCache, repo_id: str, model: nn.Module, filename: str = FILE, **options: Any) -> Any:
-    """Upload the cache as ``filename`` of a repository, which is made where it is missing; gives the commit."""
+    """Upload the cache as ``filename`` of a repository, created if missing; returns the commit."""
     api = HfApi(token=options.pop("token", None))
     api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

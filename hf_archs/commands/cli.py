@@ -1,7 +1,7 @@
 """The command line, ``hf-archs``: a thin layer over the library. Wrong input ends with one sentence and status 2.
 
-The library is imported inside the commands only, because importing torch takes seconds: ``hf_archs_main`` runs this
-file outside its package, and so answers help, the version and mistyped options at once.
+Importing torch takes seconds, so the library is imported inside the commands only. The program (``hf_archs_main``)
+loads this file without its package, which imports torch: help and mistyped options are answered at once.
 """
 
 import json
@@ -27,7 +27,7 @@ console = Console()
 
 
 class _Command(TyperCommand):
-    """Prepares the process, which imports torch, only after the arguments are found to be valid."""
+    """Checks the arguments first, and then prepares the process, since the preparation imports torch."""
 
     def invoke(self, ctx: Any) -> Any:
         if not os.environ.get("HF_ARCHS_DEBUG"):
@@ -37,7 +37,7 @@ class _Command(TyperCommand):
 
 
 class _ShownCommand(_Command):
-    """Shows a progress line during imports: `hf_archs.commands.progress`, loaded outside its package."""
+    """Shows a progress line during imports, with `progress.py`, which is loaded on its own like this file."""
 
     def invoke(self, ctx: Any) -> Any:
         import importlib.util
@@ -47,8 +47,8 @@ class _ShownCommand(_Command):
         assert spec.loader is not None
         progress = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(progress)
-        # Waiting threads that spin take the cores from other processes, and then wait for these: ten times slower.
-        # Threads that sleep at once are twice as slow on an idle machine. Hence a third of the default spin count.
+        # A third of OpenMP's default: with it, training beside other processes is ten times slower, because waiting
+        # threads hold the cores; without spinning, training on an idle machine is half as fast.
         os.environ.setdefault("GOMP_SPINCOUNT", "100000")
         if ctx.params.get("size") == "tiny":
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # operators of tiny models gain nothing from a second thread
@@ -155,7 +155,8 @@ def init(
     fields = _overrides(assign)
     chosen = None if tokenizer is None else loading.load_tokenizer(tokenizer)
     if chosen is not None:
-        fields.setdefault("vocab_size", len(chosen))
+        special = {f"{name}_token_id": getattr(chosen, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        fields = {"vocab_size": len(chosen), **special, **fields}
     config = loading.sized_config(architecture, size, fields)
     parameters = loading.check_memory(config)
     _check_free(output, overwrite)
@@ -222,19 +223,13 @@ def generate(
     import torch
     from transformers import TextStreamer, set_seed
 
-    from hf_archs.commands.loading import load_adapter, load_model, load_tokenizer, look_at
+    from hf_archs.commands.loading import load_ready
     from hf_archs.data import text
 
-    checkpoint = look_at(model)
-    loaded: Any = load_model(checkpoint)
-    encoder: Any = load_tokenizer(checkpoint, tokenizer, loaded.config)
-    if adapter is not None:
-        loaded = load_adapter(loaded, adapter)
-    if torch.accelerator.is_available():
-        loaded.to(torch.accelerator.current_accelerator())
+    loaded, encoder = load_ready(model, adapter, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     set_seed(seed)
-    loaded.eval().generate(
+    loaded.generate(
         torch.tensor([[text.start_token(encoder), *text.encode(encoder, prompt)]], device=loaded.device),
         max_new_tokens=max_new_tokens,
         pad_token_id=encoder.pad_token_id,
@@ -306,6 +301,21 @@ def describe(
 
 
 @app.command(cls=_Command)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
+    data: Annotated[list[str], typer.Option(help="Text file, folder or dataset name; may be repeated.")],
+    adapter: Annotated[str | None, typer.Option(help="Folder or repository of a PEFT adapter.")] = None,
+    tokenizer: OtherTokenizer = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens in one forward; the figures do not depend on it.")] = 512,
+) -> None:
+    """Measure the loss of a model on text. Every document is read whole: the state is carried from chunk to chunk."""
+    from hf_archs.commands import tables
+    from hf_archs.commands.evaluate import losses
+
+    tables.show(losses(model, data, adapter, tokenizer, chunk), console)
+
+
+@app.command(cls=_Command)
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository of a model with experts.")],
     data: Annotated[str, typer.Option(help="Text file, folder or dataset name.")],
@@ -317,19 +327,16 @@ def inspect(
     from hf_archs import errors
     from hf_archs.commands import tables
     from hf_archs.commands.inspect import draw, router_figures
-    from hf_archs.commands.loading import load_model, load_tokenizer, look_at
+    from hf_archs.commands.loading import load_ready
     from hf_archs.data import text
 
     if picture is not None:
         errors.needs("matplotlib", "--picture", "plot")
-    checkpoint = look_at(model)
-    loaded: Any = load_model(checkpoint)
-    encoder = load_tokenizer(checkpoint, tokenizer, loaded.config)
+    loaded, encoder = load_ready(model, tokenizer=tokenizer)
     length = min(512, tokens)
     rows = text.token_blocks(encoder, text.read_corpus(data).values(), length).with_format("torch")
-    figures = router_figures(
-        loaded.eval(), (rows[i]["input_ids"][None] for i in range(min(len(rows), tokens // length)))
-    )
+    blocks = (rows[i]["input_ids"][None].to(loaded.device) for i in range(min(len(rows), tokens // length)))
+    figures = router_figures(loaded, blocks)
     table = Table("layer", "busiest expert", "its load / mean load", "entropy", "dropped")
     for layer, found in figures.items():
         numbers = f"{found['max_load']:.2f}", f"{found['entropy']:.3f}", f"{found['drop_rate']:.1%}"
@@ -413,7 +420,7 @@ def _silence_libraries() -> None:
 
 
 def _use_all_cores() -> None:
-    """Use one thread per core: on some virtual machines torch takes two cores for one and starts one thread."""
+    """Start one thread per physical core; torch's own number is too low on virtual machines that it misreads."""
     import psutil
     import torch
 

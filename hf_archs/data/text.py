@@ -12,6 +12,7 @@ import math
 import sysconfig
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,25 @@ Corpus = dict[str, str]
 Progress = Callable[[int, int], object]  # called with (done, total)
 
 END_OF_TEXT = "<|endoftext|>"  # begins every document, and so ends the one before
-SMALLEST_VOCABULARY = 257  # every byte, and the end of text
+PAD = "<|pad|>"  # not the end of text: labels of pads are masked, and a model must learn where its answer ends
+ROLES = ("system", "user", "assistant")  # of messages; each begins with a token of its own, <|user|>
+SPECIAL_TOKENS = (END_OF_TEXT, PAD, *(f"<|{role}|>" for role in ROLES))
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte
+# no character between a special token and a message: it could merge with the message's first one
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message.role not in ("system", "user", "assistant") -%}
+{{- raise_exception("role is " ~ message.role ~ "; allowed are system, user and assistant") -}}
+{%- endif -%}
+{{- "<|" ~ message.role ~ "|>" -}}
+{%- if message.role == "assistant" -%}
+{%- generation -%}{{- message.content ~ eos_token -}}{%- endgeneration -%}
+{%- else -%}
+{{- message.content -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|assistant|>" -}}{%- endif -%}"""
 PIECE = 8192  # characters of a piece of a single file
 # files of rows with a text column, which are not supported yet
 ROWS = frozenset([".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow"])
@@ -74,13 +93,18 @@ OURS: dict[str, Callable[[], Corpus]] = {"stdlib": standard_library, "topics": p
 
 
 def read_corpus(data: str) -> Corpus:
+    """`read_documents`, a single document cut into pieces, so that some can be held out."""
+    corpus = read_documents(data)
+    return _pieces(*corpus.popitem()) if len(corpus) == 1 else corpus
+
+
+def read_documents(data: str) -> Corpus:
     """Read the documents of a data source.
 
     Args:
         data: ``stdlib`` (`standard_library`), ``topics`` (`python_topics`), the path of a UTF-8 text file, the path of
             a folder of text files, or the name of a dataset with a ``text`` column, ``owner/name`` or
-            ``owner/name:config``, of which the ``train`` split is read. A single document is cut into pieces, so that
-            some can be held out.
+            ``owner/name:config``, of which the ``train`` split is read.
 
     Raises:
         FileNotFoundError: if a path does not exist.
@@ -107,7 +131,7 @@ def read_corpus(data: str) -> Corpus:
     corpus = {name: text for name, text in corpus.items() if text}
     if not corpus:
         raise ValueError(f"data is {data!r}, which holds no text; allowed is UTF-8 text")
-    return _pieces(*corpus.popitem()) if len(corpus) == 1 else corpus
+    return corpus
 
 
 def _refuse_rows(data: str, path: Path) -> None:
@@ -188,20 +212,23 @@ def sample(corpus: Mapping[str, str], size: int, longest: int = 4 * PIECE) -> Co
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a BPE tokenizer (Sennrich et al. 2016) on bytes, as in GPT-2, which can encode any text.
 
-    Its only special token, with id 0, is the bos, eos and pad token. Calling the tokenizer puts it before the text, so
-    that a prompt begins like a document of `token_blocks`.
+    ``<|endoftext|>``, with id 0, is the bos and eos token, and ``<|pad|>`` the pad token. Calling the tokenizer puts
+    the bos token before the text, so that a prompt begins like a document of `token_blocks`; the chat template puts it
+    before a conversation, and the eos token after each answer.
 
     Raises:
         ValueError: if ``vocab_size`` has no room for all bytes.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(f"vocab_size is {vocab_size}; allowed are {SMALLEST_VOCABULARY} (every byte) or more")
+        raise ValueError(
+            f"vocab_size is {vocab_size}; allowed are {SMALLEST_VOCABULARY} (every byte, and special tokens) or more"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[*SPECIAL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -212,7 +239,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        additional_special_tokens=[*SPECIAL_TOKENS[2:]],
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -260,8 +292,37 @@ def _batches(rows: Iterable[list[int]], size: int) -> Iterator[list[list[int]]]:
         yield batch
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The total loss of a text, in nats, and its sizes."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Per token: it compares models of one tokenizer only."""
+        return math.exp(min(self.loss, 700.0))  # e to the 710 is no float
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte of UTF-8, which compares all models."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def bits_per_byte(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], **options: Any) -> float:
+    """The total loss of a causal language model in bits, divided by the bytes of UTF-8; see `measure`."""
+    return measure(model, tokenizer, texts, **options).bits_per_byte
+
+
 @torch.no_grad()
-def bits_per_byte(
+def measure(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
@@ -269,8 +330,8 @@ def bits_per_byte(
     batch_size: int = 8,
     chunk: int = 512,
     progress: Progress | None = None,
-) -> float:
-    """The total loss of a causal language model in bits, divided by the bytes of UTF-8.
+) -> Measured:
+    """The total loss of a causal language model on texts.
 
     Each text is read from an empty context, after a start token, so its first token counts too. Long texts are read in
     chunks with a cache: the context of a token is all the text before it.
@@ -316,4 +377,4 @@ def bits_per_byte(
             if progress is not None:
                 progress(measured, total)
     model.train(was_training)
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    return Measured(nats, measured, sum(len(text.encode()) for text in texts))

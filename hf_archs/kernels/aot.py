@@ -45,8 +45,8 @@ class KernelSpec:
             stride of 1 are among them.
         num_warps: warps in a program.
         num_stages: stages of the software pipeline.
-        label: sets this entry apart from the kernel's others.
-        shape: the published model that launches the kernel so ("" for a config that no model of those has).
+        label: sets this entry apart from the kernel's others, and begins with the published model whose shape it is,
+            where it is one's.
     """
 
     kernel: JITFunction
@@ -55,7 +55,6 @@ class KernelSpec:
     num_warps: int
     num_stages: int
     label: str = ""
-    shape: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,8 @@ def check(
     """Compile every kernel and config of ``modules`` (default: `kernel_modules`) for every one of ``targets``.
 
     Returns:
-        ``{"kernels": [...], "errors": [...]}``. A kernel has ``module, kernel, label, shape, num_warps, num_stages,
-        signature, constexprs`` and ``targets``, which maps a target's name to the figures of
+        ``{"kernels": [...], "errors": [...]}``. A kernel has ``module, kernel, label, num_warps, num_stages, signature,
+        constexprs`` and ``targets``, which maps a target's name to the figures of
         `hf_archs.kernels.machine_code`: ``registers``, ``spills``, ``shared``, and for those that are ``counted``
         ``instructions``, ``loops``, ``tensor``, ``loads`` and ``stores``. An error is a sentence: a kernel in the
         source that no entry of ``aot_specs()`` covers, two entries of one kernel with one label, a kernel that does not
@@ -203,7 +202,6 @@ def check(
                     "module": module,
                     "kernel": spec.kernel.__name__,
                     "label": spec.label,
-                    "shape": spec.shape,
                     "num_warps": spec.num_warps,
                     "num_stages": spec.num_stages,
                     "signature": spec.signature,

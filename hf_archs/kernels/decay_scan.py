@@ -230,3 +230,12 @@ def cases(device, dtype, batch=2, length=70, groups=2, heads=4, key_dim=8, value
     boundaries = some_boundaries(batch, length, device)
     optional = {"scale": scale, "skip": torch.randn(heads, device=device, dtype=wide), "initial_state": state}
     yield {"q": q, "k": k, "v": v, "log_decay": -decays, **optional, **boundaries}
+
+
+MODEL_SIZES = {
+    "batch": 1,
+    "groups": 1,
+    "heads": 2,
+    "key_dim": 256,
+    "value_dim": 512,
+}  # the largest heads that must be fast

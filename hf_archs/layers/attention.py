@@ -54,7 +54,7 @@ class Attention(nn.Module):
         self.config = config
         size, heads, groups = config.head_size, config.num_heads, config.key_value_heads
         self.num_key_value_groups = heads // groups
-        # reading a field of a model's config takes as long as a small operator
+        # copies, since reading a field of a model's config takes as long as a small operator
         self.head_size, self.qk_norm, self.clip = size, config.qk_norm, config.clip_qkv
         self.rotation = None if config.rope_theta is None else (config.rotary_size, config.rope_theta)
         self.scaling = size**-0.5 if config.attention_scale is None else config.attention_scale
@@ -128,7 +128,7 @@ class Attention(nn.Module):
     def _masked(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Attention by a bool or float mask, (b, l, h * n); the output of a query that sees nothing is 0."""
         blind, is_bool = sees_nothing(seen), seen.dtype == torch.bool
-        seen = seen.masked_fill(blind, True if is_bool else 0.0)  # a blind query sees all: its softmax would be NaN
+        seen = seen.masked_fill(blind, True if is_bool else 0.0)  # it may see all: its softmax would be NaN
         seen = seen if is_bool else cast(seen, q.dtype)
         return self._interface(q, k, v, seen).masked_fill(blind.transpose(1, 2), 0).flatten(2)
 
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         return cast(q, dtype), cast(k, dtype), v
 
     def _angles(self, length: int, start: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `rotary`."""
+        """Cosine and sine for these tokens, see `rotary`."""
         assert self.rotation is not None
         given = None if call.pairs is None else call.pairs.positions
         return rotary(
@@ -192,7 +192,7 @@ class Attention(nn.Module):
         return []
 
     def _attend(self, q: torch.Tensor, columns: Columns) -> torch.Tensor:
-        """(b, h, l, n) to (b, l, h * n), limited by windows and documents, or after a cache."""
+        """Attention within windows and documents, and to a state: (b, h, l, n) to (b, l, h * n)."""
         if columns.length == 1 and self.reach is None:  # a decode step, without the overhead of blocks
             seen = once(
                 ("seen", columns.past, q.device),
@@ -273,7 +273,7 @@ class Attention(nn.Module):
     def _interface(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, extra: int = 0
     ) -> torch.Tensor:
-        """Attention as the model's config names it, (b, h, l, n) to (b, l, h, n); ``extra`` counts extra columns."""
+        """Call the attention of the model's config, (b, h, l, n) to (b, l, h, n), with ``extra`` extra columns."""
         # torch.func and forward-mode differentiation transform eager attention only
         named = "eager" if is_transformed() else self.config._attn_implementation or "sdpa"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(named, eager_attention)
@@ -317,7 +317,7 @@ class Attention(nn.Module):
         return after
 
     def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor | int) -> States:
-        """States of subclasses, from the start of the last document and the end of each row, (b or 1, 1)."""
+        """States of subclasses, from the last document's start and the end of each row, (b or 1, 1) each."""
         return {}
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:

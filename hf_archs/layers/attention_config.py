@@ -135,11 +135,10 @@ def attention_state(config: AttentionConfig) -> dict[str, StateSpec]:
 def sliding_attention_state(config: SlidingAttentionConfig) -> dict[str, StateSpec]:
     """As `attention_state`, for the tokens of the window, and keys and values of the global tokens."""
     shape = (config.key_value_heads, config.head_size)
-    sizes = {"": config.reach - 1, "global_": config.global_tokens}
+    sizes = {"": config.reach - 1} | ({"global_": config.global_tokens} if config.global_tokens else {})
     kept = {
         f"{part}{name}": StateSpec("recurrent", (*shape, size))
         for part, size in sizes.items()
         for name in ("key", "value")
-        if part != "global_" or size
     }
     return {**kept, "position": StateSpec("conv", (1,), torch.int64)}

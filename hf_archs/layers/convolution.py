@@ -25,7 +25,7 @@ class CausalConv1d(nn.Module):
     def __init__(self, channels: int, kernel_size: int, bias: bool, activation: str | None = "silu"):
         super().__init__()
         self.activation = activation
-        # the shape in checkpoints, that of nn.Conv1d
+        # the shape of nn.Conv1d's weight, as in checkpoints
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 

@@ -78,8 +78,8 @@ def read_mask(attention_mask: Any, batch: int, length: int, cache: RecurrentCach
         cache: as before this forward; its last document continues with the first token.
 
     Raises:
-        ValueError: for any other mask, naming the shape or the value; and if the first token has a number above 1 that
-            is not that of the cache's last document.
+        ValueError: for any other mask, naming the shape or the value; and if the first token begins a new document
+            after a cache.
     """
     if isinstance(attention_mask, dict):
         kinds = ("linear_attention", "full_attention", "sliding_attention")
@@ -236,7 +236,7 @@ def read_documents(
         seq_idx: (b, l), the numbers themselves.
         cu_seq_lens: (documents + 1,), the boundaries in a single packed row.
         numbers: (b, l), the numbers of an attention mask.
-        position_ids: (b, l) or (1, l); a document begins where they do not increase by 1.
+        position_ids: (b, l) or (1, l); a document begins at every position that is not its predecessor plus 1.
         inputs_embeds: (b, l, d), for the shape and the device.
 
     Raises:

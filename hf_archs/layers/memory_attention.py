@@ -56,8 +56,9 @@ class MemoryConfig(SlidingAttentionConfig):
 
     @property
     def reach(self) -> int:
-        """The largest number of direct columns that a query sees: the window, and before it the tokens of an incomplete
-        block, or those that can be retrieved.
+        """The largest number of direct columns that a query sees.
+
+        Before the window these are the tokens of an incomplete block, or those that can be retrieved.
         """
         more = self.memory_slots if self.memory_type == "retrieval" else self.compression_rate - 1
         return self.window + more
@@ -73,13 +74,13 @@ def memory_state(config: MemoryConfig) -> dict[str, StateSpec]:
 
 
 class Memory(NamedTuple):
-    """The compressed blocks of the state, then those of these columns, ordered by their ends."""
+    """The compressed blocks of the state, then the new ones, ordered by their ends."""
 
     k: torch.Tensor  # (b, k, blocks, n)
     v: torch.Tensor
     start: torch.Tensor  # coordinates of the blocks' first tokens, (b or 1, blocks)
     held: int  # number of blocks of the state
-    ends: torch.Tensor  # number of other blocks that end before each coordinate -p to l, (b or 1, p + l + 1)
+    ends: torch.Tensor  # number of new blocks that end before each coordinate -p to l, (b or 1, p + l + 1)
 
 
 class NewBlock(NamedTuple):
@@ -167,7 +168,7 @@ class CompressiveMemory(nn.Module):
         return k, v
 
     def before(self, columns: Columns, coordinate: torch.Tensor) -> torch.Tensor:
-        """Number of blocks of the memory that end before each coordinate; coordinates are those of `lowest`."""
+        """Number of blocks of the memory that end before each coordinate from `lowest`."""
         memory = columns.memory
         index = (coordinate + columns.past).clamp(0, memory.ends.shape[1] - 1)
         ends = memory.ends.expand(index.shape[0], -1).gather(1, index.flatten(1))
@@ -241,7 +242,7 @@ class RetrievalMemory(nn.Module):
         groups = q.shape[1] // k.shape[1]
         with no_autocast(q):
             k, v = (wide(t).repeat_interleave(groups, 1) for t in (k, v))
-            # finite, since softmax gives NaN for a query with an empty memory otherwise
+            # finite: the softmax of a query with an empty memory would be NaN
             scores = (wide(q) @ k.mT * scaling).masked_fill(~mask, torch.finfo(k.dtype).min)
             count = min(self.config.retrieved_keys, scores.shape[3])
             nearest = mask & (scores >= scores.detach().topk(count).values[..., -1:])

@@ -6,9 +6,8 @@ neighbouring runs. A slow machine fails nothing; the numbers go into a JSON file
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -244,14 +243,20 @@ def op_measures(
     yield Measure(f"{name}, forward and backward", peer, *both, bytes_moved=3 * moved)
 
 
-def randn(device: torch.device) -> Callable[..., torch.Tensor]:
-    """`torch.randn` in the precision of op measures: bfloat16 on a GPU, float32 on a CPU."""
-    return partial(torch.randn, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
 def sized(
-    name: str, inputs: Callable[..., dict[str, torch.Tensor]], shapes: Iterable[tuple[int, ...]], device: torch.device
+    name: str,
+    cases: Callable[..., Iterator[dict[str, Any]]],
+    arguments: Sequence[str],
+    shapes: Iterable[dict[str, int]],
+    device: torch.device,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """For each shape, a label of the op and its tensors ``inputs(*shape, device)``."""
+    """For each shape a label of the op, and those of its arguments that its peer has too.
+
+    Args:
+        cases: the op's, called with each shape, in the precision that ops are measured in: bfloat16 on a GPU.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for shape in shapes:
-        yield f"{name} {' x '.join(map(str, shape))}", inputs(*shape, device)
+        case = next(case for case in cases(device, dtype, **shape) if case.keys() >= {*arguments})
+        label = ", ".join((name, *(f"{size} {value}" for size, value in shape.items())))
+        yield label, {argument: case[argument] for argument in arguments}

@@ -4,13 +4,61 @@ Outputs and every gradient may be at most twice as far from the float64 referenc
 runs in the tested precision.
 """
 
+import importlib.metadata
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Tensors = Mapping[str, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class OpWithCases:
+    """A public function ``<name>`` with its ``<name>_reference`` and ``cases`` in one module.
+
+    ``cases(device, dtype, **sizes)`` yields arguments by keyword, and the sizes have defaults, ``batch`` and ``length``
+    among them; ``MODEL_SIZES``, where the module has it, is such sizes as kernels see in a model.
+    """
+
+    name: str
+    module: ModuleType
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The op as it is called."""
+        return getattr(self.module, self.name)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The recurrence as the paper writes it."""
+        return vars(self.module)[f"{self.name}_reference"]
+
+    def cases(self, device: torch.device | str, dtype: torch.dtype, **sizes: int) -> list[dict[str, Any]]:
+        """The arguments of every case, the same at every call."""
+        torch.manual_seed(0)
+        return list(self.module.cases(device, dtype, **sizes))
+
+    @property
+    def model_sizes(self) -> dict[str, int]:
+        """Sizes of `cases`; none where the module gives none."""
+        return getattr(self.module, "MODEL_SIZES", {})
+
+
+def tested_ops() -> list[OpWithCases]:
+    """Every op of the library and of the installed plugins that has ``cases`` beside it, by name."""
+    plugins = importlib.metadata.entry_points(group="hf_archs.plugins")
+    packages = {"hf_archs", *(plugin.module.partition(".")[0] for plugin in plugins)}
+    found = []
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] in packages]:
+        own = {n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+        names = {n.removesuffix("_reference") for n in own if n.endswith("_reference")} & own
+        found += [OpWithCases(name, module) for name in names if "cases" in own]
+    return sorted(found, key=lambda op: op.name)
 
 
 def operators(run: Callable[[], Any]) -> list[str]:

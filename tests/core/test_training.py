@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments, pipeline
@@ -118,13 +119,13 @@ def test_something_is_always_held_out():
 
 
 def test_the_tokenizer_writes_any_text(tmp_path):
-    tokenizer = text.train_tokenizer(["hello hello hello"], 260)
+    tokenizer = text.train_tokenizer(["hello hello hello"], 264)
     for sample in ("hello", " tab\t\n  two", "日本 ☃ é \x00", "x" * 50):
         assert tokenizer.decode(text.encode(tokenizer, sample)) == sample
-    assert len(tokenizer) <= 260
+    assert len(tokenizer) <= 264
     assert text.start_token(tokenizer) == 0
-    with pytest.raises(ValueError, match="vocab_size is 256; allowed are 257"):
-        text.train_tokenizer(["a"], 256)
+    with pytest.raises(ValueError, match="vocab_size is 260; allowed are 261"):
+        text.train_tokenizer(["a"], 260)
 
 
 def test_a_prompt_begins_as_a_document_does(tmp_path):
@@ -143,10 +144,43 @@ def test_a_prompt_begins_as_a_document_does(tmp_path):
     assert generator("some words", **greedy)[0]["generated_text"] == tokenizer.decode(
         expected, skip_special_tokens=True
     )
+    messages = [{"role": "user", "content": "some words"}]
+    expected = model.generate(torch.tensor([[0, 3, *own, 4]]), **greedy)[0, len(own) + 3 :]
+    assert generator(messages, **greedy)[0]["generated_text"][-1] == {
+        "role": "assistant",
+        "content": tokenizer.decode(expected, skip_special_tokens=True),
+    }
+
+
+def test_a_conversation():
+    """Each answer ends with the end of text, which is no pad; a conversation begins with what was said before."""
+    tokenizer = text.train_tokenizer(["some words and more"], 300)
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    messages = [
+        {"role": "system", "content": "\nBe short. "},
+        {"role": "user", "content": " some words?"},
+        {"role": "assistant", "content": "\nmore words"},
+        {"role": "user", "content": "and"},
+        {"role": "assistant", "content": ""},
+    ]
+    expected, answers = [0], []
+    for message in messages:
+        expected += [2 + text.ROLES.index(message["role"]), *text.encode(tokenizer, message["content"])]
+        if message["role"] == "assistant":
+            expected.append(0)
+            answers += [len(expected) - 1 - i for i in range(len(text.encode(tokenizer, message["content"])) + 1)]
+    made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert made["input_ids"] == expected
+    assert [i for i, marked in enumerate(made["assistant_masks"]) if marked] == sorted(answers)
+    prompt = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert prompt == expected[: len(prompt)]
+    assert prompt[-1] == 4
+    with pytest.raises(TemplateError, match="role is tool; allowed are system, user and assistant"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": ""}])
 
 
 def test_blocks_are_one_stream_with_a_start_before_every_document():
-    tokenizer = text.train_tokenizer(["ab"], 257)
+    tokenizer = text.train_tokenizer(["ab"], 261)
     a, b = text.encode(tokenizer, "ab")
     rows = text.token_blocks(tokenizer, ["ab", "b", "aab"], 3)["input_ids"][:]
     assert rows == [[0, a, b], [0, b, 0], [a, a, b]]

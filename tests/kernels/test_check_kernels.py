@@ -222,7 +222,7 @@ def greedy(p, N: tl.constexpr):
 def aot_specs():
     n = {"p": "*fp16", "N": "constexpr"}
     return [
-        KernelSpec(good, n, {"N": 128}, 4, 3, "a label", "a model"),
+        KernelSpec(good, n, {"N": 128}, 4, 3, "a label"),
         KernelSpec(good, n, {"N": 256}, 4, 3, "twice"),
         KernelSpec(good, n, {"N": 512}, 4, 3, "twice"),
         KernelSpec(wrong, {"p": "*fp16"}, {}, 4, 3),
@@ -242,8 +242,7 @@ def test_what_is_wrong_is_an_error(tmp_path):
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout.splitlines()[-1])
     good = report["kernels"][0]
-    assert (good["module"], good["kernel"]) == ("broken_triton", "good")
-    assert (good["label"], good["shape"]) == ("a label", "a model")
+    assert (good["module"], good["kernel"], good["label"]) == ("broken_triton", "good", "a label")
     assert all(figures["registers"] > 0 and figures["spills"] == 0 for figures in good["targets"].values())
     errors = "\n".join(report["errors"])
     assert "broken_triton.forgotten is a kernel in the source, but aot_specs() does not list it" in errors

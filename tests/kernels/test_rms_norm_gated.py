@@ -50,8 +50,7 @@ def test_reference_is_the_formula():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group_size", [None, 32, 1])
 @pytest.mark.parametrize("shape", [(2, 17, 96), (1, 2, 96), (130, 96), (2, 1, 96), (96,)])
-def test_portable(shape, group_size, dtype, monkeypatch):
-    monkeypatch.setattr(rms_norm_gated_portable, "BLOCK_ELEMENTS", 1000)  # several blocks, the last one short
+def test_portable(shape, group_size, dtype):
     with use_backend("portable"):
         check_op(
             rms_norm_gated,
@@ -59,6 +58,21 @@ def test_portable(shape, group_size, dtype, monkeypatch):
             inputs(*shape, dtype=dtype),
             {"eps": 1e-5, "group_size": group_size},
         )
+
+
+@pytest.mark.parametrize("block", [1, 1000, 96 * 34])
+def test_portable_in_blocks(block):
+    """Of one row, of several with a last one that is short, and of all rows."""
+    x, weight, z = inputs(2, 17, 96, dtype=torch.float64).values()
+    grad_y = torch.randn_like(x)
+    whole, parts = (
+        (
+            rms_norm_gated_portable.rms_norm_gated_fwd(x, weight, z, 1e-5, 32, **chosen),
+            *rms_norm_gated_portable.rms_norm_gated_bwd(grad_y, x, weight, z, 1e-5, 32, **chosen),
+        )
+        for chosen in ({}, {"block": block})
+    )
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

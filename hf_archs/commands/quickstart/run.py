@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 
 class Run:
-    """The finished stages of a run, kept in ``unfinished/`` of its output folder until the run ends.
+    """A quickstart run, whose finished stages are kept in ``unfinished/`` of the output folder until it succeeds.
 
-    ``state.json`` there holds the options and the figures of every finished stage; beside it are the models, the
-    tokenizer and checkpoints. `going_on` opens a run.
+    ``state.json`` in that folder holds the options and the figures of every finished stage; beside it are the models,
+    the tokenizer and checkpoints. `going_on` opens a run.
     """
 
     def __init__(self, options: Options, data: bytes, console: Console) -> None:
@@ -79,11 +79,14 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """The time of all parts of the run."""
+        """The time of the run, earlier attempts included."""
         return self.state["seconds"] + time.perf_counter() - self.began
 
     def once(self, stage: str, compute: Callable[[], T]) -> T:
-        """The figures of a stage, as JSON keeps them; computed unless an interrupted run has finished the stage."""
+        """The figures of a stage: the saved ones if an earlier attempt finished it, else those of ``compute``.
+
+        They consist of dicts, lists, strings and numbers, which JSON returns unchanged.
+        """
         done = self.state["done"]
         if stage not in done:
             done[stage] = compute()
@@ -118,7 +121,7 @@ def going_on(options: Options, data: bytes, console: Console) -> Iterator[Run]:
     try:
         yield run
     except BaseException:
-        if run.folder.exists():  # otherwise the run was finished, and a check failed
+        if run.folder.exists():  # `finish` has removed the folder if one of its checks failed
             with suppress(OSError):
                 run.write()
             kept = run.kept() or "nothing yet"

@@ -1,4 +1,4 @@
-"""Repositories, their files at a revision, and the metadata of their cards."""
+"""Endpoints of the embedded Hub for repositories, their files at a revision, and the metadata of their cards."""
 
 import contextlib
 import re
@@ -93,7 +93,7 @@ class Contents(Access):
             return repo.object(entry["sha256"]).read_text("utf-8", "replace") if entry else ""
 
         card: dict[str, Any] = {}
-        with contextlib.suppress(ValueError):  # the Hub shows a card that it cannot read without metadata
+        with contextlib.suppress(ValueError):  # a card with invalid metadata counts as a card without any
             card = card_metadata(text_of("README.md"))
         tags = card.get("tags") or []
         return {

@@ -271,3 +271,6 @@ def cases(device, dtype, batch=2, length=20, channels=12, state=4):
     plain = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
     yield plain
     yield plain | {"D": D, "z": z, "initial_state": initial_state} | some_boundaries(batch, length, device)
+
+
+MODEL_SIZES = {"channels": 80, "state": 16}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_archs.kernels.arguments import some_boundaries
 from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
 from hf_archs.kernels.numerics import cast
 
@@ -101,3 +102,21 @@ def _ssd_scan(
         low, high = dt_limit
         delta = delta.clamp(low, high if high < torch.finfo(delta.dtype).max else math.inf)  # some files say 1e308
     return scan(C, B, x, delta * cast(A, dtype), scale=delta, skip=D, **boundaries)
+
+
+def cases(device, dtype, batch=2, length=70, heads=4, head_dim=12, groups=2, state=8):
+    """Arguments of `ssd_scan` for tests and benchmarks: without and with all that is optional."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(batch, length, heads, head_dim, device=device, dtype=dtype)
+    B, C = torch.randn(2, batch, length, groups, state, device=device, dtype=dtype)
+    dt = torch.randn(batch, length, heads, device=device, dtype=dtype) - 2
+    A = -8 * torch.rand(heads, device=device, dtype=wide)
+    D, dt_bias = torch.randn(2, heads, device=device, dtype=wide)
+    initial_state = torch.randn(batch, heads, head_dim, state, device=device, dtype=wide)
+    plain = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
+    yield plain
+    more = {"D": D, "dt_bias": dt_bias, "initial_state": initial_state}
+    yield plain | more | some_boundaries(batch, length, device)
+
+
+MODEL_SIZES = {"head_dim": 64, "state": 128}

@@ -106,11 +106,25 @@ def arguments(case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_portable(case, dtype, monkeypatch):
-    monkeypatch.setattr(toeplitz_conv_portable, "BLOCK_ELEMENTS", 500)  # several blocks, the last one short
-    monkeypatch.setattr(toeplitz_conv_portable, "SPECTRA_ELEMENTS", 8000)
+def test_portable(case, dtype):
     with use_backend("portable"):
         check(*arguments(case, dtype))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("taps", [7, 128])
+@pytest.mark.parametrize(("block", "spectra"), [(1, 1), (500, 8000)])
+def test_portable_in_blocks(block, spectra, taps, packed):
+    """Of one position or spectrum, and of several with a last one that is short."""
+    tensors = [*inputs(900, taps, 3, 6, 3, torch.float64).values()]
+    tensors.append(documents(900, 3).cumsum(1, dtype=torch.int32) if packed else None)
+    grad_y = torch.randn_like(tensors[0])
+    expected = toeplitz_conv_portable.toeplitz_conv_fwd(*tensors)
+    gradients = toeplitz_conv_portable.toeplitz_conv_bwd(grad_y, *tensors)
+    found = toeplitz_conv_portable.toeplitz_conv_fwd(*tensors, block=block)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    found = toeplitz_conv_portable.toeplitz_conv_bwd(grad_y, *tensors, block=block, spectra=spectra)
+    torch.testing.assert_close(found, gradients, rtol=1e-11, atol=1e-11)
 
 
 # length, taps, channels, groups, bias, state, packed, padded; from 16 channels a group as products of tiles

@@ -76,12 +76,25 @@ def test_equal_experts_are_one_mlp(backend, gated):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_portable(k, activation, dtype, monkeypatch):
-    monkeypatch.setattr(experts_portable, "BLOCK", 12)  # of one expert, of several, and a last one that is short
+def test_portable(k, activation, dtype):
     with use_backend("portable"):
         for gated in (True, False):
             tensors = inputs(k=k, gated=gated, dtype=dtype)
             check_op(expert_mlp, expert_mlp_reference, tensors, {"activation": activation, "gated": gated})
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("block", [1, 12])
+def test_portable_in_blocks(block, gated):
+    """Of each expert, and of one or several with a last one that is short."""
+    tensors = [*inputs(gated=gated, dtype=torch.float64).values()]
+    grad_y = torch.randn_like(tensors[0])
+    found = []
+    for chosen in ({}, {"block": block}):
+        y, kept = experts_portable.expert_mlp_fwd(*tensors, "silu", gated, True, **chosen)
+        gradients = experts_portable.expert_mlp_bwd(grad_y, *tensors, kept, "silu", gated, True, True, **chosen)
+        found.append((y, kept, *gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
