@@ -1,5 +1,6 @@
 """Every op of the library, found by asking torch, on the ``cases`` that stand beside it."""
 
+import importlib.util
 import inspect
 import sys
 
@@ -141,8 +142,9 @@ class Work(TorchDispatchMode):
         return results
 
 
+@every_form
 @every_op
-def test_gradients_that_nobody_needs_are_not_formed(name, monkeypatch):
+def test_gradients_that_nobody_needs_are_not_formed(name, backend, monkeypatch):
     work = {}
     for number, case in enumerate(cases(name)):
         op, arguments = call_of(name, case, monkeypatch)
@@ -154,7 +156,7 @@ def test_gradients_that_nobody_needs_are_not_formed(name, monkeypatch):
             work[tuple(given[-1])] = counting.elements
             return gradients
 
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, use_backend(backend):
             patch.setattr(op, "backward", counted)
             _, everything = results_of(by_place(op), arguments)
             whole = max(work.values())
@@ -166,6 +168,19 @@ def test_gradients_that_nobody_needs_are_not_formed(name, monkeypatch):
                 assert [op.learnt[i] for i, asked in enumerate(wanted) if asked] == [int(place)]
                 assert work[wanted] < whole, (number, place)
             work.clear()
+
+
+@every_op
+def test_a_grid_has_room_for_any_number_of_rows(name, monkeypatch):
+    """CUDA takes 2^31 - 1 programs in a grid's first dimension, and 65,535 in the others. Nothing is launched here."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    grids = []
+    monkeypatch.setattr(jit.KernelInterface, "__getitem__", lambda kernel, grid: lambda *_, **__: grids.append(grid))
+    with use_backend("triton"):
+        for case in cases(name, batch=70_000, length=2):
+            results_of(function(name), case)
+    assert grids or importlib.util.find_spec(f"{module(name).__name__}_triton") is None
+    assert max((size for grid in grids for size in grid[1:]), default=0) < 65_536
 
 
 class Fails(TorchFunctionMode):

@@ -91,16 +91,20 @@ def test_triton(shape, group_size, dtype):
 
 
 def test_every_triton_config():
-    """Tiles of many rows, of few, and of one, with few and with many warps."""
+    """Many rows, few, and one; a group in one tile and in several; few and many warps."""
     from hf_archs.kernels import rms_norm_gated_triton as triton_form
 
     configs = set()
-    for group_size in (64, 200, 700, 2500):
-        configs.add(tuple(triton_form._config(group_size).items()))
+    for group_size in (64, 200, 600, 1536, 2500, 4500):
+        configs.add(tuple(triton_form._config(group_size, backward=True).items()))
         tensors = inputs(18, 2 * group_size)
         with use_backend("triton"):
             check_op(rms_norm_gated, rms_norm_gated_reference, tensors, {"eps": 1e-5, "group_size": group_size})
-    assert len(configs) == 4
+    assert len(configs) == 6
+    for group_size in (1536, 2560, 4096, 5120, 8192):  # of published models
+        for backward in (False, True):
+            config = triton_form._config(group_size, backward)
+            assert config["TILES"] * config["BLOCK"] == group_size  # no lane is idle
 
 
 @pytest.mark.parametrize("backend", ["portable", "triton"])
