@@ -222,19 +222,13 @@ def generate(
     import torch
     from transformers import TextStreamer, set_seed
 
-    from hf_archs.commands.loading import load_adapter, load_model, load_tokenizer, look_at
+    from hf_archs.commands.loading import load_ready
     from hf_archs.data import text
 
-    checkpoint = look_at(model)
-    loaded: Any = load_model(checkpoint)
-    encoder: Any = load_tokenizer(checkpoint, tokenizer, loaded.config)
-    if adapter is not None:
-        loaded = load_adapter(loaded, adapter)
-    if torch.accelerator.is_available():
-        loaded.to(torch.accelerator.current_accelerator())
+    loaded, encoder = load_ready(model, adapter, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     set_seed(seed)
-    loaded.eval().generate(
+    loaded.generate(
         torch.tensor([[text.start_token(encoder), *text.encode(encoder, prompt)]], device=loaded.device),
         max_new_tokens=max_new_tokens,
         pad_token_id=encoder.pad_token_id,
@@ -306,6 +300,21 @@ def describe(
 
 
 @app.command(cls=_Command)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
+    data: Annotated[list[str], typer.Option(help="Text file, folder or dataset name; may be repeated.")],
+    adapter: Annotated[str | None, typer.Option(help="Folder or repository of a PEFT adapter.")] = None,
+    tokenizer: OtherTokenizer = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens in one forward; the figures do not depend on it.")] = 512,
+) -> None:
+    """Measure the loss of a model on text. Every document is read whole: the state is carried from chunk to chunk."""
+    from hf_archs.commands import tables
+    from hf_archs.commands.evaluate import losses
+
+    tables.show(losses(model, data, adapter, tokenizer, chunk), console)
+
+
+@app.command(cls=_Command)
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository of a model with experts.")],
     data: Annotated[str, typer.Option(help="Text file, folder or dataset name.")],
@@ -317,19 +326,16 @@ def inspect(
     from hf_archs import errors
     from hf_archs.commands import tables
     from hf_archs.commands.inspect import draw, router_figures
-    from hf_archs.commands.loading import load_model, load_tokenizer, look_at
+    from hf_archs.commands.loading import load_ready
     from hf_archs.data import text
 
     if picture is not None:
         errors.needs("matplotlib", "--picture", "plot")
-    checkpoint = look_at(model)
-    loaded: Any = load_model(checkpoint)
-    encoder = load_tokenizer(checkpoint, tokenizer, loaded.config)
+    loaded, encoder = load_ready(model, tokenizer=tokenizer)
     length = min(512, tokens)
     rows = text.token_blocks(encoder, text.read_corpus(data).values(), length).with_format("torch")
-    figures = router_figures(
-        loaded.eval(), (rows[i]["input_ids"][None] for i in range(min(len(rows), tokens // length)))
-    )
+    blocks = (rows[i]["input_ids"][None].to(loaded.device) for i in range(min(len(rows), tokens // length)))
+    figures = router_figures(loaded, blocks)
     table = Table("layer", "busiest expert", "its load / mean load", "entropy", "dropped")
     for layer, found in figures.items():
         numbers = f"{found['max_load']:.2f}", f"{found['entropy']:.3f}", f"{found['drop_rate']:.1%}"

@@ -261,6 +261,18 @@ def load_tokenizer(
     return tokenizer
 
 
+def load_ready(source: str, adapter: str | None = None, tokenizer: str | None = None) -> tuple[Any, Any]:
+    """Load a model with its adapter, in evaluation on the accelerator, and its tokenizer or that of ``tokenizer``."""
+    checkpoint = look_at(source)
+    model: Any = load_model(checkpoint)
+    encoder = load_tokenizer(checkpoint, tokenizer, model.config)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model.eval(), encoder
+
+
 def _native_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The config of the checkpoint's own type, by which `AutoTokenizer` chooses the tokenizer class."""
     raw = copy.deepcopy(checkpoint.raw)

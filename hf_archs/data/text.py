@@ -12,6 +12,7 @@ import math
 import sysconfig
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,18 @@ OURS: dict[str, Callable[[], Corpus]] = {"stdlib": standard_library, "topics": p
 
 
 def read_corpus(data: str) -> Corpus:
+    """`read_documents`, a single document cut into pieces, so that some can be held out."""
+    corpus = read_documents(data)
+    return _pieces(*corpus.popitem()) if len(corpus) == 1 else corpus
+
+
+def read_documents(data: str) -> Corpus:
     """Read the documents of a data source.
 
     Args:
         data: ``stdlib`` (`standard_library`), ``topics`` (`python_topics`), the path of a UTF-8 text file, the path of
             a folder of text files, or the name of a dataset with a ``text`` column, ``owner/name`` or
-            ``owner/name:config``, of which the ``train`` split is read. A single document is cut into pieces, so that
-            some can be held out.
+            ``owner/name:config``, of which the ``train`` split is read.
 
     Raises:
         FileNotFoundError: if a path does not exist.
@@ -107,7 +113,7 @@ def read_corpus(data: str) -> Corpus:
     corpus = {name: text for name, text in corpus.items() if text}
     if not corpus:
         raise ValueError(f"data is {data!r}, which holds no text; allowed is UTF-8 text")
-    return _pieces(*corpus.popitem()) if len(corpus) == 1 else corpus
+    return corpus
 
 
 def _refuse_rows(data: str, path: Path) -> None:
@@ -260,8 +266,37 @@ def _batches(rows: Iterable[list[int]], size: int) -> Iterator[list[list[int]]]:
         yield batch
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The total loss of a text, in nats, and its sizes."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Per token: it compares models of one tokenizer only."""
+        return math.exp(min(self.loss, 700.0))  # e to the 710 is no float
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte of UTF-8, which compares all models."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def bits_per_byte(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], **options: Any) -> float:
+    """The total loss of a causal language model in bits, divided by the bytes of UTF-8; see `measure`."""
+    return measure(model, tokenizer, texts, **options).bits_per_byte
+
+
 @torch.no_grad()
-def bits_per_byte(
+def measure(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
@@ -269,8 +304,8 @@ def bits_per_byte(
     batch_size: int = 8,
     chunk: int = 512,
     progress: Progress | None = None,
-) -> float:
-    """The total loss of a causal language model in bits, divided by the bytes of UTF-8.
+) -> Measured:
+    """The total loss of a causal language model on texts.
 
     Each text is read from an empty context, after a start token, so its first token counts too. Long texts are read in
     chunks with a cache: the context of a token is all the text before it.
@@ -316,4 +351,4 @@ def bits_per_byte(
             if progress is not None:
                 progress(measured, total)
     model.train(was_training)
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    return Measured(nats, measured, sum(len(text.encode()) for text in texts))

@@ -43,7 +43,10 @@ class ArchLayerNorm(nn.LayerNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``(..., d)`` to the same."""
-        normed = F.layer_norm(wide(hidden_states), self.normalized_shape, eps=self.eps)
+        hidden_states = wide(hidden_states)
+        if hidden_states.dtype == self.weight.dtype:  # one kernel, which saves no normalised copy for the backward
+            return F.layer_norm(hidden_states, self.normalized_shape, self.weight, self.bias, self.eps)
+        normed = F.layer_norm(hidden_states, self.normalized_shape, eps=self.eps)
         return torch.addcmul(self.bias, self.weight, cast(normed, self.weight.dtype))
 
 

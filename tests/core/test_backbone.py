@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import hf_archs
+from hf_archs.layers.norm import ArchLayerNorm
 from hf_archs.model.layout import Layout
 from hf_archs.testing.contract.models import assert_close, lively, logits, tokens
 from hf_archs.testing.contract.padding import KINDS, padded
@@ -232,3 +233,16 @@ def test_a_norm_of_the_embeddings(architecture, norm_type):
     for inputs in ({"input_ids": ids}, {"inputs_embeds": model.embed_tokens(ids)}):
         torch.testing.assert_close(model(**inputs, output_hidden_states=True).hidden_states[0], normed)
     assert architecture.model_class(architecture.tiny_config()).embed_norm is None
+
+
+def test_a_layer_norm_keeps_its_input_alone():
+    """Of everything of its input's size, for the backward; in half precision it is rounded before its weight."""
+    norm = ArchLayerNorm(8)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x, kept = torch.randn(5, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = norm(x)
+    assert {t.data_ptr() for t in kept if t.numel() == x.numel()} == {x.data_ptr()}
+    assert torch.equal(y, torch.addcmul(norm.bias, norm.weight, nn.functional.layer_norm(x, (8,), eps=norm.eps)))
+    assert norm.bfloat16()(x).dtype == torch.bfloat16

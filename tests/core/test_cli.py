@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import subprocess
@@ -309,7 +310,8 @@ def test_another_s_tokenizer(run, refused, trained, tmp_path):
     (tmp_path / "book.txt").write_text("It was the best of times. " * 200)
     greedy = ["generate", "bare", "some", "--max-new-tokens", "3", "--temperature", "0"]
     look = ["inspect", "bare", "--data", "book.txt", "--tokens", "64"]
-    for command in (greedy, look):
+    measure = ["evaluate", "bare", "--data", "book.txt"]
+    for command in (greedy, look, measure):
         assert "'bare' has no tokenizer; `hf-archs train` makes one, and --tokenizer takes another's" in refused(
             *command
         )
@@ -624,6 +626,27 @@ def test_inspect(run, refused, tmp_path):
     assert run("init", "mamba", "--size", "tiny", "-o", "dense")[0] == 0
     text.train_tokenizer(texts, 300).save_pretrained(tmp_path / "dense")
     assert "without routers; allowed is a model with experts" in refused("inspect", "dense", "--data", "text.txt")
+
+
+def test_evaluate(run, refused, trained, tmp_path):
+    """A long document is read whole, with the same figures in any chunks; the loss is that of one forward."""
+    words = "It was the best of times, it was the worst of times. " * 300
+    (tmp_path / "book.txt").write_text(words)
+    arguments = ["evaluate", trained / "model", "--data", "book.txt", "--data", "topics"]
+    assert "data is 'nowhere.txt', which does not exist" in refused(*arguments[:-1], "nowhere.txt")
+    tables = [run(*arguments[:4], "--chunk", chunk)[1] for chunk in (64, 10_000)]
+    assert tables[0] == tables[1]
+    row = [cell.strip() for cell in tables[0].splitlines()[3].split("│")[1:-1]]
+    model = loading.load_model(str(trained / "model")).eval()
+    tokenizer = loading.load_tokenizer(str(trained / "model"))
+    ids = torch.tensor([[text.start_token(tokenizer), *text.encode(tokenizer, words)]])
+    loss = model(ids, labels=ids).loss.item()
+    tokens = ids.shape[1] - 1
+    bits = loss * tokens / math.log(2) / len(words)
+    assert row == [
+        *("book.txt", "1", f"{tokens:,}", f"{len(words):,}"),
+        *(f"{loss:.4f}", f"{math.exp(loss):.3f}", f"{bits:.4f}"),
+    ]
 
 
 @pytest.mark.parametrize(
