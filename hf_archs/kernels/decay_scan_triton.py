@@ -922,9 +922,9 @@ def aot_specs() -> list[KernelSpec]:
         for kernel, more, known in kernels:
             signature = {argument: _kind(argument, known, dtype, heads) for argument in kernel.arg_names}
             constexprs = {argument: known[argument] for argument in signature if argument in known}
-            label = f"{dtype}, keys {n}, values {p}{'' if 'documents' in model else ', packed'}{more}"
+            label = f"{name}, {dtype}, keys {n}, values {p}{'' if 'documents' in model else ', packed'}{more}"
             config = known["num_warps"], known["num_stages"]
-            specs.append(KernelSpec(kernel, signature, constexprs, *config, label, name))
+            specs.append(KernelSpec(kernel, signature, constexprs, *config, label))
     return specs
 
 
