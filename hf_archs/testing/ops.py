@@ -49,7 +49,7 @@ class OpWithCases:
         return getattr(self.module, "MODEL_SIZES", {})
 
 
-def tested_ops() -> list[OpWithCases]:
+def ops_with_cases() -> list[OpWithCases]:
     """Every op of the library and of the installed plugins that has ``cases`` beside it, by name."""
     plugins = importlib.metadata.entry_points(group="hf_archs.plugins")
     packages = {"hf_archs", *(plugin.module.partition(".")[0] for plugin in plugins)}
