@@ -220,8 +220,11 @@ def test_core_names_no_architecture(file):
         and node.body
         and isinstance(node.body[0], ast.Expr)
     }
+    # lists of compiled shapes name the published models that have them
+    shapes = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name == "aot_specs"]
+    examples = {node for function in shapes for node in ast.walk(function)}
     names = {plugin.removeprefix("hf_archs_") for plugin in PLUGINS}
-    for node in ast.walk(tree):
+    for node in set(ast.walk(tree)) - examples:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
             said = node.value
         elif isinstance(node, ast.Name):

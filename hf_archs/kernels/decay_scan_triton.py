@@ -4,7 +4,7 @@ The sequence is cut into chunks of 128 tokens. Three kernels make the forward: w
 chunks at once; the states passed on from chunk to chunk, the only sequential part, elementwise; and the outputs, again
 all chunks at once. The backward does the same in the other direction.
 
-Why it should be fast: nearly all the work is matrix products of tiles of at most 64 by 64, whatever the key and value
+Why it should be fast: nearly all the work is matrix products of tiles of at most 64 by 256, whatever the key and value
 dimensions, so no accumulator outgrows the registers (`aot_specs` shows it). The states between chunks are what costs
 memory traffic: of 128 by 64, they are 256 bytes a token and head each time they are read or written, where chunks of 64
 tokens would take twice as much, and within a chunk of 128 the pairs of tokens are still less work than the states.
@@ -40,6 +40,7 @@ ROWS = 64  # tokens of a tile; `_grad_scores_kernel` and `_grad_decays_kernel` r
 HEADS = 4  # heads whose decays are summed by one program
 PASSED = 1024  # elements of the state that one program passes on
 PROGRAMS = 512  # enough of them to fill a large GPU
+MOST_CHUNKS = 2**16 - 1  # of a row: chunks are the second dimension of a grid
 # Each table has a config for inputs of 16 bits, and one for float32 with its products of six terms. Which one runs
 # follows from the dtype alone, so nothing is tuned at run time. A block is at most as large as its dimension.
 #
@@ -310,6 +311,7 @@ def _outputs_kernel(
     high,
     low,
     scales,
+    skips,  # (h,), or None
     documents,
     starts,  # (c, b, h, p, n): the state before each chunk
     y,  # (b, l, h, p)
@@ -372,6 +374,8 @@ def _outputs_kernel(
         if scales is not None:
             weight *= tl.load(scales + j)[None, :]
         total = _dot(weight, _rows(v, j, p, length, v_l, P), total, False, PRECISION)
+    if skips is not None:
+        total += tl.load(skips + h) * _rows(v, i, p, length, v_l, P).to(tl.float32)
     place = ((b * length + i)[:, None] * heads + h) * P + p[None, :]
     tl.store(y + place, total, (i < length)[:, None] & (p < P)[None, :])
 
@@ -384,6 +388,7 @@ def _grad_values_kernel(
     high,
     low,
     scales,
+    skips,
     documents,
     grad_ends,  # (c, b, h, p, n): the gradient of the state after each chunk
     grad_v,  # (b, l, h, p)
@@ -444,6 +449,8 @@ def _grad_values_kernel(
         total = _dot(weight, _rows(grad_y, i, p, length, y_l, P), total, False, PRECISION)
     if scales is not None:
         total *= tl.load(scales + row * padded + j)[:, None]
+    if skips is not None:
+        total += tl.load(skips + h) * _rows(grad_y, j, p, length, y_l, P).to(tl.float32)
     place = ((b * length + j)[:, None] * heads + h) * P + p[None, :]
     tl.store(grad_v + place, total, (j < length)[:, None] & (p < P)[None, :])
 
@@ -462,6 +469,7 @@ def _grad_scores_kernel(
     inside,  # (b, h, padded), float64: by pairs of tokens of one tile, what each reads less what it writes; or None
     crossing,  # (b, h, padded): by pairs of tokens of two tiles, what those of the first write, of the second read
     columns,  # (b, h, padded): d loss / d scale by the pairs of tokens of one tile
+    grad_skips,  # (c, 2, b, h): the part of each tile of tokens; or None
     length,
     padded,
     batch,
@@ -518,6 +526,10 @@ def _grad_scores_kernel(
             wanted = _rows(grad_y + b * y_b + h * y_h, i, p, length, y_l, P)
             grad = _dot(wanted, written, grad, True, PRECISION)
         grad *= _between(high + line, low + line, documents, i[:, None], j[None, :], length)
+        if grad_skips is not None:
+            # on the diagonal is each token's own product of v and the gradient of y, which nothing decays
+            own = tl.sum(tl.sum(tl.where(i[:, None] == j[None, :], grad, 0), 1), 0)
+            tl.store(grad_skips + ((c.to(tl.int64) * 2 + pair // 2) * batch + b) * heads + h, own, pair != 1)
         scale = tl.full((ROWS,), 1, tl.float32)
         if scales is not None:
             scale = tl.load(scales + line + j)
@@ -716,8 +728,14 @@ def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
 class _Launch:
     """The inputs as the kernels take them, and what forward and backward have in common."""
 
-    def __init__(self, q, k, v, log_decay, scale, documents, config):
+    def __init__(self, q, k, v, log_decay, scale, skip, documents, config):
         (b, l, h, p), n = v.shape, q.shape[3]
+        self.chunks = triton.cdiv(l, CHUNK)
+        if self.chunks > MOST_CHUNKS:
+            raise ValueError(
+                f"decay_scan: length must be at most {MOST_CHUNKS * CHUNK} on a GPU, not {l}; a longer row is taken in "
+                "pieces, each with the final state before it as its initial_state"
+            )
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         self.dtype = dtype
         self.q, self.k, self.v = (_dense(t, dtype) for t in (q, k, v))
@@ -727,9 +745,9 @@ class _Launch:
         )
         self.tiles_n = triton.cdiv(n, self.over_keys["BLOCK_N"])
         self.tiles_p = triton.cdiv(p, self.over_values["BLOCK_P"])
-        self.chunks = triton.cdiv(l, CHUNK)
         self.padded = self.chunks * CHUNK
         self.documents = None if documents is None else documents.contiguous()
+        self.skips = None if skip is None else skip.to(torch.float32).contiguous()
         rows = v.new_empty(3 if scale is not None else 2, b, h, self.padded, dtype=torch.float32)
         self.high, self.low, self.scales = rows[0], rows[1], None if scale is None else rows[2]
         _decay_sums_kernel[(b * triton.cdiv(h, HEADS), self.chunks)](
@@ -764,6 +782,7 @@ def decay_scan_fwd(
     v: Tensor,
     log_decay: Tensor,
     scale: Tensor | None,
+    skip: Tensor | None,
     initial_state: Tensor | None,
     documents: Tensor | None,
     keep_states: bool,
@@ -774,13 +793,13 @@ def decay_scan_fwd(
     ``config`` is a place in the tables of configs, in the place of the one that the dtype gives.
     """
     (b, l, h, p), g = v.shape, q.shape[2]
-    x = _Launch(q, k, v, log_decay, scale, documents, config)
+    x = _Launch(q, k, v, log_decay, scale, skip, documents, config)
     added = x.chunk_states(x.k, x.v, reads=False)
     starts, final_state = torch.empty_like(added), added.new_empty(added.shape[1:])
     x.pass_states(added, starts, initial_state, final_state)
     y = v.new_empty(b, l, h, p)
     _outputs_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
-        x.q, x.k, x.v, x.high, x.low, x.scales, x.documents, starts, y, l, x.padded, b, h, h // g,
+        x.q, x.k, x.v, x.high, x.low, x.scales, x.skips, x.documents, starts, y, l, x.padded, b, h, h // g,
         *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], **x.over_values, **FUSED,
     )  # fmt: skip
     return y, final_state, starts.flatten() if keep_states else starts.new_empty(0)
@@ -794,16 +813,18 @@ def decay_scan_bwd(
     v: Tensor,
     log_decay: Tensor,
     scale: Tensor | None,
+    skip: Tensor | None,
     documents: Tensor | None,
     kept: Tensor,
-    wanted: Sequence[bool] = (True,) * 6,
+    wanted: Sequence[bool] = (True,) * 7,
     config: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of q, k, v, log_decay and scale (both None unless one is wanted), and the initial state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """The gradients of q, k, v, log_decay and scale (both None unless one is wanted), skip (None unless it is wanted),
+    and the initial state."""
     factors = wanted[3] or wanted[4]
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     r = h // g
-    x = _Launch(q, k, v, log_decay, scale, documents, config)
+    x = _Launch(q, k, v, log_decay, scale, skip, documents, config)
     grad_y = torch.zeros_like(x.v) if grad_y is None else _dense(grad_y, x.dtype)
     starts = kept.view(x.chunks, b, h, p, n)
     of_q, of_k, of_v, of_y = (t.stride()[:3] for t in (x.q, x.k, x.v, grad_y))
@@ -815,7 +836,7 @@ def decay_scan_bwd(
 
     grad_v = v.new_empty(b, l, h, p)
     _grad_values_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
-        x.q, x.k, grad_y, x.high, x.low, x.scales, x.documents, grad_ends, grad_v, l, x.padded, b, h, r,
+        x.q, x.k, grad_y, x.high, x.low, x.scales, x.skips, x.documents, grad_ends, grad_v, l, x.padded, b, h, r,
         *of_q, *of_k, *of_y, **x.over_values, **FUSED,
     )  # fmt: skip
 
@@ -826,9 +847,10 @@ def decay_scan_bwd(
         crossing, columns = x.high.new_empty(2, b, h, x.padded)
         inside = torch.empty_like(columns, dtype=torch.float64)
         along = x.high.new_empty(2, x.tiles_n, b, h, x.padded)
+    grad_skips = x.high.new_empty(x.chunks, CHUNK // ROWS, b, h) if wanted[5] and skip is not None else None
     grad_scores = x.high.new_empty(x.chunks, splits, b, g, 3, ROWS, ROWS)
     _grad_scores_kernel[(3 * splits * b * g, x.chunks)](
-        x.q, x.k, x.v, grad_y, x.high, x.low, x.scales, x.documents, grad_scores, inside, crossing, columns,
+        x.q, x.k, x.v, grad_y, x.high, x.low, x.scales, x.documents, grad_scores, inside, crossing, columns, grad_skips,
         l, x.padded, b, h, r, splits, *of_q, *of_k, *of_v, *of_y, **x.over_pairs, **FUSED,
     )  # fmt: skip
 
@@ -844,15 +866,16 @@ def decay_scan_bwd(
         )  # fmt: skip
         grads.append(grad[0] if splits == 1 else grad.sum(0))
 
+    grad_skip = None if grad_skips is None else grad_skips.sum((0, 1, 2), dtype=torch.float64)
     if along is None or across is None:
-        return grads[0], grads[1], grad_v, None, None, grad_initial
+        return grads[0], grads[1], grad_v, None, None, grad_skip, grad_initial
     grad_decay = x.high.new_empty(b, l, h)
     grad_scale = None if scale is None else torch.empty_like(grad_decay)
     _grad_decays_kernel[(b * triton.cdiv(h, HEADS), x.chunks)](
         inside, crossing, columns, along[0], along[1], across, x.scales, grad_decay, grad_scale, l, x.padded, x.chunks,
         b, h, across.shape[0], TILES_N=x.tiles_n, CHUNK=CHUNK, ROWS=ROWS, HEADS=HEADS, **FUSED,
     )  # fmt: skip
-    return grads[0], grads[1], grad_v, grad_decay, grad_scale, grad_initial
+    return grads[0], grads[1], grad_v, grad_decay, grad_scale, grad_skip, grad_initial
 
 
 def aot_specs() -> list[KernelSpec]:
@@ -861,12 +884,12 @@ def aot_specs() -> list[KernelSpec]:
     gradient, and the kernels of its backward in float32. What the first and the last leave out, documents, the others
     have, as in packed training."""
     learnt = ("inside", "crossing", "columns", "along", "across")
-    constant = dict.fromkeys((*learnt, "scale", "scales")) | {"shared": 1}
+    constant: dict[str, Any] = dict.fromkeys((*learnt, "scale", "scales", "skips", "grad_skips")) | {"shared": 1}
     specs = []
     for name, dtype, n, p, heads, model in (
         ("Mamba-2 2.7B", "bf16", 128, 64, "i32:16", {"documents": None}),
-        ("RetNet 6.7B, packed", "bf16", 256, 512, "i32:16", constant),
-        ("Mamba2-130m, packed", "fp32", 128, 64, "i32", {}),
+        ("RetNet 6.7B", "bf16", 256, 512, "i32:16", constant),
+        ("Mamba2-130m", "fp32", 128, 64, "i32", {}),
         ("RetNet 6.7B", "fp32", 256, 512, "i32:16", constant | {"documents": None}),
     ):
         place = 0 if dtype == "bf16" else 1
@@ -874,16 +897,9 @@ def aot_specs() -> list[KernelSpec]:
             _arguments(configs[place], n, p) | {"PRECISION": "bf16x6"} | model
             for configs in (STATE_CONFIGS, OUTPUT_CONFIGS, SCORE_CONFIGS, KEY_CONFIGS)
         )
-        tokens: dict[str, Any] = {
-            "CHUNK": CHUNK,
-            "ROWS": ROWS,
-            "HEADS": HEADS,
-            "a_h": 1,
-            "s_h": 1,
-            "num_warps": 4,
-            "num_stages": 3,
-        }
-        tokens |= {"TILES_N": triton.cdiv(n, over_keys["BLOCK_N"]), "STATE": n * p, "PASSED": PASSED} | model
+        sizes = {"CHUNK": CHUNK, "ROWS": ROWS, "HEADS": HEADS, "PASSED": PASSED, "STATE": n * p, "a_h": 1, "s_h": 1}
+        sizes |= {"TILES_N": triton.cdiv(n, over_keys["BLOCK_N"]), "num_warps": 4, "num_stages": 3}
+        tokens: dict[str, Any] = sizes | model
         of_q: dict[str, Any] = {"READS": True, "scales": None}
         of_k: dict[str, Any] = {"READS": False}
         kernels: list[tuple[Any, str, dict[str, Any]]] = [
@@ -892,7 +908,7 @@ def aot_specs() -> list[KernelSpec]:
             (_grad_keys_kernel, "", over_keys | of_k),
             (_grad_keys_kernel, ", of q", over_keys | of_q),
         ]
-        if name != "RetNet 6.7B":
+        if (name, dtype) != ("RetNet 6.7B", "fp32"):
             kernels += [
                 (_decay_sums_kernel, "", tokens),
                 (_chunk_states_kernel, "", over_states | of_k),
@@ -906,8 +922,9 @@ def aot_specs() -> list[KernelSpec]:
         for kernel, more, known in kernels:
             signature = {argument: _kind(argument, known, dtype, heads) for argument in kernel.arg_names}
             constexprs = {argument: known[argument] for argument in signature if argument in known}
-            label = f"{name}, {dtype}, keys {n}, values {p}{more}"
-            specs.append(KernelSpec(kernel, signature, constexprs, known["num_warps"], known["num_stages"], label))
+            label = f"{name}, {dtype}, keys {n}, values {p}{'' if 'documents' in model else ', packed'}{more}"
+            config = known["num_warps"], known["num_stages"]
+            specs.append(KernelSpec(kernel, signature, constexprs, *config, label))
     return specs
 
 

@@ -36,7 +36,7 @@ class OpWithCases:
     @property
     def reference(self) -> Callable[..., Any]:
         """The recurrence as the paper writes it."""
-        return getattr(self.module, f"{self.name}_reference")
+        return vars(self.module)[f"{self.name}_reference"]
 
     def cases(self, device: torch.device | str, dtype: torch.dtype, **sizes: int) -> list[dict[str, Any]]:
         """The arguments of every case, the same at every call."""
@@ -49,7 +49,7 @@ class OpWithCases:
         return getattr(self.module, "MODEL_SIZES", {})
 
 
-def tested_ops() -> list[OpWithCases]:
+def ops_with_cases() -> list[OpWithCases]:
     """Every op of the library and of the installed plugins that has ``cases`` beside it, by name."""
     plugins = importlib.metadata.entry_points(group="hf_archs.plugins")
     packages = {"hf_archs", *(plugin.module.partition(".")[0] for plugin in plugins)}

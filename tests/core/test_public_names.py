@@ -18,7 +18,10 @@ REPOSITORY = Path(hf_archs.__file__).parent.parent
 NAMES = (Path(__file__).parent.parent / "data" / "public_names.txt").read_text().split()
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(REPOSITORY.glob("model_cards/*.md"))]
 PLUGINS = sorted(path.parent.name for path in REPOSITORY.glob("plugins/*/__init__.py"))
-COMMANDS = ["list", "doctor", "init", "train", "generate", "convert", "describe", "inspect", "bench", "quickstart"]
+COMMANDS = [
+    *("list", "doctor", "init", "train", "generate", "convert", "describe"),
+    *("evaluate", "inspect", "bench", "quickstart"),
+]
 
 
 def find(name: str) -> object:

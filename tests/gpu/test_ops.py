@@ -7,12 +7,12 @@ import torch
 
 import hf_archs
 from hf_archs.kernels.backend import use_backend
-from hf_archs.testing.ops import check_op, tested_ops
+from hf_archs.testing.ops import check_op, ops_with_cases
 
 pytestmark = pytest.mark.gpu
 assert hf_archs  # which loads the plugins, and they their ops
 DEVICE = "cuda"
-every_op = pytest.mark.parametrize("op", tested_ops(), ids=lambda op: op.name)
+every_op = pytest.mark.parametrize("op", ops_with_cases(), ids=lambda op: op.name)
 
 
 def cases(op, dtype, length):

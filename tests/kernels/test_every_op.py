@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import hf_archs
 from hf_archs.kernels import library
 from hf_archs.kernels.backend import use_backend
-from hf_archs.testing.ops import tested_ops
+from hf_archs.testing.ops import ops_with_cases
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 assert hf_archs  # which loads the plugins, and they their ops
@@ -94,7 +94,7 @@ def test_every_op_is_wrapped_by_the_helper_and_has_cases():
     for name in OPS:
         assert cases(name)
     # the list of the tests on a GPU; some functions there are made of other ops
-    listed = {op.name: op for op in tested_ops()}
+    listed = {op.name: op for op in ops_with_cases()}
     assert listed.keys() == {*(name.removeprefix("hf_archs::") for name in OPS), "retention", "ssd_scan"}
     for op in listed.values():
         assert op.cases("cpu", torch.float32, **op.model_sizes | {"length": 1})

@@ -58,7 +58,7 @@ def ssd_scan(
         state) in float32 or wider. Both can be differentiated, once.
 
     Raises:
-        ValueError: where a shape does not fit, naming the argument of `decay_scan` (q is C, k is B, v is x).
+        ValueError: where a shape does not fit, naming the argument of `decay_scan` (q is C, k is B, v is x, skip is D).
     """
     boundaries = {"initial_state": initial_state, "seq_idx": seq_idx, "lengths": lengths}
     return _ssd_scan(decay_scan, x, dt, A, B, C, D, dt_bias, dt_limit, boundaries)
@@ -101,10 +101,7 @@ def _ssd_scan(
     if tuple(dt_limit) != (0.0, math.inf):  # which no softplus leaves
         low, high = dt_limit
         delta = delta.clamp(low, high if high < torch.finfo(delta.dtype).max else math.inf)  # some files say 1e308
-    y, final_state = scan(C, B, x, delta * cast(A, dtype), scale=delta, **boundaries)
-    if D is not None:
-        y = cast(torch.addcmul(cast(y, dtype), cast(D, dtype).unsqueeze(1), cast(x, dtype)), x.dtype)
-    return y, final_state
+    return scan(C, B, x, delta * cast(A, dtype), scale=delta, skip=D, **boundaries)
 
 
 def cases(device, dtype, batch=2, length=70, heads=4, head_dim=12, groups=2, state=8):
