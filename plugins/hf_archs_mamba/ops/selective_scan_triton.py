@@ -746,6 +746,7 @@ def aot_specs() -> list[KernelSpec]:
                 else:
                     signature[name] = "*fp32"
             constexprs = {name: value for name, value in given.items() if name in signature}
-            label = f"{dtype} {config['BLOCK_C']} x {config['T']}" + ", packed" * packed + ", summary" * summary
+            label = f"Mamba-130m, {dtype} {config['BLOCK_C']} x {config['T']}"
+            label += ", packed" * packed + ", summary" * summary
             specs.append(KernelSpec(kernel, signature, constexprs, config["num_warps"], num_stages=3, label=label))
     return specs
