@@ -30,9 +30,11 @@ class Op:
         forward: with type annotations: first tensors (some may be None), then options. Where its last option is
             ``keep``, the last result is for the backward only, and may be empty unless ``keep``.
         backward: takes the gradients of the results (None where there is none), the tensors, what was kept, the options
-            and ``wanted``, a bool for each learnt tensor; gives a gradient or None for each learnt tensor.
+            and ``wanted``, a bool for each learnt tensor; gives a gradient for each of these, or None for zeros.
         fake: ``forward`` on shapes.
         learnt: names of the tensors that have gradients.
+        unread: those of them whose values the backward does not read. They are not kept for it: it is handed tensors of
+            their shapes and dtypes.
         plain: the op in PyTorch's own operators, for exporters and `torch.func`, which know no others; None where the
             public function sees to it.
     """
@@ -44,6 +46,7 @@ class Op:
         backward: Callable[..., Sequence[Tensor | None]],
         fake: Callable[..., Any],
         learnt: tuple[str, ...],
+        unread: tuple[str, ...] = (),
         plain: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.plain = f"hf_archs::{name}", plain
@@ -56,6 +59,7 @@ class Op:
         self.keeps = names[-1] == "keep"
         self.results = results.count("Tensor") - self.keeps
         self.learnt = [names.index(tensor) for tensor in learnt]
+        self.unread = {names.index(tensor) for tensor in unread}
 
         forward_op = torch.library.custom_op(self.name, self.run, mutates_args=(), schema=schema)
         forward_op.register_fake(fake)
@@ -95,10 +99,15 @@ class Op:
             return [gradient.zero_() for gradient in self._fake_gradients(*arguments)]
         with no_autocast(inputs[0]), torch.accelerator.device_index(inputs[0].device.index):
             gradients = self.backward(*arguments)
-        return [
-            gradient.to(inputs[place].dtype).contiguous() if asked and gradient is not None else inputs[0].new_empty(0)
-            for gradient, place, asked in zip(gradients, self.learnt, wanted, strict=True)
-        ]
+        found = []
+        for gradient, place, asked in zip(gradients, self.learnt, wanted, strict=True):
+            if not asked:
+                found.append(inputs[0].new_empty(0))
+            elif gradient is None:
+                found.append(torch.zeros_like(inputs[place], memory_format=torch.contiguous_format))
+            else:
+                found.append(gradient.to(inputs[place].dtype).contiguous())
+        return found
 
     def _fake_gradients(self, *arguments: Any) -> list[Tensor]:
         inputs, wanted = arguments[self.results :], arguments[-1]
@@ -107,7 +116,11 @@ class Op:
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[: self.tensors], *([output[-1]] if self.keeps else []))
+        tensors = [
+            t.new_empty(()).expand(t.shape) if place in self.unread and t is not None else t
+            for place, t in enumerate(inputs[: self.tensors])
+        ]
+        ctx.save_for_backward(*tensors, *([output[-1]] if self.keeps else []))
         ctx.options = inputs[self.tensors : len(inputs) - self.keeps]
 
     def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
