@@ -25,6 +25,7 @@ class _Call(threading.local):
         pairs: which tokens see each other, a `hf_archs.layers.masks.Pairs`; None for all that are before them.
         show: gets the weights of attention, (b, h, l, columns), and gives what stands for them; None if nobody looks.
         generating: whether `generate` is running, so that the weights stay as they are from one token to the next.
+        drawn: how many tokens `generate` has put behind the prompt: ones that real tokens have, in the mask.
         card: the user's own in the folder that a model is saved into, as long as it is pushed from there.
         reading: the checkpoint that ``from_pretrained`` is reading, where every weight of it has to find its place.
     """
@@ -33,6 +34,7 @@ class _Call(threading.local):
     pairs: Any = None
     show: Callable[[torch.Tensor], torch.Tensor] | None = None
     generating: bool = False
+    drawn: int = 0
     card: bytes | None = None
     reading: Any = None
 

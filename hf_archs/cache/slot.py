@@ -61,12 +61,14 @@ class Timeline:
         is_static: whether states are written into buffers, and positions counted in tensors that stay where they are.
         length: positions read, those of this forward among them.
         before: in a static cache, positions before this forward.
+        free: in a static cache, how many more positions fit for certain.
     """
 
     def __init__(self, is_static: bool):
         self.is_static = is_static
         self.length: Any = torch.zeros((), dtype=torch.long) if is_static else 0
         self.before: Any = torch.zeros((), dtype=torch.long) if is_static else 0
+        self.free = 0
         self.segments: list[Segment] = []
 
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 import hf_archs
 from hf_archs.kernels import library
 from hf_archs.kernels.backend import use_backend
+from hf_archs.kernels.numerics import allowed
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 assert hf_archs  # which loads the plugins, and they their ops
@@ -308,3 +309,31 @@ def test_opcheck(name, monkeypatch):
                 for t in arguments.values()
             ]
             torch.library.opcheck(op.op, (*given, *[grad] * op.keeps))
+
+
+@every_op
+def test_products_of_float32_are_not_rounded(name, monkeypatch):
+    """Whatever a program has allowed, which stays allowed after the op, and after one that fails."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = {kind: allowed("mkldnn", kind) for kind in ("matmul", "conv")}
+        assert before["matmul"] == "bf16"
+        for case in cases(name):
+            op, arguments = call_of(name, case, monkeypatch)
+            found = []
+
+            def recorded(run, found=found):
+                return lambda *given: found.append(allowed("mkldnn", "matmul")) or run(*given)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(op, "forward", recorded(op.forward))
+                patch.setattr(op, "backward", recorded(op.backward))
+                results_of(by_place(op), arguments)
+                assert set(found) == {"ieee"}
+                assert len(found) == 2
+                patch.setattr(op, "forward", lambda *given: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    by_place(op)(**arguments)
+            assert {kind: allowed("mkldnn", kind) for kind in before} == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
