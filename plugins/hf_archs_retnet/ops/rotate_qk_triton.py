@@ -4,6 +4,7 @@ It is bound by memory traffic. A program turns some heads of a token, whose angl
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -106,7 +107,8 @@ def _launch(
     scale: float,
     interleaved: bool,
     inverse: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Any:
+    """Both rotated; None for None."""
     given = q if q is not None else k
     if given is None:
         return None, None
@@ -138,7 +140,7 @@ def _launch(
 
 def rotate_qk_fwd(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, scale: float, interleaved: bool
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """q and k rotated, and q scaled."""
     return _launch(q, k, cos, sin, q_scale, scale, interleaved, inverse=False)
 
