@@ -9,6 +9,7 @@ import hf_archs.layers.attention
 import hf_archs.layers.memory_attention
 import hf_archs.layers.mlp
 import hf_archs.layers.side_by_side  # noqa: F401 - these register mixers and feed-forwards
+from hf_archs.cache import StateCache
 from hf_archs.errors import moved
 from hf_archs.model.adapters import add_adapter
 from hf_archs.model.sharding import fully_shard
@@ -32,6 +33,7 @@ __version__ = VERSION
 __all__ = [
     "ArchTrainer",
     "Architecture",
+    "StateCache",
     "add_adapter",
     "architectures",
     "callbacks",
@@ -51,18 +53,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in (
-        "ArchTrainer",
-        "callbacks",
-        "parameter_groups",
-    ):  # transformers' Trainer is slow to import, and few need it
-        from hf_archs import training
+    if name in ("ArchTrainer", "callbacks", "parameter_groups"):
+        from hf_archs import training  # on use only, since transformers' Trainer is slow to import
 
         return getattr(training, name)
     raise AttributeError(f"module 'hf_archs' has no attribute {name!r}")
 
 
-# to 0.1 a plugin found these there
+# the modules of 0.1
 moved("hf_archs.attention", "hf_archs.layers.attention", "hf_archs.layers.attention_config")
 moved(
     "hf_archs.backbone",

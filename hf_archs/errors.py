@@ -1,4 +1,4 @@
-"""Errors and warnings that more than one part of the library gives."""
+"""Errors, and texts of errors and warnings, that several modules use."""
 
 import difflib
 import importlib
@@ -16,41 +16,41 @@ class CheckpointMismatch(RuntimeError):
 
 
 def similar(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Those of the ``known`` names that are nearly ``name``, the nearest first.
+    """The ``known`` names that are similar to ``name``, the most similar first.
 
     Args:
-        most: how many of them.
-        cutoff: how near, from 0 to 1, the same name.
+        most: the largest number of names.
+        cutoff: the lowest similarity, from 0 to 1 (equal).
     """
     return difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
 
 
 def did_you_mean(near: Sequence[str], otherwise: str = "") -> str:
-    """The question in the refusal of a name, whether one of those ``near`` it is meant; where none is, the other."""
+    """The part of an error that suggests the names ``near``; ``otherwise`` if there are none."""
     return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line; of a refused field, what its check says."""
+    """The message of an error in one line; for a refused config field, the message of its check."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def moved(old: str, *new: str, **renamed: str) -> None:
-    """Let a module of 0.1 be imported for one release more: each name in it warns, and is that of a module of today.
+    """Keep a module of 0.1 importable for one more release; each name that is taken from it warns.
 
     Args:
-        old: the module as it was called; the package that it stands in is imported.
-        new: the modules that its names are looked for in.
-        renamed: names that are called otherwise today, by the old ones.
+        old: the old name of the module; its package is imported already.
+        new: the modules in which its names are now.
+        renamed: new names by old ones.
     """
     module = ModuleType(old, f"Names that have moved to {' and '.join(new)}.")
 
     def find(name: str) -> Any:
         called = renamed.get(name, name)
-        for place in () if name.startswith("__") else new:
-            if hasattr(found := importlib.import_module(place), called):
+        for place in new:
+            if not name.startswith("__") and hasattr(found := importlib.import_module(place), called):
                 value = getattr(found, called)
                 home = value.__module__ if getattr(value, "__module__", None) in new else place
                 message = f"{old}.{name} is {home}.{called} now; the next release has no other name for it"
@@ -65,10 +65,10 @@ def moved(old: str, *new: str, **renamed: str) -> None:
 
 
 def needs(module: str, purpose: str, extra: str) -> Any:
-    """The module, imported.
+    """Import a module of an optional dependency.
 
     Raises:
-        ImportError: where it is missing; it names the extra of hf-archs that brings it.
+        ImportError: if it is missing, naming the extra of hf-archs to install.
     """
     try:
         return importlib.import_module(module)

@@ -1,6 +1,6 @@
-"""Models as functions of tensors alone, as `torch.export.export` and `torch.onnx.export(..., dynamo=True)` take them.
+"""Models as functions of tensors, for `torch.export.export` and `torch.onnx.export(..., dynamo=True)`.
 
-Rows and tokens may be dynamic: a graph that was made with one number of them is right with any other.
+Batch and length may be dynamic: a graph that is exported with one size is right for any other.
 
 Letters in shapes: b batch, l length, v vocabulary.
 """
@@ -16,10 +16,10 @@ from hf_archs.parts import StateSpec
 
 
 class Logits(nn.Module):
-    """A language model from token ids to logits.
+    """A language model as a function from token ids to logits.
 
     Args:
-        model: one with a language-model head, causal or masked.
+        model: a causal or masked language model.
     """
 
     def __init__(self, model: Any):
@@ -27,17 +27,19 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids (b, l) and a mask of the real ones (b, l), or None for all, to logits (b, l, v)."""
-        return self.model(input_ids, attention_mask=attention_mask, **_plain(self.model)).logits
+        """Token ids (b, l), and a mask (b, l) of real tokens or None, to logits (b, l, v)."""
+        return self.model(input_ids, attention_mask=attention_mask, **_logits_only(self.model, use_cache=False)).logits
 
 
 class Step(nn.Module):
-    """A causal language model from tokens, and the states before them, to logits, and the states after them.
+    """A causal language model as a function from tokens and states to logits and new states.
 
-    Of one token it is a step of a decoder, of more the beginning of a prompt or more of it. The first tokens begin with
-    `empty` states. Tensors are named by ``input_names`` and ``output_names``, in the order in which an exported graph
-    takes and gives them: ``input_ids`` and every ``past.layers.<i>.<state>``, ``logits`` and every
-    ``present.layers.<i>.<state>``.
+    One token is a decode step; several are a prefill, or a chunk of one. The first call takes the `empty` states.
+
+    Attributes:
+        input_names: ``input_ids`` and every ``past.layers.<i>.<state>``, in the order of an exported graph's inputs.
+        output_names: ``logits`` and every ``present.layers.<i>.<state>``, in the order of its outputs.
+        specs: the specification of every state, by name.
 
     Args:
         model: a causal language model.
@@ -56,22 +58,26 @@ class Step(nn.Module):
         """
         Args:
             input_ids: (b, l).
-            states: by the names of ``specs``, shapes as there, after the batch. A last dimension of None is as long as
-                what was read before.
-            attention_mask: the real ones of these tokens, (b, l), or None for all.
+            states: the states before these tokens, (b, *shape) by the names and shapes in ``specs``. The last dimension
+                of a growing state has a column for each earlier position.
+            attention_mask: (b, l), the real tokens among these; None without padding.
 
         Returns:
-            logits (b, l, v), and the states after these tokens by the same names.
+            Logits (b, l, v), and the states after these tokens by the same names.
         """
         cache = ArchDynamicCache(self.model.config)
-        cache.load_state_dict({**states, "length": 0})  # type: ignore[dict-item]  # no tensor, whose value no graph knows
+        # an int, since a graph does not know the value of a tensor
+        cache.load_state_dict({**states, "length": 0})  # type: ignore[dict-item]
         output = self.model(
-            input_ids, attention_mask=attention_mask, past_key_values=cache, **{**_plain(self.model), "use_cache": True}
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            **_logits_only(self.model, use_cache=True),
         )
         return output.logits, dict(cache.held())
 
     def empty(self, batch: int, columns: int = 0) -> States:
-        """The states before the first token, with so many columns where they grow."""
+        """The states before the first token; growing states have ``columns`` columns of zeros."""
         dtype, device = self.model.dtype, self.model.device
         shapes = {name: [columns if n is None else n for n in spec.shape] for name, spec in self.specs.items()}
         return {
@@ -80,12 +86,12 @@ class Step(nn.Module):
         }
 
     def example(self, tokens: int | None = 1) -> dict[str, Any]:
-        """Keyword arguments to export with: ``tokens`` of two rows, or None for any number of them."""
+        """Example arguments for the export, with two rows of ``tokens``; None for a dynamic number of tokens."""
         ids = torch.zeros(2, tokens or 7, dtype=torch.int64, device=self.model.device)
         return {"input_ids": ids, "states": self.empty(2, columns=5)}
 
     def dynamic_shapes(self, tokens: int | None = 1) -> dict[str, Any]:
-        """Which dimensions of `example` may be others in the exported graph."""
+        """The dynamic dimensions of the arguments of `example`."""
         batch, columns, length = Dim("batch"), Dim("columns", min=0), Dim("length")
         ids = {0: batch} | ({1: length} if tokens is None else {})
         states = {
@@ -94,6 +100,6 @@ class Step(nn.Module):
         return {"input_ids": ids, "states": states}
 
 
-def _plain(model: Any) -> dict[str, Any]:
-    """Arguments that keep a forward to its logits."""
-    return {"use_cache": False} | ({"output_router_logits": False} if model.base_model.has_routers else {})
+def _logits_only(model: Any, use_cache: bool) -> dict[str, Any]:
+    """Arguments with which a forward returns no router logits, and no cache unless ``use_cache``."""
+    return {"use_cache": use_cache} | ({"output_router_logits": False} if model.base_model.has_routers else {})

@@ -1,9 +1,9 @@
-"""The ground that every part of a model stands on: its config, its states, and the protocols between it and the core.
+"""Base classes and protocols of the parts of a model: configs, states, and the calls between parts and the core.
 
 A part is a token mixer or a feed-forward. Letters in shapes: b batch, l length, d hidden size, e experts.
 """
 
-# no `annotations` of the future here: `strict` reads the types of PartConfig
+# no `from __future__ import annotations`: `strict` reads the types of PartConfig
 import importlib.metadata
 import inspect
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ class StateSpec:
     """One tensor of a mixer's state.
 
     Attributes:
-        kind: ``"conv"`` (a window of past inputs) or ``"recurrent"``: where transformers' cache keeps it.
-        shape: without the batch dimension. The last dimension may be None: time, for a mixer that needs all it has
-            read. Such a state grows with every token; its last column is the row's latest token, and zeros in the
-            first columns are tokens that never were (a static cache begins with nothing else).
+        kind: ``"conv"`` (a window of past inputs) or ``"recurrent"``, as in transformers' cache.
+        shape: the shape without the batch dimension. A last dimension of None makes a growing state, with a column for
+            every token read. The last column is the row's latest token. Leading columns may be zeros without a token,
+            as in the empty buffer of a static cache.
         dtype: None for the dtype of the activations.
-        together: whether the values of a column of a growing state lie together in a static cache, for mixers that read
-            column by column, and not those of a row.
+        together: memory layout of a growing state in a static cache. True: the channels of one token are adjacent.
+            False: the tokens of one channel are.
     """
 
     kind: str
@@ -43,12 +43,12 @@ class StateSpec:
 
     @property
     def grows(self) -> bool:
-        """Whether the state holds something of every token."""
+        """Whether the state has a column for every token."""
         return self.shape[-1:] == (None,)
 
 
 def check_range(config: object, field: str, low: float, high: float) -> None:
-    """Raise a `ValueError` that names field, value and what is allowed, unless ``low <= value <= high``."""
+    """Raise a `ValueError` that names field, value and range, unless ``low <= value <= high``."""
     value = getattr(config, field)
     if not low <= value <= high:
         raise ValueError(f"{type(config).__name__}: {field} is {value}; allowed are {low} to {high}")
@@ -57,10 +57,10 @@ def check_range(config: object, field: str, low: float, high: float) -> None:
 @strict
 @dataclass(kw_only=True)
 class PartConfig:
-    """The fields of every token mixer and feed-forward; each kind adds its own in a subclass.
+    """The fields of every token mixer and feed-forward; subclasses add their own.
 
-    The config of a pure stack inherits from the config of its mixer and is handed to the mixer as it is; in a hybrid
-    every named instance has a config of its own.
+    The config of a pure stack inherits from the config of its mixer, and is passed to the mixer. In a hybrid every
+    named instance has a config of its own.
     """
 
     hidden_size: int = 768
@@ -68,43 +68,43 @@ class PartConfig:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # `from __future__ import annotations` makes strings of types, and `strict` checks no value against a string
+        # `strict` checks no values against the strings that `from __future__ import annotations` makes of types
         cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)
 
     @property
     def model_config(self) -> Any:
-        """The config of the model that this one belongs to: itself, unless it is one of several named instances.
+        """The config of the model: for a named instance the config that owns it, else this config itself.
 
-        transformers keeps there which implementation of attention and of experts runs.
+        transformers sets the implementations of attention and experts in it.
         """
-        return self.__dict__.get("_model_config", self)
+        return vars(self).get("_model_config", self)
 
     def belongs_to(self, model_config: Any) -> Self:
-        """This config, as an instance in the model of ``model_config``."""
-        self.__dict__["_model_config"] = model_config
+        """Make this the config of a named instance in the model of ``model_config``; returns itself."""
+        self._model_config = model_config
         return self
 
     @property
     def num_heads(self) -> int:
-        """One, unless the mixer has heads. (Prompt tuning asks every config for them.)"""
+        """1, unless the mixer has heads. (Prompt tuning reads it from every config.)"""
         return 1
 
     def _allow(self, allowed: bool, field: str, what: str) -> None:
-        """Raise a `ValueError` that names field, value and what is allowed, unless ``allowed``."""
+        """Raise a `ValueError` that names field, value and allowed values, unless ``allowed``."""
         if not allowed:
             raise ValueError(f"{type(self).__name__}: {field} is {getattr(self, field)!r}; allowed {what}")
 
     def validate_mixer_sizes(self) -> None:
-        """Check the fields of every part. Raises a `ValueError` that names the field, its value and the range."""
+        """Check the fields of every part; raises a `ValueError` as `check_range`."""
         check_range(self, "hidden_size", 1, 2**17)
         check_range(self, "norm_eps", 0.0, 1.0)
 
 
 class TokenMixer(Protocol):
-    """A token mixer as a block calls it, and `hf_archs.registry.register_mixer` takes it: built as ``cls(config)``.
+    """The interface of token mixers: an `nn.Module`, constructed as ``cls(config)``.
 
-    It is an `nn.Module`. Parameters of the recurrence (states, decays, step biases, Hyena's filters) stand in a
-    submodule ``ssm``, a name that checkpoints, adapters and quantisers know; they stay in float32.
+    Parameters of the recurrence (states, decays, step biases, Hyena's filters) are in a submodule ``ssm``, a name that
+    checkpoints, adapters and quantisers know; they stay in float32.
     """
 
     def forward(
@@ -114,42 +114,41 @@ class TokenMixer(Protocol):
         lengths: Tensor | None = None,
         seq_idx: Tensor | None = None,
     ) -> Tensor:
-        """Mix the tokens of every row, each with those before it in its document.
+        """Mix each token with the earlier tokens of its document.
 
         Args:
-            hidden_states: (b, l, d), in every row the real tokens first.
-            state: the states that the mixer continues and leaves behind; None without a cache.
-            lengths: (b,) real tokens in each row; None where all are.
-            seq_idx: (b, l) the document of each token; None where a row is one.
+            hidden_states: (b, l, d), with the real tokens of every row first.
+            state: holds the states before these tokens, and receives those after them; None without a cache.
+            lengths: (b,) number of real tokens of each row; None without padding.
+            seq_idx: (b, l) document number of each token; None if every row is a single document.
 
         Returns:
-            (b, l, d) in the dtype of ``hidden_states``; rows behind ``lengths`` mean nothing.
+            (b, l, d) in the dtype of ``hidden_states``; the values at padding have no meaning.
         """
 
 
 @runtime_checkable
 class SelfInitialized(Protocol):
-    """A module that draws its own parameters, by `transformers.initialization`, which never overwrites loaded ones."""
+    """A module that initialises its parameters by `transformers.initialization`, which never changes loaded ones."""
 
     def init_weights(self) -> None:
-        """Give every parameter and buffer of this module alone its first value."""
+        """Initialise the parameters and buffers of this module, but not of its children."""
 
 
 @runtime_checkable
 class BringsCallbacks(Protocol):
-    """A layer that must act between the steps of a training, as a router does to balance its load."""
+    """A layer that acts between training steps, as a router does to balance its load."""
 
     def trainer_callbacks(self) -> "list[TrainerCallback]":
-        """Callbacks for a `Trainer`. One of each class is taken, and serves all layers of the model."""
+        """Callbacks for a `Trainer`; one of each class serves all layers of the model."""
 
 
 class RoutedFeedForward(nn.Module):
-    """Base of the feed-forwards with a router.
+    """Base of feed-forwards with a router.
 
     Attributes:
-        config: its config; layers with one config object make their losses together.
-        gate: the router, called once in a forward. What it has counted in training stands in its buffer
-            ``training_statistics``.
+        config: its config; layers with one config object compute their losses together.
+        gate: the router, called once in a forward. Its buffer ``training_statistics`` sums the statistics of training.
     """
 
     config: Any
@@ -158,46 +157,46 @@ class RoutedFeedForward(nn.Module):
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None = None, count: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute every token by the experts that its router gives it.
+        """Apply to every token the experts that the router selects.
 
         Args:
             hidden_states: (b, l, d).
-            mask: (b, l) bool, the real tokens; None where all are.
-            count: whether the statistics are asked for.
+            mask: (b, l) bool, the real tokens; None without padding.
+            count: whether the statistics are needed.
 
         Returns:
-            (b, l, d) in the dtype of ``hidden_states``; the router's statistics in one vector, which adds up over
+            (b, l, d) in the dtype of ``hidden_states``; the router's statistics, a vector that can be summed over
             forwards and ranks; and its logits, (b * l, e).
         """
         raise NotImplementedError
 
     def balance_loss(self, statistics: Sequence[Tensor]) -> Tensor:
-        """The loss that balances the load in all layers with this config, zero-dimensional.
+        """The load-balancing loss of all layers with this config, a scalar tensor.
 
         Args:
-            statistics: those that `forward` of each of these layers gave, counted.
+            statistics: the statistics from `forward` of each of these layers.
         """
         raise NotImplementedError
 
     def auxiliary_loss(self, statistics: Sequence[Tensor]) -> Tensor:
-        """All that these layers add to the loss, coefficients included; zero-dimensional.
+        """The sum of all losses of these layers, multiplied by their coefficients, a scalar tensor.
 
         Args:
-            statistics: as those of `balance_loss`.
+            statistics: as in `balance_loss`.
         """
         raise NotImplementedError
 
     def figures(self, statistics: Tensor) -> dict[str, Tensor]:
-        """Figures of this layer's router for people to look at, from its statistics."""
+        """Figures for logs, from the statistics of this layer's router."""
         raise NotImplementedError
 
     def active_fraction(self) -> float:
-        """The share of the experts' weights that a token uses."""
+        """Share of the experts' weights that a token uses."""
         return 1.0
 
     def check_generation(self) -> None:
-        """Raise a `ValueError` where the output of a token depends on later tokens."""
+        """Raise a `ValueError` if the output of a token depends on later tokens."""
 
     def trainer_callbacks(self) -> "list[TrainerCallback]":
-        """Callbacks that the router needs in training; see `BringsCallbacks`."""
+        """The callbacks of the router for training; see `BringsCallbacks`."""
         return []

@@ -1,7 +1,7 @@
-"""Architectures, mixers and feed-forwards by name, and the plugins that bring them.
+"""The registry of architectures, mixers and feed-forwards, and the loading of plugins.
 
-A plugin is any distribution with an entry point in the group ``hf_archs.plugins`` that names a module; the module
-registers what it brings when it is imported. The built-in plugins use the same door.
+A plugin is any distribution with an entry point in the group ``hf_archs.plugins`` that names a module. The module
+registers its parts and architectures when it is imported. Built-in plugins work the same way.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ENTRY_POINT_GROUP = "hf_archs.plugins"
 
 @dataclass(frozen=True)
 class Mixer:
-    """A registered token mixer; `register_mixer` says what its fields are."""
+    """A registered token mixer; see `register_mixer` for its fields."""
 
     name: str
     module_class: type[nn.Module]
@@ -51,7 +51,7 @@ class Mixer:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A registered feed-forward; `register_feed_forward` says what its fields are."""
+    """A registered feed-forward; see `register_feed_forward` for its fields."""
 
     name: str
     module_class: type[nn.Module]
@@ -71,14 +71,14 @@ class FeedForward:
 
 @dataclass(frozen=True, init=False)
 class Architecture:
-    """A registered architecture: the classes, and what the library and its users need to know of it.
+    """A registered architecture.
 
     Attributes:
-        name: what the registry, the command line and the documents call it.
+        name: name in the registry, on the command line and in the documents.
         config_class, model_class, ...: the classes, found in ``modeling`` by their bases.
-        tiny: config fields of the tiny model that tests use, beside those that its mixer was registered with.
-        sizes: config fields of each named size that ``hf-archs init`` offers.
-        native_formats: the foreign checkpoint formats that can be read and written.
+        tiny: config fields of the tiny model in tests, besides the ``tiny`` of its mixer.
+        sizes: config fields of each named size of ``hf-archs init``.
+        native_formats: checkpoint formats of other libraries that can be read and written.
     """
 
     name: str
@@ -110,11 +110,11 @@ class Architecture:
         Args:
             name, tiny, sizes, native_formats: see above.
             modeling: the module with the model classes, one for each Auto class.
-            lora_targets, even_targets: in place of those that its mixers and feed-forwards were registered with.
-            classes: to 0.1 the classes were passed one by one, and that of the mixer with them. That warns now.
+            lora_targets, even_targets: replace the targets of its mixers and feed-forwards.
+            classes: the classes one by one, as up to 0.1; this warns.
 
         Raises:
-            TypeError: where a class is missing in ``modeling``, or an argument is none of these.
+            TypeError: for a class that is missing in ``modeling``, or an unknown argument.
         """
         if unknown := sorted(set(classes) - {"config_class", "mixer_class", *ROLES}):
             raise TypeError(f"architecture {name!r}: there is no argument {unknown[0]!r}")
@@ -125,23 +125,23 @@ class Architecture:
                 FutureWarning,
                 stacklevel=2,
             )
-        classes.pop("mixer_class", None)  # nothing reads it
+        classes.pop("mixer_class", None)  # no longer used
         own = {"_lora_targets": tuple(lora_targets), "_even_targets": tuple(even_targets)}
         vars(self).update(name=name, modeling=modeling, **{**_find_classes(name, modeling), **classes}, **own)
         vars(self).update(tiny=tiny or {}, sizes=sizes or {}, native_formats=tuple(native_formats))
 
     @property
     def model_type(self) -> str:
-        """The ``model_type`` of the config, as it stands in ``config.json``."""
+        """The ``model_type`` of the config, as in ``config.json``."""
         return self.config_class.model_type
 
     def parts(self) -> list[Mixer | FeedForward]:
-        """The mixers and feed-forwards that its layers can be made of: all there are, unless it is a pure stack."""
+        """The mixers and feed-forwards of a pure stack; all registered parts for other architectures."""
         return self._stacked or [*_mixers.values(), *_feed_forwards.values()]
 
     @cached_property
     def _stacked(self) -> list[Mixer | FeedForward]:
-        """The parts of a pure stack; empty for others."""
+        """The parts of a pure stack; an empty list for other architectures."""
         if self._mixer is None:
             return []
         plans = self.tiny_config().layer_plans()
@@ -150,33 +150,34 @@ class Architecture:
 
     @property
     def _mixer(self) -> Mixer | None:
-        """The mixer of a pure stack; None for others."""
+        """The mixer of a pure stack; None for other architectures."""
         name = getattr(self.config_class, "mixer_type", None)
         return None if name is None else get_mixer(name)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
-        """Names of the linear layers that LoRA adapts by default; a model has those of its own parts."""
+        """Names of the linear layers that LoRA adapts by default; a model has a part of them."""
         gathered = dict.fromkeys(target for part in self.parts() for target in part.lora_targets)
         return self._lora_targets or tuple(gathered)  # type: ignore[attr-defined]
 
     @property
     def even_targets(self) -> tuple[str, ...]:
-        """Those of them whose widths are multiples of ``hidden_size`` or of a head's size in every part, for adapters
-        that cut a matrix into blocks.
+        """The ``lora_targets`` whose widths are multiples of ``hidden_size`` or a head's size in every part.
+
+        They are the targets of adapters that cut a matrix into blocks.
         """
         uneven = {name for part in self.parts() for name in {*part.lora_targets} - {*part.even_targets}}
         even = tuple(name for name in self.lora_targets if name not in uneven)
         return self._even_targets or even  # type: ignore[attr-defined]
 
     def tiny_config(self, **overrides: Any) -> Any:
-        """A config of vocabulary 128, width 64 and two layers (unless the architecture needs up to four)."""
+        """A config with vocabulary 128, hidden size 64 and two layers, or up to four if the architecture needs them."""
         own = {} if self._mixer is None else self._mixer.tiny
         fields = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, **own, **self.tiny, **overrides}
         return self.config_class(**fields)
 
     def auto_classes(self) -> dict[str, tuple[type, type]]:
-        """The Auto class and the class it resolves to, by the name that stands in ``auto_map``."""
+        """Each Auto class and the class it resolves to, by the Auto class's name."""
         return {auto.__name__: (auto, getattr(self, role)) for role, (auto, _) in ROLES.items()}
 
 
@@ -238,24 +239,25 @@ def register_mixer(
     """Make a token mixer available to every architecture under ``name``.
 
     Args:
-        module_class, config_class: a `hf_archs.parts.TokenMixer`, built as ``module_class(config)``.
-        state: the mixer's states, from its config.
-        layer_type: the kind of a layer of it in transformers' words, from its config.
-        parts: of a mixer that is several side by side, each one's registered name and config.
-        window: of one that sees the last tokens alone, how many.
-        follows_pairs: whether it follows a mask of four dimensions, `hf_archs.cache.call.call.pairs`.
-        shows_weights: whether it hands the weights of attention to `hf_archs.cache.call.call.show`.
+        module_class, config_class: a `hf_archs.parts.TokenMixer`, constructed as ``module_class(config)``.
+        state: function from a config to the states of the mixer.
+        layer_type: function from a config to the layer type in transformers' terms.
+        parts: for several mixers side by side, function from a config to the registered name and config of each.
+        window: for a mixer with a window, function from a config to its number of tokens.
+        follows_pairs: function from a config to whether the mixer follows masks of four dimensions
+            (`hf_archs.cache.call.call.pairs`).
+        shows_weights: whether it passes attention weights to `hf_archs.cache.call.call.show`.
         lora_targets: names of its linear layers that LoRA adapts by default.
-        even_targets: those of them whose widths are multiples of ``hidden_size`` or of a head's size.
-        tiny: config fields of the tiny mixer that tests use.
+        even_targets: the ``lora_targets`` whose widths are multiples of ``hidden_size`` or of a head's size.
+        tiny: config fields of the tiny mixer in tests.
 
     Raises:
-        ValueError: where the name is taken.
-        TypeError: where ``config_class`` is no config of a part.
+        ValueError: for a name that is taken.
+        TypeError: for a ``config_class`` that does not inherit from `hf_archs.parts.PartConfig`.
     """
     if not (isinstance(config_class, type) and issubclass(config_class, PartConfig)):
         raise TypeError(f"mixer {name!r}: config_class is {config_class!r}, which is no subclass of PartConfig")
-    module: Any = module_class  # the protocol does not say that it is one
+    module: Any = module_class  # a Protocol is no nn.Module for mypy
     targets, even = tuple(lora_targets), tuple(even_targets)
     entry = Mixer(
         name,
@@ -277,7 +279,7 @@ def register_mixer(
 
 
 def get_mixer(name: str) -> Mixer:
-    """The registered mixer of that name; a `ValueError` lists the near names."""
+    """The registered mixer ``name``; raises a `ValueError` that lists similar names."""
     return _get("mixer", _mixers, name)
 
 
@@ -301,17 +303,17 @@ def register_feed_forward(
     """Make a feed-forward available to every architecture under ``name``.
 
     Args:
-        module_class: built as ``module_class(config)`` and called with the hidden states (b, l, d), of which it gives
-            as many; one with a router is a `hf_archs.parts.RoutedFeedForward`.
+        module_class: constructed as ``module_class(config)``, and called with hidden states (b, l, d), to the same; a
+            `hf_archs.parts.RoutedFeedForward` if it has a router.
         config_class: a subclass of `hf_archs.parts.PartConfig`.
-        tp_plan: how its layers are sharded over processes, in transformers' words, from its config.
-        ep_plan: how its experts are spread over them.
-        lora_targets, even_targets, tiny: as those of `register_mixer`.
-        conversions: between its parameters in memory and in files, named from ``feed_forward.`` on.
+        tp_plan: function from a config to the tensor-parallel styles of its layers, in transformers' terms.
+        ep_plan: function from a config to the expert-parallel styles of its experts.
+        lora_targets, even_targets, tiny: as in `register_mixer`.
+        conversions: between its parameters in memory and in files, with names from ``feed_forward.`` on.
 
     Raises:
-        ValueError: where the name is taken.
-        TypeError: where ``config_class`` is no config of a part.
+        ValueError: for a name that is taken.
+        TypeError: for a ``config_class`` that does not inherit from `hf_archs.parts.PartConfig`.
     """
     if not (isinstance(config_class, type) and issubclass(config_class, PartConfig)):
         raise TypeError(f"feed-forward {name!r}: config_class is {config_class!r}, which is no subclass of PartConfig")
@@ -325,7 +327,7 @@ def register_feed_forward(
 
 
 def get_feed_forward(name: str) -> FeedForward:
-    """The registered feed-forward of that name; a `ValueError` lists the near names."""
+    """The registered feed-forward ``name``; raises a `ValueError` that lists similar names."""
     return _get("feed-forward", _feed_forwards, name)
 
 
@@ -338,9 +340,8 @@ def register(architecture: Architecture) -> Architecture:
     """Register an architecture here and with every Auto class of transformers.
 
     Raises:
-        TypeError: where its config class is no config, or has no ``model_type``.
-        ValueError: where its name, its model type or the name of its config class is taken; nothing is registered
-            then.
+        TypeError: for a config class that is no `PreTrainedConfig`, or has no ``model_type``.
+        ValueError: for a name, model type or config class name that is taken; nothing is registered then.
     """
     config_class = architecture.config_class
     if not (isinstance(config_class, type) and issubclass(config_class, PreTrainedConfig)):
@@ -349,13 +350,13 @@ def register(architecture: Architecture) -> Architecture:
         )
     if not config_class.model_type:
         raise TypeError(f"architecture {architecture.name!r}: {config_class.__name__} has no model_type")
-    for other in _architectures.values():  # transformers refuses its own types only
+    for other in _architectures.values():  # transformers refuses only its own model types
         if other.name != architecture.name and other.model_type == config_class.model_type:
             raise ValueError(
                 f"architecture {architecture.name!r}: model type {config_class.model_type!r} is registered already, "
                 f"by {_owner(other)}"
             )
-    if config_class.__name__ in CONFIG_MAPPING_NAMES.values():  # Auto classes tell configs apart by this name
+    if config_class.__name__ in CONFIG_MAPPING_NAMES.values():  # Auto classes distinguish configs by class name
         raise ValueError(
             f"architecture {architecture.name!r}: transformers has a {config_class.__name__} of its own; "
             f"allowed is another class name, such as Arch{config_class.__name__}"
@@ -375,7 +376,7 @@ def register(architecture: Architecture) -> Architecture:
 
 
 def _enter_parts() -> None:
-    """Tell the architectures that are there already of a new part."""
+    """Update the registered architectures for a new part."""
     for architecture in _architectures.values():
         if not architecture._stacked:
             enter_adapter_targets(architecture)
@@ -383,7 +384,7 @@ def _enter_parts() -> None:
 
 
 def _register_conversions(architecture: Architecture) -> None:
-    """Enter how the parameters of feed-forwards stand in files, and those of its native formats."""
+    """Register the weight conversions of all feed-forwards, and of the architecture's native formats."""
     owners: list[Any] = [*_feed_forwards.values(), *architecture.native_formats]
     conversions = [conversion for owner in owners for conversion in owner.conversions]
     register_checkpoint_conversion_mapping(architecture.model_type, conversions, overwrite=True)
@@ -395,17 +396,17 @@ def architectures() -> list[str]:
 
 
 def get_architecture(name: str) -> Architecture:
-    """The registered architecture of that name; a `ValueError` lists the near names."""
+    """The registered architecture ``name``; raises a `ValueError` that lists similar names."""
     return _get("architecture", _architectures, name)
 
 
 def find_architecture(config_class: type) -> Architecture | None:
-    """The architecture that a config class belongs to, or None."""
+    """The architecture of a config class or of its base, or None."""
     return next((a for a in _architectures.values() if issubclass(config_class, a.config_class)), None)
 
 
 def distribution_of(architecture: Architecture) -> str:
-    """The name of the installed distribution that brings an architecture: what a user would pip install."""
+    """The name of the installed distribution that provides an architecture, for ``pip install``."""
     module = architecture.config_class.__module__.partition(".")[0]
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         if entry_point.module.partition(".")[0] == module and entry_point.dist:
@@ -414,12 +415,12 @@ def distribution_of(architecture: Architecture) -> str:
 
 
 def failed_plugins() -> dict[str, str]:
-    """The plugins that could not be imported, with the cause."""
+    """The plugins that could not be imported, each with its error."""
     return dict(_failed)
 
 
 def load_plugins(entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> None:
-    """Import every installed plugin once. One that fails is named in a warning and leaves the others alone."""
+    """Import every installed plugin once. A plugin that fails causes a warning, and does not stop the others."""
     if entry_points is None:
         entry_points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     for entry_point in entry_points:

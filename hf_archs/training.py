@@ -1,7 +1,6 @@
-"""Parts of a training that the host's Trainer cannot find on a model by itself.
+"""Parts of training that transformers' Trainer does not derive from a model.
 
-`parameter_groups` and `callbacks` serve everybody's own training loop; `ArchTrainer` is transformers' Trainer with
-both.
+`parameter_groups` and `callbacks` serve any training loop; `ArchTrainer` is transformers' Trainer with both.
 """
 
 import warnings
@@ -24,9 +23,9 @@ from hf_archs.parts import BringsCallbacks
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
-    """The parameters that weight decay is for: matrices of linear layers and convolutions.
+    """Names of the parameters with weight decay: matrices of linear layers and convolutions.
 
-    Not states, decays and step biases (everything in a mixer's ``ssm``), norms, biases and embeddings.
+    Excluded are a mixer's ``ssm`` (states, decays, step biases), norms, biases and embeddings.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     return [
@@ -37,14 +36,14 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups for an optimizer: with weight decay, and without.
+    """Two groups of trainable parameters for an optimizer: with weight decay, and without.
 
     Args:
-        model: any model; `decay_parameter_names` says which parameters decay.
-        weight_decay: of the first group.
+        model: any model; see `decay_parameter_names`.
+        weight_decay: weight decay of the first group.
 
     Returns:
-        groups for ``torch.optim``; every trainable parameter is in exactly one.
+        Groups for ``torch.optim``; every trainable parameter is in exactly one.
     """
     decayed = set(decay_parameter_names(model))
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -55,10 +54,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[s
 
 
 def callbacks(model: nn.Module) -> list[TrainerCallback]:
-    """The Trainer callbacks that the layers of ``model`` need.
-
-    Those of every `hf_archs.parts.BringsCallbacks` among them, one of each class.
-    """
+    """The Trainer callbacks of the layers of ``model``, one of each class; see `hf_archs.parts.BringsCallbacks`."""
     found: dict[type, TrainerCallback] = {}
     for module in model.modules():
         if isinstance(module, BringsCallbacks):
@@ -69,7 +65,7 @@ def callbacks(model: nn.Module) -> list[TrainerCallback]:
 
 @dataclass
 class _RouterLabelSmoother(LabelSmoother):
-    """transformers' smoothed loss, with that of the routers beside it."""
+    """transformers' label-smoothed loss plus the loss of the routers."""
 
     config: Any = None
 
@@ -86,24 +82,25 @@ class _RouterLabelSmoother(LabelSmoother):
 
 
 class ArchTrainer(Trainer):
-    """transformers' Trainer with `callbacks`, the weight decay of `parameter_groups` and the loss of routers beside a
-    smoothed one; it saves whole or not at all.
+    """transformers' Trainer with `callbacks`, `decay_parameter_names`, and the routers' loss with label smoothing.
+
+    It saves a folder completely or not at all.
 
     Args:
-        card: arguments of `model_card` for the card that is saved and pushed.
+        card: arguments of `model_card` for the model card.
     """
 
     def __init__(self, model: Any, args: TrainingArguments, *, card: dict[str, Any] | None = None, **kwargs: Any):
         self.card = card or {"training": "Not described.", "results": {}}
         given = kwargs.pop("callbacks", None) or []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PlainTrainerWarning)  # it says what to do, and here that is done
+            warnings.simplefilter("ignore", PlainTrainerWarning)  # this class does what it recommends
             super().__init__(model, args, callbacks=given, **kwargs)
         if self.label_smoother is not None:
             self.label_smoother = _RouterLabelSmoother(args.label_smoothing_factor, config=model.config)
         for callback in reversed(callbacks(model)):
             self.add_callback(callback)
-            # before those that report, so that they see what it adds to the logs
+            # in front, so that reporting callbacks see its additions to the logs
             self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -111,14 +108,14 @@ class ArchTrainer(Trainer):
         return decay_parameter_names(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, into a folder whose old files stay until all new ones are written."""
+        """As in transformers, but old files stay until all new files are written."""
         with disk.replacing(output_dir or str(self.args.output_dir)) as partial:
             super().save_model(str(partial), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card into the output folder; Trainer calls this when it pushes."""
+        """Write the model card into the output folder; Trainer calls this when it pushes."""
         if not self.is_world_process_zero():
             return
         repository = getattr(self, "hub_model_id", None) or Path(str(self.args.output_dir)).name
@@ -129,14 +126,14 @@ class ArchTrainer(Trainer):
 def add_lora(
     model: PreTrainedModel, targets: Sequence[str] = (), *, rank: int = 16, alpha: int = 32, dropout: float = 0.0
 ) -> PeftModel:
-    """``model`` with a LoRA adapter (Hu et al. 2021) to be trained.
+    """Add a trainable LoRA adapter (Hu et al. 2021) to ``model``.
 
     Args:
-        targets: names of linear layers, or ``all-linear``; empty takes the architecture's ``lora_targets``.
-        rank, alpha, dropout: of `peft.LoraConfig`.
+        targets: names of linear layers, or ``all-linear``; empty for the architecture's ``lora_targets``.
+        rank, alpha, dropout: as in `peft.LoraConfig`.
 
     Raises:
-        ValueError: where a target is no linear layer of the model, or is tied to another; see `add_adapter`.
+        ValueError: for a rank out of range, or a target that is no linear layer or is tied; see `add_adapter`.
     """
     linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if unknown := set(targets) - linear - {"all-linear"}:

@@ -1,8 +1,7 @@
-"""The program ``hf-archs``: runs ``hf_archs/commands/cli.py`` as a file, outside its package.
+"""The program ``hf-archs``: runs ``hf_archs/commands/cli.py`` without importing its package.
 
-It is the one module beside the plugins' folders. Importing the package takes seconds, and `hf_archs.commands.cli`
-imports the library only inside its commands, so that help, the version and a mistyped option are answered at once,
-and by the commands themselves.
+Importing the package takes seconds, and `hf_archs.commands.cli` imports the library only inside its commands. So help,
+the version and a mistyped option are answered at once. This is the only module outside the plugins' folders.
 """
 
 import importlib.util

@@ -1,10 +1,10 @@
-"""Settings for every test; they must stand before torch and triton are imported."""
+"""Settings for every test, made before torch and triton are imported."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# inductor's cache does not notice that an op's fake has changed, and serves the graph of an older checkout
+# inductor's cache does not depend on the fakes of ops, so it could return the graph of an older checkout
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 

@@ -1,4 +1,4 @@
-"""Runs under torchrun with two gloo processes for tests/test_distributed.py; writes what it measured as JSON."""
+"""The two gloo processes of tests/test_distributed.py, run by torchrun; writes its measurements as JSON."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _in_pieces(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) 
 
 
 def _loss(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    # routers balance the rows of a process, and their loss is no mean over processes
+    # the routers' loss balances the rows of one process and is not a mean over processes
     options: dict[str, Any] = {"output_router_logits": False} if model.model.has_routers else {}
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
     return model(ids, attention_mask=mask, labels=labels, **options).loss
@@ -87,7 +87,7 @@ def expert_parallel(folder: str, ids: torch.Tensor) -> dict[str, float]:
     """Each process holds half of the experts of every layer."""
     model, alone = _load(folder, distributed_config=DistributedConfig(tp_size=2, ep_size=2)), _load(folder)
     mask = torch.ones_like(ids)
-    mask[1, :5] = 0  # pads go to no expert, wherever it is
+    mask[1, :5] = 0  # pads go to no expert on any rank
     labels = ids.masked_fill(mask == 0, -100)
     out, expected = (m(ids, attention_mask=mask, labels=labels) for m in (model, alone))
     out.loss.backward()
@@ -227,7 +227,7 @@ class Stage(nn.Module):
     def __init__(self, model: Any, first: bool):
         super().__init__()
         self.steps: list[tuple[nn.Module, list[str]]] = []
-        for name, module in model.named_modules():  # in the order in which they run
+        for name, module in model.named_modules():  # in running order
             if name not in model.pp_plan:
                 continue
             inputs = model.pp_plan[name][0][1:]
@@ -261,7 +261,7 @@ def pipeline(folder: str, ids: torch.Tensor) -> dict[str, float]:
         logits = None
     else:
         logits = schedule.step(target=targets, mask=mask)
-    # what is tied has a part of its gradient in either stage
+    # a tied weight has a part of its gradient in each stage
     gradients = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     found: list[Any] = [None, None]
     dist.all_gather_object(found, (gradients, logits))
@@ -270,7 +270,7 @@ def pipeline(folder: str, ids: torch.Tensor) -> dict[str, float]:
         names.setdefault(id(p), set()).add(name)
     worst = 0.0
     for p in alone.parameters():
-        # names of one parameter in a stage have one gradient
+        # all names of a parameter in a stage have the same gradient
         of_stages = [next((g[n] for n in sorted(names[id(p)]) if n in g), None) for g, _ in found]
         worst = max(worst, _apart(sum(g for g in of_stages if g is not None), p.grad))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What transformers' and PEFT's own common tests must be told about our classes (see ../shared/hf_suite).
+"""Settings of our classes for transformers' and PEFT's common tests (see ../shared/hf_suite).
 
 ``python tests/hf_suite_hooks.py mamba`` prints the variables for a shell; `environment` gives them to a program.
 """
@@ -13,7 +13,7 @@ from unittest.mock import ANY, patch
 
 import hf_archs
 
-# sizes of the tiny models of the common tests, whose defaults are made for attention; others have those of `tiny`
+# sizes of the common tests' tiny models, whose defaults suit attention; other fields are those of `tiny`
 _CONFIG: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "head_dim": 8, "n_groups": 2},
@@ -21,7 +21,7 @@ _CONFIG: dict[str, dict[str, Any]] = {
     "hyena": {"max_positions": 64, "filter_size": 8, "intermediate_size": 64},
     "moe": {**hf_archs.get_architecture("moe").tiny, "mixer": {"type": "attention", "num_heads": 2}},
 }
-# merging wants untied embeddings, and its adapters have rank 20, which no layer may be narrower than
+# merging needs untied embeddings, and layers at least as wide as its adapters' rank of 20
 _PEFT: dict[str, dict[str, Any]] = {
     "mamba": {"tie_word_embeddings": False, "time_step_rank": 32},
     "mamba2": {"tie_word_embeddings": False},
@@ -45,7 +45,7 @@ class StateShapes:
         for layer_idx in range(config.num_hidden_layers):
             for name, spec in config.layer_plan(layer_idx).states().items():
                 place = past_key_values.slot(layer_idx).places[name]
-                # a growing state has as many columns as the cache has seen, or has room for
+                # a growing state has a column for each token of the cache, or for each place of a static one
                 shape = (batch_size, *(ANY if size is None else size for size in spec.shape))
                 assert place.states[place.index].shape == shape
 
@@ -62,7 +62,7 @@ class StateShapes:
             return super()._check_attentions_for_generate(  # type: ignore[misc]
                 batch_size, attentions, prompt_length, output_length, config, decoder_past_key_values
             )
-        room = decoder_past_key_values.max_cache_len  # all columns of growing states, and maybe those of a forward
+        room = decoder_past_key_values.max_cache_len  # all columns of growing states, and possibly those of a forward
         for i, layers in enumerate(attentions):
             length = prompt_length if i == 0 else 1
             assert {w.shape for w in layers} <= {(batch_size, 2, length, n) for n in (length, room, room + length)}
@@ -74,7 +74,7 @@ class StateShapes:
         def own(model: Any, **kwargs: Any) -> list[Any]:
             names = [name for name, _ in model.named_parameters()]
             conversions = mapping(model, **kwargs)
-            # one for reading alone has no way back, and changes no name in a file that is written
+            # a conversion for reading only has no inverse, and changes no name in a written file
             written = [c for c in conversions if c.reverse_transform().target_patterns]
             return [c for c in written if any(name.endswith(c.target_patterns[0]) for name in names)]
 
@@ -104,7 +104,7 @@ def environment(name: str) -> dict[str, str]:
         "HF_SUITE_CONFIG_TESTER_KWARGS": json.dumps({"common_properties": ["hidden_size", "num_hidden_layers"]}),
         "HF_SUITE_TEST_MIXIN": "hf_suite_hooks:StateShapes",
         "HF_SUITE_IMPORT": "hf_archs",
-        # two tests read a warning, which the suite's default verbosity swallows (for Llama too)
+        # two tests expect a warning that the suite's default verbosity hides (for Llama too)
         "TRANSFORMERS_VERBOSITY": "warning",
         "PEFT_SUITE_CONFIG": spec(architecture.config_class),
         "PEFT_SUITE_CAUSAL": spec(architecture.causal_lm_class),

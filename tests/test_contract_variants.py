@@ -21,8 +21,8 @@ from hf_archs.testing.contract import (
 )
 from hf_archs.testing.contract.models import assert_remembers, lively
 
-# where an expert takes so many tokens of a batch, training depends on the neighbours: these promise evaluation alone,
-# and tests/plugins/moe/test_routing.py works training out by hand
+# with a capacity, a token's result in training depends on other tokens: these routers promise evaluation only, and
+# tests/plugins/moe/test_routing.py checks training by hand
 CAPACITIES = {
     "switch": {"router": "switch", "capacity_factor": 1.25},
     "gshard": {"router": "gshard", "capacity_factor": 2.0},
@@ -30,8 +30,8 @@ CAPACITIES = {
 }
 LOSS_FREE = {"router": "loss_free", "score_function": "sigmoid", "gated": False, "hidden_act": "relu2"}
 
-# retention's first outputs may be nearly zero by chance, and its norm would then amplify what float32 rounds; so would
-# the filters of large random weights at many positions
+# retention's first outputs may be nearly zero by chance, and its norm then amplifies float32's rounding errors; so do
+# filters of large random weights at many positions
 CALMER = {"retnet": {"num_heads": 4, "norm_eps": 0.1}, "hyena": {"max_positions": 256}}
 ENTRIES = [registry.get_mixer(name) for name in registry.mixers()]
 MIXERS = {
@@ -47,7 +47,7 @@ HYBRIDS = [
     ("sliding_attention retnet+mamba", "mlp"),
 ]
 IN_HYBRIDS = {name for pattern, _ in HYBRIDS for entry in pattern.split() for name in entry.split("+")}
-HYBRIDS += [(f"{name} attention", "mlp") for name in MIXERS if name not in IN_HYBRIDS]  # that came since
+HYBRIDS += [(f"{name} attention", "mlp") for name in MIXERS if name not in IN_HYBRIDS]  # newer mixers
 
 
 def variant(name, **tiny):
@@ -106,7 +106,7 @@ class TestCapacities(PaddingContract, CacheContract, GenerationContract, Packing
     def shared_model(cls, architecture):
         model = lively(architecture.causal_lm_class, architecture.tiny_config())
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("predictor" not in name)  # which is trained in training alone
+            parameter.requires_grad_("predictor" not in name)  # its loss exists in training only
         return model
 
 

@@ -1,4 +1,4 @@
-"""Tensor, expert and data parallelism, pipelines and FSDP2 on two real processes equal one, for every architecture."""
+"""Tensor, expert and data parallelism, pipelines and FSDP2 on two processes equal one, for every architecture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIGS = {name: hf_archs.get_architecture(name).tiny_config() for name in hf_ar
 CONFIGS["retnet"] = hf_archs.get_architecture("retnet").tiny_config(embedding_multiplier=3.0)
 # every module of a layer runs twice in a forward
 CONFIGS["masked"] = hf_archs.get_architecture("mamba2").tiny_config(bidirectional=True, tie_word_embeddings=False)
-# as in Zamba2: the layers that are shared are whole on both processes, since their low-rank parts would not fit
+# as in Zamba2: shared layers are whole on both processes, since their low-rank parts could not be sharded
 CONFIGS["shared"] = hf_archs.get_architecture("hybrid").tiny_config(
     num_hidden_layers=4,
     mixers={
@@ -41,7 +41,7 @@ OF = {
     "masked": "mamba2",
     "shared": "hybrid",
     "expert_choice": "moe",
-}  # the architectures of those that are called otherwise
+}  # architectures of cases with another name
 BFLOAT16 = torch.finfo(torch.bfloat16).eps
 
 
@@ -70,12 +70,12 @@ def measured(tmp_path_factory):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tensor_parallel(measured, name):
     found = measured[name]
-    assert found["tensor_parallel"]["spread"] > 1  # more than the head
+    assert found["tensor_parallel"]["spread"] > 1  # not only the head
     assert found["tensor_parallel"]["logits"] < 1e-5
     assert found["tensor_parallel"]["gradients"] < 3e-5
     assert found["data_parallel"]["gradients"] < 3e-5
     if name in ("moe", "hybrid", "shared", "expert_choice"):
-        assert found["tensor_parallel"]["experts"] > 0  # each of them sharded in its inner layer
+        assert found["tensor_parallel"]["experts"] > 0  # each is sharded in its hidden width
         assert found["expert_parallel"]["experts"] > 0
         assert found["expert_parallel"]["logits"] < 1e-5
         assert found["expert_parallel"]["gradients"] < 3e-5
@@ -91,11 +91,11 @@ def test_fsdp(measured, name):
     assert found["float32"]["spread"] > found["tensor_parallel"]["spread"]
     for route in ("hf_archs", "plain", "transformers", "accelerate"):
         if name == "shared" and route in ("plain", "accelerate"):
-            # what layers share would be a part of the first of them
+            # shared weights would belong to the first of their layers only
             assert "shares its mixer with others" in found[route]["error"]
             assert "hf_archs.fully_shard(model)" in found[route]["error"]
             continue
-        # a tied head's part is added in another order by transformers' units
+        # transformers' units add a tied head's part in another order
         assert found[route]["gradients"] <= (BFLOAT16 if route == "transformers" else 0)
         assert found[route]["step"] < BFLOAT16
         assert found[route]["norm"] < BFLOAT16
@@ -126,6 +126,6 @@ def test_pipeline(measured, name):
             "pp_size is 2, and layers of this ArchHybridForCausalLM share"
             in (measured[name]["pipeline_of_transformers"]["error"])
         )
-    elif name != "masked":  # which gives transformers' stages no logits of a causal model
+    elif name != "masked":  # an encoder's stages give no causal logits
         assert measured[name]["pipeline_of_transformers"]["logits"] < 1e-6
         assert measured[name]["pipeline_of_transformers"]["generated"]

@@ -1,4 +1,4 @@
-"""Which way the imports may point: kernels -> layers -> blocks -> models -> commands; core never knows a plugin."""
+"""The direction of imports: kernels -> layers -> blocks -> models -> commands; the core never imports a plugin."""
 
 import ast
 import sys
@@ -13,7 +13,7 @@ REPOSITORY = ROOT.parent
 PLUGINS = sorted(path.name for path in (REPOSITORY / "plugins").iterdir() if (path / "__init__.py").exists())
 CORE = sorted(ROOT.rglob("*.py"))
 OURS = [*CORE, *sorted((REPOSITORY / "plugins").rglob("*.py"))]
-# modules below the models, and all that each may import of the library
+# modules below the models, and the modules of the library that each may import
 GROUND = ("hf_archs.errors", "hf_archs.parts")
 BELOW = {
     "hf_archs.errors": (),
@@ -26,7 +26,7 @@ BELOW = {
     "hf_archs.native.pickles": (),
     "hf_archs.native.hosts": (),
     "hf_archs.native.state_spaces": ("hf_archs.native.formats",),
-    "hf_archs.native.stub": ("hf_archs.registry",),
+    "hf_archs.native.stub": ("hf_archs.registry", "hf_archs.native.hosts"),
     "hf_archs.native.model_card": ("hf_archs.registry", "hf_archs.parts"),
     "hf_archs.native.disk": ("hf_archs.native.model_card",),
     "hf_archs.native.reading": (*GROUND, "hf_archs.registry", "hf_archs.native", "hf_archs.cache.call"),
@@ -34,16 +34,16 @@ BELOW = {
     "hf_archs.config.pattern": ("hf_archs.errors",),
     "hf_archs.config.model": (*GROUND, "hf_archs.registry", "hf_archs.native", "hf_archs.cache.call"),
     "hf_archs.layers.norm": ("hf_archs.kernels",),
-    "hf_archs.layers.convolution": ("hf_archs.kernels", "hf_archs.cache"),  # whose slots a mixer hands it
+    "hf_archs.layers.convolution": ("hf_archs.kernels", "hf_archs.cache"),  # it takes a slot of the cache
     "hf_archs.layers": (*GROUND, "hf_archs.registry", "hf_archs.kernels", "hf_archs.cache"),
     "hf_archs.config": (*GROUND, "hf_archs.registry", "hf_archs.native", "hf_archs.cache.call", "hf_archs.layers"),
     "hf_archs.data": (*GROUND, "hf_archs.native.disk"),
 }
-# models, and what needs them: ops and kernels can be used, and tested, without
+# models and their dependencies, which ops and kernels must not import
 MODELS = ("hf_archs.config", "hf_archs.layers", "hf_archs.model", "hf_archs.cache", "hf_archs.native", "transformers")
-# programs over the library: which architecture they take where none is named, and which peers they measure
+# programs over the library, which name default architectures and measured peers
 PROGRAMS = ("cli.py", "quickstart")
-# a value that a foreign checkpoint format leaves out, and what transformers calls a layer
+# a default of a foreign checkpoint format, and names of transformers
 FOREIGN = {("state_spaces.py", "Mamba1"), ("model.py", "moe"), ("side_by_side.py", "hybrid")}
 LONGEST = 450  # lines of a file that holds no kernels
 
@@ -163,7 +163,7 @@ def test_a_circle_is_found(tmp_path):
 @pytest.mark.parametrize("below", BELOW)
 def test_nothing_imports_what_stands_above_it(below):
     allowed = (*BELOW[below], below)
-    inner = [other for other in BELOW if other != below and within(other, below)]  # which have lines of their own
+    inner = [other for other in BELOW if other != below and within(other, below)]  # they have entries of their own
     modules = [module for module in MODULES if within(module, below) and not within(module, *inner)]
     assert modules
     for module in modules:
@@ -220,8 +220,11 @@ def test_core_names_no_architecture(file):
         and node.body
         and isinstance(node.body[0], ast.Expr)
     }
+    # lists of compiled shapes name the published models that have them
+    shapes = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name == "aot_specs"]
+    examples = {node for function in shapes for node in ast.walk(function)}
     names = {plugin.removeprefix("hf_archs_") for plugin in PLUGINS}
-    for node in ast.walk(tree):
+    for node in set(ast.walk(tree)) - examples:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
             said = node.value
         elif isinstance(node, ast.Name):

@@ -1,8 +1,8 @@
-"""Where the libraries below ours decide by a class name, a model type or an attribute of the config.
+"""The places where other libraries decide by a class name, a model type or an attribute of the config.
 
-Their source is searched for the names in `lookups.toml`, and each line that has one is decided by an entry there: the
-test of ours that shows how it comes out for our models, or the reason why it is nothing to us. A release that adds such
-a line fails here until somebody has read it.
+Their source is searched for the names in `lookups.toml`. Each line with such a name needs an entry there: the test that
+shows its effect on our models, or the reason why it does not concern them. A release that adds such a line fails here
+until it has an entry.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[1]
 TABLE = tomllib.loads(Path(__file__).with_name("lookups.toml").read_text(encoding="utf-8"))
 PACKAGES = ["transformers", "peft", "accelerate", "trl"]
 
-Line = tuple[str, str]  # the file, from its package on, and the text; numbers move with every release
+Line = tuple[str, str]  # file, from its package on, and text; line numbers change with releases
 
 
 def source_lines(package: str, root: Path) -> list[Line]:
@@ -66,7 +66,7 @@ def miscounted(lines: list[Line], entries: list[dict[str, Any]], release: str) -
     found = []
     for entry, mine in zip(entries, decided(lines, entries)[0]):
         read = entry.get("lines")
-        if isinstance(read, dict):  # by the release of transformers; a newer one is as the newest
+        if isinstance(read, dict):  # by release of transformers; a newer release counts as the newest
             read = next((n for name, n in read.items() if release.startswith(name)), [*read.values()][-1])
         if len(mine) != read and (read is not None or not mine):
             found.append(f"{entry['files']} {entry.get('text', '')}: {len(mine)} lines, {read} were read: {mine}")
@@ -83,7 +83,7 @@ def test_every_line_is_decided(lines):
 
 
 def test_every_entry_decides_as_many_lines_as_were_read(lines):
-    here = {file.partition("/")[0] for file, _ in lines}  # TRL is for tests alone, and may be missing
+    here = {file.partition("/")[0] for file, _ in lines}  # TRL is needed by tests only, and may be missing
     entries = [e for e in TABLE["entry"] if any(f.startswith(("*", *here)) for f in e["files"])]
     assert not miscounted(lines, entries, importlib.metadata.version("transformers"))
 

@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward grows with the length and holds no state per token."""
+"""A training step saves memory in proportion to the length for its backward, and no state per token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_archs
 
-# a state per token would outweigh everything else that these keep
+# a state per token would be larger than all else that these save
 WIDE_STATES = {"mamba": {"state_size": 256}, "mamba2": {"state_size": 256, "n_groups": 1}}
 
 

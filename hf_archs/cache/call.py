@@ -1,8 +1,7 @@
-"""One call of a model: the names of its cache, and values for the modules below it, for each thread and never on a
-module.
+"""Values of one model call, kept per thread for the modules below the model, and the names of the cache argument.
 
-A value that a module kept would outlive a call that fails, and two threads, or the replicas of `DataParallel`, would
-write over each other's.
+They are not attributes of modules: an attribute would outlive a call that fails, and two threads, or the replicas of
+`DataParallel`, would overwrite each other's values.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-OLD_NAME, NEW_NAME = "past_key_values", "cache"  # of a cache in forwards and outputs of transformers, to 5.23 and since
+OLD_NAME, NEW_NAME = "past_key_values", "cache"  # the cache in transformers' forwards and outputs, up to 5.23 and later
 NAME = NEW_NAME if NEW_NAME in BaseModelOutputWithPast.__dataclass_fields__ else OLD_NAME  # in the installed release
 
 
@@ -21,13 +20,14 @@ class _Call(threading.local):
     """The values of this thread.
 
     Attributes:
-        site: which of the layers that share a module is running; see `hf_archs.model.shared_weights`.
-        pairs: which tokens see each other, a `hf_archs.layers.masks.Pairs`; None for all that are before them.
-        show: gets the weights of attention, (b, h, l, columns), and gives what stands for them; None if nobody looks.
-        generating: whether `generate` is running, so that the weights stay as they are from one token to the next.
-        drawn: how many tokens `generate` has put behind the prompt: ones that real tokens have, in the mask.
-        card: the user's own in the folder that a model is saved into, as long as it is pushed from there.
-        reading: the checkpoint that ``from_pretrained`` is reading, where every weight of it has to find its place.
+        site: index of the running layer among those that share a module; see `hf_archs.model.shared_weights`.
+        pairs: the `hf_archs.layers.masks.Pairs` of a mask of four dimensions; None for causal attention.
+        show: receives the attention weights (b, h, l, columns) and returns weights to use; None if none are recorded.
+        generating: whether `generate` is running, during which the weights do not change.
+        drawn: how many real tokens `generate` has appended to the prompt so far.
+        card: the user's own model card in the folder being saved, while the model is pushed from there.
+        shared: values of `once` by key, during a forward of one token; None otherwise.
+        reading: the `hf_archs.native.reading.Reading` of a running ``from_pretrained``, which checks the checkpoint.
     """
 
     site: int = 0
@@ -37,6 +37,7 @@ class _Call(threading.local):
     drawn: int = 0
     card: bytes | None = None
     reading: Any = None
+    shared: dict[Any, Any] | None = None
 
 
 call = _Call()
@@ -44,7 +45,7 @@ call = _Call()
 
 @contextlib.contextmanager
 def during(**values: Any) -> Iterator[None]:
-    """Set values of `call` for the length of a block, whatever becomes of it."""
+    """Set values of `call` inside a ``with`` block and restore them after it, also after an exception."""
     before = {name: getattr(call, name) for name in values}
     for name, value in values.items():
         setattr(call, name, value)
@@ -53,3 +54,13 @@ def during(**values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(call, name, value)
+
+
+def once(key: Any, compute: Callable[[], Any]) -> Any:
+    """A value that all layers share: in a forward of one token the first layer computes it, otherwise every layer."""
+    shared = call.shared
+    if shared is None:
+        return compute()
+    if key not in shared:
+        shared[key] = compute()
+    return shared[key]

@@ -1,36 +1,41 @@
 """The cache of recurrent models: states, rollback, save and load.
 
-transformers' own layer objects hold the tensors; everything they cannot do (count tokens without keys, roll a
-recurrence back, repeat and select batch rows) stands here, once, for the dynamic and the static cache.
+transformers' layer objects hold the tensors. This module adds the operations that they lack, for the dynamic and the
+static cache alike: counting tokens without keys, rolling back a recurrence, repeating and selecting batch rows.
 
-Rollback replays. A state per token would cost what a recurrent model exists to avoid, so while transformers records
-the past (assisted decoding), each mixer hands over the inputs of its recurrence, and `crop` runs the accepted prefix
-again from the state before. Of a long forward only the last positions are kept that way, see `RecurrentCache.begin`.
+Rollback is by replay, since a copy of the state per token would cost the memory that a recurrent model saves. While
+transformers records the past (assisted decoding), each mixer hands over the inputs of its recurrence, and `crop` runs
+the accepted prefix again from the state before. A long forward keeps its last positions only, see
+`RecurrentCache.begin`.
 """
 
 import itertools
+import math
+import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import is_torchdynamo_compiling
 
+from hf_archs.cache import stored
 from hf_archs.cache.call import NAME
-from hf_archs.cache.slot import KINDS, Place, Record, Segment, Slot, States, Timeline, turned
+from hf_archs.cache.slot import KINDS, Place, Record, Segment, Slot, States, Timeline, rolled
 from hf_archs.parts import StateSpec
 
 
 class RecurrentCache(Cache):
-    """The common part of `ArchDynamicCache` and `ArchStaticCache`; see the module's docstring."""
+    """Base of `ArchDynamicCache` and `ArchStaticCache`."""
 
     is_static = False
-    max_cache_len: int | None = None  # columns of growing states in a static cache; None where nobody said
+    max_cache_len: int | None = None  # columns of growing states in a static cache; None if not given
 
     def _setup(self, config: Any, offloading: bool = False) -> None:
         plans = [plan.states() for plan in config.layer_plans()]
-        # transformers makes room for one state of each kind
+        # a layer of transformers has the same number of states of each kind, at least one
         counts = [max((sum(s.kind == kind for s in specs.values()) for kind in KINDS), default=1) for specs in plans]
         layers = [LinearAttentionLayer(number_of_states=max(n, 1)) for n in counts]
         Cache.__init__(self, [*layers], offloading=offloading)
@@ -48,16 +53,16 @@ class RecurrentCache(Cache):
     # -- counting ----------------------------------------------------------------------------------------------
 
     def begin(self, length: int, mask: torch.Tensor | None, device: torch.device, keep: int = 1) -> None:
-        """Told by the model at the start of every forward.
+        """Count and record a forward; the model calls this at the start of each.
 
         Args:
-            length: positions of this forward.
-            mask: the real ones, ``(batch, length)`` bool; None where all are.
-            keep: of how many last positions the logits are kept, 0 for the least. Assisted decoding keeps those of all
-                candidates, and takes back no more than those and one.
+            length: number of positions.
+            mask: the real tokens, ``(batch, length)`` bool; None if there is no padding.
+            keep: the forward's ``logits_to_keep``; 0 counts as 1. `crop` can remove one position more than that:
+                assisted decoding keeps the logits of all candidates.
 
         Raises:
-            ValueError: where a static cache has no room for them.
+            ValueError: if a static cache is too short.
         """
         timeline = self.timeline
         if self.is_static:
@@ -91,21 +96,21 @@ class RecurrentCache(Cache):
         timeline.free -= length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions seen so far, pads included, whatever the layer."""
+        """Positions read so far, padding included; the same for every layer."""
         return self.timeline.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of a mask's keys: all positions, the new ones among them, from the first on."""
+        """Number of keys in a mask, new positions included, and the offset of the first, 0."""
         return self.get_seq_length() + query_length, 0
 
     @property
     def is_linear(self) -> list[bool]:
-        """False for every layer: transformers takes it for caches that do not know how long they are."""
+        """False for every layer: `generate` does not ask a cache of linear layers for its length."""
         return [False] * len(self.layers)
 
     @property
     def batch_size(self) -> int:
-        """The batch size of the states, -1 before the first token."""
+        """Number of batch rows; -1 before the first token."""
         for slot in self._slots:
             for place in slot.places.values():
                 tensor = place.states[place.index]
@@ -121,46 +126,46 @@ class RecurrentCache(Cache):
     # -- states ------------------------------------------------------------------------------------------------
 
     def slot(self, layer_idx: int) -> Slot:
-        """The state of the mixer in layer ``layer_idx``, as long as the cache lives."""
+        """The states of the mixer in layer ``layer_idx``; the same object at every call."""
         return self._slots[layer_idx]
 
     def _places(self) -> Iterator[tuple[str, Place]]:
-        """The place of every state under a stable name, ``layers.<i>.<state>``."""
+        """The storage of every state, as ``layers.<i>.<state>``."""
         for layer_idx, slot in enumerate(self._slots):
             for name, place in slot.places.items():
                 yield f"layers.{layer_idx}.{name}", place
 
     def held(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every state tensor ``(batch, *spec.shape)`` by the names of `specs`, as it lies in memory."""
+        """Every state tensor ``(batch, *spec.shape)`` with its name in `specs`, as stored."""
         for key, place in self._places():
             tensor = place.states[place.index]
             if tensor is not None:
                 yield key, tensor
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same, the columns of growing states as mixers see them: the last one is the last position."""
+        """As `held`, with the columns of growing states in the order that mixers see."""
         places = dict(self._places())
         for key, tensor in self.held():
-            yield key, tensor if places[key].room is None else turned(tensor, self.timeline.length)
+            yield key, tensor if places[key].room is None else rolled(tensor, self.timeline.length)
 
     def num_bytes(self) -> int:
-        """Bytes that the states hold; for a pure recurrent model the same at every length."""
+        """Bytes of all states; constant in the length for a purely recurrent model."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.held())
 
     def state_dict(self) -> States:
-        """All states and the number of positions: copies, as tensors that safetensors can write."""
+        """Copies of all states, and the number of positions, as contiguous tensors for safetensors."""
         states = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in self.tensors()}
         return {**states, "length": torch.as_tensor(self.timeline.length).clone()}
 
     def specs(self) -> dict[str, StateSpec]:
-        """The states that there may be, each ``layers.<i>.<state>``."""
+        """The specification of every state, filled or not, by the name ``layers.<i>.<state>``."""
         return {key: place.spec for key, place in self._places()}
 
     def load_state_dict(self, states: States) -> None:
-        """Take over what `state_dict` gave.
+        """Load the states of a `state_dict`.
 
         Raises:
-            ValueError: where names are missing or do not belong here, or a shape does not fit; nothing is changed.
+            ValueError: for missing or unknown names, or a wrong shape; the cache is unchanged then.
         """
         names = self.specs()
         given = set(states) - {"length"}
@@ -169,23 +174,67 @@ class RecurrentCache(Cache):
             raise ValueError(f"these states are of another model: {wrong[0]} is missing or unknown")
         for key in sorted(given):
             shape, spec = tuple(states[key].shape), names[key]
-            fixed = len(spec.shape) - spec.grows
-            if len(shape) != 1 + len(spec.shape) or shape[1 : fixed + 1] != spec.shape[:fixed]:
-                expected = ("batch", *spec.shape[:fixed], *["length"] * spec.grows)
+            fixed = spec.shape[:-1] if spec.grows else spec.shape
+            if len(shape) != 1 + len(spec.shape) or shape[1 : 1 + len(fixed)] != fixed:
+                expected = ("batch", *fixed, "length") if spec.grows else ("batch", *fixed)
                 raise ValueError(f"state {key} has shape {shape}; allowed is {expected}")
-        self.reset()
         length = int(states["length"])
+        if self._grows and self.is_static and length > (self.max_cache_len or math.inf):
+            raise ValueError(f"the states are of {length} positions; allowed are max_cache_len = {self.max_cache_len}")
+        self.reset()
         self._count(length)
         places = dict(self._places())
         for key in sorted(given):
-            places[key].store(states[key].clone())  # a caller may load it again
+            places[key].store(states[key].clone())  # the caller may load them again
+
+    def save(self, path: str | os.PathLike, model: nn.Module) -> None:
+        """Write the states to a safetensors file, with the config and a fingerprint of ``model``, which computed them.
+
+        The file is written completely or not at all.
+
+        Raises:
+            ValueError: if the cache is empty, or ``model`` is no model of transformers.
+        """
+        stored.save(self, path, model)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, model: nn.Module, *arguments: Any, filename: str = stored.FILE, **download: Any
+    ) -> Self:
+        """A cache with the states from `save` or `push_to_hub`, in the dtypes and on the devices of ``model``.
+
+        Args:
+            path: a file, or a repository on the Hub.
+            model: a model with the weights, including adapters, that computed the states; its precision may differ.
+            arguments: further arguments of the class: ``max_cache_len`` of a static cache.
+            filename: the file in the repository.
+            download: arguments of transformers' ``cached_file``: ``revision``, ``token``, ...
+
+        Raises:
+            OSError: if there is no such file.
+            ValueError: for a damaged file, another format or version, or another model.
+        """
+        cache = cls(stored.backbone_of(model).config, *arguments)
+        stored.load(cache, stored.find(path, filename, **download), model)
+        return cache
+
+    def push_to_hub(self, repo_id: str, model: nn.Module, filename: str = stored.FILE, **upload: Any) -> Any:
+        """`save` to a repository on the Hub, which is created if missing.
+
+        Args:
+            upload: ``token`` and ``private``, and arguments of ``HfApi.upload_file``: ``commit_message``, ...
+
+        Returns:
+            The ``CommitInfo``.
+        """
+        return stored.push(self, repo_id, model, filename, **upload)
 
     def _count(self, length: int) -> None:
         self.timeline.length = self.timeline.length.fill_(length) if self.is_static else length
         self.timeline.free = 0
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply a function of the batch dimension to every state and every recorded input."""
+        """Apply a function of the batch dimension to every state, recorded mask and recorded input."""
         for _, place in self._places():
             held = place.states[place.index]
             if held is not None:
@@ -201,26 +250,26 @@ class RecurrentCache(Cache):
             record.inputs = [{n: function(t) for n, t in inputs.items()} for inputs in record.inputs]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Take the rows that a beam search goes on with, row ``beam_idx[i]`` for row i; ``beam_idx`` is ``(b,)``."""
+        """Replace row i by row ``beam_idx[i]``, as a beam search asks; ``beam_idx`` is ``(b,)``."""
         self._map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times, copies side by side."""
+        """Repeat every row ``repeats`` times, its copies next to each other."""
         self._map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows of these indices, in their order; ``indices`` is ``(n,)``."""
+        """Keep the rows ``indices``, ``(n,)``, in that order."""
         self._map_rows(lambda t: t[indices.to(t.device)])
 
     def reset(self) -> None:
-        """Forget every token, the records and all that slots derived, so that another sequence may begin."""
+        """Empty the cache for another sequence: states, rollback records and values of `Slot.once`."""
         super().reset()
         self._forget()
         self.forget_derived()
         self._count(0)
 
     def forget_derived(self) -> None:
-        """Forget what slots computed from the weights, which may be others from here on; see `Slot.once`."""
+        """Drop the values of `Slot.once`, for a call that may have other weights."""
         for slot in self._slots_and_parts():
             slot.derived.clear()
 
@@ -228,16 +277,16 @@ class RecurrentCache(Cache):
 
     @property
     def segments(self) -> list[Segment]:
-        """The forwards that are recorded."""
+        """The recorded forwards."""
         return self.timeline.segments
 
     @property
     def is_croppable(self) -> bool:
-        """True always: transformers asks before anything is recorded, and `crop` itself refuses where it cannot."""
+        """Always True: transformers asks before anything is recorded, and `crop` raises if it cannot."""
         return True
 
     def stop_recording(self) -> None:
-        """Forget what was recorded and record no more."""
+        """Drop the rollback records and record no more."""
         self._forget()
         for slot in self._slots:
             slot.layer.record_past = False
@@ -255,11 +304,11 @@ class RecurrentCache(Cache):
         return [(slot, slot.record) for slot in self._slots_and_parts() if slot.record is not None]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` positions (0: only forget what was recorded to do so).
+        """Remove the last ``-tokens_to_remove`` positions, and drop the rollback records; 0 only drops the records.
 
         Raises:
-            ValueError: for a positive number, or more than was recorded; the cache is unchanged then.
-            RuntimeError: where nothing is recorded, see `activate_past_recording`.
+            ValueError: for a positive number, or for more positions than recorded; the cache is unchanged then.
+            RuntimeError: if nothing is recorded, see `activate_past_recording`.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
@@ -294,11 +343,11 @@ class RecurrentCache(Cache):
 
 
 class ArchDynamicCache(RecurrentCache, DynamicCache):
-    """The cache that `generate` makes for every architecture of this library.
+    """The cache that `generate` makes by default.
 
     Args:
         config: the model's config.
-        offloading: as in transformers, which offloads keys and values; states, which all layers keep here, stay.
+        offloading: passed to transformers, which offloads only layers of keys and values: the states stay.
     """
 
     def __init__(self, config: Any, offloading: bool = False):
@@ -306,17 +355,18 @@ class ArchDynamicCache(RecurrentCache, DynamicCache):
 
     @property
     def is_compileable(self) -> bool:
-        """False: states are rebound, and `generate` would compile every call on a GPU otherwise."""
+        """False, since states are rebound; `generate` would otherwise compile every call on a GPU."""
         return False
 
 
 class ArchStaticCache(RecurrentCache, StaticCache):
-    """States in buffers whose address never changes, for compiled decoding and CUDA graphs.
+    """A cache of buffers at fixed addresses, for compiled decoding and CUDA graphs.
 
     Args:
         config: the model's config.
-        max_cache_len: positions that key-value layers and growing states can hold; other states have no limit. (One
-            more is refused; in a compiled forward by an index that is out of bounds.)
+        max_cache_len: number of positions that growing states (keys and values) can hold; other states have no limit.
+            One position more is a ValueError, or an index out of bounds in a compiled forward.
+        offloading: as for `ArchDynamicCache`.
     """
 
     is_static = True
@@ -328,20 +378,20 @@ class ArchStaticCache(RecurrentCache, StaticCache):
     def early_initialization(
         self, batch_size: int, num_heads: Any, head_dim: Any, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Allocate every buffer now (transformers calls this before it compiles a chunked prefill)."""
-        max_length = self.max_cache_len or 0  # a growing state of no columns is an empty one
+        """Allocate every buffer now; transformers calls this before it compiles a chunked prefill."""
+        max_length = self.max_cache_len or 0  # a growing state without columns is empty
         for _, place in self._places():
             shape = [max_length if size is None else size for size in place.spec.shape]
             place.store(torch.zeros(batch_size, *shape, dtype=place.spec.dtype or dtype, device=device))
 
 
 def adopt(cache: Cache, config: Any) -> RecurrentCache:
-    """Make a cache that a user built from transformers' classes one of ours, in place.
+    """Turn a `DynamicCache` or `StaticCache` of transformers into a cache of this library, in place.
 
-    Keys and values that it holds already, as those of prefix tuning, are taken over by attention to all tokens.
+    Keys and values that it holds, such as a prefix of prefix tuning, are kept for layers of full attention.
 
     Raises:
-        ValueError: for a cache that was made for another kind of model, or holds what a mixer cannot begin with.
+        ValueError: for a cache of another kind of model, or one with contents that a mixer cannot start from.
     """
     if isinstance(cache, RecurrentCache):
         return cache

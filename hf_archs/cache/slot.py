@@ -1,4 +1,4 @@
-"""One mixer's state in the cache, and what it keeps so that a forward can be taken back."""
+"""One mixer's state in the cache, and the record that rolls it back."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers.utils import is_torchdynamo_compiling
 from hf_archs.cache.call import call
 from hf_archs.parts import StateSpec
 
-KINDS = ("conv", "recurrent")  # of states in transformers' layers
+KINDS = ("conv", "recurrent")  # kinds of states in transformers' layers
 States = dict[str, torch.Tensor]
-# (name, how to compute it) -> it; see `Slot.once`
+# (name, compute) -> value; see `Slot.once`
 Once = Callable[[str, Callable[[], torch.Tensor]], torch.Tensor]
-# (inputs of the recurrence, states before, number of tokens per row) -> states after
+# (inputs of the recurrence, states before, tokens per row) -> states after
 Replay = Callable[[States, dict[str, torch.Tensor | None], torch.Tensor], States]
 
 
@@ -26,9 +26,9 @@ class Segment:
     """One forward since recording began.
 
     Attributes:
-        length: its positions.
-        mask: which of them are real, ``(batch, length)`` bool; None where all are.
-        window: how many of its last ones can be taken back.
+        length: number of positions.
+        mask: the real tokens, ``(batch, length)`` bool; None if there is no padding.
+        window: number of last positions that `RecurrentCache.crop` can remove.
     """
 
     length: int
@@ -36,7 +36,7 @@ class Segment:
     window: int
 
     def tokens_in(self, columns: int, batch: int, device: torch.device) -> torch.Tensor:
-        """How many real tokens each row has in the first ``columns`` positions: ``(batch,)``."""
+        """Number of real tokens of each row in the first ``columns`` positions, ``(batch,)``."""
         if self.mask is None:
             return torch.full((batch,), columns, device=device)
         return self.mask[:, :columns].sum(1)
@@ -44,24 +44,25 @@ class Segment:
 
 @dataclass
 class Record:
-    """The record that one slot rolls back by: its states before the first segment and every segment's inputs."""
+    """The rollback record of one slot: its states before the first segment, and the inputs of every segment."""
 
     replay: Replay
     before: dict[str, torch.Tensor | None]
     inputs: list[States] = field(default_factory=list)
-    first_cut: int = 0  # positions of the first segment that are folded into `before`
+    first_cut: int = 0  # leading positions of the first segment that `before` already contains
 
 
 class Timeline:
-    """Positions read so far, and the forwards since recording began; a cache and its slots share one.
+    """The count of positions and the recorded forwards, shared by a cache and its slots.
 
-    (Slots that held the cache would make a circle, and its states would stay in memory until Python looks for circles.)
+    (A slot that referred to the cache would form a reference cycle, and the states would wait for garbage collection.)
 
     Attributes:
-        is_static: whether states are written into buffers, and positions counted in tensors that stay where they are.
-        length: positions read, those of this forward among them.
-        before: in a static cache, positions before this forward.
+        is_static: True for a static cache: states are buffers and counts are tensors, all at fixed addresses.
+        length: positions read, including those of the current forward.
+        before: in a static cache, positions before the current forward.
         free: in a static cache, how many more positions fit for certain.
+        segments: the forwards since recording began.
     """
 
     def __init__(self, is_static: bool):
@@ -73,14 +74,14 @@ class Timeline:
 
 
 class Place:
-    """The home of one state, ``(batch, *spec.shape)``, in a layer object of transformers.
+    """The storage of one state, ``(batch, *spec.shape)``, in a layer object of transformers.
 
     Attributes:
-        states: the layer's tensors of the state's kind, of which this is the one at ``index``.
-        filled: whether there is something in them, by index; two states of different kinds share an entry.
-        room: columns of the buffer that a growing state has in a static cache; None for every other state. There a
-            column's place is that of its position in the cache, so that one more is one more to write. Everywhere else
-            the last column is the last position: turned by the number of positions, one becomes the other.
+        states: the layer's tensors of the state's kind, by index; this state is the one at ``index``.
+        filled: by index, whether a state was stored; a conv and a recurrent state of one index share the entry.
+        room: number of columns of a growing state's buffer in a static cache; None for every other state. Column i of
+            that buffer is position i, so a decode step writes one column. Mixers see the columns rolled, the last
+            position last.
     """
 
     def __init__(
@@ -93,19 +94,19 @@ class Place:
         self.room = max_cache_len if timeline.is_static and spec.grows else None
 
     def store(self, value: torch.Tensor) -> None:
-        """Rebind the state (dynamic) or copy into its buffer, whose address stays (static)."""
+        """Rebind the state (dynamic cache), or copy into its buffer at a fixed address (static cache)."""
         held, static = self.states[self.index], self.timeline.is_static
         if self.room is not None:
-            value = turned(last_columns(value, self.room), -self.timeline.length.to(value.device))
+            value = rolled(last_columns(value, self.room), -self.timeline.length.to(value.device))
         if held is not None and not static:
             self.states[self.index] = value
         elif held is not None and held.shape == value.shape:
             held.copy_(value)
         else:
-            self._first(value)
+            self._allocate(value)
         self.filled[self.index] = True
 
-    def _first(self, value: torch.Tensor) -> None:
+    def _allocate(self, value: torch.Tensor) -> None:
         if self.timeline.is_static:
             value = (value.mT.contiguous().mT if self.spec.together else value).clone()
             if not is_torchdynamo_compiling():
@@ -118,7 +119,7 @@ class Place:
         layer.device, layer.dtype = value.device, value.dtype
 
     def restore(self, value: torch.Tensor | None) -> None:
-        """`store`, or make it empty as before the first token."""
+        """`store` the value; None empties the state, as before the first token."""
         if value is not None:
             self.store(value)
             return
@@ -128,16 +129,16 @@ class Place:
             held.zero_()
         else:
             self.states[self.index] = None
-            self._initialized[self.index] = False  # or transformers' `reset` fills it with zeros
+            self._initialized[self.index] = False  # else transformers' `reset` calls zero_() on None
 
 
 class Slot:
-    """One mixer's state in the cache; the mixer reads and writes it by name and knows nothing of layers.
+    """One mixer's states in the cache, read and written by name.
 
     Attributes:
-        places: of its states, by their names. Those of the parts of a layer are there too, as ``<part>.<name>``.
-        record: what it needs to roll back; None where nothing is recorded.
-        derived: see `once`.
+        places: the storage of each state by name; for mixers side by side in one layer, ``<part>.<name>``.
+        record: the rollback record; None if nothing is recorded.
+        derived: values kept by `once`.
     """
 
     def __init__(self, layer: LinearAttentionLayer, places: dict[str, Place], timeline: Timeline):
@@ -150,7 +151,7 @@ class Slot:
                 self.part(name.partition(".")[0])
 
     def part(self, name: str) -> Slot:
-        """The slot of one of several mixers in the layer, whose states' names begin with ``name.``."""
+        """The slot of one of several mixers side by side in a layer: the states named ``<name>.<state>``."""
         slot = self._parts.get(name)
         if slot is None:
             begin = f"{name}."
@@ -159,7 +160,7 @@ class Slot:
         return slot
 
     def with_parts(self) -> Iterator[Slot]:
-        """This slot, and those of all parts that were asked for or have states."""
+        """This slot and the slots of its parts, recursively."""
         yield self
         for part in self._parts.values():
             yield from part.with_parts()
@@ -171,14 +172,14 @@ class Slot:
             return None
         value = place.states[place.index]
         if place.room is not None and value is not None:
-            return turned(value, self.timeline.before)  # this forward's positions are counted already
+            return rolled(value, self.timeline.before)  # `length` already counts this forward
         return value
 
     def once(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A value that follows from the weights alone: computed at the first token of a `generate`, kept until its end.
+        """A value that depends on the weights alone, computed once per `generate`, at its first token.
 
-        Everywhere else it is computed every time: an optimizer, or another adapter, may have changed the weights since
-        the last token.
+        Outside `generate`, or with gradients enabled, it is computed at every call: an optimizer step or another
+        adapter may have changed the weights.
         """
         if not call.generating or torch.is_grad_enabled():
             return compute()
@@ -194,9 +195,9 @@ class Slot:
 
         Args:
             states: every state of the mixer.
-            inputs: what ``replay`` needs of this forward: tensors ``(batch, length, ...)``, real tokens first. It is
-                not handed those that are None.
-            replay: computes the states after the first ``lengths`` tokens of ``inputs``, from states before.
+            inputs: the inputs of ``replay``, tensors ``(batch, length, ...)`` with real tokens first. Entries of None
+                are not passed to it.
+            replay: computes the states after the first ``lengths`` tokens of ``inputs`` from the states before.
         """
         if self.timeline.segments:
             self._keep(states, inputs, replay)
@@ -204,19 +205,23 @@ class Slot:
             self.places[name].store(value)
 
     def grows_in_place(self, name: str) -> bool:
-        """Whether `append` can be used: the growing state ``name`` has a buffer of one size, with something in it."""
+        """Whether `append` can be used: the growing state ``name`` has a buffer that is filled (static cache)."""
         place = self.places[name]
         return place.room is not None and place.filled[place.index]
 
     def append(
         self, columns: States, states: States, inputs: dict[str, torch.Tensor | None], replay: Replay
     ) -> tuple[States, torch.Tensor]:
-        """`update` where growing states gain the columns of this forward, of which every position is a real token, and
-        other states are stored as they are.
+        """`update` that writes only this forward's columns of growing states. No position may be padding.
+
+        Args:
+            columns: the new columns of each growing state, ``(batch, ..., length)``.
+            states: every other state of the mixer.
+            inputs, replay: as in `update`.
 
         Returns:
-            the whole buffers, and the place of each of this forward's columns in them, ``(length,)``; columns of
-            earlier positions are at the places before, and what is behind means nothing.
+            The whole buffers of the growing states, and the column index of each new token in them, ``(length,)``.
+            Earlier positions are in the columns before; the columns after have no meaning.
         """
         if self.timeline.segments:
             self._keep([*columns, *states], inputs, replay)
@@ -232,11 +237,11 @@ class Slot:
         return held, column
 
     def _keep(self, names: Iterable[str], inputs: dict[str, torch.Tensor | None], replay: Replay) -> None:
-        """Record this forward's inputs; of a long one only the window, with the states brought up to its start."""
+        """Record this forward's inputs; of a long forward, the window and the states before it."""
         if not self.layer.record_past:
             return
         before = {name: self.get(name) for name in names}
-        if self.timeline.is_static:  # its buffers are written over below
+        if self.timeline.is_static:  # the caller overwrites the buffers
             before = {name: None if t is None else t.clone() for name, t in before.items()}
         given = {name: t for name, t in inputs.items() if t is not None}
         if self.record is None:
@@ -245,13 +250,13 @@ class Slot:
         segment = segments[-1]
         cut = segment.length - segment.window
         batch, device = next((t.shape[0], t.device) for t in given.values())
-        # rows of a padded batch would be cut at different places; assisted decoding has one row
+        # not for a padded batch, whose rows have different cuts; assisted decoding has one row
         if cut > 0 and len(segments) == 1 and (batch == 1 or segment.mask is None):
             lengths = segment.tokens_in(cut, batch, device)
             record.before = dict(replay(given, record.before, lengths))
             start = cut if segment.mask is None else int(lengths[0])
             documents = given.get("seq_idx")
-            if documents is not None and start > 0:  # a document that begins there has nothing before it: zeros
+            if documents is not None and start > 0:  # a document that begins at the cut starts from zero states
                 begins = documents[:, start] != documents[:, start - 1]
                 record.before = {
                     n: None if t is None else t.masked_fill(begins.view(-1, *[1] * (t.ndim - 1)), 0)
@@ -263,12 +268,12 @@ class Slot:
 
 
 def last_columns(value: torch.Tensor, columns: int) -> torch.Tensor:
-    """The last ``columns`` of the last dimension, after zeros where there are fewer: ``(..., columns)``."""
+    """The last ``columns`` columns of the last dimension, zero-padded on the left: ``(..., columns)``."""
     value = value[..., max(value.shape[-1] - columns, 0) :]
     return torch.nn.functional.pad(value, (columns - value.shape[-1], 0))
 
 
-def turned(value: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    """The columns of the last dimension from the one at ``by`` on, and then those before it."""
+def rolled(value: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """The last dimension rolled left: ``torch.roll(value, -by, -1)``, with ``by`` a tensor."""
     size = value.shape[-1]
     return value.index_select(-1, (torch.arange(size, device=value.device) + by) % size)

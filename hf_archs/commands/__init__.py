@@ -1,1 +1,1 @@
-"""The command line, ``hf-archs``: a file is called as its command. Nothing else imports these."""
+"""The command line, ``hf-archs``. No other package of the library imports it."""

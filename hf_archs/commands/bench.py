@@ -1,4 +1,4 @@
-"""``hf-archs bench``: what there is to measure, on which machine, and the file of results."""
+"""``hf-archs bench``: the measures of the plugins, the description of the machine, and the file of results."""
 
 import contextlib
 import gc
@@ -21,7 +21,7 @@ from hf_archs.testing.measuring import Measure, Result, compare, copy_bandwidth
 
 
 def measures(kind: str, device: torch.device, names: list[str] | None = None) -> Iterator[Measure]:
-    """The measures that plugins offer in their module ``bench``: ``ops(device)`` and ``models(device)``.
+    """The measures in the plugins' modules ``bench``: ``ops(device)`` or ``models(device)``.
 
     Args:
         kind: ``ops`` or ``models``.
@@ -34,7 +34,7 @@ def measures(kind: str, device: torch.device, names: list[str] | None = None) ->
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """The hardware and the versions, without which the figures say nothing."""
+    """The hardware and the versions that the figures depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         if device.type == "cpu":
@@ -51,7 +51,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def run(measures: Iterator[Measure], device: torch.device, report: Callable[[Result], None]) -> list[Result]:
-    """Run measures one after the other, reporting each as it is done."""
+    """Run the measures in order, and report each result at once."""
     bandwidth = copy_bandwidth(device)
     results = []
     for measure in measures:
@@ -62,6 +62,6 @@ def run(measures: Iterator[Measure], device: torch.device, report: Callable[[Res
 
 
 def write(results: list[Result], device: torch.device, path: Path) -> None:
-    """Write machine and results as JSON."""
+    """Write the machine and the results as JSON."""
     text = json.dumps({"machine": describe_machine(device), "results": [asdict(r) for r in results]}, indent=1)
     path.write_text(text + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The command line, ``hf-archs``: thin over the library. A wrong input ends with one sentence and status 2.
+"""The command line, ``hf-archs``: a thin layer over the library. Wrong input ends with one sentence and status 2.
 
-The library is imported inside the commands only: ``hf_archs_main`` runs this file outside its package, so that help,
-the version and a mistyped option are answered before torch is imported, which takes seconds.
+Importing torch takes seconds, so the library is imported inside the commands only. The program (``hf_archs_main``)
+loads this file without its package, which imports torch: help and mistyped options are answered at once.
 """
 
 import json
@@ -27,17 +27,17 @@ console = Console()
 
 
 class _Command(TyperCommand):
-    """Prepares the process when the arguments are known to be right, and not before: that imports torch."""
+    """Checks the arguments first, and then prepares the process, since the preparation imports torch."""
 
     def invoke(self, ctx: Any) -> Any:
         if not os.environ.get("HF_ARCHS_DEBUG"):
-            _only_ours()
+            _silence_libraries()
         _use_all_cores()
         return super().invoke(ctx)
 
 
 class _ShownCommand(_Command):
-    """Shows that it imports, with `hf_archs.commands.progress`, which is read outside its package for that."""
+    """Shows a progress line during imports, with `progress.py`, which is loaded on its own like this file."""
 
     def invoke(self, ctx: Any) -> Any:
         import importlib.util
@@ -47,20 +47,20 @@ class _ShownCommand(_Command):
         assert spec.loader is not None
         progress = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(progress)
-        # threads that wait by spinning take the cores from what else runs, and then wait for it: ten times the time.
-        # Those that sleep at once take twice as long where nothing else runs. So they spin a third of the usual time
+        # A third of OpenMP's default: with it, training beside other processes is ten times slower, because waiting
+        # threads hold the cores; without spinning, training on an idle machine is half as fast.
         os.environ.setdefault("GOMP_SPINCOUNT", "100000")
         if ctx.params.get("size") == "tiny":
-            os.environ.setdefault("OMP_NUM_THREADS", "1")  # its operators are too short to be worth a second thread
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # operators of tiny models gain nothing from a second thread
         with progress.working("importing torch, transformers and PEFT"):
             import hf_archs.commands.quickstart  # noqa: F401
         return super().invoke(ctx)
 
 
-def _version(asked: bool) -> None:
+def _version(requested: bool) -> None:
     import importlib.metadata
 
-    if asked:
+    if requested:
         print(f"hf-archs {importlib.metadata.version('hf-archs')}")
         raise typer.Exit
 
@@ -71,23 +71,23 @@ def program(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Architectures beyond the Transformer as ordinary models of the Hugging Face libraries."""
+    """Architectures beyond the Transformer, as ordinary models of the Hugging Face libraries."""
 
 
 def _say(sentence: str) -> None:
-    """Print a line as it is: a path in it is never broken, and brackets in it are no markup."""
+    """Print a line without wrapping, so that paths stay whole, and without reading brackets as markup."""
     console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A config field; may be repeated.")]
 OtherTokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", help="Checkpoint whose tokenizer to use, where the model has none.")
+    str | None, typer.Option("--tokenizer", help="Checkpoint to take the tokenizer from, if the model has none.")
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write into.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")]
 
 
 def _overrides(pairs: list[str] | None) -> dict[str, Any]:
-    """``field=value`` pairs; a value is JSON where it can be, and text otherwise."""
+    """The values of ``field=value`` pairs, each parsed as JSON if it is valid JSON, and text otherwise."""
     fields = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
@@ -102,7 +102,7 @@ def _overrides(pairs: list[str] | None) -> dict[str, Any]:
 
 @app.command("list", cls=_Command)
 def list_architectures() -> None:
-    """List the architectures, and the parts of hybrids."""
+    """List the architectures and the parts of hybrids."""
     from hf_archs import registry
     from hf_archs.commands import tables
 
@@ -114,7 +114,7 @@ def list_architectures() -> None:
     tables.show(table, console)
     parts = Table("part of a hybrid", "kind", "LoRA on")
     for mixer in map(registry.get_mixer, registry.mixers()):
-        if mixer.parts is None:  # several side by side are said by a pattern
+        if mixer.parts is None:  # parallel mixers are made by a layer pattern, not by this name
             parts.add_row(mixer.name, "token mixer", ", ".join(mixer.lora_targets))
     for feed_forward in map(registry.get_feed_forward, registry.feed_forwards()):
         parts.add_row(feed_forward.name, "feed-forward", ", ".join(feed_forward.lora_targets))
@@ -125,7 +125,8 @@ def list_architectures() -> None:
 def doctor() -> None:
     """Show versions, the device, the ops and the plugins.
 
-    Versions are compared with the tested ones. The status is 1 if one is not allowed or missing, or a plugin failed.
+    Versions are compared with the tested ones. The exit status is 1 if a package is missing, a version is not allowed,
+    or a plugin failed.
     """
     from hf_archs.commands import doctor as installation
 
@@ -137,13 +138,13 @@ def doctor() -> None:
 def init(
     arch: Annotated[str, typer.Argument(help="Name of the architecture; see `hf-archs list`.")],
     output: Output,
-    size: Annotated[str | None, typer.Option(help="One of the architecture's sizes, or tiny; else its first.")] = None,
+    size: Annotated[str | None, typer.Option(help="A size of the architecture, or tiny; by default its first.")] = None,
     assign: Set = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint whose tokenizer the model gets.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the initial weights.")] = 0,
+    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint to take the tokenizer from.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
 ) -> None:
-    """Make a new model with random weights."""
+    """Create a model with random weights."""
     from transformers import set_seed
 
     from hf_archs import registry
@@ -154,7 +155,8 @@ def init(
     fields = _overrides(assign)
     chosen = None if tokenizer is None else loading.load_tokenizer(tokenizer)
     if chosen is not None:
-        fields.setdefault("vocab_size", len(chosen))
+        special = {f"{name}_token_id": getattr(chosen, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        fields = {"vocab_size": len(chosen), **special, **fields}
     config = loading.sized_config(architecture, size, fields)
     parameters = loading.check_memory(config)
     _check_free(output, overwrite)
@@ -183,7 +185,7 @@ def train(context: typer.Context) -> None:
 
     hf-archs train MODEL --data TEXT --output_dir DIR [--lora [LAYER ...]] [--NAME VALUE ...]
 
-    Every field of transformers.TrainingArguments is an option of its name; `hf-archs train --help` lists them.
+    Every field of transformers.TrainingArguments is an option of the same name; `hf-archs train --help` lists them.
     """
     from hf_archs.commands import train as training
 
@@ -213,27 +215,21 @@ def generate(
     adapter: Annotated[str | None, typer.Option(help="Folder or repository of a PEFT adapter.")] = None,
     tokenizer: OtherTokenizer = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.7,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.7,
     top_k: Annotated[int, typer.Option(min=1)] = 50,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Continue a text; it is shown as it comes."""
+    """Continue a text, and print it while it is generated."""
     import torch
     from transformers import TextStreamer, set_seed
 
-    from hf_archs.commands.loading import load_adapter, load_model, load_tokenizer, look_at
+    from hf_archs.commands.loading import load_ready
     from hf_archs.data import text
 
-    checkpoint = look_at(model)
-    loaded: Any = load_model(checkpoint)
-    encoder: Any = load_tokenizer(checkpoint, tokenizer, loaded.config)
-    if adapter is not None:
-        loaded = load_adapter(loaded, adapter)
-    if torch.accelerator.is_available():
-        loaded.to(torch.accelerator.current_accelerator())
+    loaded, encoder = load_ready(model, adapter, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
     set_seed(seed)
-    loaded.eval().generate(
+    loaded.generate(
         torch.tensor([[text.start_token(encoder), *text.encode(encoder, prompt)]], device=loaded.device),
         max_new_tokens=max_new_tokens,
         pad_token_id=encoder.pad_token_id,
@@ -246,13 +242,11 @@ def generate(
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
     output: Output,
-    to: Annotated[str | None, typer.Option(help="Native model type, where one of ours can become several.")] = None,
-    pickle: Annotated[
-        bool, typer.Option("--pickle", help="Read weights that are a pickle; nothing in it is run.")
-    ] = False,
+    to: Annotated[str | None, typer.Option(help="Native model type, if several are possible.")] = None,
+    pickle: Annotated[bool, typer.Option("--pickle", help="Read weights from a pickle; nothing in it is run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
 ) -> None:
-    """Convert a native checkpoint to ours, or ours to native. The tokenizer goes along."""
+    """Convert a native checkpoint to this library, or back. The tokenizer is copied."""
     from hf_archs.commands.loading import check_output, has_tokenizer, load_model, load_tokenizer, look_at, weight_bytes
     from hf_archs.native import disk
     from hf_archs.native.conversion import to_native
@@ -279,7 +273,7 @@ def describe(
     assign: Set = None,
     picture: Annotated[Path | None, typer.Option(help="PNG file to draw into.")] = None,
 ) -> None:
-    """Show what every layer is and costs. The same model with attention everywhere stands beside it."""
+    """Show the mixer, feed-forward and cost of every layer. The totals are compared with attention in every layer."""
     from hf_archs import errors
     from hf_archs.commands import describe as costs
     from hf_archs.commands import tables
@@ -293,7 +287,7 @@ def describe(
     table = Table(
         "layer", "mixer", "feed-forward", title=f"{described.model_type}, {length:,} tokens", title_justify="left"
     )
-    for column in ("parameters", "active", "ops a token", "state, bytes"):
+    for column in ("parameters", "active", "ops per token", "state, bytes"):
         table.add_column(column, justify="right")
     for i, cost in enumerate(layers):
         table.add_row(str(i), cost.mixer, cost.feed_forward, *costs.numbers(cost))
@@ -307,31 +301,43 @@ def describe(
 
 
 @app.command(cls=_Command)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
+    data: Annotated[list[str], typer.Option(help="Text file, folder or dataset name; may be repeated.")],
+    adapter: Annotated[str | None, typer.Option(help="Folder or repository of a PEFT adapter.")] = None,
+    tokenizer: OtherTokenizer = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens in one forward; the figures do not depend on it.")] = 512,
+) -> None:
+    """Measure the loss of a model on text. Every document is read whole: the state is carried from chunk to chunk."""
+    from hf_archs.commands import tables
+    from hf_archs.commands.evaluate import losses
+
+    tables.show(losses(model, data, adapter, tokenizer, chunk), console)
+
+
+@app.command(cls=_Command)
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository of a model with experts.")],
     data: Annotated[str, typer.Option(help="Text file, folder or dataset name.")],
     picture: Annotated[Path | None, typer.Option(help="PNG file to draw the heat map into.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many of the text's tokens to run.")] = 65536,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the text to run.")] = 65536,
     tokenizer: OtherTokenizer = None,
 ) -> None:
-    """Show what the routers of a model do with a text. That is load, entropy, drops, correction of the scores."""
+    """Show how the routers of a model route a text. The figures are load, entropy, drops and score corrections."""
     from hf_archs import errors
     from hf_archs.commands import tables
     from hf_archs.commands.inspect import draw, router_figures
-    from hf_archs.commands.loading import load_model, load_tokenizer, look_at
+    from hf_archs.commands.loading import load_ready
     from hf_archs.data import text
 
     if picture is not None:
         errors.needs("matplotlib", "--picture", "plot")
-    checkpoint = look_at(model)
-    loaded: Any = load_model(checkpoint)
-    encoder = load_tokenizer(checkpoint, tokenizer, loaded.config)
+    loaded, encoder = load_ready(model, tokenizer=tokenizer)
     length = min(512, tokens)
     rows = text.token_blocks(encoder, text.read_corpus(data).values(), length).with_format("torch")
-    figures = router_figures(
-        loaded.eval(), (rows[i]["input_ids"][None] for i in range(min(len(rows), tokens // length)))
-    )
-    table = Table("layer", "busiest expert", "its load over the mean", "entropy", "dropped")
+    blocks = (rows[i]["input_ids"][None].to(loaded.device) for i in range(min(len(rows), tokens // length)))
+    figures = router_figures(loaded, blocks)
+    table = Table("layer", "busiest expert", "its load / mean load", "entropy", "dropped")
     for layer, found in figures.items():
         numbers = f"{found['max_load']:.2f}", f"{found['entropy']:.3f}", f"{found['drop_rate']:.1%}"
         table.add_row(str(layer), str(int(found["load"].argmax())), *numbers)
@@ -344,10 +350,10 @@ def inspect(
 @app.command(cls=_Command)
 def bench(
     kinds: Annotated[list[str] | None, typer.Argument(help="ops, models, or both (the default).")] = None,
-    arch: Annotated[list[str] | None, typer.Option(help="Architecture; may be repeated. Else all.")] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="File for machine and results.")] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="Architecture; may be repeated. By default all.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="File for the machine and the results.")] = None,
 ) -> None:
-    """Compare ops and whole models with their peers in one run. On the device there is; medians of ratios."""
+    """Compare ops and whole models with their peers in one run. It reports medians of ratios, on a GPU if available."""
     import torch
 
     from hf_archs.commands import bench as benchmark
@@ -368,20 +374,20 @@ def bench(
 def quickstart(
     arch: Annotated[str, typer.Option(help="Name of the architecture.")] = "mamba",
     task: Annotated[str, typer.Option(help="text, or genome: DNA, compared with Markov models.")] = "text",
-    size: Annotated[str | None, typer.Option(help="One of its sizes, or tiny; else the task's, or its first.")] = None,
+    size: Annotated[str | None, typer.Option(help="A size, or tiny; by default the task's, or the first.")] = None,
     assign: Set = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the pretraining.")] = None,
-    lora_steps: Annotated[int | None, typer.Option(help="Steps of LoRA.")] = None,
-    data: Annotated[str | None, typer.Option(help="Text file, folder or dataset; or a FASTA file.")] = None,
+    lora_steps: Annotated[int | None, typer.Option(help="Steps of the LoRA training.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text file, folder or dataset; FASTA file for DNA.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Measure on all held-out text, not on a sample.")] = False,
     output: Output = Path("quickstart"),
     hub: Annotated[bool, typer.Option("--hub", help="Push to huggingface.co, not to an embedded Hub.")] = False,
-    public: Annotated[bool, typer.Option("--public", help="Everybody may see what is pushed.")] = False,
-    batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
-    block: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the pushed repositories public.")] = False,
+    batch: Annotated[int | None, typer.Option(help="Rows in a batch.")] = None,
+    block: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Train, adapt, generate, push, pull and compare. On text, with LoRA, or on DNA."""
+    """Train, adapt, generate, push, pull and compare. On text with a LoRA adapter, or on DNA."""
     from hf_archs.commands import quickstart as job
 
     options = job.make_options(
@@ -403,31 +409,31 @@ def quickstart(
     job.quickstart(options, console)
 
 
-def _only_ours() -> None:
-    """Leave the telling to this program: no reports on loading, no retries one by one (HF_ARCHS_DEBUG shows them)."""
+def _silence_libraries() -> None:
+    """Silence reports on loading and on retries, which this program sums up (HF_ARCHS_DEBUG keeps them)."""
     import huggingface_hub.utils.logging as hub_logging
     import transformers.utils.logging as transformers_logging
 
     hub_logging.set_verbosity(hub_logging.CRITICAL)
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # of loading and saving; training and downloads have their own
+    transformers_logging.disable_progress_bar()  # of loading and saving; training and downloads have other bars
 
 
 def _use_all_cores() -> None:
-    """One thread for each core: on some virtual machines torch takes two cores for one and starts one thread."""
+    """Start one thread per physical core; torch's own number is too low on virtual machines that it misreads."""
     import psutil
     import torch
 
     if "OMP_NUM_THREADS" in os.environ:
         return
     cores = psutil.cpu_count(logical=False) or 1
-    if hasattr(os, "sched_getaffinity"):  # fewer may be allowed to this process
+    if hasattr(os, "sched_getaffinity"):  # the process may be restricted to fewer
         cores = min(cores, len(os.sched_getaffinity(0)))
     torch.set_num_threads(max(cores, torch.get_num_threads()))
 
 
 def main() -> None:
-    """Run the command line; an expected error ends with its sentence on stderr and status 2."""
+    """Run the command line. An expected error prints one sentence to stderr and exits with status 2."""
     try:
         app(prog_name="hf-archs")
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What a model costs before it is trained: layer by layer, against the same model with attention everywhere."""
+"""The cost of a model by layer, without training it, beside that of the same model with attention in every layer."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,21 +12,21 @@ from hf_archs.layers.attention_config import AttentionConfig
 from hf_archs.model.block import ArchBlock
 from hf_archs.parts import RoutedFeedForward, StateSpec
 
-# operations of a token for each element of a recurrent state: decay, write and read are a product and a sum each
+# operations per token and element of a recurrent state: decay, write and read are one product and one sum each
 PER_STATE = 6
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer is and costs.
+    """The parts and the cost of one layer.
 
     Attributes:
-        mixer, feed_forward: registered names, ``none`` where there is none.
-        parameters: all of the layer; those that it shares with an earlier one count there.
-        active_parameters: those that a token uses.
-        flops: floating-point operations of decoding one token at the given length; a product and a sum are two.
-        state_bytes: what the cache holds of the layer at that length, for one row, in the given dtype where the mixer
-            does not ask for another.
+        mixer, feed_forward: registered names, or ``none``.
+        parameters: parameters of the layer, except those shared with an earlier layer.
+        active_parameters: parameters that one token uses.
+        flops: floating-point operations of one decode step at the given length; a product and a sum are two.
+        state_bytes: size of the layer's cache at that length for one batch row, in the given dtype unless the mixer
+            sets another.
     """
 
     mixer: str
@@ -38,19 +38,18 @@ class LayerCost:
 
 
 def layer_costs(config: ArchConfig, length: int, dtype: torch.dtype = torch.bfloat16) -> list[LayerCost]:
-    """The cost of every layer after ``length`` tokens; nothing is allocated.
+    """The cost of every layer after ``length`` tokens; no weights are allocated.
 
     Raises:
         ValueError: for a length below 1.
     """
     if length < 1:
         raise ValueError(f"length is {length}; allowed are 1 and more")
-    plans = config.layer_plans()
-    return _costs(config, plans, length, dtype)
+    return _costs(config, config.layer_plans(), length, dtype)
 
 
 def attention_costs(config: ArchConfig, length: int, dtype: torch.dtype = torch.bfloat16) -> list[LayerCost]:
-    """The same of the model whose mixers are all attention, with the heads its attention has, or of 64 channels."""
+    """The same if all mixers were attention, with the heads of the model's own attention, or heads of 64 channels."""
     plans = config.layer_plans()
     found = [p.mixer_config for p in plans if isinstance(p.mixer_config, AttentionConfig)]
     heads = found[0].num_heads if found else math.gcd(max(config.hidden_size // 64, 1), config.hidden_size)
@@ -68,7 +67,7 @@ def total(costs: list[LayerCost]) -> LayerCost:
 
 
 def numbers(cost: LayerCost) -> list[str]:
-    """The numbers of a row, to four digits, with a factor of a thousand, a million and so on."""
+    """The numbers of a table row, to four digits, in units, thousands (k), millions (M) and so on."""
 
     def short(n: float) -> str:
         thousands = min((len(str(int(n))) - 1) // 3, 4)
@@ -102,7 +101,7 @@ def _costs(config: ArchConfig, plans: list[LayerPlan], length: int, dtype: torch
 
 
 def _state_flops(spec: StateSpec, elements: int, plan: LayerPlan) -> int:
-    """Every token held is read once by each query head that shares it; a recurrent state is also written."""
+    """Operations on a state: each query head reads every cached token once; a recurrent state is also written."""
     if spec.dtype is not None and not spec.dtype.is_floating_point:
         return 0
     if spec.kind == "recurrent" and spec.dtype is not None:
@@ -112,7 +111,7 @@ def _state_flops(spec: StateSpec, elements: int, plan: LayerPlan) -> int:
 
 
 class _Planned:
-    """A config in which the layers have other plans."""
+    """A config whose layers all have the given plan."""
 
     def __init__(self, config: ArchConfig, plan: LayerPlan):
         self._config, self._plan = config, plan
@@ -125,7 +124,7 @@ class _Planned:
 
 
 def draw(costs: list[LayerCost], attention: list[LayerCost], length: int, path: Path) -> None:
-    """Bars of each layer's parameters, operations and state beside those with attention everywhere, as a picture."""
+    """Draw bars of each layer's parameters, operations and state, and a line for attention in every layer."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -136,7 +135,7 @@ def draw(costs: list[LayerCost], attention: list[LayerCost], length: int, path: 
     figure, rows = plt.subplots(3, 1, figsize=(max(6.0, 0.35 * len(costs)), 7.5), sharex=True, layout="constrained")
     titles = {
         "parameters": "parameters",
-        "flops": "operations of a token",
+        "flops": "operations per token",
         "state_bytes": f"bytes of state after {length:,} tokens",
     }
     places = range(len(costs))

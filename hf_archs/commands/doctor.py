@@ -17,10 +17,10 @@ from hf_archs.kernels import backend
 
 
 def examine(console: Console) -> bool:
-    """Print the state of this installation; False if a version is not allowed or missing, or a plugin failed."""
+    """Print the state of this installation. False if a version is missing or not allowed, or a plugin failed."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
-    table = Table("what", "found", "against what was tested", title="hf-archs doctor", title_justify="left")
+    table = Table("component", "found", "compared with tested", title="hf-archs doctor", title_justify="left")
     table.add_row("hf-archs", hf_archs.__version__)
     table.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     comparisons = versions.compare()
@@ -44,7 +44,7 @@ def examine(console: Console) -> bool:
 
 
 def _implementations() -> dict[str, set[str]]:
-    """Every op of hf_archs and the plugins, and its forms: an op ``x`` has ``x_portable.py`` and ``x_triton.py``."""
+    """The ops of hf_archs and the plugins with their forms, from the files: ``x_portable.py``, ``x_triton.py``."""
     plugins = importlib.metadata.entry_points(group=registry.ENTRY_POINT_GROUP)
     ops: dict[str, set[str]] = {}
     for package in sorted({"hf_archs", *(plugin.module.partition(".")[0] for plugin in plugins)}):

@@ -1,4 +1,4 @@
-"""What the routers of a model do with a text: load, entropy and drops of every layer, as numbers and as a heat map."""
+"""Statistics of a model's routers over a text: load, entropy and drops of every layer, as numbers and as a heat map."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,17 +9,17 @@ import torch
 
 @torch.no_grad()
 def router_figures(model: Any, batches: Iterable[torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
-    """The figures of every layer with a router over some text, by layer.
+    """The router statistics of every layer with a router, over a text.
 
     Args:
         model: a causal language model of this library.
         batches: token ids, (batch, length) each.
 
     Returns:
-        what the feed-forwards' ``figures`` give of the sums over all batches.
+        layer -> ``figures`` of its feed-forward, computed from the sums over all batches.
 
     Raises:
-        ValueError: for a model without routers.
+        ValueError: for a model without routers, or no batches.
     """
     routers = model.model.routers()
     if not routers:
@@ -34,7 +34,7 @@ def router_figures(model: Any, batches: Iterable[torch.Tensor]) -> dict[int, dic
 
 
 def draw(figures: dict[int, dict[str, torch.Tensor]], path: Path) -> None:
-    """Layers by experts, each cell an expert's share over the even one, as a picture; biases below where there are."""
+    """Draw a heat map, layers by experts, of each expert's load over the even load; biases, if any, in a second one."""
     import matplotlib
 
     matplotlib.use("agg")

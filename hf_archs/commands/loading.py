@@ -1,7 +1,7 @@
-"""Checkpoints on disk and on the Hub, with every refusal in one sentence before anything is allocated or written over.
+"""Loading from disk and the Hub: each refusal is one sentence, before memory is allocated or a file overwritten.
 
-The functions raise what the host libraries raise (`ValueError`, `OSError`, their Hub and safetensors errors); the
-message names the thing, its value and what is allowed.
+The functions raise the exceptions of the host libraries (`ValueError`, `OSError`, Hub and safetensors errors); the
+message names the thing, its value and the allowed values.
 """
 
 import copy
@@ -25,10 +25,10 @@ from hf_archs.native.reading import Checkpoint
 
 
 def sized_config(architecture: registry.Architecture, size: str | None, overrides: Mapping[str, Any]) -> Any:
-    """The config of a named size of an architecture; ``tiny`` is the tests' with every byte in its vocabulary.
+    """The config of a named size of an architecture; ``tiny`` is that of the tests, with room for every byte.
 
     Raises:
-        ValueError: where there is no such size or field.
+        ValueError: if there is no such size or field.
     """
     name = size or next(iter(architecture.sizes), "tiny")
     if name != "tiny" and name not in architecture.sizes:
@@ -43,14 +43,14 @@ def sized_config(architecture: registry.Architecture, size: str | None, override
 
 
 def described_config(source: str, overrides: Mapping[str, Any]) -> Any:
-    """The config that a user names: of a checkpoint, in a file, or an architecture's, as in ``hybrid:jamba``.
+    """The config of a checkpoint, a ``config.json`` file, or an architecture's size, as in ``hybrid:jamba``.
 
     Raises:
-        ValueError, OSError: where there is none, or it is of another kind.
+        ValueError, OSError: if there is no such config, or no architecture can read it.
     """
     name, colon, size = source.partition(":")
-    there = Path(source).expanduser().exists()
-    if not there and (name in registry.architectures() or (colon and "/" not in source)):
+    exists = Path(source).expanduser().exists()
+    if not exists and (name in registry.architectures() or (colon and "/" not in source)):
         return sized_config(registry.get_architecture(name), size or None, overrides)
     folder = str(Path(source).parent) if Path(source).is_file() else source
     checkpoint = look_at(folder)
@@ -60,10 +60,10 @@ def described_config(source: str, overrides: Mapping[str, Any]) -> Any:
 
 
 def check_name(source: str) -> None:
-    """Refuse a name near an architecture's, or a preset's of one, before the Hub is asked: a model there has an owner.
+    """Refuse a name similar to an architecture's or a preset's before the Hub is asked, where names have an owner.
 
     Raises:
-        OSError: where it is one.
+        OSError: if the name is similar.
     """
     if "/" in source or Path(source).expanduser().exists():
         return
@@ -80,7 +80,7 @@ def check_name(source: str) -> None:
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
-    """The parameters of the causal language model of ``config``, counted without allocating them."""
+    """The number of parameters of the causal language model of ``config``, counted without allocating them."""
     with torch.device("meta"):
         model = _architecture_of(config).causal_lm_class(config)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -90,13 +90,13 @@ def check_memory(config: PreTrainedConfig, copies: int = 1) -> int:
     """Refuse a model that does not fit into this machine's free memory, before it is allocated.
 
     Args:
-        copies: how many times the weights are held in float32: 1 to run, 4 to train with AdamW.
+        copies: number of float32 copies of the weights in memory: 1 to run, 4 to train with AdamW.
 
     Returns:
         the number of parameters.
 
     Raises:
-        ValueError: where it does not fit.
+        ValueError: if the model does not fit.
     """
     parameters = count_parameters(config)
     needed = parameters * 4 * copies
@@ -114,32 +114,32 @@ def check_memory(config: PreTrainedConfig, copies: int = 1) -> int:
 
 
 def weight_bytes(config: PreTrainedConfig) -> int:
-    """Bytes of the weights of a causal language model on a disk, in the dtype that ``config`` names, or float32."""
+    """Bytes of a causal language model's weights on disk, in the dtype of ``config``, or float32 if it has none."""
     return count_parameters(config) * (getattr(config, "dtype", None) or torch.float32).itemsize
 
 
 def check_output(folder: str | Path, size: float = 0) -> None:
-    """Refuse a folder that cannot be written into, or whose disk has no room, before the work that it is for.
+    """Refuse an output folder that cannot be written, or whose disk has too little room, before any work is done.
 
     Args:
-        folder: it need not exist.
-        size: bytes to be written; a twentieth is added for what stands beside weights.
+        folder: the folder, which need not exist.
+        size: bytes of weights to be written; a twentieth is added for other files.
 
     Raises:
-        OSError: where something is in the way.
+        OSError: if the folder is refused.
     """
     path = Path(folder).expanduser().resolve()
-    there = next(place for place in (path, *path.parents) if place.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"the output folder is {str(folder)!r}, but {str(there)!r} is a file; choose another")
+    place = next(p for p in (path, *path.parents) if p.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"the output folder is {str(folder)!r}, but {str(place)!r} is a file; choose another")
     try:
-        tempfile.TemporaryFile(dir=there).close()
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise OSError(
-            f"the output folder is {str(folder)!r}, and nothing can be written into {str(there)!r} ({error.strerror}); "
+            f"the output folder is {str(folder)!r}, and nothing can be written into {str(place)!r} ({error.strerror}); "
             "choose another"
         ) from error
-    needed, free = size * 1.05, shutil.disk_usage(there).free
+    needed, free = size * 1.05, shutil.disk_usage(place).free
     if needed > free:
         raise OSError(
             f"the output folder is {str(folder)!r}: {_size(needed)} are to be written there, and {_size(free)} are "
@@ -161,14 +161,14 @@ def _architecture_of(config: PreTrainedConfig) -> registry.Architecture:
 
 
 def look_at(source: str) -> Checkpoint:
-    """A checkpoint, ours or a native one that an architecture can read.
+    """Read the config of a checkpoint of this library, or of a native one that an architecture can read.
 
     Args:
         source: a folder, or a repository on the Hub.
 
     Raises:
-        OSError: where there is none.
-        ValueError: where it is of another architecture.
+        OSError: if there is no checkpoint.
+        ValueError: if no architecture can read it.
     """
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "config.json").exists():
@@ -195,16 +195,16 @@ def look_at(source: str) -> Checkpoint:
 
 
 def load_model(source: str | Checkpoint, *, copies: int = 1, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model from a folder or the Hub, native checkpoints included.
+    """Load a causal language model from a checkpoint of this library or a native one.
 
     Args:
-        source: a folder, a repository, or what `look_at` gives for one.
+        source: a folder, a repository, or the result of `look_at`.
         copies: see `check_memory`.
-        kwargs: for ``from_pretrained``.
+        kwargs: further arguments of ``from_pretrained``.
 
     Raises:
         OSError, ValueError, CheckpointMismatch, SafetensorError: see `look_at`, `check_memory`, `check_weights` and
-            ``from_pretrained``; `CheckpointMismatch` too where there is no language-model head.
+            ``from_pretrained``; `CheckpointMismatch` also if there is no language-model head.
     """
     checkpoint = look_at(source) if isinstance(source, str) else source
     check_memory(checkpoint.config(), copies)
@@ -218,8 +218,8 @@ def load_adapter(model: PreTrainedModel, source: str, **kwargs: Any) -> PeftMode
     """``model`` with a PEFT adapter from a folder or the Hub.
 
     Raises:
-        OSError: where a folder is no adapter.
-        ValueError: where the Hub has none, or it does not fit the model.
+        OSError: if a folder holds no adapter.
+        ValueError: if the Hub has no such adapter, or it does not fit the model.
     """
     path = Path(source).expanduser()
     if (path.is_dir() or looks_local(source)) and not (path / "adapter_config.json").exists():
@@ -236,15 +236,16 @@ def load_adapter(model: PreTrainedModel, source: str, **kwargs: Any) -> PeftMode
 def load_tokenizer(
     source: str | Checkpoint, other: str | None = None, config: PreTrainedConfig | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside a checkpoint.
+    """Load the tokenizer of a checkpoint.
 
     Args:
-        source: a folder, a repository, or what `look_at` gives for one.
-        other: another checkpoint, whose tokenizer is taken in its place; it must fit ``config``, the model's.
+        source: a folder, a repository, or the result of `look_at`.
+        other: another checkpoint, whose tokenizer is loaded instead.
+        config: the model's config, which the tokenizer of ``other`` must fit.
 
     Raises:
-        OSError: where there is none.
-        ValueError: where the other's has more tokens than the model.
+        OSError: if there is no tokenizer.
+        ValueError: if the tokenizer of ``other`` has more tokens than the model.
     """
     checkpoint = source if isinstance(source, Checkpoint) and not other else None
     found = other or (source if isinstance(source, str) else source.source)
@@ -260,16 +261,28 @@ def load_tokenizer(
     return tokenizer
 
 
+def load_ready(source: str, adapter: str | None = None, tokenizer: str | None = None) -> tuple[Any, Any]:
+    """Load a model with its adapter, in evaluation on the accelerator, and its tokenizer or that of ``tokenizer``."""
+    checkpoint = look_at(source)
+    model: Any = load_model(checkpoint)
+    encoder = load_tokenizer(checkpoint, tokenizer, model.config)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model.eval(), encoder
+
+
 def _native_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """The config as `AutoTokenizer` reads it, to choose the tokenizer's class: of the checkpoint's own type."""
+    """The config of the checkpoint's own type, by which `AutoTokenizer` chooses the tokenizer class."""
     raw = copy.deepcopy(checkpoint.raw)
     try:
         return AutoConfig.for_model(**{"model_type": "", **raw, "name_or_path": checkpoint.source})
-    except ValueError:  # which has no class in transformers, or not with these values
+    except ValueError:  # transformers has no class of this type, or it refuses these values
         return PreTrainedConfig.from_dict(raw)
 
 
 def has_tokenizer(source: str) -> bool:
-    """Whether a tokenizer stands in a folder; taken for granted on the Hub."""
+    """Whether a folder holds a tokenizer; always True for a repository on the Hub."""
     path = Path(source).expanduser()
     return not path.is_dir() or any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))

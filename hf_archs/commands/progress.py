@@ -1,7 +1,7 @@
-"""A line that lives: what is being done, how far it is, how long it will still take.
+"""A progress line: the present job, the part that is done, and the time left.
 
-On a terminal it is a bar; elsewhere (a pipe, a log file) a line of its own every second or two. It goes to stderr, so
-that stdout has the results alone. This module needs nothing of hf-archs, so that it can show how the rest is imported.
+On a terminal it is a bar; elsewhere (a pipe, a log file) a new line every second or two. It goes to stderr, so that
+stdout has the results alone. This module imports nothing of hf-archs, so that it can show the import of the rest.
 """
 
 import threading
@@ -19,14 +19,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-EVERY = 1.5  # seconds between two lines where there is no terminal
+EVERY = 1.5  # seconds between two lines without a terminal
 
 
 class Bar:
-    """The line of `working`: called with how much is done of how much, and perhaps a word beside it.
+    """The progress line of `working`; called with the amount done, the total, and an optional note.
 
     Attributes:
-        what: is being done.
+        what: the present job.
     """
 
     def __init__(self, what: str, console: Console):
@@ -36,12 +36,12 @@ class Bar:
         self._start(what)
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
-        """Show how much is done."""
+        """Show the amount done."""
         described = f"{self.what} ({note})" if note else self.what
         self.shown.update(self._task, completed=done, total=total, description=described)
 
     def next(self, what: str) -> None:
-        """Something else is being done now."""
+        """End the present job and begin another."""
         self.say_end()
         before = self._task
         self._start(what)
@@ -54,7 +54,7 @@ class Bar:
             self._say(f"{what} ...")
 
     def say(self) -> None:
-        """The bar in words."""
+        """Print the progress as a line of words."""
         task = self.shown.tasks[-1]
         words = [task.description, f"{task.elapsed or 0:.0f} s"]
         if task.total:
@@ -64,7 +64,7 @@ class Bar:
         self._say(", ".join(words))
 
     def say_end(self) -> None:
-        """Leave a line with the time that the present job took."""
+        """Print a line with the time that the present job took."""
         self._say(f"{self.what}: {self.shown.tasks[-1].elapsed or 0:.1f} s")
 
     def _say(self, line: str) -> None:
@@ -73,28 +73,28 @@ class Bar:
 
 @contextmanager
 def working(what: str, console: Console | None = None) -> Iterator[Bar]:
-    """Show that ``what`` is being done for as long as the block runs, and at its end how long it took.
+    """Context manager: a progress line for the job of the block, and at the end the time that it took.
 
     Args:
-        what: a few words, as in "measuring".
-        console: where it is shown; stderr without one.
+        what: the job in a few words, as in "measuring".
+        console: the console to print to; stderr by default.
     """
     bar = Bar(what, console or Console(stderr=True))
     if bar.shown.console.is_terminal:
         with bar.shown:
             yield bar
     else:
-        over = threading.Event()
+        ended = threading.Event()
 
-        def keep_saying() -> None:
-            while not over.wait(EVERY):
+        def report() -> None:
+            while not ended.wait(EVERY):
                 bar.say()
 
-        thread = threading.Thread(target=keep_saying, name="progress", daemon=True)
+        thread = threading.Thread(target=report, name="progress", daemon=True)
         thread.start()
         try:
             yield bar
         finally:
-            over.set()
+            ended.set()
             thread.join()
     bar.say_end()

@@ -1,8 +1,7 @@
-"""Push a model with its adapter to a Hub, and pull them back into an empty cache, in a process of its own.
+"""Push a model and its adapter to a Hub, and pull them into an empty cache, in a process of its own.
 
-huggingface_hub reads its endpoint when it is imported, so `run` starts this module anew for a Hub that is not this
-process's: ``python -m hf_archs.commands.publish JSON``. One process does both, since importing the libraries takes
-longer than all the rest.
+huggingface_hub reads its endpoint at import, so `run` starts a new process, which may use another Hub: ``python -m
+hf_archs.commands.publish JSON``. One process both pushes and pulls, because the imports take longer than the rest.
 """
 
 import json
@@ -20,7 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import hf_archs  # noqa: F401  (the Auto classes know our models)
+import hf_archs  # noqa: F401  (registers the Auto classes)
 from hf_archs.commands import sentences
 from hf_archs.commands.loading import load_adapter
 from hf_archs.commands.progress import working
@@ -29,10 +28,10 @@ from hf_archs.native.model_card import model_card
 
 
 def repositories(name: str) -> dict[str, str]:
-    """The model's and the adapter's repository, below the user who is logged in.
+    """The names of the model's and the adapter's repository, under the logged-in user.
 
     Raises:
-        OSError: where nobody is logged in, the token cannot write, or the Hub cannot be reached.
+        OSError: if no user is logged in, the token cannot write, or the Hub cannot be reached.
     """
     user = HfApi().whoami()
     role = user.get("auth", {}).get("accessToken", {}).get("role")
@@ -42,14 +41,14 @@ def repositories(name: str) -> dict[str, str]:
 
 
 def push(folder: str, name: str, private: bool, cards: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Push ``folder/model`` with its tokenizer and, where it has a card, ``folder/adapter``; write and push the cards.
+    """Push ``folder/model`` with its tokenizer and, if ``cards`` has its card, ``folder/adapter``; write their cards.
 
     Args:
-        name: of the model's repository, without the owner.
+        name: name of the model's repository, without the owner.
         cards: arguments of `model_card` for ``model`` and ``adapter``.
 
     Returns:
-        the repositories of what was pushed.
+        the names of the pushed repositories.
     """
     names = {part: repository for part, repository in repositories(name).items() if part in cards}
     parts = {part: Path(folder) / part for part in names}
@@ -70,20 +69,23 @@ def push(folder: str, name: str, private: bool, cards: Mapping[str, Mapping[str,
 
 
 def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """The logits ``(batch, length, vocabulary)`` after tokens ``(batch, length)``, on the CPU."""
+    """The logits (batch, length, vocabulary) of tokens (batch, length), on the CPU."""
     with torch.no_grad():
         return model.eval()(input_ids=tokens.to(model.device)).logits.cpu().contiguous()
 
 
 def pull(names: Mapping[str, str], text: str, tokens: str, output: str, cache: str) -> dict[str, bool]:
-    """Load model, tokenizer and any adapter from the Hub, and write the logits of each model into ``output``.
+    """Load model, tokenizer and any adapter from the Hub, and write the logits of each model to ``output``.
 
     Args:
         names: the repositories.
-        text: what the tokenizer has to make ``tokens`` of.
-        tokens: a safetensors file with ``tokens``, (1, length).
-        output: the safetensors file to write, with ``model`` and ``adapter``.
-        cache: a new folder for what is downloaded, so that nothing but the Hub is read.
+        text: a text that the tokenizer must encode as ``tokens``.
+        tokens: safetensors file with ``tokens``, (1, length).
+        output: safetensors file to write, with ``model`` and ``adapter``.
+        cache: a new folder for the downloads, so that all files come from the Hub.
+
+    Returns:
+        ``tokenizer``: whether it encodes ``text`` as ``tokens``.
     """
     Path(cache).mkdir()
     given = load_file(tokens)["tokens"]
@@ -100,22 +102,25 @@ def pull(names: Mapping[str, str], text: str, tokens: str, output: str, cache: s
 
 
 def run(environment: Mapping[str, str], push: Mapping[str, Any], pull: Mapping[str, Any]) -> dict[str, Any]:
-    """Call `push` and then `pull` in a new process with these additions to the environment.
+    """Call `push` and then `pull` in a new process.
 
     Args:
-        push, pull: their arguments; the names to pull are those that were pushed.
+        environment: environment variables to add.
+        push, pull: arguments of `push`, and of `pull` without ``names``, which `push` returns.
 
     Returns:
-        ``names``, of the repositories, and ``same``, of `pull`.
+        ``names``, the result of `push`, and ``same``, the result of `pull`.
 
     Raises:
-        OSError: with the sentence of what went wrong there.
+        OSError: if the process fails, with the last line of its stderr.
     """
     command = [sys.executable, "-m", "hf_archs.commands.publish", json.dumps({"push": push, "pull": pull})]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the sums' order, and so their last bit, depends on it
-    with tempfile.TemporaryFile("w+") as said, working("starting a fresh process to push and pull") as bar:
+    threads = {
+        "OMP_NUM_THREADS": str(torch.get_num_threads())
+    }  # the order of sums, and so their last bit, depends on it
+    with tempfile.TemporaryFile("w+") as stderr, working("starting a fresh process to push and pull") as bar:
         process = subprocess.Popen(
-            command, env={**os.environ, **threads, **environment}, stdout=subprocess.PIPE, stderr=said, text=True
+            command, env={**os.environ, **threads, **environment}, stdout=subprocess.PIPE, stderr=stderr, text=True
         )
         assert process.stdout is not None
         line = ""
@@ -124,14 +129,14 @@ def run(environment: Mapping[str, str], push: Mapping[str, Any], pull: Mapping[s
                 if not line.startswith("{"):
                     bar.next(line.strip())
         if process.returncode:
-            said.seek(0)
-            last = said.read().strip().rpartition("\n")[2].removeprefix("error: ")
+            stderr.seek(0)
+            last = stderr.read().strip().rpartition("\n")[2].removeprefix("error: ")
             raise OSError(f"{bar.what} failed: {last}")
     return json.loads(line)
 
 
 def main() -> None:
-    """The process that `run` starts: a line on stdout before each part, and the answer as JSON in the last one."""
+    """The process that `run` starts: one line on stdout before each job, and the result as JSON in the last line."""
     arguments = json.loads(sys.argv[1])
     print("pushing", flush=True)
     names = push(**arguments["push"])

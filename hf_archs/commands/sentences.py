@@ -1,4 +1,4 @@
-"""The errors that a user's input can cause, each as one sentence."""
+"""The errors that user input can cause, each as one sentence."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ from hf_archs.errors import CheckpointMismatch, reason
 
 
 class CheckFailed(RuntimeError):
-    """A check of a command's own failed."""
+    """A command's own check of its results failed."""
 
 
 EXPECTED = (
@@ -45,7 +45,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether something could not be written for want of room; safetensors and torch say so in words of theirs."""
+    """Whether a write failed because the disk is full, which safetensors and torch report in other words."""
     return any(
         (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT))
         or any(words in str(link) for words in ("(os error 28)", "unexpected pos", "PytorchStreamWriter failed"))
@@ -54,22 +54,22 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 def sentence(error: BaseException) -> str:
-    """One line that says what was wrong; the cause of a Hub's refusal is looked up in the chain of exceptions."""
+    """The error as one line; the cause of a Hub's refusal is looked up in the chain of exceptions."""
     from huggingface_hub import constants
 
     chain = list(_chain(error))
     for link in chain:
         if isinstance(link, HfHubHTTPError):
             status = link.response.status_code
-            said = _one_line(link.server_message or str(link))
-            what = f"the Hub at {constants.ENDPOINT} refused {link.response.url.path} ({status}): {said}"
+            message = _one_line(link.server_message or str(link))
+            refusal = f"the Hub at {constants.ENDPOINT} refused {link.response.url.path} ({status}): {message}"
             if isinstance(link, GatedRepoError):
-                return f"{what}; ask for access on the repository's page"
+                return f"{refusal}; ask for access on the repository's page"
             if isinstance(link, RepositoryNotFoundError):
-                return f"{what}; check the name, and HF_TOKEN where the repository is private"
+                return f"{refusal}; check the name, and HF_TOKEN where the repository is private"
             if isinstance(link, RevisionNotFoundError):
-                return what
-            return f"{what}; a token with the role 'write' is needed" if status in (401, 403) else what
+                return refusal
+            return f"{refusal}; a token with the role 'write' is needed" if status in (401, 403) else refusal
     for link in chain:
         if isinstance(link, OfflineModeIsEnabled):
             return f"{_first_line(error)}: HF_HUB_OFFLINE is set, so the Hub is not asked; unset it"
@@ -92,7 +92,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def report(error: BaseException) -> int:
-    """Print the error's sentence to stderr, the traceback too where HF_ARCHS_DEBUG is set; gives the exit status 2."""
+    """Print the error's sentence to stderr, and its traceback if HF_ARCHS_DEBUG is set. Returns the exit status 2."""
     if os.environ.get("HF_ARCHS_DEBUG"):
         traceback.print_exception(error)
     print(f"error: {sentence(error)}", file=sys.stderr)

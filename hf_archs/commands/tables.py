@@ -1,4 +1,4 @@
-"""Tables that cut no word."""
+"""Tables that never truncate a word."""
 
 from rich.console import Console
 from rich.measure import measure_renderables
@@ -6,7 +6,7 @@ from rich.table import Table
 
 
 def show(table: Table, console: Console) -> None:
-    """Print a table without cutting a word: wider than the terminal where it must be, and in pipes as wide as it is."""
+    """Print a table without truncating words: wider than the terminal if necessary, and in pipes at its full width."""
     measures = [
         measure_renderables(console, console.options.update_width(10**6), [column.header, *column.cells])
         for column in table.columns

@@ -1,4 +1,4 @@
-"""``hf-archs train``: its arguments, where an interrupted run goes on, and the run."""
+"""``hf-archs train``: its arguments, the checkpoint from which an interrupted run continues, and the run."""
 
 import argparse
 import json
@@ -26,12 +26,12 @@ from hf_archs.data import text
 from hf_archs.native import disk
 from hf_archs.training import ArchTrainer, add_lora
 
-UNTOLD_REPORTERS = ("azure_ml", "flyte")  # transformers does not always tell that they are installed
-MEASURED = 2**20  # characters of the held-out text that `train` measures with
+UNTOLD_REPORTERS = ("azure_ml", "flyte")  # transformers does not always report that they are installed
+MEASURED = 2**20  # characters of held-out text that `train` measures
 
 
 class _Parser(HfArgumentParser):
-    """Says what is wrong as an exception, in one sentence, and does not end the process."""
+    """Reports an error as an exception with one sentence, and does not end the process."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"hf-archs train: {message}; see hf-archs train --help")
@@ -45,28 +45,28 @@ def parser() -> HfArgumentParser:
         prog="hf-archs train",
         usage="hf-archs train MODEL --data TEXT --output_dir DIR [--lora [LAYER ...]] [--NAME VALUE ...]",
         description="Train a checkpoint on text, or an adapter for it; continues where an interrupted run stopped.",
-        epilog="Every field of transformers.TrainingArguments is an option of its name.",
+        epilog="Every field of transformers.TrainingArguments is an option of the same name.",
         allow_abbrev=False,
     )
-    parser.set_defaults(disable_tqdm=False)  # by default it follows transformers' verbosity, which the command lowers
+    parser.set_defaults(disable_tqdm=False)  # the default follows transformers' verbosity, which the command lowers
     own = parser.add_argument_group("model and data")
     own.add_argument("model", help="folder or Hub repository of the checkpoint to start from")
     own.add_argument(
-        "--data", required=True, help="a text file, a folder of them, a dataset's name, or: stdlib, topics"
+        "--data", required=True, help="text file, folder of text files, name of a dataset, or: stdlib, topics"
     )
     own.add_argument(
-        "--lora", nargs="*", metavar="LAYER", help="train a LoRA adapter, on these layers or on the usual ones"
+        "--lora", nargs="*", metavar="LAYER", help="train a LoRA adapter, on these layers or the default ones"
     )
     own.add_argument("--lora_rank", "--lora-rank", type=int, default=16, help="rank of the adapter")
     own.add_argument("--lora_alpha", "--lora-alpha", type=int, default=32, help="scale of the adapter, times rank")
-    own.add_argument("--block_size", "--block-size", type=int, default=512, help="tokens of one training row")
-    own.add_argument("--tokenizer", default=None, help="another checkpoint's tokenizer, where the model has none")
-    own.add_argument("--license", default=None, help="the licence that the model card names")
+    own.add_argument("--block_size", "--block-size", type=int, default=512, help="tokens in a training row")
+    own.add_argument("--tokenizer", default=None, help="checkpoint to take the tokenizer from, if the model has none")
+    own.add_argument("--license", default=None, help="licence to name in the model card")
     return parser
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]:
-    """The command line of ``hf-archs train``. Raises `ValueError` where it is wrong."""
+    """Parse the command line of ``hf-archs train``. Raises `ValueError` if it is wrong."""
     options = parser()
     training_arguments, own, unknown = options.parse_args_into_dataclasses(
         [*arguments], return_remaining_strings=True, look_for_args_file=False
@@ -93,14 +93,14 @@ def _check_reporters(arguments: TrainingArguments) -> None:
 
 @dataclass(frozen=True)
 class Standing:
-    """How far the runs in an output folder came.
+    """The progress of the runs in an output folder.
 
     Attributes:
-        checkpoint: the folder to continue from; None where training starts anew.
-        skipped: newer checkpoints that are not whole, as interrupted saves leave them: the folder and the reason.
-        steps: the optimizer steps behind ``checkpoint``.
-        reached: whether they are all the training that is asked for.
-        finished: whether the model that `train` writes at the end is there too, so that nothing is left to do.
+        checkpoint: the folder to continue from; None if training starts anew.
+        skipped: newer checkpoints that an interrupted save left incomplete: folder and reason.
+        steps: optimizer steps of ``checkpoint``.
+        reached: whether these are all the steps requested.
+        finished: whether the final model of `train` exists too, so that nothing is left to do.
     """
 
     checkpoint: str | None = None
@@ -111,27 +111,27 @@ class Standing:
 
 
 def standing(arguments: TrainingArguments) -> Standing:
-    """Where `train` begins: at the checkpoint asked for, or at the newest whole one in ``output_dir``, or anew.
+    """The start of `train`: the requested checkpoint, else the newest whole one in ``output_dir``, else anew.
 
     Raises:
-        OSError: where the one asked for does not exist or is not whole; where the folder holds a model and nothing to
-            continue from, unless ``resume_from_checkpoint`` is ``false``.
+        OSError: if the requested checkpoint does not exist or is not whole; if the folder holds a model but no
+            checkpoint to continue from, unless ``resume_from_checkpoint`` is ``false``.
     """
     wanted = str(arguments.resume_from_checkpoint or "true")
     output = Path(str(arguments.output_dir)).expanduser()
     if wanted.lower() in ("false", "no", "0"):
         return Standing()
-    asked = None if wanted.lower() in ("true", "yes", "1") else Path(wanted).expanduser()
-    if asked is not None and not asked.is_dir():
+    requested = None if wanted.lower() in ("true", "yes", "1") else Path(wanted).expanduser()
+    if requested is not None and not requested.is_dir():
         raise OSError(f"resume_from_checkpoint is {wanted!r}, which does not exist; allowed is a checkpoint folder")
-    chosen, skipped = newest_whole([asked] if asked else checkpoint_folders(output))
-    if asked is not None and skipped:
+    chosen, skipped = newest_whole([requested] if requested else checkpoint_folders(output))
+    if requested is not None and skipped:
         raise OSError(f"resume_from_checkpoint is {skipped[0]}")
     steps, reached = _done(chosen, arguments) if chosen else (0, False)
-    if _holds_weights(output) and why_not_whole(output) is None and (reached or asked is None):
+    if _holds_weights(output) and why_not_whole(output) is None and (reached or requested is None):
         final_steps, final_reached = _done(output, arguments)
-        if final_reached:  # what is to be pushed may not have been, so it is written again
-            return Standing(str(asked or output), (*skipped,), final_steps, True, not arguments.push_to_hub)
+        if final_reached:  # with push_to_hub the model is written again, because the push may have failed
+            return Standing(str(requested or output), (*skipped,), final_steps, True, not arguments.push_to_hub)
     if chosen is None and (_holds_weights(output) or (output / "config.json").exists()):
         raise FileExistsError(
             f"output_dir is {str(arguments.output_dir)!r}, which holds a model and no whole checkpoint to continue "
@@ -141,14 +141,14 @@ def standing(arguments: TrainingArguments) -> Standing:
 
 
 def checkpoint_folders(output: Path) -> dict[Path, int]:
-    """The Trainer's checkpoints and their steps, the newest first."""
+    """The Trainer's checkpoint folders and their steps, newest first."""
     found = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in output.glob("*") if path.is_dir()}
     steps = {path: int(step) for path, step in found.items() if step.isdigit()}
     return dict(sorted(steps.items(), key=lambda pair: pair[1], reverse=True))
 
 
 def newest_whole(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """The first of some checkpoints that is whole, and each before it with its fault."""
+    """The first whole checkpoint, and the folders before it with their faults."""
     skipped: list[str] = []
     for folder in folders:
         why = why_not_whole(folder)
@@ -163,7 +163,7 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def _done(folder: Path, arguments: TrainingArguments) -> tuple[int, bool]:
-    """The steps behind a checkpoint, and whether they are as many as are asked for."""
+    """The steps of a checkpoint, and whether they are all the steps requested."""
     state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
     if arguments.max_steps > 0:
         return state.global_step, state.global_step >= arguments.max_steps
@@ -171,9 +171,9 @@ def _done(folder: Path, arguments: TrainingArguments) -> tuple[int, bool]:
 
 
 def why_not_whole(folder: Path) -> str | None:
-    """The fault of a checkpoint of the Trainer whose saving was interrupted; None where it is whole.
+    """The fault of a Trainer checkpoint whose save was interrupted; None if it is whole.
 
-    Its state is written last, and each file of torch's is an archive whose list of contents stands at its end.
+    The Trainer's state is written last, and each of torch's files is an archive with its list of contents at the end.
     """
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
@@ -188,26 +188,26 @@ def why_not_whole(folder: Path) -> str | None:
         disk.check_weights(folder)
     except SafetensorError as error:
         return str(error)
-    # FSDP and DeepSpeed save shards in folders, in formats of theirs
+    # FSDP and DeepSpeed save shards in folders, in their own formats
     sharded = any(path.is_dir() for path in folder.iterdir())
     return None if sharded or _holds_weights(folder) else "it has no weights"
 
 
 def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, float]:
-    """Train as ``hf-archs train`` does; the arguments are `parse`'s.
+    """Train as ``hf-archs train`` does, with the arguments from `parse`.
 
-    The model (or its adapter), tokenizer and model card are written into ``output_dir``, and pushed where
-    ``push_to_hub`` is set. A run that left checkpoints there is continued, as `standing` says. Folder, disk and memory
-    are looked at before anything is read.
+    The model (or its adapter), tokenizer and model card are written into ``output_dir``, and pushed if ``push_to_hub``
+    is set. A run that left checkpoints there is continued; see `standing`. Folder, disk and memory are checked before
+    any data is read.
 
     Returns:
-        the ``bits_per_byte`` of held-out text after training, and ``train_loss`` where a step was left to do.
+        the ``bits_per_byte`` of held-out text after training, and ``train_loss`` if a step was left to do.
 
     Raises:
-        OSError, ValueError: where an argument, the folder or the data is wrong, and where the disk is full.
+        OSError, ValueError: if an argument, the folder or the data is wrong, or the disk is full.
     """
     if not torch.accelerator.is_available():
-        arguments.dataloader_pin_memory = False  # there is nothing to pin for, and PyTorch warns
+        arguments.dataloader_pin_memory = False  # pinning needs an accelerator, and PyTorch warns without one
     run = standing(arguments)
     loading.check_output(str(arguments.output_dir))
     copies = 1 if own.lora is not None else 4
@@ -243,7 +243,7 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
     )
     results: dict[str, float] = {}
     try:
-        if run.reached:  # the Trainer would do one step more
+        if run.reached:  # the Trainer would do one more step
             _load(trainer, str(run.checkpoint))
         else:
             results["train_loss"] = trainer.train(resume_from_checkpoint=run.checkpoint).training_loss
@@ -252,7 +252,7 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
         card["results"] = {"held-out text": f"{figure:.3f} bits per byte"}
         trainer.save_model()
         trainer.create_model_card()
-        trainer.save_state()  # the last, so that `standing` knows by it that all was written
+        trainer.save_state()  # written last: `standing` takes the state as a sign that all was written
     except Exception as error:
         if not sentences.is_full_disk(error):
             raise
@@ -264,14 +264,14 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
 
 
 def _load(trainer: Trainer, checkpoint: str) -> None:
-    """The weights and the state after the last step, or of the best one where that is asked for."""
+    """Load the state of a checkpoint and its weights, or with ``load_best_model_at_end`` the best weights."""
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     trainer._load_from_checkpoint(best or checkpoint)
 
 
 def _bytes_to_write(model: nn.Module, arguments: TrainingArguments, steps: int) -> int:
-    """The least that the run after ``steps`` will write: what is trained or the whole model, and its checkpoints."""
+    """The bytes that the run after ``steps`` will write at least: adapter or model, and checkpoints."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     weights = trained if isinstance(model, PeftModel) else sum(p.numel() * p.element_size() for p in model.parameters())
     if arguments.save_strategy == SaveStrategy.NO:
@@ -281,8 +281,8 @@ def _bytes_to_write(model: nn.Module, arguments: TrainingArguments, steps: int) 
     kept = arguments.save_total_limit or 1
     if arguments.max_steps > 0 and arguments.save_steps >= 1:
         kept = min(kept, math.ceil((arguments.max_steps - steps) / arguments.save_steps))
-    there = len(checkpoint_folders(Path(str(arguments.output_dir)).expanduser()))
-    return weights + (weights + states) * max(kept - there, 1)
+    existing = len(checkpoint_folders(Path(str(arguments.output_dir)).expanduser()))
+    return weights + (weights + states) * max(kept - existing, 1)
 
 
 def _up_to(size: int, texts: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The versions that hf-archs was tested with, against those that are installed."""
+"""The installed versions of the requirements, compared with the versions that hf-archs was tested with."""
 
 import importlib.metadata
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-# of the requirements of hf-archs, as in constraints.txt, which no wheel brings along
+# the versions in constraints.txt, which is not in the wheel
 TESTED = {
     "torch": "2.13.0",
     "transformers": "5.24.0",
@@ -29,13 +29,13 @@ TESTED = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """One required distribution.
+    """The installed version of one required distribution, compared with the tested one.
 
     Attributes:
-        name: of the distribution.
-        found: the installed version; None where there is none.
-        verdict: how it stands to the tested version and to those that are allowed.
-        allowed: whether hf-archs may be expected to work with it.
+        name: name of the distribution.
+        found: installed version; None if it is not installed.
+        verdict: the comparison with the tested version and the allowed versions, in words.
+        allowed: whether hf-archs can be expected to work with it.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Comparison:
 
 
 def requirements() -> dict[str, Requirement]:
-    """The requirements of the installed hf-archs, by name; of several lines the one that binds everybody."""
+    """The requirements of the installed hf-archs, by name; of several lines, the line without a marker."""
     lines = [Requirement(line) for line in importlib.metadata.requires("hf-archs") or ()]
     return {line.name: line for line in sorted(lines, key=lambda line: line.marker is None)}
 
 
 def compare() -> list[Comparison]:
-    """Everything in `TESTED` against what is installed and what is required."""
+    """Compare the installed version of each requirement in `TESTED` with the tested and the allowed versions."""
     required = requirements()
     return [_compare(required[name], tested) for name, tested in TESTED.items() if name in required]
 

@@ -1,1 +1,1 @@
-"""Configs of models: the fields that all share, models of several kinds of layers, and patterns of layers."""
+"""Configs of models: shared fields, models with several kinds of layers, and layer patterns."""

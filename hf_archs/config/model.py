@@ -1,4 +1,4 @@
-"""The fields that every architecture and every mixer shares, and how a layer finds its mixer."""
+"""The config fields that all architectures share, and the plan of a layer."""
 
 import os
 from collections.abc import Collection, Iterable
@@ -22,11 +22,11 @@ from hf_archs.parts import VERSION, PartConfig, StateSpec, check_range
 
 logger = logging.get_logger(__name__)
 
-FOLLOW = ("num_heads", "num_key_value_heads")  # what PEFT's prompt and prefix tuning look for in a config's dict
+FOLLOW = ("num_heads", "num_key_value_heads")  # PEFT's prompt and prefix tuning read these from a config's dict
 
 
 def _is_newer(version: object) -> bool:
-    """Whether this is a version of hf-archs after the installed one."""
+    """Whether ``version`` is later than the installed version of hf-archs."""
     try:
         return isinstance(version, str) and Version(version) > Version(VERSION)
     except InvalidVersion:
@@ -34,20 +34,20 @@ def _is_newer(version: object) -> bool:
 
 
 def _check_token_id(field: str, value: Any) -> None:
-    """Refuse a negative one when it is set: transformers only warns, and -1 would be the last row of the embedding.
+    """Refuse a negative id, for which transformers only warns: -1 would be the last row of the embedding.
 
-    As the end of a text, -1 is the host's word for never.
+    An ``eos_token_id`` of -1 is allowed: in transformers it means never.
     """
-    never = field == "eos_token_id"
-    if never and value == -1:
+    if field == "eos_token_id" and value == -1:
         return
     if any(isinstance(token, int) and token < 0 for token in (value if isinstance(value, list) else [value])):
-        raise ValueError(f"{field} is {value}; allowed are 0 to vocab_size - 1, {'-1 for never, ' * never}and None")
+        never = "-1 for never, " if field == "eos_token_id" else ""
+        raise ValueError(f"{field} is {value}; allowed are 0 to vocab_size - 1, {never}and None")
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What several layers have in common: its name, and the rank of what each of them adds to its linear layers."""
+    """The name of a part that layers share, and the rank of each layer's own additions; see `SiteLinear`."""
 
     name: str
     site_rank: int = 0
@@ -55,9 +55,9 @@ class Shared:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What stands in one layer: a registered mixer with its config or none, and a feed-forward or none.
+    """The mixer and the feed-forward of one layer, each a registered name and a config, or None.
 
-    Layers with the same ``shared_mixer`` have one mixer between them; so with ``shared_feed_forward``.
+    Layers with the same ``shared_mixer`` share one mixer module; likewise for ``shared_feed_forward``.
     """
 
     mixer: str | None
@@ -68,11 +68,11 @@ class LayerPlan:
     shared_feed_forward: Shared | None = None
 
     def states(self) -> dict[str, StateSpec]:
-        """What the layer keeps between tokens."""
+        """The states of the layer's mixer."""
         return {} if self.mixer is None else registry.get_mixer(self.mixer).state(self.mixer_config)
 
     def mixers(self) -> list[tuple[registry.Mixer, Any]]:
-        """The mixers of the layer, each with its config; those that stand side by side one by one."""
+        """The mixers of the layer with their configs; mixers side by side are listed one by one."""
         if self.mixer is None:
             return []
         entry = registry.get_mixer(self.mixer)
@@ -81,7 +81,7 @@ class LayerPlan:
         return [(registry.get_mixer(name), config) for name, config in entry.parts(self.mixer_config)]
 
     def linear_layers(self) -> list[str]:
-        """The names in a block of the mixer's linear layers, but for those that make the parameters of a recurrence."""
+        """Names of the mixer's linear layers in a block, except those of the recurrence, in ``ssm``."""
         if self.mixer is None:
             return []
         with torch.device("meta"):
@@ -90,7 +90,7 @@ class LayerPlan:
         return [f"mixer.{name}" for name in linear if "ssm" not in name.split(".")]
 
     def feed_forward_plan(self, kind: Literal["tp_plan", "ep_plan"]) -> dict[str, str]:
-        """How the feed-forward is shared out over processes, by the names in a block."""
+        """The feed-forward's tensor-parallel or expert-parallel styles, by names in a block."""
         if self.feed_forward is None:
             return {}
         plan = getattr(registry.get_feed_forward(self.feed_forward), kind)
@@ -108,21 +108,21 @@ class ArchConfig(PreTrainedConfig, PartConfig):
         num_hidden_layers: number of blocks.
         norm_eps: added to the mean square, or the variance, in every norm.
         norm_type: the norm before every mixer and feed-forward and at the end, ``rms_norm`` or ``layer_norm``.
-        embedding_multiplier: what the embeddings are multiplied by; the square root of hidden_size in some models.
-        embedding_norm: whether a norm of ``norm_type`` follows them (torchscale's ``layernorm_embedding``).
-        residual_in_fp32: keep the residual stream in (at least) float32 whatever the weights' dtype.
+        embedding_multiplier: factor of the embeddings; the square root of hidden_size in some models.
+        embedding_norm: whether a norm of ``norm_type`` follows the embedding (torchscale's ``layernorm_embedding``).
+        residual_in_fp32: whether the residual stream is at least float32, whatever the dtype of the weights.
         initializer_range: standard deviation of embeddings and linear layers at initialisation.
-        rescale_prenorm_residual: divide the initial output projections by the square root of the number of
-            residual additions (GPT-2, section 2.3).
-        bidirectional: every mixer reads the sequence in both directions, with shared weights; for encoders.
-        tie_word_embeddings: the language-model head is the embedding.
+        rescale_prenorm_residual: whether the initial output projections are divided by the square root of the number
+            of residual additions (GPT-2, section 2.3).
+        bidirectional: whether every mixer reads a row in both directions, with the same weights; for encoders.
+        tie_word_embeddings: whether the language-model head has the weight of the embedding.
     """
 
-    # the registered mixer of a pure stack; None where layers differ
+    # the registered mixer of a pure stack; None if layers differ
     mixer_type: ClassVar[str | None] = None
     keys_to_ignore_at_inference: ClassVar[list[str]] = [OLD_NAME, NEW_NAME, "aux_loss", "router_logits"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}  # prompt tuning asks for it
-    # of each module that a stage of a pipeline may hold, the names of what its forward is given and gives
+    # input and output names of each module that a pipeline stage may hold
     base_model_pp_plan: ClassVar[dict[str, Any]] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "layout"], ["hidden_states"]),
@@ -145,10 +145,10 @@ class ArchConfig(PreTrainedConfig, PartConfig):
     eos_token_id: int | list[int] | None = validated_field(partial(_check_token_id, "eos_token_id"), default=0)
 
     def _check_host_fields(self, given: dict[str, Any]) -> None:
-        """Those that transformers computes with, or makes lists of, before it looks at their types.
+        """Check the fields that transformers uses before it checks their types.
 
         Args:
-            given: the values that are no fields of the class.
+            given: the values that are not fields of the class.
         """
         dtype: Any = self.dtype
         known = dtype is None or isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype)
@@ -172,14 +172,14 @@ class ArchConfig(PreTrainedConfig, PartConfig):
             )
 
     def validate_sizes(self) -> None:
-        """Refuse sizes that are out of range, with a `ValueError`."""
+        """Raise a `ValueError` for sizes that are out of range."""
         check_range(self, "vocab_size", 1, 2**24)
         check_range(self, "num_hidden_layers", 1, MOST_LAYERS)
         check_range(self, "initializer_range", 0.0, 10.0)
         check_range(self, "embedding_multiplier", 1e-6, 1e6)
 
     def validate_token_ids(self) -> None:
-        """Refuse ids of special tokens that the vocabulary does not have, with a `ValueError`."""
+        """Raise a `ValueError` for ids of special tokens outside the vocabulary."""
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)
             for token in value if isinstance(value, list) else [value]:
@@ -190,11 +190,11 @@ class ArchConfig(PreTrainedConfig, PartConfig):
                     )
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
-        """What stands in layer ``layer_idx``; a pure stack has the same everywhere."""
+        """The plan of layer ``layer_idx``; all layers of a pure stack have the same."""
         return LayerPlan(self.mixer_type, self)
 
     def instances(self) -> dict[str, tuple[str, PartConfig]]:
-        """Every named instance of a mixer or feed-forward by its path in this config; a pure stack has none."""
+        """Every named mixer and feed-forward by its path in this config; a pure stack has none."""
         return {}
 
     def layer_plans(self) -> list[LayerPlan]:
@@ -203,8 +203,9 @@ class ArchConfig(PreTrainedConfig, PartConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which depends on the fields
-        """How the layers are sharded over processes. Of a mixer every linear layer is; the recurrence between them is
-        short of parameters, and runs on every rank.
+        """Tensor-parallel styles of the layers, by name.
+
+        All linear layers of a mixer are sharded. The recurrence has few parameters, and runs on every rank.
         """
         plan: dict[str, str] = {}
         whole: set[str] = set()
@@ -212,7 +213,7 @@ class ArchConfig(PreTrainedConfig, PartConfig):
             own = dict.fromkeys(layer.linear_layers(), "colwise_gather_output")
             feed_forward = layer.feed_forward_plan("tp_plan")
             plan |= feed_forward | own
-            # a plan for a linear layer would shard its low-rank parts too, in dimensions that do not fit
+            # a style would also shard the low-rank additions of a shared layer, in the wrong dimensions
             if layer.shared_mixer is not None and layer.shared_mixer.site_rank:
                 whole |= own.keys()
             if layer.shared_feed_forward is not None and layer.shared_feed_forward.site_rank:
@@ -221,14 +222,14 @@ class ArchConfig(PreTrainedConfig, PartConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """The kind of each layer in transformers' words; ``moe`` stands for one without a mixer, experts or not."""
+        """The layer types in transformers' terms; ``moe`` for a layer without a mixer, with experts or not."""
         return [
             "moe" if plan.mixer is None else registry.get_mixer(plan.mixer).layer_type(plan.mixer_config)
             for plan in self.layer_plans()
         ]
 
     @layer_types.setter
-    def layer_types(self, value: list[str]) -> None:  # which PEFT's shadow networks set once more
+    def layer_types(self, value: list[str]) -> None:  # PEFT's shadow networks set the same value
         if list(value) != self.layer_types:
             raise ValueError(
                 f"{type(self).__name__}: layer_types is {list(value)}; allowed is {self.layer_types}, which follows "
@@ -244,11 +245,11 @@ class ArchConfig(PreTrainedConfig, PartConfig):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # first of all: others compute with these, and transformers goes through all layers here
+        # first, since transformers and other checks compute with these sizes and iterate over the layers
         self.validate_mixer_sizes()
         self.validate_sizes()
         self._check_host_fields(kwargs)
-        # where they are no fields they follow from others, and stand in the file for those who read only that
+        # values that follow from other fields, written to the file for tools that read only the file
         follow = {name: kwargs.pop(name, None) for name in FOLLOW if name not in self.__dataclass_fields__}
         self._check_names(kwargs, kwargs.pop("hf_archs_version", None))
         super().__post_init__(**kwargs)
@@ -263,14 +264,14 @@ class ArchConfig(PreTrainedConfig, PartConfig):
                 )
 
     def _check_names(self, given: Collection[str], written_by: object) -> None:
-        """Look at the names that are no fields: tools add some of their own, and a misspelt one has no effect.
+        """Refuse misspelt fields, which would have no effect; other unknown names are allowed, since tools add some.
 
         Args:
-            given: the names.
-            written_by: the version of hf-archs that wrote the file that they stand in, if one did.
+            given: names that are not fields.
+            written_by: the version of hf-archs that wrote the file with these names, if any.
 
         Raises:
-            ValueError: for a name that is nearly that of a field.
+            ValueError: for a name that is similar to that of a field.
         """
         unknown = [name for name in given if not self._is_known(name)]
         if unknown and _is_newer(written_by):
@@ -286,7 +287,7 @@ class ArchConfig(PreTrainedConfig, PartConfig):
         return name in self.__dataclass_fields__ or hasattr(type(self), name) or name in IDLE or name[0] == "_"
 
     def _misspelt(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """Those of some names that are no fields and nearly one, and which."""
+        """The names that are not fields but similar to some, with the similar fields."""
         own = [name for name in self.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
         found = {}
         for name in names:
@@ -300,9 +301,9 @@ class ArchConfig(PreTrainedConfig, PartConfig):
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, with this library's version and the Auto classes' map, and without misspelt fields."""
+        """As in transformers, with this library's version and the ``auto_map``, and without misspelt fields."""
         output = super().to_dict()
-        for name in self._misspelt(output):  # which somebody set on this object, and no file of ours may hold
+        for name in self._misspelt(output):  # set on this object; a file with them would be refused
             del output[name]
         output["hf_archs_version"] = VERSION
         output.update({name: getattr(self, name) for name in FOLLOW if getattr(self, name, None) is not None})
@@ -312,11 +313,11 @@ class ArchConfig(PreTrainedConfig, PartConfig):
         return output
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers; beside ``config.json`` stands the stub that lets Auto classes find this library."""
+        """As in transformers; also writes the stub by which Auto classes find this library."""
         self.validate()  # type: ignore[attr-defined]  # before anything is written
         for name, near in self._misspelt(vars(self)).items():
             logger.warning(f"{type(self).__name__} has no field {name!r}, and it is not saved; {did_you_mean(near)}")
-        if not os.path.isfile(save_directory):  # transformers has its own sentence for that
+        if not os.path.isfile(save_directory):  # transformers raises its own error for a file
             stub.write_stub(type(self), save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -324,12 +325,12 @@ class ArchConfig(PreTrainedConfig, PartConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers; the config of a native checkpoint comes in our fields.
+        """As in transformers; the config of a native checkpoint is converted to the fields of this class.
 
-        No file is read where ``from_pretrained`` of a model asks: it has looked at the checkpoint.
+        Inside ``from_pretrained`` of a model no file is read, since it has inspected the checkpoint.
 
         Raises:
-            ValueError: for a checkpoint of another architecture, or an option that ours cannot represent.
+            ValueError: for a checkpoint of another architecture, or with an option that this library lacks.
         """
         checkpoint = None if call.reading is None else call.reading.checkpoint
         if checkpoint is not None and checkpoint.source == str(pretrained_model_name_or_path):
@@ -340,4 +341,4 @@ class ArchConfig(PreTrainedConfig, PartConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing to do: the stub that is always saved serves every Auto class (copying our files would break them)."""
+        """Do nothing: the stub that is always saved serves every Auto class. (Copies of our files would not work.)"""

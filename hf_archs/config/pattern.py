@@ -1,4 +1,4 @@
-"""The small language in which a ``layer_pattern`` says what stands in each layer."""
+"""The syntax of ``layer_pattern``, which places mixers and feed-forwards in layers."""
 
 import re
 from collections.abc import Collection
@@ -9,7 +9,7 @@ NONE = "none"
 
 
 def near_or_all(name: str, names: Collection[str]) -> str:
-    """The end of an error on ``name``: names that look like it, where there are any, and all that are allowed."""
+    """The end of an error about ``name``: similar names, if there are any, and all allowed names."""
     return f"{did_you_mean(similar(name, names))} allowed are {', '.join(sorted(names)) or 'none'}".lstrip()
 
 
@@ -17,23 +17,23 @@ _RULE = re.compile(r"\s*(?P<entry>\S+)\s+every\s+(?P<step>\d+)(?:\s+from\s+(?P<s
 
 
 def expand_pattern(field: str, pattern: str | list[str], names: Collection[str], layers: int) -> list[list[str]]:
-    """The names of what stands in each layer; an empty list where nothing does.
+    """The names of the instances in each layer; an empty list for an empty layer.
 
     Args:
-        field: the config field that holds the pattern, for errors.
-        pattern: a list with an entry for each layer, or a text. An entry is a name, several names joined by ``+``
-            (side by side in one layer), or ``none``. A text of entries is repeated over the layers, and ``name*3``
-            stands for three; after semicolons rules follow, ``name every 8`` (the eighth layer, the sixteenth and so
-            on) or ``name every 8 from 4`` (counted from 0: layers 4, 12, ...).
-        names: the instances there are.
+        field: the config field with the pattern, for errors.
+        pattern: a list with an entry for each layer, or a string. An entry is a name, several names joined by ``+``
+            (side by side in one layer), or ``none``. The entries of a string are repeated over the layers; ``name*3``
+            stands for three entries. Rules may follow, each after a semicolon: ``name every 8`` (layers 7, 15, ...,
+            counted from 0), or ``name every 8 from 4`` (layers 4, 12, ...).
+        names: the known instances.
         layers: number of layers.
 
     Returns:
-        an entry for each layer, or for each of those that a longer list has: a model that is cut has the first of them,
-        as `assistant_early_exit` cuts it.
+        One list per layer. A pattern that is a longer list gives more: `assistant_early_exit` of transformers lowers
+        the number of layers to use the first ones.
 
     Raises:
-        ValueError: naming the entry and what is allowed, or the length that the list should have.
+        ValueError: for an unknown or repeated name, a malformed string, or a list that is too short.
     """
     if isinstance(pattern, str):
         base, *rules = pattern.split(";")

@@ -1,1 +1,1 @@
-"""Text and DNA to train on and to measure with."""
+"""Text and DNA for training and evaluation."""

@@ -1,4 +1,4 @@
-"""DNA to train on and to measure with: FASTA files, a tokenizer, windows of a sequence, Markov models, bits per base.
+"""DNA for training and evaluation: FASTA files, a tokenizer, windows of a sequence, Markov models, bits per base.
 
 Letters in shapes: b batch, l length.
 """
@@ -18,13 +18,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 BASES = "ACGTN"
-# the order is HyenaDNA's
+# in HyenaDNA's order
 SPECIAL_TOKENS = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
 FIRST_BASE = len(SPECIAL_TOKENS)  # the id of A; C, G, T and N follow
 UNKNOWN = b"NRYSWKMBDHV-"  # IUPAC's codes for one of several bases, and gaps
 VOCABULARY = FIRST_BASE + len(BASES)
 
-# Escherichia coli 536, 4,938,920 bases, as Debian's package bowtie-examples brings it
+# Escherichia coli 536, 4,938,920 bases, from Debian's package bowtie-examples
 GENOME = Path("/usr/share/doc/bowtie/examples/genomes/NC_008253.fna.gz")
 HOW_TO_GET_IT = (
     "get it on Debian or Ubuntu with 'apt-get download bowtie-examples && dpkg-deb -x bowtie-examples_*.deb genome', "
@@ -37,14 +37,14 @@ def dna_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """One token for each character: A, C, G, T and N, in either case, are 7 to 11; any other character is ``[UNK]``, 6.
 
-    White space is passed over, as line breaks in sequence files are. The ids are those of HyenaDNA's tokenizer
-    (Nguyen et al. 2023): ``[CLS]`` 0, ``[SEP]`` (end of text) 1, ``[BOS]`` 2, ``[MASK]`` 3, ``[PAD]`` 4. Pads stand on
-    the left, as there. `AutoTokenizer` loads what it saves without any code of ours.
+    White space, such as the line breaks of sequence files, is ignored. The ids are those of HyenaDNA's tokenizer
+    (Nguyen et al. 2023): ``[CLS]`` 0, ``[SEP]`` (end of text) 1, ``[BOS]`` 2, ``[MASK]`` 3, ``[PAD]`` 4. Padding is on
+    the left, as in HyenaDNA. `AutoTokenizer` loads the saved tokenizer without this library.
 
     Args:
-        add_sep: end every sequence with ``[SEP]``, as HyenaDNA's own does.
+        add_sep: end every sequence with ``[SEP]``, as HyenaDNA's tokenizer does.
         model_max_length: the longest text for ``truncation=True``; None for no limit.
-        add_bos: begin every sequence with ``[BOS]``, as `Windows` do and HyenaDNA's own does not.
+        add_bos: begin every sequence with ``[BOS]``, as `Windows` does and HyenaDNA's tokenizer does not.
     """
     vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *BASES))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -53,7 +53,7 @@ def dna_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     if add_sep or add_bos:
-        begin, end = "[BOS] " * add_bos, " [SEP]" * add_sep
+        begin, end = "[BOS] " if add_bos else "", " [SEP]" if add_sep else ""
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{begin}$A{end}",
             pair=f"{begin}$A{end} $B{end}",
@@ -76,14 +76,17 @@ def dna_tokenizer(
 
 
 def read_fasta(path: str | Path) -> np.ndarray:
-    """The bases of a FASTA file, gzipped or not: 0 to 3 for A, C, G and T, 4 for an unknown one, (bases,) uint8.
+    """Read the bases of a FASTA file, gzipped or not.
 
-    Unknown are N, gaps and IUPAC's codes for one of several bases. Several records follow one another, with one unknown
-    base between them.
+    Records are joined, with one unknown base between them.
+
+    Returns:
+        (bases,) uint8: 0 to 3 for A, C, G and T; 4 for unknown bases, which are N, gaps and IUPAC's codes for one of
+        several bases.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it is no FASTA file of DNA, or its compression is damaged.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not a FASTA file of DNA, or its compression is damaged.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -110,10 +113,10 @@ def read_fasta(path: str | Path) -> np.ndarray:
 
 
 def split(bases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first nine tenths, to train on, and the rest, to measure with.
+    """The first nine tenths, for training, and the rest, for evaluation.
 
     Raises:
-        ValueError: where there are fewer than a thousand bases.
+        ValueError: if there are fewer than a thousand bases.
     """
     if len(bases) < 1000:
         raise ValueError(f"the data has {len(bases)} bases; a thousand are the least to train on and to measure with")
@@ -122,13 +125,16 @@ def split(bases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Windows(Dataset):
-    """Windows at random places of either strand: ``[BOS]`` and ``length - 1`` bases, with labels.
+    """Windows at random places of both strands: ``[BOS]`` and ``length - 1`` bases, with labels.
 
-    The other strand is the complement, read backwards; to a cell both are the genome.
+    The second strand is the complement, read backwards; both are the genome.
 
     Args:
-        bases: (bases,) uint8, as `read_fasta` gives them.
-        count: how many windows there are; window ``i`` is the same whenever it is read.
+        bases: (bases,) uint8, from `read_fasta`.
+        count: number of windows; window ``i`` is the same each time it is read.
+
+    Raises:
+        ValueError: if there are fewer bases than ``length``.
     """
 
     def __init__(self, bases: np.ndarray, length: int, count: int, seed: int):
@@ -140,10 +146,10 @@ class Windows(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        dice = np.random.default_rng((self.seed, index))
-        start = int(dice.integers(len(self.bases) - self.length + 2))
+        generator = np.random.default_rng((self.seed, index))
+        start = int(generator.integers(len(self.bases) - self.length + 2))
         window = self.bases[start : start + self.length - 1]
-        if dice.integers(2):
+        if generator.integers(2):
             window = np.where(window < 4, 3 - window, 4)[::-1]
         ids = torch.from_numpy(window.astype(np.int64)) + FIRST_BASE
         labels = ids.masked_fill(ids == FIRST_BASE + 4, -100)
@@ -159,12 +165,12 @@ def bits_per_base(
     batch_size: int = 4,
     progress: Callable[[int, int], object] | None = None,
 ) -> float:
-    """The bits that a causal language model needs for each known base, in windows that begin without a context.
+    """The mean loss of a causal language model, in bits per known base; every window begins without context.
 
     Args:
         bases: (bases,) uint8.
         length: tokens of a window: ``[BOS]`` and ``length - 1`` bases; the last window may be shorter.
-        progress: called after each batch with the windows that are measured, and with all.
+        progress: called after each batch with the number of windows measured, and of all.
     """
     was_training = model.training
     model.eval()
@@ -187,14 +193,16 @@ def bits_per_base(
 
 
 def markov_bits(train: np.ndarray, held_out: np.ndarray, order: int) -> float:
-    """The bits per base of the Markov model whose next base depends on the ``order`` before, one count added to each.
+    """Bits per base of a Markov model whose next base depends on the ``order`` bases before it.
+
+    One is added to every count.
 
     Args:
-        train, held_out: (bases,) uint8. The model has read nothing before ``held_out``, whose first bases are left out.
+        train, held_out: (bases,) uint8. The first ``order`` bases of ``held_out``, which lack context, are left out.
     """
 
     def words(bases: np.ndarray) -> np.ndarray:
-        """Context and base as one number, wherever all of it is known."""
+        """Each context and its next base as one number, if all its bases are known."""
         code = np.zeros(len(bases) - order, np.int64)
         known = np.ones(len(code), bool)
         for i in range(order + 1):

@@ -1,7 +1,7 @@
-"""Text to train on and to measure with: documents, the held-out rule, tokenizers, bits per byte.
+"""Text for training and evaluation: documents, the held-out rule, tokenizers, bits per byte.
 
-A corpus is a dict from the name of a document to its text. A document is held out, and never trained on, where the
-sha256 of its name is divisible by 20, so everybody holds out the same ones.
+A corpus is a dict from the name of a document to its text. A document is held out of training if the sha256 of its name
+is divisible by 20, so the held-out documents are the same on every machine.
 
 Letters in shapes: b batch, l length, v vocabulary.
 """
@@ -12,6 +12,7 @@ import math
 import sysconfig
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,32 @@ from hf_archs.errors import did_you_mean, similar
 from hf_archs.native.disk import looks_local
 
 Corpus = dict[str, str]
-Progress = Callable[[int, int], object]  # told how much is done of how much
+Progress = Callable[[int, int], object]  # called with (done, total)
 
-END_OF_TEXT = "<|endoftext|>"  # begins every document, and ends the one before
-SMALLEST_VOCABULARY = 257  # every byte, and the end of text
+END_OF_TEXT = "<|endoftext|>"  # begins every document, and so ends the one before
+PAD = "<|pad|>"  # not the end of text: labels of pads are masked, and a model must learn where its answer ends
+ROLES = ("system", "user", "assistant")  # of messages; each begins with a token of its own, <|user|>
+SPECIAL_TOKENS = (END_OF_TEXT, PAD, *(f"<|{role}|>" for role in ROLES))
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte
+# no character between a special token and a message: it could merge with the message's first one
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message.role not in ("system", "user", "assistant") -%}
+{{- raise_exception("role is " ~ message.role ~ "; allowed are system, user and assistant") -}}
+{%- endif -%}
+{{- "<|" ~ message.role ~ "|>" -}}
+{%- if message.role == "assistant" -%}
+{%- generation -%}{{- message.content ~ eos_token -}}{%- endgeneration -%}
+{%- else -%}
+{{- message.content -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|assistant|>" -}}{%- endif -%}"""
 PIECE = 8192  # characters of a piece of a single file
-# files of rows, which have a text in one of their columns, and are not read yet
+# files of rows with a text column, which are not supported yet
 ROWS = frozenset([".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow"])
-# folders of the interpreter's library that are no source of it, or other text than the rest
+# folders of the standard library that hold tests, other packages, or text unlike its source
 NOT_LIBRARY = frozenset(["test", "idlelib", "pydoc_data", "lib2to3", "site-packages", "dist-packages"])
 
 
@@ -49,7 +68,7 @@ def read_text_files(folder: Path, skip: frozenset[str] = frozenset()) -> Corpus:
             continue
         with path.open("rb") as file:
             content = file.read(8192)
-            if b"\0" in content:  # a binary, of which no more needs to be read
+            if b"\0" in content:  # a binary file: the rest need not be read
                 continue
             content += file.read()
         if b"\0" not in content:
@@ -61,12 +80,12 @@ def read_text_files(folder: Path, skip: frozenset[str] = frozenset()) -> Corpus:
 
 
 def standard_library() -> Corpus:
-    """The source of this interpreter's standard library, without its tests and without IDLE."""
+    """The source of this interpreter's standard library, without its tests and IDLE."""
     return read_text_files(Path(sysconfig.get_path("stdlib")), NOT_LIBRARY)
 
 
 def python_topics() -> Corpus:
-    """English: the topics of the interpreter's ``help()``."""
+    """English text: the topics of the interpreter's ``help()``."""
     return dict(importlib.import_module("pydoc_data.topics").topics)
 
 
@@ -74,16 +93,23 @@ OURS: dict[str, Callable[[], Corpus]] = {"stdlib": standard_library, "topics": p
 
 
 def read_corpus(data: str) -> Corpus:
-    """The documents that ``data`` names.
+    """`read_documents`, a single document cut into pieces, so that some can be held out."""
+    corpus = read_documents(data)
+    return _pieces(*corpus.popitem()) if len(corpus) == 1 else corpus
+
+
+def read_documents(data: str) -> Corpus:
+    """Read the documents of a data source.
 
     Args:
         data: ``stdlib`` (`standard_library`), ``topics`` (`python_topics`), the path of a UTF-8 text file, the path of
-            a folder of them, or the name of a dataset with a ``text`` column, ``owner/name`` or ``owner/name:config``,
-            of which the ``train`` split is read. Text in one piece is cut, so that some of it can be held out.
+            a folder of text files, or the name of a dataset with a ``text`` column, ``owner/name`` or
+            ``owner/name:config``, of which the ``train`` split is read.
 
     Raises:
-        FileNotFoundError: where a path does not exist.
-        ValueError: where there is no text, or a file of rows (CSV, JSON, Parquet), or a folder of mostly such files.
+        FileNotFoundError: if a path does not exist.
+        ValueError: if there is no text, or the source is a file of rows (CSV, JSON, Parquet) or a folder mostly of such
+            files.
     """
     path = Path(data).expanduser()
     if data in OURS:
@@ -105,11 +131,11 @@ def read_corpus(data: str) -> Corpus:
     corpus = {name: text for name, text in corpus.items() if text}
     if not corpus:
         raise ValueError(f"data is {data!r}, which holds no text; allowed is UTF-8 text")
-    return _pieces(*corpus.popitem()) if len(corpus) == 1 else corpus
+    return corpus
 
 
 def _refuse_rows(data: str, path: Path) -> None:
-    """A folder may have a table or a settings file among its text, but not more of them than of all else."""
+    """Refuse a file of rows, and a folder with more bytes in such files than in all others."""
     sizes = {file: file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
     rows = [file for file in sizes if file.suffix.lower() in ROWS]
     if 2 * sum(sizes[file] for file in rows) > sum(sizes.values()):
@@ -128,7 +154,7 @@ def _read(path: Path) -> str:
 
 
 def _pieces(name: str, text: str) -> Corpus:
-    """One document, cut so that some of it can be held out."""
+    """Cut a single document into pieces, so that some can be held out."""
     size = max(1, min(PIECE, len(text) // 20))
     return {f"{name}#{i}": text[i : i + size] for i in range(0, len(text), size)}
 
@@ -144,15 +170,17 @@ def _rows(data: str) -> Corpus:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the document of this name is kept for measuring."""
+    """Whether the document of this name is held out for evaluation."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
 
 
 def split(corpus: Mapping[str, str]) -> tuple[Corpus, Corpus]:
-    """The documents to train on, and those held out (where the rule finds none, the one of the smallest sha256).
+    """The documents for training, and the held-out ones.
+
+    If the rule holds out no document or every document, the one with the smallest sha256 is held out.
 
     Raises:
-        ValueError: where there are fewer than two documents.
+        ValueError: if there are fewer than two documents.
     """
     if len(corpus) < 2:
         raise ValueError(f"the data has {len(corpus)} document; two are needed, one of them to measure with")
@@ -166,11 +194,11 @@ def split(corpus: Mapping[str, str]) -> tuple[Corpus, Corpus]:
 
 
 def sample(corpus: Mapping[str, str], size: int, longest: int = 4 * PIECE) -> Corpus:
-    """At most ``size`` characters from all over a corpus, the same for everybody.
+    """A sample of at most ``size`` characters from the whole corpus, the same on every machine.
 
-    They are the first ``longest`` characters of each document at most (the beginnings alone, licences and imports, are
-    harder to predict than the rest), document after document in the order of the sha256 of their names, and the last
-    one cut where ``size`` is reached.
+    Documents are taken in the order of the sha256 of their names, each up to ``longest`` characters, and the last one
+    is cut where ``size`` is reached. Short beginnings would be no fair sample: licences and imports are harder to
+    predict than the rest.
     """
     chosen: Corpus = {}
     for name in sorted(corpus, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
@@ -182,22 +210,25 @@ def sample(corpus: Mapping[str, str], size: int, longest: int = 4 * PIECE) -> Co
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE (Sennrich et al. 2016; on bytes as in GPT-2) that can write any text.
+    """Train a BPE tokenizer (Sennrich et al. 2016) on bytes, as in GPT-2, which can encode any text.
 
-    Its one special token, number 0, begins, ends and pads. A call of the tokenizer puts it before the text, so that a
-    prompt begins as a document of `token_blocks` does.
+    ``<|endoftext|>``, with id 0, is the bos and eos token, and ``<|pad|>`` the pad token. Calling the tokenizer puts
+    the bos token before the text, so that a prompt begins like a document of `token_blocks`; the chat template puts it
+    before a conversation, and the eos token after each answer.
 
     Raises:
-        ValueError: where ``vocab_size`` has no room for all bytes.
+        ValueError: if ``vocab_size`` has no room for all bytes.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(f"vocab_size is {vocab_size}; allowed are {SMALLEST_VOCABULARY} (every byte) or more")
+        raise ValueError(
+            f"vocab_size is {vocab_size}; allowed are {SMALLEST_VOCABULARY} (every byte, and special tokens) or more"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[*SPECIAL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -208,17 +239,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        additional_special_tokens=[*SPECIAL_TOKENS[2:]],
+        chat_template=CHAT_TEMPLATE,
     )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The text's own tokens: none is added."""
+    """The tokens of the text, without special tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before the first one of a document."""
+    """The token before the first token of a document: bos or else eos. Raises `ValueError` if there is neither."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
@@ -228,13 +264,13 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def token_blocks(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int, progress: Progress | None = None
 ) -> Dataset:
-    """All documents in one stream, each after a start token, cut into blocks of ``length`` tokens.
+    """Join all documents into one stream, each after a start token, and cut it into blocks of ``length`` tokens.
 
     Args:
-        progress: called after each document with the characters that are encoded, and those of all.
+        progress: called after each document with the number of characters encoded, and of all.
 
     Returns:
-        a dataset of ``input_ids`` and ``labels``. The last, shorter block is left out unless it is the only one.
+        a dataset of ``input_ids`` and ``labels``. The last block is dropped if it is shorter and not the only one.
     """
     start = start_token(tokenizer)
     texts = list(texts)
@@ -256,8 +292,37 @@ def _batches(rows: Iterable[list[int]], size: int) -> Iterator[list[list[int]]]:
         yield batch
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The total loss of a text, in nats, and its sizes."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Per token: it compares models of one tokenizer only."""
+        return math.exp(min(self.loss, 700.0))  # e to the 710 is no float
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte of UTF-8, which compares all models."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def bits_per_byte(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], **options: Any) -> float:
+    """The total loss of a causal language model in bits, divided by the bytes of UTF-8; see `measure`."""
+    return measure(model, tokenizer, texts, **options).bits_per_byte
+
+
 @torch.no_grad()
-def bits_per_byte(
+def measure(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
@@ -265,17 +330,17 @@ def bits_per_byte(
     batch_size: int = 8,
     chunk: int = 512,
     progress: Progress | None = None,
-) -> float:
-    """The bits that a causal language model needs for each byte of UTF-8.
+) -> Measured:
+    """The total loss of a causal language model on texts.
 
-    Every text is read from an empty context and its first token counts: a start token predicts it. Long texts are read
-    in chunks with the cache continued, so the whole text before a token is its context.
+    Each text is read from an empty context, after a start token, so its first token counts too. Long texts are read in
+    chunks with a cache: the context of a token is all the text before it.
 
     Args:
-        model: a causal language model of transformers, or one in PEFT's wrapping.
-        batch_size: texts that are read together; it changes nothing but the time.
-        chunk: tokens of each that are read together; likewise.
-        progress: called after each chunk with the tokens that are measured, and those of all.
+        model: a causal language model of transformers, or a PEFT model.
+        batch_size: texts in a batch; only the speed depends on it.
+        chunk: tokens of a text in one forward; only the speed depends on it.
+        progress: called after each chunk with the number of tokens measured, and of all.
     """
     texts = [text for text in texts if text]
     start = start_token(tokenizer)
@@ -312,4 +377,4 @@ def bits_per_byte(
             if progress is not None:
                 progress(measured, total)
     model.train(was_training)
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    return Measured(nats, measured, sum(len(text.encode()) for text in texts))

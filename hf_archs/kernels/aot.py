@@ -15,12 +15,14 @@ import importlib.metadata
 import importlib.util
 import multiprocessing
 import re
-import subprocess
-import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hf_archs.kernels.machine_code import instructions_of, usage_of
 
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
@@ -43,7 +45,8 @@ class KernelSpec:
             stride of 1 are among them.
         num_warps: warps in a program.
         num_stages: stages of the software pipeline.
-        label: what sets this entry apart from the kernel's others, for the table.
+        label: sets this entry apart from the kernel's others, and begins with the published model whose shape it is,
+            where it is one's.
     """
 
     kernel: JITFunction
@@ -67,10 +70,29 @@ class Target:
 
 TARGETS = (
     Target("sm_80", "cuda", 80, 32, 163 * 1024),
+    Target("sm_86", "cuda", 86, 32, 99 * 1024),
     Target("sm_90", "cuda", 90, 32, 227 * 1024),
     Target("sm_100", "cuda", 100, 32, 227 * 1024),
+    Target("sm_120", "cuda", 120, 32, 99 * 1024),
     Target("gfx942", "hip", "gfx942", 64, 64 * 1024),
 )
+COUNTED = ("sm_90",)  # the targets whose instructions are counted; to disassemble takes as long as to compile
+
+
+def targets_named(names: Iterable[str]) -> tuple[Target, ...]:
+    """Those of `TARGETS`.
+
+    Raises:
+        ValueError: for another name. Chips before sm_80 are none: Triton makes no tensor instruction there, and spills
+            kilobytes a thread, so ops run in their portable form (`hf_archs.kernels.backend`).
+    """
+    known = {target.name: target for target in TARGETS}
+    for name in names:
+        if name not in known:
+            old = re.fullmatch(r"sm_[1-7]\d", name)
+            why = "; below sm_80 ops run in their portable form, and no kernel is compiled" if old else ""
+            raise ValueError(f"no target is called {name!r}: there are {', '.join(known)}{why}")
+    return tuple(known[name] for name in names)
 
 
 def kernel_modules() -> dict[str, Path]:
@@ -132,44 +154,29 @@ def compile_spec(spec: KernelSpec, target: Target) -> Any:
     return triton.compile(source, GPUTarget(target.backend, target.arch, target.warp_size), options)
 
 
-def _registers_and_spills(asm: dict[str, str]) -> tuple[int, int]:
-    """Registers a thread holds and bytes a thread spills to memory."""
-    if "amdgcn" in asm:
-        notes = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", asm["amdgcn"]))
-        return int(notes["vgpr_count"]), 4 * int(notes["vgpr_spill_count"])
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    chip = re.search(r"\.target (sm_(\d+)a?)", asm["ptx"])
-    assert chip is not None
-    assembler = get_ptxas(int(chip[2])).path
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "kernel.ptx").write_text(asm["ptx"])
-        # the last option is Triton's own
-        command = [assembler, "-v", f"--gpu-name={chip[1]}", "kernel.ptx", "-o", "out", "--regAllocOptLevel=2"]
-        log = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stderr
-    used = re.search(r"(\d+) bytes spill stores.*Used (\d+) registers", log, re.DOTALL)
-    assert used is not None, log
-    return int(used[2]), int(used[1])
-
-
-def _measure(module: str, index: int, target: Target) -> dict[str, Any]:
+def _measure(module: str, index: int, target: Target, counted: bool) -> dict[str, Any]:
     try:
         compiled = compile_spec(_specs(module)[index], target)
-        registers, spills = _registers_and_spills(compiled.asm)
+        return usage_of(compiled) | (instructions_of(compiled) if counted else {})
     except Exception as error:  # whatever a compiler throws is this kernel's outcome, not the end of the run
         return {"error": f"{type(error).__name__}: {error}"}
-    return {"registers": registers, "spills": spills, "shared": compiled.metadata.shared}
 
 
-def check(modules: dict[str, Path] | None = None, processes: int = 2) -> dict[str, Any]:
-    """Compile every kernel and config of ``modules`` (default: `kernel_modules`) for every one of `TARGETS`.
+def check(
+    modules: dict[str, Path] | None = None,
+    processes: int = 2,
+    targets: tuple[Target, ...] = TARGETS,
+    counted: Collection[str] = COUNTED,
+) -> dict[str, Any]:
+    """Compile every kernel and config of ``modules`` (default: `kernel_modules`) for every one of ``targets``.
 
     Returns:
         ``{"kernels": [...], "errors": [...]}``. A kernel has ``module, kernel, label, num_warps, num_stages, signature,
-        constexprs`` and ``targets``, which maps a target's name to ``{"registers", "spills", "shared"}`` (registers a
-        thread, spilled bytes a thread, bytes of shared memory a program). An error is a sentence: a kernel in the
-        source that no entry of ``aot_specs()`` covers, one that does not compile, one that wants more shared memory
-        than the chip has.
+        constexprs`` and ``targets``, which maps a target's name to the figures of
+        `hf_archs.kernels.machine_code`: ``registers``, ``spills``, ``shared``, and for those that are ``counted``
+        ``instructions``, ``loops``, ``tensor``, ``loads`` and ``stores``. An error is a sentence: a kernel in the
+        source that no entry of ``aot_specs()`` covers, two entries of one kernel with one label, a kernel that does not
+        compile, or one that wants more shared memory than the chip has.
 
     Raises:
         RuntimeError: under ``TRITON_INTERPRET``, where nothing compiles.
@@ -184,9 +191,12 @@ def check(modules: dict[str, Path] | None = None, processes: int = 2) -> dict[st
         pending = []
         for module, file in (kernel_modules() if modules is None else modules).items():
             specs = _specs(module)
-            listed = {spec.kernel.__name__ for spec in specs}
-            for name in sorted(jit_kernels(file.read_text()) - listed):
+            listed = Counter((spec.kernel.__name__, spec.label) for spec in specs)
+            for name in sorted(jit_kernels(file.read_text()) - {name for name, _ in listed}):
                 errors.append(f"{module}.{name} is a kernel in the source, but aot_specs() does not list it")
+            for (name, label), count in listed.items():
+                if count > 1:
+                    errors.append(f"{module}.{name} has {count} entries labelled {label!r} in aot_specs()")
             for index, spec in enumerate(specs):
                 entry = {
                     "module": module,
@@ -199,8 +209,9 @@ def check(modules: dict[str, Path] | None = None, processes: int = 2) -> dict[st
                     "targets": {},
                 }
                 kernels.append(entry)
-                for target in TARGETS:
-                    pending.append((entry, target, pool.submit(_measure, module, index, target)))
+                for target in targets:
+                    job = pool.submit(_measure, module, index, target, target.name in counted)
+                    pending.append((entry, target, job))
         for entry, target, job in pending:
             result = entry["targets"][target.name] = job.result()
             where = f"{entry['module']}.{entry['kernel']} ({entry['label']}) for {target.name}"

@@ -2,7 +2,9 @@
 
 Every op has three: ``reference`` (the recurrence as the paper writes it), ``portable`` (vectorised PyTorch, for CPU,
 MPS and anything without Triton) and ``triton`` (CUDA and ROCm, or a CPU under ``TRITON_INTERPRET=1``).
-The environment variable ``HF_ARCHS_BACKEND`` overrides the automatic choice, for debugging.
+On NVIDIA GPUs below compute capability 8.0 (T4, RTX 20) the choice is ``portable``: Triton makes no tensor instruction
+there, and its kernels spill kilobytes a thread.
+The environment variable ``HF_ARCHS_BACKEND`` overrides the automatic choice, for debugging, also on those GPUs.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import torch
 from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "portable", "triton")
+OLDEST = (8, 0)  # compute capability from which on Triton is chosen
 
 
 def _checked(name: str | None) -> str | None:
@@ -36,19 +39,33 @@ def has_triton() -> bool:
     return _HAS_TRITON
 
 
-def _automatic(device_type: str) -> str:
-    if device_type != "cuda":  # ROCm devices are called "cuda" as well
+def _warn_once(why: str) -> None:
+    if why not in _warned:
+        _warned.add(why)
+        warnings.warn(f"hf-archs: {why}, so every op runs in its portable PyTorch form", stacklevel=4)
+
+
+@torch.compiler.assume_constant_result
+def _is_too_old(device: torch.device) -> bool:
+    """Whether ``device`` is an NVIDIA GPU below `OLDEST`; one warning names it. (ROCm counts its GPUs otherwise.)"""
+    if torch.version.hip is not None:
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST:
+        return False
+    number, oldest = (".".join(map(str, pair)) for pair in (capability, OLDEST))
+    name = torch.cuda.get_device_name(device)
+    _warn_once(f"{name} has compute capability {number}, and below {oldest} Triton does not use the tensor cores")
+    return True
+
+
+def _automatic(device: torch.device) -> str:
+    if device.type != "cuda":  # ROCm devices are called "cuda" as well
         return "portable"
-    if has_triton():
-        return "triton"
-    if device_type not in _warned:
-        _warned.add(device_type)
-        warnings.warn(
-            "hf-archs: no triton package beside this GPU build of torch, so every op runs in its portable PyTorch "
-            "form, which is many times slower; install triton",
-            stacklevel=3,
-        )
-    return "portable"
+    if not has_triton():
+        _warn_once("no triton package beside this GPU build of torch (install it: it is many times faster)")
+        return "portable"
+    return "portable" if _is_too_old(device) else "triton"
 
 
 @torch.compiler.assume_constant_result  # torch.compile guards its graphs by the transforms around them
@@ -61,7 +78,7 @@ def is_transformed() -> bool:
 
 def backend_for(x: torch.Tensor) -> str:
     """The name of the implementation that serves ``x``: one of `BACKENDS`, ``reference`` where `is_transformed`."""
-    return "reference" if is_transformed() else _override or _automatic(x.device.type)
+    return "reference" if is_transformed() else _override or _automatic(x.device)
 
 
 @contextlib.contextmanager

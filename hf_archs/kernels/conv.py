@@ -224,3 +224,6 @@ def cases(device, dtype, batch=2, length=40, channels=12):
     yield {"x": x, "weight": weight}
     boundaries = some_boundaries(batch, length, device)
     yield {"x": x, "weight": weight, "bias": bias, "activation": "silu", "initial_state": state, **boundaries}
+
+
+MODEL_SIZES = {"channels": 200}

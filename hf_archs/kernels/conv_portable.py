@@ -14,7 +14,7 @@ BLOCK_ELEMENTS = 2**18  # of x in a block: 1 MB of float32, and long enough to h
 
 
 def _blocks(
-    x: Tensor, size: int, initial_state: Tensor | None, dtype: torch.dtype
+    x: Tensor, size: int, initial_state: Tensor | None, dtype: torch.dtype, elements: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Blocks of time: (start, end, inputs from ``size`` before the start up to the end).
 
@@ -24,7 +24,7 @@ def _blocks(
     end = min(size, l)
     before = x.new_zeros(b, size, c) if initial_state is None else initial_state.transpose(1, 2)
     yield 0, end, torch.cat([before.to(dtype), x[:, :end].to(dtype)], dim=1)
-    step = max(1, BLOCK_ELEMENTS // (b * c))
+    step = max(1, elements // (b * c))
     for start in range(end, l, step):
         end = min(start + step, l)
         yield start, end, x[:, start - size : end].to(dtype)
@@ -50,21 +50,27 @@ def _convolve(
 
 
 def causal_conv1d_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, reach: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    reach: Tensor | None,
+    silu: bool,
+    *,
+    block: int = BLOCK_ELEMENTS,
 ) -> Tensor:
     """The output, (b, l, c), in the dtype of ``x``."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for start, end, seen in _blocks(x, weight.shape[0] - 1, initial_state, dtype):
-        block = y[:, start:end]
-        out = _convolve(
-            seen, weight, bias, reach, start, end, block if y.dtype == dtype else torch.empty_like(block, dtype=dtype)
-        )
+    for start, end, seen in _blocks(x, weight.shape[0] - 1, initial_state, dtype, block):
+        part = y[:, start:end]
+        out = part if y.dtype == dtype else torch.empty_like(part, dtype=dtype)
+        _convolve(seen, weight, bias, reach, start, end, out)
         if silu:
             torch.ops.aten.silu_(out)
-        if out is not block:
-            block.copy_(out)
+        if out is not part:
+            part.copy_(out)
     return y
 
 
@@ -77,6 +83,8 @@ def causal_conv1d_bwd(
     reach: Tensor | None,
     silu: bool,
     wanted: Sequence[bool] = (True,) * 4,
+    *,
+    block: int = BLOCK_ELEMENTS,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight, bias and initial_state; what the forward computed is computed again."""
     of_x, of_weight, of_bias, of_state = wanted
@@ -86,7 +94,7 @@ def causal_conv1d_bwd(
     grad_x = torch.empty(b, l, c, dtype=dtype, device=x.device)
     grad_state = torch.zeros(b, size, c, dtype=dtype, device=x.device)
     grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight[0])
-    for start, end, seen in _blocks(x, size, initial_state, dtype):
+    for start, end, seen in _blocks(x, size, initial_state, dtype, block):
         count = end - start
         g = grad_y[:, start:end].to(dtype)
         product = torch.empty(b, count, c, dtype=dtype, device=x.device)

@@ -1,8 +1,8 @@
 """`causal_conv1d` in Triton, forward and backward.
 
-Both kernels are bound by memory traffic: every element is fetched from device memory once and its shifted copies come
-out of the L1 cache, the channel lies along the threads so that each row of a tile is one coalesced read, and the
-backward computes the pre-activation again (a few multiply-adds on tiles it holds anyway) instead of storing it.
+A thread owns a few neighbouring channels and walks along time, with the last inputs of its channels in registers: each
+element is loaded once, and its activation's slope is formed once. No thread needs another one's values, so there is no
+shared memory, no barrier and no reduction. The backward computes the pre-activation again instead of storing it.
 
 Letters: b batch, l length, c channels; SIZE is the width less one, the number of inputs seen before a position.
 """
@@ -18,94 +18,169 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_archs.kernels.aot import FUSED, KernelSpec
+from hf_archs.kernels.triton_functions import row_strides, row_unit, sigmoids
 
-# Which config runs follows from the shape alone, so results are the same from run to run and nothing is tuned at run
-# time. A row of 128 bf16 channels is 16 threads of 16 bytes each; 16 elements a thread keep enough reads in flight. The
-# backward holds 3 * width tiles in registers, hence 4 elements a thread, and 2 where the filters are wide.
-FORWARD_CONFIGS = [{"BLOCK_T": 32, "BLOCK_C": 128, "num_warps": 8}]
-BACKWARD_CONFIGS = [{"BLOCK_T": 16, "BLOCK_C": 64, "num_warps": 8}, {"BLOCK_T": 8, "BLOCK_C": 64, "num_warps": 8}]
-# Positions that one program of the backward walks through. It holds its sums for the filters in registers meanwhile
-# and writes them once, so this is what keeps their traffic at a twentieth of the rest; every BLOCK_T divides it.
+# Which config runs follows from the width alone (the second of each is for more than 4 taps), so results are the same
+# from run to run and nothing is tuned at run time. The loads of T positions stand together. In bfloat16 a thread of the
+# forward reads 8 channels at once, and one of the backward 4, since it holds 4 * WIDTH numbers of each channel: 128
+# registers on an H100, which leave room for 16 warps.
+FORWARD_CONFIGS = [{"BLOCK_C": 256, "T": 4, "num_warps": 1}, {"BLOCK_C": 128, "T": 4, "num_warps": 1}]
+BACKWARD_CONFIGS = [{"BLOCK_C": 128, "T": 4, "num_warps": 1}, {"BLOCK_C": 64, "T": 4, "num_warps": 1}]
+# Positions that one program walks through, a multiple of T. The backward computes SIZE more, and writes its sums for
+# the filters once: a twentieth of the instructions and of the traffic.
 SPAN = 64
+STRIDES = ["length", "channels", "g_stride_b", "g_stride_t", "x_stride_b", "x_stride_t"]
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(tl.minimum(-x, 88.0)))  # beyond, exp overflows and the sigmoid is nothing
+def _load(pointers, mask, ACC: tl.constexpr):
+    return tl.load(pointers, mask, 0).to(ACC)
 
 
 @triton.jit
-def _silu_slope(x):
-    s = _sigmoid(x)
-    return s * (1 + x * (1 - s))
+def _there(fits, t, first, end):
+    """The channels of position t: none outside of first <= t < end."""
+    # not `fits & (t < end)`: a scalar spread into a mask is none to the interpreter of Triton 3.9
+    return tl.where((t >= first) & (t < end), fits, False)
 
 
 @triton.jit
-def _inputs(x, state, t, c, length, channels, x_stride_t, SIZE: tl.constexpr, ACC: tl.constexpr):
-    """The inputs at times ``t`` (BLOCK_T,), those before 0 out of the initial state: (BLOCK_T, BLOCK_C)."""
-    fits = (c < channels)[None, :]
-    inside = ((t >= 0) & (t < length))[:, None] & fits
-    tile = tl.load(x + t.to(tl.int64)[:, None] * x_stride_t + c[None, :], inside, 0).to(ACC)
-    if state is not None:
-        before = ((t < 0) & (t >= -SIZE))[:, None] & fits
-        tile += tl.load(state + (SIZE + t)[:, None] * channels + c[None, :], before, 0).to(ACC)
-    return tile
+def _before(x, state, start, x_stride_t, channels, fits, SIZE: tl.constexpr, ACC: tl.constexpr):
+    """The SIZE inputs before position ``start``, oldest first, those before 0 out of the initial state."""
+    seen = ()
+    for i in tl.static_range(SIZE):
+        t = start - SIZE + i
+        value = _load(x + tl.cast(t, tl.int64) * x_stride_t, _there(fits, t, 0, start), ACC)
+        if state is not None:
+            value += _load(state + i * channels, _there(fits, t, -SIZE, 0), ACC)
+        seen += (value,)
+    return seen
 
 
 @triton.jit
-def _filter(weight, c, channels, WIDTH: tl.constexpr, ACC: tl.constexpr):
-    """The taps of the filters, newest first: a tuple of (1, BLOCK_C)."""
+def _filter(weight, channels, fits, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """The taps of the filters, newest first."""
     taps = ()
     for back in tl.static_range(WIDTH):
-        taps += (tl.load(weight + c * WIDTH + (WIDTH - 1 - back), c < channels, 0).to(ACC)[None, :],)
+        taps += (_load(weight + (WIDTH - 1 - back) * channels, fits, ACC),)
     return taps
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit
+def _visible(seen, reach, t, length, AT: tl.constexpr, WIDTH: tl.constexpr):
+    """``seen[AT]`` and the inputs before it, newest first, zeros for those that another document holds."""
+    terms = ()
+    if reach is not None:
+        inside = t < length
+        visible = tl.load(reach + t, inside, 0)
+    for back in tl.static_range(WIDTH):
+        term = seen[AT - back]
+        if reach is not None and back > 0:
+            term = tl.where(visible >= back, term, 0)
+        terms += (term,)
+    return terms
+
+
+@triton.jit
+def _convolve(terms, taps, offset, WIDTH: tl.constexpr):
+    total = offset
+    for back in tl.static_range(WIDTH):
+        total += terms[back] * taps[back]
+    return total
+
+
+@triton.jit
+def _through_silu(grad, total):
+    """The gradient of ``total`` where that of its SiLU is ``grad``."""
+    s, rest = sigmoids(total)
+    return grad * (s + s * total * rest)
+
+
+@triton.jit
+def _spread(open, g, taps, reach, t, length, WIDTH: tl.constexpr):
+    """Add the gradient at t to those of the inputs that it saw: of WIDTH inputs, the oldest, whose gradient is whole
+    with that, first."""
+    if reach is not None:
+        inside = t < length
+        visible = tl.load(reach + t, inside, 0)
+    grads = ()
+    for i in tl.static_range(WIDTH):
+        part = g
+        if reach is not None and i < WIDTH - 1:
+            part = tl.where(visible >= WIDTH - 1 - i, g, 0)
+        part *= taps[WIDTH - 1 - i]
+        if i < WIDTH - 1:
+            part += open[i]
+        grads += (part,)
+    return grads
+
+
+@triton.jit
+def _store(grad_x, grad_state, grad, t, start, length, channels, fits, SIZE: tl.constexpr):
+    """Store the gradient of the input SIZE before t, which may be one of the initial state."""
+    place = tl.cast(t - SIZE, tl.int64)
+    tl.store(grad_x + place * channels, grad, _there(fits, t - SIZE, start, length))
+    if grad_state is not None:
+        tl.store(grad_state + t * channels, grad, _there(fits, t, 0, SIZE))
+
+
+@triton.jit(do_not_specialize=STRIDES)
 def _conv_fwd_kernel(
     x,  # (b, l, c), strides given, channels adjacent
-    weight,  # (c, WIDTH)
+    weight,  # (WIDTH, c)
     bias,  # (c,) or None
     state,  # (b, SIZE, c) or None
     reach,  # (b, l) or None
     y,  # (b, l, c)
     length,
-    channels,
+    channels,  # in units, as the strides are
     x_stride_b,
     x_stride_t,
+    UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    T: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     SIZE: tl.constexpr = WIDTH - 1
-    blocks = tl.cdiv(length, BLOCK_T)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    t = (tl.program_id(0) % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    channels *= UNIT
+    x_stride_t *= UNIT
+    spans = tl.cdiv(length, SPAN)
+    b = (tl.program_id(0) // spans).to(tl.int64)
+    start = (tl.program_id(0) % spans) * SPAN
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    x += b * x_stride_b
+    fits = c < channels
+    x += b * x_stride_b * UNIT + c
+    y += b * length * channels + c
     if state is not None:
-        state += b * channels * SIZE
-
-    total = tl.zeros((BLOCK_T, BLOCK_C), ACC)
-    if bias is not None:
-        total += tl.load(bias + c, c < channels, 0).to(ACC)[None, :]
+        state += b * SIZE * channels + c
     if reach is not None:
-        visible = tl.load(reach + b * length + t, t < length, 0)
-    taps = _filter(weight, c, channels, WIDTH, ACC)
-    for back in tl.static_range(WIDTH):
-        term = _inputs(x, state, t - back, c, length, channels, x_stride_t, SIZE, ACC)
-        if reach is not None:
-            term = tl.where((visible >= back)[:, None], term, 0)
-        total += term * taps[back]
-    if SILU:
-        total *= _sigmoid(total)
-    place = (b * length + t)[:, None] * channels + c[None, :]
-    tl.store(y + place, total, (t < length)[:, None] & (c < channels)[None, :])
+        reach += b * length
+
+    taps = _filter(weight + c, channels, fits, WIDTH, ACC)
+    offset = tl.zeros((BLOCK_C,), ACC)
+    if bias is not None:
+        offset += _load(bias + c, fits, ACC)
+    seen = _before(x, state, start, x_stride_t, channels, fits, SIZE, ACC)
+    for t0 in range(start, tl.minimum(start + SPAN, length), T):
+        at = tl.cast(t0, tl.int64)
+        for i in tl.static_range(T):
+            seen += (_load(x + at * x_stride_t + i * x_stride_t, _there(fits, t0 + i, 0, length), ACC),)
+        for i in tl.static_range(T):
+            terms = _visible(seen, reach, t0 + i, length, SIZE + i, WIDTH)
+            total = _convolve(terms, taps, offset, WIDTH)
+            if SILU:
+                total *= sigmoids(total)[0]
+            tl.store(y + at * channels + i * channels, total, _there(fits, t0 + i, 0, length))
+        last = ()
+        for i in tl.static_range(SIZE):
+            last += (seen[T + i],)
+        seen = last
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=STRIDES)
 def _conv_bwd_kernel(
     grad_y,  # (b, l, c), strides given, channels adjacent
     x,
@@ -113,8 +188,8 @@ def _conv_bwd_kernel(
     bias,
     state,
     reach,
-    grad_x,  # (b, l, c)
-    grad_state,  # (b, SIZE, c) or None
+    grad_x,  # (b, l, c), or None where neither its gradient nor the state's is wanted
+    grad_state,  # (b, SIZE, c), or None
     sums,  # (programs along time, WIDTH + 1, c): each program's gradient of the filters, oldest tap first, and bias
     length,
     channels,
@@ -122,82 +197,100 @@ def _conv_bwd_kernel(
     g_stride_t,
     x_stride_b,
     x_stride_t,
+    UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     SPAN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    T: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     SIZE: tl.constexpr = WIDTH - 1
-    # With an initial state the positions begin SIZE before the first: the gradient there is the state's.
-    BEFORE: tl.constexpr = 0 if state is None else SIZE
-    spans = tl.cdiv(length + BEFORE, SPAN)
+    channels *= UNIT
+    g_stride_t *= UNIT
+    x_stride_t *= UNIT
+    spans = tl.cdiv(length, SPAN)
     b = (tl.program_id(0) // spans).to(tl.int64)
-    start = (tl.program_id(0) % spans) * SPAN - BEFORE
+    start = (tl.program_id(0) % spans) * SPAN
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    fits = (c < channels)[None, :]
-    grad_y += b * g_stride_b
-    x += b * x_stride_b
+    fits = c < channels
+    grad_y += b * g_stride_b * UNIT + c
+    x += b * x_stride_b * UNIT + c
     if state is not None:
-        state += b * channels * SIZE
-        grad_state += b * channels * SIZE
+        state += b * SIZE * channels + c
     if reach is not None:
         reach += b * length
-    grad_x += b * length * channels
+    if grad_x is not None:
+        grad_x += b * length * channels + c
+    if grad_state is not None:
+        grad_state += b * SIZE * channels + c
 
-    taps = _filter(weight, c, channels, WIDTH, ACC)
-    offset = tl.zeros((1, BLOCK_C), ACC)
+    taps = _filter(weight + c, channels, fits, WIDTH, ACC)
+    zero = tl.zeros((BLOCK_C,), ACC)
+    offset = zero
     if bias is not None:
-        offset += tl.load(bias + c, c < channels, 0).to(ACC)[None, :]
-    sum_bias = tl.zeros((BLOCK_T, BLOCK_C), ACC)
+        offset += _load(bias + c, fits, ACC)
+    sum_bias = zero
     sum_taps = ()
     for _ in tl.static_range(WIDTH):
-        sum_taps += (tl.zeros((BLOCK_T, BLOCK_C), ACC),)
-
-    for block in range(SPAN // BLOCK_T):
-        t = start + block * BLOCK_T + tl.arange(0, BLOCK_T)
-        # the inputs at t + SIZE, t + SIZE - 1, ..., t - SIZE
-        seen = ()
-        for back in tl.static_range(2 * SIZE + 1):
-            seen += (_inputs(x, state, t + (SIZE - back), c, length, channels, x_stride_t, SIZE, ACC),)
-        grad = tl.zeros((BLOCK_T, BLOCK_C), ACC)
-        for ahead in tl.static_range(WIDTH):
-            # g: the gradient of the pre-activation at t + ahead
-            at = t + ahead
-            inside = (at >= 0) & (at < length)
-            g = tl.load(grad_y + at.to(tl.int64)[:, None] * g_stride_t + c[None, :], inside[:, None] & fits, 0).to(ACC)
-            if reach is not None:
-                visible = tl.load(reach + at, inside, 0)
+        sum_taps += (zero,)
+    open = ()  # the gradients of the last SIZE inputs, oldest first, as far as they are known
+    for _ in tl.static_range(SIZE):
+        open += (zero,)
+    seen = _before(x, state, start, x_stride_t, channels, fits, SIZE, ACC)
+    end = tl.minimum(start + SPAN, length)
+    for t0 in range(start, end, T):
+        at = tl.cast(t0, tl.int64)
+        loaded = ()
+        for i in tl.static_range(T):
+            here = _there(fits, t0 + i, 0, length)
+            seen += (_load(x + at * x_stride_t + i * x_stride_t, here, ACC),)
+            loaded += (_load(grad_y + at * g_stride_t + i * g_stride_t, here, ACC),)
+        for i in tl.static_range(T):
+            t = t0 + i
+            terms = _visible(seen, reach, t, length, SIZE + i, WIDTH)
+            g = loaded[i]
             if SILU:
-                before = tl.zeros((BLOCK_T, BLOCK_C), ACC) + offset
-                for back in tl.static_range(WIDTH):
-                    term = seen[SIZE - ahead + back]
-                    if reach is not None:
-                        term = tl.where((visible >= back)[:, None], term, 0)
-                    before += term * taps[back]
-                g *= _silu_slope(before)
-            if ahead == 0:
+                g = _through_silu(g, _convolve(terms, taps, offset, WIDTH))
+            if sums is not None:
                 sum_bias += g
                 new_sums = ()
                 for back in tl.static_range(WIDTH):
-                    term = seen[SIZE + back]
-                    if reach is not None:
-                        term = tl.where((visible >= back)[:, None], term, 0)
-                    new_sums += (sum_taps[back] + g * term,)
+                    new_sums += (sum_taps[back] + g * terms[back],)
                 sum_taps = new_sums
-            if reach is not None:
-                g = tl.where((visible >= ahead)[:, None], g, 0)
-            grad += g * taps[ahead]
-        place = t.to(tl.int64)[:, None] * channels + c[None, :]
-        tl.store(grad_x + place, grad, ((t >= 0) & (t < length))[:, None] & fits)
-        if state is not None:
-            tl.store(grad_state + (SIZE + t)[:, None] * channels + c[None, :], grad, (t < 0)[:, None] & fits)
+            if grad_x is not None:
+                grads = _spread(open, g, taps, reach, t, length, WIDTH)
+                _store(grad_x, grad_state, grads[0], t, start, length, channels, fits, SIZE)
+                open = ()
+                for j in tl.static_range(SIZE):
+                    open += (grads[1 + j],)
+        last = ()
+        for i in tl.static_range(SIZE):
+            last += (seen[T + i],)
+        seen = last
 
-    sums += tl.program_id(0).to(tl.int64) * (WIDTH + 1) * channels + c
-    for back in tl.static_range(WIDTH):
-        tl.store(sums + (SIZE - back) * channels, tl.sum(sum_taps[back], 0), c < channels)
-    tl.store(sums + WIDTH * channels, tl.sum(sum_bias, 0), c < channels)
+    if grad_x is not None:
+        # the last inputs were seen from beyond the span
+        t0 = start + tl.cdiv(end - start, T) * T
+        at = tl.cast(t0, tl.int64)
+        for i in tl.static_range(SIZE):
+            t = t0 + i
+            here = _there(fits, t, 0, length)
+            seen += (_load(x + at * x_stride_t + i * x_stride_t, here, ACC),)
+            g = _load(grad_y + at * g_stride_t + i * g_stride_t, here, ACC)
+            if SILU:
+                terms = _visible(seen, reach, t, length, SIZE + i, WIDTH)
+                g = _through_silu(g, _convolve(terms, taps, offset, WIDTH))
+            grads = _spread(open, g, taps, reach, t, length, WIDTH)
+            _store(grad_x, grad_state, grads[0], t, start, length, channels, fits, SIZE)
+            open = ()
+            for j in tl.static_range(SIZE):
+                open += (grads[1 + j],)
+    if sums is not None:
+        sums += tl.program_id(0).to(tl.int64) * (WIDTH + 1) * channels + c
+        for back in tl.static_range(WIDTH):
+            tl.store(sums + (SIZE - back) * channels, sum_taps[back], fits)
+        tl.store(sums + WIDTH * channels, sum_bias, fits)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -216,23 +309,25 @@ def causal_conv1d_fwd(
 ) -> Tensor:
     """The convolution; ``config`` is one of `FORWARD_CONFIGS`."""
     (b, l, c), width = x.shape, weight.shape[1]
-    config = config or FORWARD_CONFIGS[0]
+    config = config or FORWARD_CONFIGS[width > 4]
     x = _rows(x)
+    strides = row_strides(x, 2)
+    unit = row_unit(c, *strides)
     y = torch.empty(b, l, c, dtype=x.dtype, device=x.device)
-    grid = (b * triton.cdiv(l, config["BLOCK_T"]), triton.cdiv(c, config["BLOCK_C"]))
-    _conv_fwd_kernel[grid](
+    _conv_fwd_kernel[b * triton.cdiv(l, SPAN), triton.cdiv(c, config["BLOCK_C"])](
         x,
-        weight.contiguous(),
+        weight.t().contiguous(),
         None if bias is None else bias.contiguous(),
         None if initial_state is None else initial_state.transpose(1, 2).contiguous(),
         reach,
         y,
         l,
-        c,
-        x.stride(0),
-        x.stride(1),
+        c // unit,
+        *(stride // unit for stride in strides),
+        UNIT=unit,
         WIDTH=width,
         SILU=silu,
+        SPAN=SPAN,
         **config,
         **FUSED,
     )
@@ -249,23 +344,26 @@ def causal_conv1d_bwd(
     silu: bool,
     wanted: Sequence[bool] = (True,) * 4,
     config: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of x, weight, bias and initial_state; one kernel makes all of them, whichever are wanted.
-
-    ``config`` is one of `BACKWARD_CONFIGS`.
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias and initial_state, None for those that are not ``wanted``, except that weight
+    and bias, and the state and x, come together; ``config`` is one of `BACKWARD_CONFIGS`.
     """
+    of_x, of_weight, of_bias, of_state = wanted
+    of_state = of_state and initial_state is not None
     (b, l, c), width = x.shape, weight.shape[1]
-    config = config or BACKWARD_CONFIGS[0 if width <= 4 else 1]
+    config = config or BACKWARD_CONFIGS[width > 4]
     grad_y, x = _rows(grad_y), _rows(x)
+    strides = row_strides(grad_y, 2) + row_strides(x, 2)
+    unit = row_unit(c, *strides)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    grad_x = torch.empty(b, l, c, dtype=x.dtype, device=x.device)
-    grad_state = None if initial_state is None else torch.empty(b, width - 1, c, dtype=dtype, device=x.device)
-    programs = b * triton.cdiv(l + (0 if initial_state is None else width - 1), SPAN)
-    sums = torch.empty(programs, width + 1, c, dtype=dtype, device=x.device)
+    programs = b * triton.cdiv(l, SPAN)
+    grad_x = torch.empty(b, l, c, dtype=x.dtype, device=x.device) if of_x or of_state else None
+    grad_state = torch.empty(b, width - 1, c, dtype=dtype, device=x.device) if of_state else None
+    sums = torch.empty(programs, width + 1, c, dtype=dtype, device=x.device) if of_weight or of_bias else None
     _conv_bwd_kernel[programs, triton.cdiv(c, config["BLOCK_C"])](
         grad_y,
         x,
-        weight.contiguous(),
+        weight.t().contiguous(),
         None if bias is None else bias.contiguous(),
         None if initial_state is None else initial_state.transpose(1, 2).contiguous(),
         reach,
@@ -273,53 +371,45 @@ def causal_conv1d_bwd(
         grad_state,
         sums,
         l,
-        c,
-        grad_y.stride(0),
-        grad_y.stride(1),
-        x.stride(0),
-        x.stride(1),
+        c // unit,
+        *(stride // unit for stride in strides),
+        UNIT=unit,
         WIDTH=width,
         SILU=silu,
         SPAN=SPAN,
         **config,
         **FUSED,
     )
-    total = sums.sum(0)
-    return grad_x, total[:width].t(), total[width], None if grad_state is None else grad_state.transpose(1, 2)
+    total = None if sums is None else sums.sum(0)
+    return (
+        grad_x,
+        None if total is None else total[:width].t(),
+        None if total is None else total[width],
+        None if grad_state is None else grad_state.transpose(1, 2),
+    )
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Both kernels at the width of 4 that models have, and once at the widest with everything that can be asked for."""
+    """Both kernels at the width of 4 that models have, for rows of 8-element units and for any; and once at the widest
+    with everything that can be asked for."""
     specs = []
-    for dtype, width, boundaries in (("bf16", 4, False), ("fp32", 4, False), ("bf16", 4, True), ("bf16", 8, True)):
+    for dtype, width, boundaries, unit in (
+        ("bf16", 4, False, 8),
+        ("bf16", 4, False, 1),
+        ("fp32", 4, False, 8),
+        ("bf16", 4, True, 8),
+        ("bf16", 8, True, 8),
+    ):
         for kernel, configs in ((_conv_fwd_kernel, FORWARD_CONFIGS), (_conv_bwd_kernel, BACKWARD_CONFIGS)):
-            config = configs[0 if width <= 4 else -1]
-            constexprs: dict[str, object] = {"WIDTH": width, "SILU": True, **config}
-            del constexprs["num_warps"]
-            signature = {
-                "length": "i32",
-                "channels": "i32:16",
-                "grad_state": "*fp32",
-                "sums": "*fp32",
-                "reach": "*i32",
-            }
-            if kernel is _conv_bwd_kernel:
-                constexprs["SPAN"] = SPAN
+            config = dict(configs[width > 4])
+            num_warps = config.pop("num_warps")
+            constexprs: dict[str, object] = {"UNIT": unit, "WIDTH": width, "SILU": True, "SPAN": SPAN, **config}
             if not boundaries:
                 constexprs |= {"state": None, "reach": None, "grad_state": None}
-            specs.append(
-                KernelSpec(
-                    kernel,
-                    {
-                        name: "constexpr"
-                        if name in constexprs
-                        else signature.get(name, "i32:16" if "stride" in name else f"*{dtype}")
-                        for name in kernel.arg_names
-                    },
-                    {name: value for name, value in constexprs.items() if name in kernel.arg_names},
-                    config["num_warps"],
-                    num_stages=3,
-                    label=f"{dtype} width {width}{' state documents' if boundaries else ''}",
-                )
-            )
+            types = dict.fromkeys(STRIDES, "i32") | {"grad_state": "*fp32", "sums": "*fp32", "reach": "*i32"}
+            types |= dict.fromkeys(constexprs, "constexpr")
+            signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
+            constexprs = {name: value for name, value in constexprs.items() if name in signature}
+            label = f"{dtype} width {width}, rows in {unit}s{', state documents' if boundaries else ''}"
+            specs.append(KernelSpec(kernel, signature, constexprs, num_warps, num_stages=3, label=label))
     return specs

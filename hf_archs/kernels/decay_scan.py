@@ -23,13 +23,14 @@ def decay_scan(
     log_decay: Tensor,
     *,
     scale: Tensor | None = None,
+    skip: Tensor | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A linear recurrence over outer products.
 
-    ``S_t = exp(log_decay_t) S_{t-1} + scale_t v_t k_t^T``, ``y_t = S_t q_t``.
+    ``S_t = exp(log_decay_t) S_{t-1} + scale_t v_t k_t^T``, ``y_t = S_t q_t + skip v_t``.
 
     States, decays and sums are in float32, or float64 where ``v`` is, autocast or not. Every tensor may have a dtype of
     its own, and its gradient has that dtype.
@@ -42,6 +43,7 @@ def decay_scan(
         log_decay: at most 0, (batch, length, heads), float32 or wider. It may be an expanded view, as a decay that is
             the same at every token is.
         scale: multiplies what enters the state, (batch, length, heads), or None for 1.
+        skip: weight of a value in its own output, past the state, (heads,), or None for 0.
         initial_state: the state to continue from, (batch, heads, value_dim, key_dim), or None for zeros.
         seq_idx: integer, (batch, length). Where it differs from the position before, a document begins with an empty
             state; position 0 always continues ``initial_state``.
@@ -53,13 +55,13 @@ def decay_scan(
         key_dim) in float32 or wider. Both can be differentiated, once.
 
     Raises:
-        ValueError: where a shape does not fit, naming the argument.
+        ValueError: where a shape does not fit, naming the argument; on a GPU above 8,388,480 tokens a row.
     """
-    _check(q, k, v, log_decay, scale, initial_state, seq_idx, lengths)
+    _check(q, k, v, log_decay, scale, skip, initial_state, seq_idx, lengths)
     backend = backend_for(v)
     if backend == "reference":
         return decay_scan_reference(
-            q, k, v, log_decay, scale=scale, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths
+            q, k, v, log_decay, scale=scale, skip=skip, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths
         )
     documents = number_documents(seq_idx, lengths)
     if lengths is not None:
@@ -68,10 +70,10 @@ def decay_scan(
         # torch.where keeps a scale at a pad out of the gradient even where it is not finite
         scale = real.to(log_decay.dtype).expand(log_decay.shape) if scale is None else torch.where(real, scale, 0)
     if backend == "portable" and v.shape[1] == 1:
-        return _step(q, k, v, log_decay, scale, initial_state)
+        return _step(q, k, v, log_decay, scale, skip, initial_state)
     if torch.float64 in (q.dtype, k.dtype, v.dtype):  # which Triton's matrix products do not have
         backend = "portable"
-    return _decay_scan(q, k, v, log_decay, scale, initial_state, documents, backend)
+    return _decay_scan(q, k, v, log_decay, scale, skip, initial_state, documents, backend)
 
 
 def _check(
@@ -80,6 +82,7 @@ def _check(
     v: Tensor,
     log_decay: Tensor,
     scale: Tensor | None,
+    skip: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     lengths: Tensor | None,
@@ -98,6 +101,7 @@ def _check(
         k=(k, (b, l, g, n)),
         log_decay=(log_decay, (b, l, h)),
         scale=(scale, (b, l, h)),
+        skip=(skip, (h,)),
         initial_state=(initial_state, (b, h, p, n)),
         seq_idx=(seq_idx, (b, l)),
         lengths=(lengths, (b,)),
@@ -111,6 +115,7 @@ def decay_scan_reference(
     log_decay: Tensor,
     *,
     scale: Tensor | None = None,
+    skip: Tensor | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -131,12 +136,19 @@ def decay_scan_reference(
         decay = torch.where(real[:, None], log_decay[:, t], 0).exp()
         write = torch.where(real[:, None], scale[:, t], 0)[:, :, None] * v[:, t]
         state = decay[:, :, None, None] * state + write[:, :, :, None] * k[:, t, :, None, :]
-        outputs.append((state * q[:, t, :, None, :]).sum(-1))
+        y = (state * q[:, t, :, None, :]).sum(-1)
+        outputs.append(y if skip is None else y + skip.to(dtype)[:, None] * v[:, t])
     return torch.stack(outputs, dim=1).to(y_dtype), state
 
 
 def _step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: Tensor | None, initial_state: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: Tensor | None,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One token: a handful of small calls."""
     (b, _, h, p), (g, n), y_dtype = v.shape, q.shape[2:], v.dtype
@@ -151,7 +163,10 @@ def _step(
     # exp2, because exp calls MKL on a CPU, which wakes every thread for it
     decay = torch.exp2(cast(log_decay, dtype) * constant(LOG2_E, v)).reshape(b, h, 1, 1)
     state = torch.addcmul(decay * before, write.permute(0, 2, 3, 1), k)
-    return cast((state * q).sum(3), y_dtype).unsqueeze(1), state
+    y = (state * q).sum(3).unsqueeze(1)
+    if skip is not None:
+        y = torch.addcmul(y, cast(skip, dtype).unsqueeze(1), v)
+    return cast(y, y_dtype), state
 
 
 def _implementation(backend: str):
@@ -168,22 +183,23 @@ def _forward(
     v: Tensor,
     log_decay: Tensor,
     scale: Tensor | None,
+    skip: Tensor | None,
     initial_state: Tensor | None,
     documents: Tensor | None,
     backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the start of every chunk of tokens."""
-    return _implementation(backend).decay_scan_fwd(q, k, v, log_decay, scale, initial_state, documents, keep)
+    return _implementation(backend).decay_scan_fwd(q, k, v, log_decay, scale, skip, initial_state, documents, keep)
 
 
-def _backward(grad_y, grad_state, q, k, v, log_decay, scale, initial_state, documents, kept, backend, wanted):
+def _backward(grad_y, grad_state, q, k, v, log_decay, scale, skip, initial_state, documents, kept, backend, wanted):
     return _implementation(backend).decay_scan_bwd(
-        grad_y, grad_state, q, k, v, log_decay, scale, documents, kept, wanted
+        grad_y, grad_state, q, k, v, log_decay, scale, skip, documents, kept, wanted
     )
 
 
-def _fake(q, k, v, log_decay, scale, initial_state, documents, backend, keep):
+def _fake(q, k, v, log_decay, scale, skip, initial_state, documents, backend, keep):
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), n = v.shape, q.shape[3]
     # in one row: a dimension of chunks would be 1 for short sequences, and torch.compile compiles once more for a 1
@@ -197,7 +213,7 @@ _decay_scan = Op(
     _forward,
     _backward,
     _fake,
-    learnt=("q", "k", "v", "log_decay", "scale", "initial_state"),
+    learnt=("q", "k", "v", "log_decay", "scale", "skip", "initial_state"),
     plain=lambda *arguments: portable.decay_scan_plain(*arguments[:-1]),
 )
 
@@ -212,4 +228,14 @@ def cases(device, dtype, batch=2, length=70, groups=2, heads=4, key_dim=8, value
     constant = torch.linspace(-0.5, -0.01, groups, device=device, dtype=wide).expand(batch, length, groups)
     yield {"q": q, "k": k, "v": v[:, :, :groups].contiguous(), "log_decay": constant}
     boundaries = some_boundaries(batch, length, device)
-    yield {"q": q, "k": k, "v": v, "log_decay": -decays, "scale": scale, "initial_state": state, **boundaries}
+    optional = {"scale": scale, "skip": torch.randn(heads, device=device, dtype=wide), "initial_state": state}
+    yield {"q": q, "k": k, "v": v, "log_decay": -decays, **optional, **boundaries}
+
+
+MODEL_SIZES = {
+    "batch": 1,
+    "groups": 1,
+    "heads": 2,
+    "key_dim": 256,
+    "value_dim": 512,
+}  # the largest heads that must be fast

@@ -112,6 +112,7 @@ def decay_scan_fwd(
     v: Tensor,
     log_decay: Tensor,
     scale: Tensor | None,
+    skip: Tensor | None,
     initial_state: Tensor | None,
     documents: Tensor | None,
     keep_states: bool,
@@ -119,9 +120,10 @@ def decay_scan_fwd(
     """y, the final state, and (if asked for) the chunks' start states, (c, b, g, n, r * p) in one row."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
-    if _is_constant(q, v, log_decay, scale, documents):
+    if _is_constant(q, v, log_decay, scale, skip, documents):
         return _constant_fwd(q, k, v, log_decay, initial_state, keep_states)
     r = h // g
+    skip = None if skip is None else skip.to(dtype).view(g, 1, r, 1)
     y = v.new_empty(b, l, h, p)
     state = v.new_zeros(b, g, n, r, p, dtype=dtype)
     if initial_state is not None:
@@ -140,6 +142,8 @@ def decay_scan_fwd(
         inside = torch.matmul(s.decay.mul_(s.scores.unsqueeze(3)), s.write)  # (c, b, g, r, m, p)
         before = torch.matmul(s.q, starts).unflatten(4, (r, p))  # (c, b, g, m, r, p)
         total = before.mul_(s.rows_first(s.from_start).unsqueeze(5)).add_(s.rows_first(inside))
+        if skip is not None:
+            total.addcmul_(skip, s.rows_first(s.v.to(dtype)))
         s.split_heads(y).copy_(s.rows_first(total))
     return (
         y,
@@ -156,17 +160,18 @@ def decay_scan_bwd(
     v: Tensor,
     log_decay: Tensor,
     scale: Tensor | None,
+    skip: Tensor | None,
     documents: Tensor | None,
     kept: Tensor,
-    wanted: Sequence[bool] = (True,) * 6,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of q, k, v, log_decay and scale (both None unless one is wanted), and the initial state; those of
-    q, k and v are untouched memory unless they are wanted."""
-    of_q, of_k, of_v, of_decay, of_scale, _ = wanted
+    wanted: Sequence[bool] = (True,) * 7,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """The gradients of q, k, v, log_decay and scale (both None unless one is wanted), skip (None unless it is wanted),
+    and the initial state; those of q, k and v are untouched memory unless they are wanted."""
+    of_q, of_k, of_v, of_decay, of_scale, of_skip, _ = wanted
     factors = of_decay or of_scale
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
-    if not factors and _is_constant(q, v, log_decay, scale, documents):
+    if not factors and _is_constant(q, v, log_decay, scale, skip, documents):
         return _constant_bwd(grad_y, grad_final_state, q, k, v, log_decay, kept)
     r = h // g
     kept = kept.view(-1, b, g, n, r * p)
@@ -174,6 +179,8 @@ def decay_scan_bwd(
     grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
     grad_decay = v.new_empty(b, l, h, dtype=dtype) if factors else None
     grad_scale = v.new_empty(b, l, h, dtype=dtype) if of_scale else None
+    by_head = None if skip is None else skip.to(dtype).view(g, r, 1, 1)
+    grad_skip = v.new_zeros(h, dtype=dtype) if of_skip else None
     grad_state = v.new_zeros(b, g, n, r, p, dtype=dtype)  # of the state after the chunk at hand
     if grad_final_state is not None:
         grad_state.copy_(grad_final_state.unflatten(1, (g, r)).permute(0, 1, 4, 2, 3))
@@ -224,16 +231,23 @@ def decay_scan_bwd(
 
         if grad_scale is not None:
             s.split_heads(grad_scale).copy_((grad_write * s.v).sum(5))
-        if of_v and s.scale is None:
+        if of_v:
+            if s.scale is not None:
+                grad_write.mul_(s.scale.unsqueeze(5).to(dtype))
+            if by_head is not None:
+                grad_write.addcmul_(by_head, grad_out)
             s.split_heads(grad_v).copy_(grad_write)
-        elif of_v and s.scale is not None:
-            torch.mul(grad_write, s.scale.unsqueeze(5).to(dtype), out=s.split_heads(grad_v))
-    return grad_q, grad_k, grad_v, grad_decay, grad_scale, grad_state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n)
+        if grad_skip is not None:
+            grad_skip += (grad_out * s.v).sum(5).sum((0, 1, 4), dtype=s.wide).flatten()
+    grad_state = grad_state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n)
+    return grad_q, grad_k, grad_v, grad_decay, grad_scale, grad_skip, grad_state
 
 
-def _is_constant(q: Tensor, v: Tensor, log_decay: Tensor, scale: Tensor | None, documents: Tensor | None) -> bool:
-    """Whether each head has one decay for all tokens, as an expanded view shows, and nothing else sets them apart."""
-    if scale is not None or documents is not None or q.shape[2] != v.shape[2]:
+def _is_constant(
+    q: Tensor, v: Tensor, log_decay: Tensor, scale: Tensor | None, skip: Tensor | None, documents: Tensor | None
+) -> bool:
+    """Whether each head has one decay for all tokens, as an expanded view shows, and there is nothing else."""
+    if scale is not None or skip is not None or documents is not None or q.shape[2] != v.shape[2]:
         return False
     return all(stride == 0 or size == 1 for stride, size in zip(log_decay.stride()[:2], log_decay.shape))
 
@@ -315,7 +329,7 @@ def _constant_bwd(
     v: Tensor,
     log_decay: Tensor,
     kept: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, None, None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, None, None, None, Tensor]:
     """`decay_scan_bwd` where `_is_constant`, without the gradient of the decays."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), n = v.shape, q.shape[3]
@@ -345,7 +359,7 @@ def _constant_bwd(
         _bmm(keys.mul_(x.to_end), ends, onto=of_values)
         for gradient, part in ((grad_q, of_reads), (grad_k, of_keys), (grad_v, of_values)):
             x.view(gradient, start, c).copy_(part)
-    return grad_q, grad_k, grad_v, None, None, grad_state.transpose(2, 3)
+    return grad_q, grad_k, grad_v, None, None, None, grad_state.transpose(2, 3)
 
 
 def decay_scan_plain(
@@ -354,6 +368,7 @@ def decay_scan_plain(
     v: Tensor,
     log_decay: Tensor,
     scale: Tensor | None,
+    skip: Tensor | None,
     initial_state: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -392,4 +407,7 @@ def decay_scan_plain(
     state, starts = scan(step, state.unflatten(1, (g, r)), (over.transpose(0, 1), written.transpose(0, 1)))
     y = torch.matmul(between * torch.matmul(reads, keys.mT).unsqueeze(3), write)  # (b, c, g, r, m, p)
     y = y + from_start.unsqueeze(5) * torch.matmul(reads.unsqueeze(3), starts.transpose(0, 1).mT)
-    return out_of_chunks(y.flatten(2, 3).transpose(2, 3), l).to(v.dtype), state.flatten(1, 2)
+    y = out_of_chunks(y.flatten(2, 3).transpose(2, 3), l)
+    if skip is not None:
+        y = y + skip.to(dtype).unsqueeze(1) * v
+    return y.to(v.dtype), state.flatten(1, 2)

@@ -4,7 +4,7 @@ The sequence is cut into chunks of 128 tokens. Three kernels make the forward: w
 chunks at once; the states passed on from chunk to chunk, the only sequential part, elementwise; and the outputs, again
 all chunks at once. The backward does the same in the other direction.
 
-Why it should be fast: nearly all the work is matrix products of tiles of at most 64 by 64, whatever the key and value
+Why it should be fast: nearly all the work is matrix products of tiles of at most 64 by 256, whatever the key and value
 dimensions, so no accumulator outgrows the registers (`aot_specs` shows it). The states between chunks are what costs
 memory traffic: of 128 by 64, they are 256 bytes a token and head each time they are read or written, where chunks of 64
 tokens would take twice as much, and within a chunk of 128 the pairs of tokens are still less work than the states.
@@ -39,16 +39,29 @@ CHUNK = 128  # tokens between two kept states
 ROWS = 64  # tokens of a tile; `_grad_scores_kernel` and `_grad_decays_kernel` rely on two tiles a chunk
 HEADS = 4  # heads whose decays are summed by one program
 PASSED = 1024  # elements of the state that one program passes on
-# TILE is what a product's result measures, STEP what it sums over at once; both are what fits into the registers.
-# VALUES is that of results as wide as v: larger, since for each tile of them the scores of q and k are formed anew. The
-# first config is for inputs of 16 bits, the second for float32 with its products of six terms. Which one runs follows
-# from the dtype alone, so nothing is tuned at run time.
-CONFIGS = [
-    {"TILE": 64, "VALUES": 128, "STEP": 32, "num_warps": 8, "num_stages": 3},
-    {"TILE": 32, "VALUES": 64, "STEP": 16, "num_warps": 8, "num_stages": 2},
-]
-STATE_TILE = 64  # of `_chunk_states_kernel`, whose only tile in float32 is the result
 PROGRAMS = 512  # enough of them to fill a large GPU
+MOST_CHUNKS = 2**16 - 1  # of a row: chunks are the second dimension of a grid
+# Each table has a config for inputs of 16 bits, and one for float32 with its products of six terms. Which one runs
+# follows from the dtype alone, so nothing is tuned at run time. A block is at most as large as its dimension.
+#
+# For 16 bits four warps are one group of Hopper's, which multiplies 64 rows at once: eight on the same tile would leave
+# each group half of its columns, and every weight would be formed and cut into terms twice.
+STATE_CONFIGS = [  # `_chunk_states_kernel`: BLOCK_P by BLOCK_N of a state, summed over ROWS tokens at once
+    {"ROWS": 32, "BLOCK_N": 256, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3},
+    {"ROWS": 16, "BLOCK_N": 64, "BLOCK_P": 64, "num_warps": 8, "num_stages": 2},
+]
+OUTPUT_CONFIGS = [  # `_outputs_kernel`, `_grad_values_kernel`: BLOCK_P values, wide, since each forms the scores anew
+    {"COLUMNS": 64, "BLOCK_N": 32, "BLOCK_P": 128, "num_warps": 4, "num_stages": 3},
+    {"COLUMNS": 32, "BLOCK_N": 16, "BLOCK_P": 64, "num_warps": 8, "num_stages": 2},
+]
+SCORE_CONFIGS = [  # `_grad_scores_kernel`: what is summed over at once
+    {"BLOCK_N": 32, "BLOCK_P": 32, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_N": 16, "BLOCK_P": 16, "num_warps": 8, "num_stages": 2},
+]
+KEY_CONFIGS = [  # `_grad_keys_kernel`: BLOCK_N of a key, summed over BLOCK_P values at once
+    {"BLOCK_N": 128, "BLOCK_P": 32, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_N": 32, "BLOCK_P": 16, "num_warps": 8, "num_stages": 2},
+]
 
 
 @triton.jit
@@ -298,6 +311,7 @@ def _outputs_kernel(
     high,
     low,
     scales,
+    skips,  # (h,), or None
     documents,
     starts,  # (c, b, h, p, n): the state before each chunk
     y,  # (b, l, h, p)
@@ -360,6 +374,8 @@ def _outputs_kernel(
         if scales is not None:
             weight *= tl.load(scales + j)[None, :]
         total = _dot(weight, _rows(v, j, p, length, v_l, P), total, False, PRECISION)
+    if skips is not None:
+        total += tl.load(skips + h) * _rows(v, i, p, length, v_l, P).to(tl.float32)
     place = ((b * length + i)[:, None] * heads + h) * P + p[None, :]
     tl.store(y + place, total, (i < length)[:, None] & (p < P)[None, :])
 
@@ -372,6 +388,7 @@ def _grad_values_kernel(
     high,
     low,
     scales,
+    skips,
     documents,
     grad_ends,  # (c, b, h, p, n): the gradient of the state after each chunk
     grad_v,  # (b, l, h, p)
@@ -432,6 +449,8 @@ def _grad_values_kernel(
         total = _dot(weight, _rows(grad_y, i, p, length, y_l, P), total, False, PRECISION)
     if scales is not None:
         total *= tl.load(scales + row * padded + j)[:, None]
+    if skips is not None:
+        total += tl.load(skips + h) * _rows(grad_y, j, p, length, y_l, P).to(tl.float32)
     place = ((b * length + j)[:, None] * heads + h) * P + p[None, :]
     tl.store(grad_v + place, total, (j < length)[:, None] & (p < P)[None, :])
 
@@ -450,6 +469,7 @@ def _grad_scores_kernel(
     inside,  # (b, h, padded), float64: by pairs of tokens of one tile, what each reads less what it writes; or None
     crossing,  # (b, h, padded): by pairs of tokens of two tiles, what those of the first write, of the second read
     columns,  # (b, h, padded): d loss / d scale by the pairs of tokens of one tile
+    grad_skips,  # (c, 2, b, h): the part of each tile of tokens; or None
     length,
     padded,
     batch,
@@ -506,6 +526,10 @@ def _grad_scores_kernel(
             wanted = _rows(grad_y + b * y_b + h * y_h, i, p, length, y_l, P)
             grad = _dot(wanted, written, grad, True, PRECISION)
         grad *= _between(high + line, low + line, documents, i[:, None], j[None, :], length)
+        if grad_skips is not None:
+            # on the diagonal is each token's own product of v and the gradient of y, which nothing decays
+            own = tl.sum(tl.sum(tl.where(i[:, None] == j[None, :], grad, 0), 1), 0)
+            tl.store(grad_skips + ((c.to(tl.int64) * 2 + pair // 2) * batch + b) * heads + h, own, pair != 1)
         scale = tl.full((ROWS,), 1, tl.float32)
         if scales is not None:
             scale = tl.load(scales + line + j)
@@ -684,6 +708,12 @@ def _precision() -> str:
     return "ieee" if knobs.runtime.interpret else "bf16x6"
 
 
+def _arguments(config: dict[str, int], n: int, p: int) -> dict[str, Any]:
+    """What a kernel of products takes: the config with blocks that are at most as large as their dimensions."""
+    blocks = {name: _tile(size, config[name]) for name, size in (("BLOCK_N", n), ("BLOCK_P", p))}
+    return {"N": n, "P": p, "CHUNK": CHUNK, "ROWS": ROWS, "PRECISION": _precision()} | config | blocks
+
+
 def _tile(dimension: int, tile: int) -> int:
     """The tile for a dimension: a power of two, and at least what the matrix units take."""
     return min(tile, max(16, triton.next_power_of_2(dimension)))
@@ -698,23 +728,26 @@ def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
 class _Launch:
     """The inputs as the kernels take them, and what forward and backward have in common."""
 
-    def __init__(self, q, k, v, log_decay, scale, documents, config):
+    def __init__(self, q, k, v, log_decay, scale, skip, documents, config):
         (b, l, h, p), n = v.shape, q.shape[3]
+        self.chunks = triton.cdiv(l, CHUNK)
+        if self.chunks > MOST_CHUNKS:
+            raise ValueError(
+                f"decay_scan: length must be at most {MOST_CHUNKS * CHUNK} on a GPU, not {l}; a longer row is taken in "
+                "pieces, each with the final state before it as its initial_state"
+            )
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         self.dtype = dtype
         self.q, self.k, self.v = (_dense(t, dtype) for t in (q, k, v))
-        config = dict(config or CONFIGS[0 if dtype.itemsize == 2 else 1])
-        tile, values, self.step = config.pop("TILE"), config.pop("VALUES"), config.pop("STEP")
-        self.common = {"N": n, "P": p, "CHUNK": CHUNK, "PRECISION": _precision()} | config
-        sums = {"ROWS": ROWS, "BLOCK_N": _tile(n, self.step), "BLOCK_P": _tile(p, self.step)}
-        self.over_pairs = self.common | sums
-        self.over_values = self.common | sums | {"BLOCK_P": _tile(p, values), "COLUMNS": 2 * self.step}
-        self.over_keys = self.common | sums | {"BLOCK_N": _tile(n, tile)}
+        place = (0 if dtype.itemsize == 2 else 1) if config is None else config
+        self.over_states, self.over_values, self.over_pairs, self.over_keys = (
+            _arguments(configs[place], n, p) for configs in (STATE_CONFIGS, OUTPUT_CONFIGS, SCORE_CONFIGS, KEY_CONFIGS)
+        )
         self.tiles_n = triton.cdiv(n, self.over_keys["BLOCK_N"])
         self.tiles_p = triton.cdiv(p, self.over_values["BLOCK_P"])
-        self.chunks = triton.cdiv(l, CHUNK)
         self.padded = self.chunks * CHUNK
         self.documents = None if documents is None else documents.contiguous()
+        self.skips = None if skip is None else skip.to(torch.float32).contiguous()
         rows = v.new_empty(3 if scale is not None else 2, b, h, self.padded, dtype=torch.float32)
         self.high, self.low, self.scales = rows[0], rows[1], None if scale is None else rows[2]
         _decay_sums_kernel[(b * triton.cdiv(h, HEADS), self.chunks)](
@@ -726,11 +759,10 @@ class _Launch:
         b, l, h, p = self.v.shape
         g, n = keys.shape[2:]
         out = values.new_empty(self.chunks, b, h, p, n, dtype=torch.float32)
-        blocks = {"ROWS": self.step, "BLOCK_N": _tile(n, STATE_TILE), "BLOCK_P": _tile(p, STATE_TILE)}
-        tiles = triton.cdiv(n, blocks["BLOCK_N"]) * triton.cdiv(p, blocks["BLOCK_P"])
+        tiles = triton.cdiv(n, self.over_states["BLOCK_N"]) * triton.cdiv(p, self.over_states["BLOCK_P"])
         _chunk_states_kernel[(tiles * b * h, self.chunks)](
             keys, values, self.high, self.low, None if reads else self.scales, self.documents, out, l, self.padded,
-            b, h, h // g, *keys.stride()[:3], *values.stride()[:3], READS=reads, **self.common, **blocks, **FUSED,
+            b, h, h // g, *keys.stride()[:3], *values.stride()[:3], READS=reads, **self.over_states, **FUSED,
         )  # fmt: skip
         return out
 
@@ -750,20 +782,24 @@ def decay_scan_fwd(
     v: Tensor,
     log_decay: Tensor,
     scale: Tensor | None,
+    skip: Tensor | None,
     initial_state: Tensor | None,
     documents: Tensor | None,
     keep_states: bool,
-    config: dict[str, int] | None = None,
+    config: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and (if asked for) the chunks' start states in one row; ``config`` is one of `CONFIGS`."""
+    """y, the final state, and (if asked for) the chunks' start states in one row.
+
+    ``config`` is a place in the tables of configs, in the place of the one that the dtype gives.
+    """
     (b, l, h, p), g = v.shape, q.shape[2]
-    x = _Launch(q, k, v, log_decay, scale, documents, config)
+    x = _Launch(q, k, v, log_decay, scale, skip, documents, config)
     added = x.chunk_states(x.k, x.v, reads=False)
     starts, final_state = torch.empty_like(added), added.new_empty(added.shape[1:])
     x.pass_states(added, starts, initial_state, final_state)
     y = v.new_empty(b, l, h, p)
     _outputs_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
-        x.q, x.k, x.v, x.high, x.low, x.scales, x.documents, starts, y, l, x.padded, b, h, h // g,
+        x.q, x.k, x.v, x.high, x.low, x.scales, x.skips, x.documents, starts, y, l, x.padded, b, h, h // g,
         *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], **x.over_values, **FUSED,
     )  # fmt: skip
     return y, final_state, starts.flatten() if keep_states else starts.new_empty(0)
@@ -777,16 +813,18 @@ def decay_scan_bwd(
     v: Tensor,
     log_decay: Tensor,
     scale: Tensor | None,
+    skip: Tensor | None,
     documents: Tensor | None,
     kept: Tensor,
-    wanted: Sequence[bool] = (True,) * 6,
-    config: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of q, k, v, log_decay and scale (both None unless one is wanted), and the initial state."""
+    wanted: Sequence[bool] = (True,) * 7,
+    config: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """The gradients of q, k, v, log_decay and scale (both None unless one is wanted), skip (None unless it is wanted),
+    and the initial state."""
     factors = wanted[3] or wanted[4]
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     r = h // g
-    x = _Launch(q, k, v, log_decay, scale, documents, config)
+    x = _Launch(q, k, v, log_decay, scale, skip, documents, config)
     grad_y = torch.zeros_like(x.v) if grad_y is None else _dense(grad_y, x.dtype)
     starts = kept.view(x.chunks, b, h, p, n)
     of_q, of_k, of_v, of_y = (t.stride()[:3] for t in (x.q, x.k, x.v, grad_y))
@@ -798,7 +836,7 @@ def decay_scan_bwd(
 
     grad_v = v.new_empty(b, l, h, p)
     _grad_values_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
-        x.q, x.k, grad_y, x.high, x.low, x.scales, x.documents, grad_ends, grad_v, l, x.padded, b, h, r,
+        x.q, x.k, grad_y, x.high, x.low, x.scales, x.skips, x.documents, grad_ends, grad_v, l, x.padded, b, h, r,
         *of_q, *of_k, *of_y, **x.over_values, **FUSED,
     )  # fmt: skip
 
@@ -809,9 +847,10 @@ def decay_scan_bwd(
         crossing, columns = x.high.new_empty(2, b, h, x.padded)
         inside = torch.empty_like(columns, dtype=torch.float64)
         along = x.high.new_empty(2, x.tiles_n, b, h, x.padded)
+    grad_skips = x.high.new_empty(x.chunks, CHUNK // ROWS, b, h) if wanted[5] and skip is not None else None
     grad_scores = x.high.new_empty(x.chunks, splits, b, g, 3, ROWS, ROWS)
     _grad_scores_kernel[(3 * splits * b * g, x.chunks)](
-        x.q, x.k, x.v, grad_y, x.high, x.low, x.scales, x.documents, grad_scores, inside, crossing, columns,
+        x.q, x.k, x.v, grad_y, x.high, x.low, x.scales, x.documents, grad_scores, inside, crossing, columns, grad_skips,
         l, x.padded, b, h, r, splits, *of_q, *of_k, *of_v, *of_y, **x.over_pairs, **FUSED,
     )  # fmt: skip
 
@@ -827,75 +866,69 @@ def decay_scan_bwd(
         )  # fmt: skip
         grads.append(grad[0] if splits == 1 else grad.sum(0))
 
+    grad_skip = None if grad_skips is None else grad_skips.sum((0, 1, 2), dtype=torch.float64)
     if along is None or across is None:
-        return grads[0], grads[1], grad_v, None, None, grad_initial
+        return grads[0], grads[1], grad_v, None, None, grad_skip, grad_initial
     grad_decay = x.high.new_empty(b, l, h)
     grad_scale = None if scale is None else torch.empty_like(grad_decay)
     _grad_decays_kernel[(b * triton.cdiv(h, HEADS), x.chunks)](
         inside, crossing, columns, along[0], along[1], across, x.scales, grad_decay, grad_scale, l, x.padded, x.chunks,
         b, h, across.shape[0], TILES_N=x.tiles_n, CHUNK=CHUNK, ROWS=ROWS, HEADS=HEADS, **FUSED,
     )  # fmt: skip
-    return grads[0], grads[1], grad_v, grad_decay, grad_scale, grad_initial
+    return grads[0], grads[1], grad_v, grad_decay, grad_scale, grad_skip, grad_initial
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Every kernel and config, for `hf_archs.kernels.aot`: bfloat16 with large heads, documents and a scale, as in
-    packed training, and float32 with the heads of Mamba-2, without documents; and both with the largest heads of
-    RetNet, whose decays are constants without a gradient, as far as the kernels differ for them."""
-    of_q: dict[str, object] = {"READS": True, "scales": None}
-    of_k: dict[str, object] = {"READS": False}
-    Variants = tuple[tuple[Any, str, tuple[int, ...], dict[str, object]], ...]
+    """Every kernel and config, for `hf_archs.kernels.aot`, at the shapes of published models: Mamba-2 2.7B, whose 80
+    heads are a multiple of 16, and Mamba2-130m, whose 24 are not; RetNet 6.7B, whose decays are constants without a
+    gradient, and the kernels of its backward in float32. What the first and the last leave out, documents, the others
+    have, as in packed training."""
     learnt = ("inside", "crossing", "columns", "along", "across")
+    constant: dict[str, Any] = dict.fromkeys((*learnt, "scale", "scales", "skips", "grad_skips")) | {"shared": 1}
     specs = []
-    for dtype, config, n, p, constant in (
-        ("bf16", CONFIGS[0], 256, 512, False),
-        ("fp32", CONFIGS[1], 128, 64, False),
-        ("bf16", CONFIGS[0], 256, 512, True),
-        ("fp32", CONFIGS[1], 256, 512, True),
+    for name, dtype, n, p, heads, model in (
+        ("Mamba-2 2.7B", "bf16", 128, 64, "i32:16", {"documents": None}),
+        ("RetNet 6.7B", "bf16", 256, 512, "i32:16", constant),
+        ("Mamba2-130m", "fp32", 128, 64, "i32", {}),
+        ("RetNet 6.7B", "fp32", 256, 512, "i32:16", constant | {"documents": None}),
     ):
-        tile, step, warps, stages = config["TILE"], config["STEP"], config["num_warps"], config["num_stages"]
-        common: dict[str, object] = {
-            "CHUNK": CHUNK,
-            "HEADS": HEADS,
-            "PASSED": PASSED,
-            "STATE": n * p,
-            "COLUMNS": 2 * step,
-        }
-        common |= {"N": n, "P": p, "TILES_N": triton.cdiv(n, _tile(n, tile)), "PRECISION": "bf16x6"}
-        if dtype == "fp32" or constant:
-            common["documents"] = None
-        if constant:
-            common |= dict.fromkeys((*learnt, "scales"))
-        elementwise, whole = (ROWS, 0, 0, 4, 3), (step, STATE_TILE, STATE_TILE, warps, stages)
-        over_values, over_pairs = (ROWS, step, config["VALUES"], warps, stages), (ROWS, step, step, warps, stages)
-        over_keys = (ROWS, tile, step, warps, stages)
-        backward: Variants = (
-            (_pass_states_kernel, ", reversed", elementwise, {"REVERSED": True}),
-            (_grad_scores_kernel, "", over_pairs, {}),
-            (_grad_keys_kernel, "", over_keys, of_k),
-            (_grad_keys_kernel, ", of q", over_keys, of_q),
+        place = 0 if dtype == "bf16" else 1
+        over_states, over_values, over_pairs, over_keys = (
+            _arguments(configs[place], n, p) | {"PRECISION": "bf16x6"} | model
+            for configs in (STATE_CONFIGS, OUTPUT_CONFIGS, SCORE_CONFIGS, KEY_CONFIGS)
         )
-        others: Variants = (
-            (_decay_sums_kernel, "", elementwise, {}),
-            (_chunk_states_kernel, "", whole, of_k),
-            (_chunk_states_kernel, ", of q", whole, of_q),
-            (_pass_states_kernel, "", elementwise, {"REVERSED": False, "starts": None, "across": None}),
-            (_outputs_kernel, "", over_values, {}),
-            (_grad_values_kernel, "", over_values, {}),
-            (_grad_decays_kernel, "", elementwise, {}),
-        )
-        for kernel, name, (rows, block_n, block_p, kernel_warps, kernel_stages), more in (
-            backward if constant else (*others, *backward)
-        ):
-            known = common | {"ROWS": rows, "BLOCK_N": _tile(n, block_n), "BLOCK_P": _tile(p, block_p)} | more
-            signature = {argument: _kind(argument, known, dtype) for argument in kernel.arg_names}
+        sizes = {"CHUNK": CHUNK, "ROWS": ROWS, "HEADS": HEADS, "PASSED": PASSED, "STATE": n * p, "a_h": 1, "s_h": 1}
+        sizes |= {"TILES_N": triton.cdiv(n, over_keys["BLOCK_N"]), "num_warps": 4, "num_stages": 3}
+        tokens: dict[str, Any] = sizes | model
+        of_q: dict[str, Any] = {"READS": True, "scales": None}
+        of_k: dict[str, Any] = {"READS": False}
+        kernels: list[tuple[Any, str, dict[str, Any]]] = [
+            (_pass_states_kernel, ", reversed", tokens | {"REVERSED": True}),
+            (_grad_scores_kernel, "", over_pairs),
+            (_grad_keys_kernel, "", over_keys | of_k),
+            (_grad_keys_kernel, ", of q", over_keys | of_q),
+        ]
+        if (name, dtype) != ("RetNet 6.7B", "fp32"):
+            kernels += [
+                (_decay_sums_kernel, "", tokens),
+                (_chunk_states_kernel, "", over_states | of_k),
+                (_chunk_states_kernel, ", of q", over_states | of_q),
+                (_pass_states_kernel, "", tokens | {"REVERSED": False, "starts": None, "across": None}),
+                (_outputs_kernel, "", over_values),
+                (_grad_values_kernel, "", over_values),
+            ]
+        if "inside" not in model:
+            kernels.append((_grad_decays_kernel, "", tokens))
+        for kernel, more, known in kernels:
+            signature = {argument: _kind(argument, known, dtype, heads) for argument in kernel.arg_names}
             constexprs = {argument: known[argument] for argument in signature if argument in known}
-            label = f"{dtype}, keys {n}, values {p}{', constant decays' if constant else ''}{name}"
-            specs.append(KernelSpec(kernel, signature, constexprs, kernel_warps, kernel_stages, label))
+            label = f"{name}, {dtype}, keys {n}, values {p}{'' if 'documents' in model else ', packed'}{more}"
+            config = known["num_warps"], known["num_stages"]
+            specs.append(KernelSpec(kernel, signature, constexprs, *config, label))
     return specs
 
 
-def _kind(argument: str, known: dict[str, object], dtype: str) -> str:
+def _kind(argument: str, known: dict[str, Any], dtype: str, heads: str) -> str:
     if argument in known:
         return "constexpr"
     if argument == "inside":
@@ -906,7 +939,9 @@ def _kind(argument: str, known: dict[str, object], dtype: str) -> str:
         return "*i32"
     if argument[1:2] == "_" and argument[0] in "qkvyo":
         return "i32:16"
-    counts = ("length", "padded", "chunks", "batch", "heads", "shared", "splits", "tiles")
+    if argument == "heads":
+        return heads
+    counts = ("length", "padded", "chunks", "batch", "shared", "splits", "tiles")
     if argument[1:2] == "_" or argument in counts:
         return "i32"
     return "*fp32"

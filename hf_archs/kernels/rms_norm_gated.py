@@ -88,3 +88,6 @@ def cases(device, dtype, batch=2, length=9, channels=48):
     weight = torch.randn(channels, device=device, dtype=dtype)
     yield {"x": x, "weight": weight, "z": z, "eps": 1e-5}
     yield {"x": x, "weight": weight, "z": z, "eps": 1e-5, "group_size": channels // 3}
+
+
+MODEL_SIZES = {"channels": 768}

@@ -12,19 +12,21 @@ from hf_archs.kernels.numerics import inverse_rms
 BLOCK_ELEMENTS = 2**18  # of x in a block: 1 MB of float32, and long enough to hide the cost of a call
 
 
-def _blocks(channels: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
+def _blocks(channels: int, elements: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
     """The same rows of every tensor, seen as (rows, channels)."""
     rows = [t.reshape(-1, channels) for t in tensors]
-    step = max(1, BLOCK_ELEMENTS // channels)
+    step = max(1, elements // channels)
     for start in range(0, rows[0].shape[0], step):
         yield [t[start : start + step] for t in rows]
 
 
-def rms_norm_gated_fwd(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int) -> Tensor:
+def rms_norm_gated_fwd(
+    x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int, *, block: int = BLOCK_ELEMENTS
+) -> Tensor:
     """The output, in the shape and dtype of ``x``."""
     dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for x_rows, z_rows, out in _blocks(channels, x, z, y):
+    for x_rows, z_rows, out in _blocks(channels, block, x, z, y):
         gated = torch.ops.aten.silu(z_rows.to(dtype)).mul_(x_rows)
         groups = gated.view(-1, channels // group_size, group_size)
         groups.mul_(inverse_rms(groups, eps))
@@ -40,6 +42,8 @@ def rms_norm_gated_bwd(
     eps: float,
     group_size: int,
     wanted: Sequence[bool] = (True,) * 3,
+    *,
+    block: int = BLOCK_ELEMENTS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and z, each untouched memory unless it is wanted."""
     of_x, of_weight, of_z = wanted
@@ -48,7 +52,7 @@ def rms_norm_gated_bwd(
     grad_z = torch.empty(z.shape, dtype=z.dtype, device=x.device)
     grad_weight = torch.zeros(channels, dtype=dtype, device=x.device)
     wide_weight = weight.to(dtype)
-    for x_rows, z_rows, g, out_x, out_z in _blocks(channels, x, z, grad_y, grad_x, grad_z):
+    for x_rows, z_rows, g, out_x, out_z in _blocks(channels, block, x, z, grad_y, grad_x, grad_z):
         x_rows, z_rows, g = x_rows.to(dtype), z_rows.to(dtype), g.to(dtype)
         gate = torch.ops.aten.silu(z_rows)
         normed = gate * x_rows

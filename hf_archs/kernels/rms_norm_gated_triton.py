@@ -5,6 +5,9 @@ and written once and nothing is stored between forward and backward: the backwar
 inputs it reads anyway.
 """
 
+# a tuple that grows in a kernel has a type of its own at every step
+# mypy: disable-error-code="assignment,var-annotated"
+
 from collections.abc import Sequence
 
 import torch
@@ -13,67 +16,87 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_archs.kernels.aot import FUSED, KernelSpec
+from hf_archs.kernels.triton_functions import row_strides, row_unit, sigmoids
 
 # Rows that one program of the backward walks through. It sums the gradient of the weight in registers meanwhile and
 # writes it once, so this is what keeps that traffic at a few hundredths of the rest; every ROWS below divides it.
 SPAN = 16
 
 
-def _config(group_size: int) -> dict[str, int]:
-    """Rows in a tile, the group's size rounded up to what a tile can be, and warps.
+def _config(group_size: int, backward: bool = False) -> dict[str, int]:
+    """Rows of a program, tiles of a group and channels in each, and warps.
 
-    A thread holds 8 elements of each tensor (16 bytes of bf16), and 16 where a group has 8,192 channels and more.
+    A tile is a power of two wide, and a group is as many tiles as leave the fewest lanes idle: 5,120 channels are five
+    of 1,024, and none is. A thread holds 8 channels of a tile (16 bytes of bfloat16), or half of that where the
+    backward, which holds three tensors, would come to more than 24 and run out of registers.
     """
-    block = triton.next_power_of_2(group_size)
-    rows = min(SPAN, max(1, 1024 // block))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, rows * block // 256))}
+    splits = [(number, triton.next_power_of_2(triton.cdiv(group_size, number))) for number in (1, 3, 5, 7)]
+    tiles, block = min((s for s in splits if s[0] == 1 or s[1] >= 256), key=lambda s: (s[0] * s[1], s[0]))
+    if tiles == 1 and block > 4096:
+        tiles, block = 8, block // 8
+    rows = min(SPAN, max(1, 1024 // (tiles * block)))
+    warps = max(4, rows * block // 256) if tiles == 1 else block // 256
+    if backward and tiles * block > 24 * 32 * warps:
+        warps *= 2
+    return {"ROWS": rows, "TILES": tiles, "BLOCK": block, "num_warps": min(16, warps)}
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(tl.minimum(-x, 88.0)))  # beyond, exp overflows and the sigmoid is nothing
-
-
-@triton.jit
-def _scale(gated, eps, GROUP: tl.constexpr):
+def _scale(squares, eps, GROUP: tl.constexpr):
     """One over the root mean square of every row: (ROWS, 1)."""
-    return 1 / tl.sqrt(tl.sum(gated * gated, 1) / GROUP + eps)[:, None]
+    return 1 / tl.sqrt(tl.sum(squares, 1) / GROUP + eps)[:, None]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "channels", "x_stride", "z_stride"])
 def _rms_norm_gated_fwd_kernel(
     x,  # (rows, channels), the stride of rows given, channels adjacent
     weight,  # (channels,)
     z,  # as x
     y,  # (rows, channels)
     rows,
-    channels,
+    channels,  # in units, as the strides are
     x_stride,
     z_stride,
     eps,
+    UNIT: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    lane = tl.arange(0, BLOCK)
-    c = tl.program_id(1) * GROUP + lane
-    mask = (row < rows)[:, None] & (lane < GROUP)[None, :]
-    gate = tl.load(z + row[:, None] * z_stride + c[None, :], mask, 0).to(ACC)
-    gated = tl.load(x + row[:, None] * x_stride + c[None, :], mask, 0).to(ACC) * gate * _sigmoid(gate)
-    normed = gated * _scale(gated, eps, GROUP)
-    out = normed.to(y.dtype.element_ty).to(ACC) * tl.load(weight + c, lane < GROUP, 0).to(ACC)[None, :]
-    tl.store(y + row[:, None] * channels + c[None, :], out, mask)
+    channels *= UNIT
+    groups = channels // GROUP
+    row = (tl.program_id(0) // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) % groups * GROUP
+    x += row[:, None] * (x_stride * UNIT) + first
+    z += row[:, None] * (z_stride * UNIT) + first
+    y += row[:, None] * channels + first
+    weight += first
+    squares = tl.zeros((ROWS, BLOCK), ACC)
+    tiles = ()
+    for tile in tl.static_range(TILES):
+        lane = tile * BLOCK + tl.arange(0, BLOCK)
+        mask = (row < rows)[:, None] & (lane < GROUP)[None, :]
+        gate = tl.load(z + lane[None, :], mask, 0).to(ACC)
+        gated = tl.load(x + lane[None, :], mask, 0).to(ACC) * gate * sigmoids(gate)[0]
+        squares += gated * gated
+        tiles += (gated,)
+    scale = _scale(squares, eps, GROUP)
+    for tile in tl.static_range(TILES):
+        lane = tile * BLOCK + tl.arange(0, BLOCK)
+        mask = (row < rows)[:, None] & (lane < GROUP)[None, :]
+        normed = (tiles[tile] * scale).to(y.dtype.element_ty).to(ACC)
+        tl.store(y + lane[None, :], normed * tl.load(weight + lane, lane < GROUP, 0).to(ACC)[None, :], mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "channels", "g_stride", "x_stride", "z_stride"])
 def _rms_norm_gated_bwd_kernel(
     grad_y,  # as x
     x,
     weight,
     z,
-    grad_x,  # (rows, channels), like grad_z
+    grad_x,  # (rows, channels), like grad_z; this and each of those below may be None
     grad_z,
     sums,  # (programs along rows, channels): each program's gradient of the weight
     rows,
@@ -82,35 +105,67 @@ def _rms_norm_gated_bwd_kernel(
     x_stride,
     z_stride,
     eps,
+    UNIT: tl.constexpr,
     GROUP: tl.constexpr,
     SPAN: tl.constexpr,
     ROWS: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    lane = tl.arange(0, BLOCK)
-    c = tl.program_id(1) * GROUP + lane
-    total = tl.zeros((ROWS, BLOCK), ACC)
+    channels *= UNIT
+    groups = channels // GROUP
+    span = (tl.program_id(0) // groups).to(tl.int64)
+    first = tl.program_id(0) % groups * GROUP
+    totals = ()
+    for _ in tl.static_range(TILES):
+        totals += (tl.zeros((ROWS, BLOCK), ACC),)
     for block in range(SPAN // ROWS):
-        row = tl.program_id(0).to(tl.int64) * SPAN + block * ROWS + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (lane < GROUP)[None, :]
-        g = tl.load(grad_y + row[:, None] * g_stride + c[None, :], mask, 0).to(ACC)
-        x_tile = tl.load(x + row[:, None] * x_stride + c[None, :], mask, 0).to(ACC)
-        z_tile = tl.load(z + row[:, None] * z_stride + c[None, :], mask, 0).to(ACC)
-        s = _sigmoid(z_tile)
-        gate = z_tile * s
-        gated = x_tile * gate
-        scale = _scale(gated, eps, GROUP)
-        normed = gated * scale
-        # the forward rounded what the weight multiplies
-        total += g * normed.to(x.dtype.element_ty).to(ACC)
+        row = span * SPAN + block * ROWS + tl.arange(0, ROWS)
+        g_row = grad_y + row[:, None] * (g_stride * UNIT) + first
+        x_row = x + row[:, None] * (x_stride * UNIT) + first
+        z_row = z + row[:, None] * (z_stride * UNIT) + first
+        place = row[:, None] * channels + first
+        squares = tl.zeros((ROWS, BLOCK), ACC)
+        along = tl.zeros((ROWS, BLOCK), ACC)
+        xs = ()
+        zs = ()
+        gs = ()
+        for tile in tl.static_range(TILES):
+            lane = tile * BLOCK + tl.arange(0, BLOCK)
+            mask = (row < rows)[:, None] & (lane < GROUP)[None, :]
+            gs += (tl.load(g_row + lane[None, :], mask, 0),)
+            xs += (tl.load(x_row + lane[None, :], mask, 0),)
+            zs += (tl.load(z_row + lane[None, :], mask, 0),)
+            gate = zs[tile].to(ACC)
+            gated = xs[tile].to(ACC) * gate * sigmoids(gate)[0]
+            squares += gated * gated
+            h = gs[tile].to(ACC) * tl.load(weight + first + lane, lane < GROUP, 0).to(ACC)[None, :]
+            along += h * gated
+        scale = _scale(squares, eps, GROUP)
         # of the gated input u, with n = scale u and its gradient h: scale (h - n mean(h n))
-        h = g * tl.load(weight + c, lane < GROUP, 0).to(ACC)[None, :]
-        h = scale * (h - normed * (tl.sum(h * normed, 1) / GROUP)[:, None])
-        place = row[:, None] * channels + c[None, :]
-        tl.store(grad_x + place, h * gate, mask)
-        tl.store(grad_z + place, h * x_tile * s * (1 + z_tile * (1 - s)), mask)
-    tl.store(sums + tl.program_id(0).to(tl.int64) * channels + c, tl.sum(total, 0), lane < GROUP)
+        mean = scale * scale * (tl.sum(along, 1) / GROUP)[:, None]
+        new_totals = ()
+        for tile in tl.static_range(TILES):
+            lane = tile * BLOCK + tl.arange(0, BLOCK)
+            mask = (row < rows)[:, None] & (lane < GROUP)[None, :]
+            g, x_tile, z_tile = gs[tile].to(ACC), xs[tile].to(ACC), zs[tile].to(ACC)
+            s, rest = sigmoids(z_tile)
+            gate = z_tile * s
+            gated = x_tile * gate
+            # the forward rounded what the weight multiplies
+            new_totals += (totals[tile] + g * (gated * scale).to(x.dtype.element_ty).to(ACC),)
+            h = g * tl.load(weight + first + lane, lane < GROUP, 0).to(ACC)[None, :]
+            h = scale * (h - gated * mean)
+            if grad_x is not None:
+                tl.store(grad_x + place + lane[None, :], h * gate, mask)
+            if grad_z is not None:
+                tl.store(grad_z + place + lane[None, :], h * x_tile * (s + gate * rest), mask)
+        totals = new_totals
+    if sums is not None:
+        for tile in tl.static_range(TILES):
+            lane = tile * BLOCK + tl.arange(0, BLOCK)
+            tl.store(sums + span * channels + first + lane, tl.sum(totals[tile], 0), lane < GROUP)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -124,16 +179,18 @@ def rms_norm_gated_fwd(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_s
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     channels, config = x.shape[-1], _config(group_size)
     x, z = _rows(x), _rows(z)
-    _rms_norm_gated_fwd_kernel[triton.cdiv(x.shape[0], config["ROWS"]), channels // group_size](
+    strides = row_strides(x, 1) + row_strides(z, 1)
+    unit = row_unit(channels, *strides)
+    _rms_norm_gated_fwd_kernel[(triton.cdiv(x.shape[0], config["ROWS"]) * (channels // group_size),)](
         x,
         weight.contiguous(),
         z,
         y,
         x.shape[0],
-        channels,
-        x.stride(0),
-        z.stride(0),
+        channels // unit,
+        *(stride // unit for stride in strides),
         eps,
+        UNIT=unit,
         GROUP=group_size,
         **config,
         **FUSED,
@@ -149,15 +206,19 @@ def rms_norm_gated_bwd(
     eps: float,
     group_size: int,
     wanted: Sequence[bool] = (True,) * 3,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and z; one kernel makes all of them, whichever are wanted."""
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grad_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    channels, config = x.shape[-1], _config(group_size)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and z, None for each that is not ``wanted``."""
+    of_x, of_weight, of_z = wanted
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_x else None
+    grad_z = torch.empty(z.shape, dtype=z.dtype, device=z.device) if of_z else None
+    channels, config = x.shape[-1], _config(group_size, backward=True)
     grad_y, x, z = _rows(grad_y), _rows(x), _rows(z)
+    strides = row_strides(grad_y, 1) + row_strides(x, 1) + row_strides(z, 1)
+    unit = row_unit(channels, *strides)
     programs = triton.cdiv(x.shape[0], SPAN)
-    sums = torch.empty(programs, channels, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    _rms_norm_gated_bwd_kernel[programs, channels // group_size](
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    sums = torch.empty(programs, channels, dtype=dtype, device=x.device) if of_weight else None
+    _rms_norm_gated_bwd_kernel[(programs * (channels // group_size),)](
         grad_y,
         x,
         weight.contiguous(),
@@ -166,33 +227,37 @@ def rms_norm_gated_bwd(
         grad_z,
         sums,
         x.shape[0],
-        channels,
-        grad_y.stride(0),
-        x.stride(0),
-        z.stride(0),
+        channels // unit,
+        *(stride // unit for stride in strides),
         eps,
+        UNIT=unit,
         GROUP=group_size,
         SPAN=SPAN,
         **config,
         **FUSED,
     )
-    return grad_x, sums.sum(0), grad_z
+    return grad_x, None if sums is None else sums.sum(0), grad_z
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Both kernels for groups from one head to the whole of a wide model."""
+    """Both kernels for groups from one head to the whole of a wide model, in rows of 8-element units, as Mamba2-130m's
+    of 3,352 are; and once in rows of any number of elements.
+    """
+    shapes = [("", 64, 8), ("Mamba2-130m, ", 1536, 8), ("Mamba2-1.3b, ", 4096, 8), ("Mamba2-2.7b, ", 5120, 8)]
+    shapes += [("", 8192, 8), ("any rows, ", 1536, 1)]
     specs = []
     for kernel in (_rms_norm_gated_fwd_kernel, _rms_norm_gated_bwd_kernel):
         for dtype in ("bf16", "fp32"):
-            for group in (64, 1536, 4096, 8192):
-                config = _config(group)
+            for model, group, unit in shapes:
+                config = _config(group, backward=kernel is _rms_norm_gated_bwd_kernel)
                 num_warps = config.pop("num_warps")
-                constexprs: dict[str, object] = {"GROUP": group, **config}
+                constexprs: dict[str, object] = {"UNIT": unit, "GROUP": group, **config}
                 if kernel is _rms_norm_gated_bwd_kernel:
                     constexprs["SPAN"] = SPAN
-                types = {"rows": "i32", "channels": "i32:16", "eps": "fp32", "sums": "*fp32"}
-                types |= dict.fromkeys(("g_stride", "x_stride", "z_stride"), "i32:16")
+                types = {"rows": "i32", "channels": "i32", "eps": "fp32", "sums": "*fp32"}
+                types |= dict.fromkeys(("g_stride", "x_stride", "z_stride"), "i32")
                 types |= dict.fromkeys(constexprs, "constexpr")
                 signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
-                specs.append(KernelSpec(kernel, signature, constexprs, num_warps, 3, f"{dtype} groups of {group}"))
+                label = f"{model}{dtype} groups of {group}"
+                specs.append(KernelSpec(kernel, signature, constexprs, num_warps, 3, label))
     return specs

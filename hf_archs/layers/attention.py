@@ -1,13 +1,15 @@
-"""Softmax attention as a mixer: over all tokens, and over a window.
+"""Softmax attention as mixers: over all tokens (``attention``) and over a window (``sliding_attention``).
 
-They are registered as ``attention`` and ``sliding_attention``. What a token sees depends on its position in
-its document alone, never on how the document was cut into forwards.
+The output of a token depends on its position in its document, not on how the document is cut into forwards.
 
 Letters in shapes: b batch, l length, d hidden size, h query heads, k key-value heads, n channels per head, p columns of
 the state (keys before this forward), s blocks of queries.
 
-Coordinates: the first token of a forward is at 0, what came before it has negative ones, and a document that began
-earlier starts at a negative one. A token at coordinate i of a document that starts at a has position i - a.
+Coordinates: the first token of a forward is at 0, and earlier tokens are at negative coordinates. A token at i in a
+document that starts at a has position i - a.
+
+Direct columns are the keys and values of single tokens in `Columns`. Extra columns come before them: global tokens, and
+blocks of a compressive memory.
 """
 
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_archs.cache import Slot, States
-from hf_archs.cache.call import call
+from hf_archs.cache.call import call, once
 from hf_archs.kernels.arguments import last_inputs, number_documents
 from hf_archs.kernels.backend import is_transformed
 from hf_archs.kernels.exporting import any_length, in_chunks, out_of_chunks
@@ -38,20 +40,23 @@ from hf_archs.layers.rotary import document_starts, rotary, rotate
 from hf_archs.parts import StateSpec
 from hf_archs.registry import register_mixer
 
-_EXPORTED_BLOCK = 64  # queries
+_EXPORTED_BLOCK = 64  # queries of a block in an exported graph
 
 
 class Attention(nn.Module):
-    """Projections, norms, rotation, attention to all earlier tokens of the document, projection."""
+    """Attention to all earlier tokens of the document, with its projections, norms and rotary positions."""
 
     is_causal = True
-    reach: int | None = None  # the most direct columns that a query sees; None for all
+    reach: int | None = None  # the largest number of direct columns that a query sees; None for all
 
     def __init__(self, config: AttentionConfig):
         super().__init__()
         self.config = config
         size, heads, groups = config.head_size, config.num_heads, config.key_value_heads
         self.num_key_value_groups = heads // groups
+        # copies, since reading a field of a model's config takes as long as a small operator
+        self.head_size, self.qk_norm, self.clip = size, config.qk_norm, config.clip_qkv
+        self.rotation = None if config.rope_theta is None else (config.rotary_size, config.rope_theta)
         self.scaling = size**-0.5 if config.attention_scale is None else config.attention_scale
         self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, groups * size, bias=config.attention_bias)
@@ -74,7 +79,7 @@ class Attention(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
+        """``(b, l, d)`` to the same; see `hf_archs.parts.TokenMixer`."""
         position = None if state is None else state.get("position")
         start = document_starts(hidden_states.shape[1], position, seq_idx, hidden_states.device)
         q, k, v = self._project(hidden_states, start)
@@ -84,7 +89,7 @@ class Attention(nn.Module):
         before = {name: None if state is None else state.get(name) for name in self.states}
         columns = self._columns(k, v, start, before)
         if call.pairs is not None:
-            y = self._follow(q, columns, call.pairs)
+            y = self._attend_pairs(q, columns, call.pairs)
         elif before["key"] is None and seq_idx is None and self._sees_all(k.shape[2]):
             y = self._interface(q, k, v, None).flatten(2)
         else:
@@ -97,7 +102,7 @@ class Attention(nn.Module):
     def _in_place(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, state: Slot
     ) -> torch.Tensor:
-        """Attention to a state whose columns stay where they are, (b, l, h * n); these tokens enter it."""
+        """Add these tokens to the buffers of a static cache and attend to the buffers, (b, l, h * n)."""
         after = {"position": (k.shape[2] - start).expand(k.shape[0], 1).contiguous()}
         inputs: dict[str, torch.Tensor | None] = {"k": k.transpose(1, 2), "v": v.transpose(1, 2), "seq_idx": None}
         held, place = state.append({"key": k.mT, "value": v.mT}, after, inputs, self._replay)
@@ -109,10 +114,8 @@ class Attention(nn.Module):
         seen = (column <= place.unsqueeze(1)) & (column >= first)
         return self._interface(q, keys, values, seen.unsqueeze(1)).flatten(2)
 
-    def _follow(self, q: torch.Tensor, columns: Columns, pairs: Pairs) -> torch.Tensor:
-        """Attention to what a mask of four dimensions shows, (b, l, h * n). Of that a window hides what is more than so
-        many positions before a token.
-        """
+    def _attend_pairs(self, q: torch.Tensor, columns: Columns, pairs: Pairs) -> torch.Tensor:
+        """Attention by a mask of four dimensions, (b, l, h * n), limited to the window if there is one."""
         key = torch.arange(-columns.past, columns.length, device=q.device)
         seen = pairs.columns(pairs.past + key)
         if self.reach is not None:
@@ -123,34 +126,40 @@ class Attention(nn.Module):
         return self._masked(q, columns.k, columns.v, seen)
 
     def _masked(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Attention by such a mask, (b, l, h * n); of a query that sees nothing comes 0."""
-        blank = sees_nothing(seen)
-        seen = seen.masked_fill(blank, seen.dtype == torch.bool)  # else its softmax would be not-a-number
-        seen = seen if seen.dtype == torch.bool else cast(seen, q.dtype)
-        return self._interface(q, k, v, seen).masked_fill(blank.transpose(1, 2), 0).flatten(2)
+        """Attention by a bool or float mask, (b, l, h * n); the output of a query that sees nothing is 0."""
+        blind, is_bool = sees_nothing(seen), seen.dtype == torch.bool
+        seen = seen.masked_fill(blind, True if is_bool else 0.0)  # it may see all: its softmax would be NaN
+        seen = seen if is_bool else cast(seen, q.dtype)
+        return self._interface(q, k, v, seen).masked_fill(blind.transpose(1, 2), 0).flatten(2)
 
     def _project(
         self, hidden_states: torch.Tensor, start: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (b, h, l, n), keys and values (b, k, l, n)."""
-        config = self.config
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         dtype = v.dtype
-        if config.qk_norm == "full":
+        if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
-        q, k, v = (t.unflatten(-1, (-1, config.head_size)) for t in (q, k, v))
-        if config.qk_norm == "head":
+        heads = (-1, self.head_size)
+        q, k, v = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+        if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
-        if config.clip_qkv is not None:
-            q, k, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (q, k, v))
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if config.rope_theta is not None:
-            given = None if call.pairs is None else call.pairs.positions
-            position = torch.arange(q.shape[2], device=q.device) - start if given is None else given
+        if self.rotation is not None:
             wider = torch.promote_types(dtype, torch.float32)
-            cos, sin = rotary(position, config.rotary_size, config.rope_theta, wider)
+            cos, sin = once((*self.rotation, wider, q.device), lambda: self._angles(q.shape[2], start, wider))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return cast(q, dtype), cast(k, dtype), v
+
+    def _angles(self, length: int, start: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine for these tokens, see `rotary`."""
+        assert self.rotation is not None
+        given = None if call.pairs is None else call.pairs.positions
+        return rotary(
+            torch.arange(length, device=start.device) - start if given is None else given, *self.rotation, dtype
+        )
 
     def _columns(
         self, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, before: Mapping[str, torch.Tensor | None]
@@ -164,29 +173,32 @@ class Attention(nn.Module):
     # -- what a query sees ----------------------------------------------------------------------------------------
 
     def _sees_all(self, length: int) -> bool:
-        """Whether plain causal attention is right where there are no tokens before these and no other documents."""
+        """Whether causal attention without a mask is right for a single document of ``length`` tokens."""
         return True
 
     def _lowest(self, query: torch.Tensor, start: torch.Tensor) -> torch.Tensor | None:
-        """The first coordinate whose own key a query sees, apart from its document's start."""
+        """The lowest coordinate that a query sees as a direct column; None for its document's start."""
         return None
 
     def _visible(self, blocks: Blocks) -> torch.Tensor:
-        """Which of the direct columns each query sees, (b or 1, s, queries, columns)."""
+        """The direct columns that each query sees, (b or 1, s, queries, columns) bool."""
         lowest = self._lowest(blocks.query, blocks.start)
         first = blocks.start if lowest is None else torch.maximum(blocks.start, lowest)
         seen = blocks.key >= first
         return seen & (blocks.key <= blocks.query) if blocks.query.shape[1] > 1 else seen
 
     def _extra(self, blocks: Blocks, columns: Columns) -> list[Extra]:
-        """Columns beside the direct ones."""
+        """The extra columns of each block of queries."""
         return []
 
     def _attend(self, q: torch.Tensor, columns: Columns) -> torch.Tensor:
-        """(b, h, l, n) to (b, l, h * n), for queries that do not see all that is before them."""
-        if columns.length == 1 and self.reach is None:  # what follows takes as long as the products of a small model
-            seen = torch.arange(-columns.past, 1, device=q.device) >= columns.start
-            return self._interface(q, columns.k, columns.v, seen[:, None, None]).flatten(2)
+        """Attention within windows and documents, and to a state: (b, h, l, n) to (b, l, h * n)."""
+        if columns.length == 1 and self.reach is None:  # a decode step, without the overhead of blocks
+            seen = once(
+                ("seen", columns.past, q.device),
+                lambda: (torch.arange(-columns.past, 1, device=q.device) >= columns.start)[:, None, None],
+            )
+            return self._interface(q, columns.k, columns.v, seen).flatten(2)
         blocks = self._blocks(q, columns)
         b, s = blocks.q.shape[:2]
         parts = [*self._extra(blocks, columns), (blocks.k, blocks.v, self._visible(blocks))]
@@ -203,18 +215,18 @@ class Attention(nn.Module):
         if any_length():
             return out_of_chunks(y, q.shape[2])
         y = y.flatten(1, 2)
-        # no slice: whether it is contiguous would be asked of each length when compiling
+        # no slice, whose contiguity depends on the length: a compiled graph would be guarded by it
         return F.pad(y, (0, 0, 0, q.shape[2] - y.shape[1]))
 
     def _read(self, blocks: Blocks, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(b * s, queries, h, n) from keys and values (b * s, k, columns, n) and a mask, see `_rows`."""
+        """(b * s, queries, h, n), from k and v (b * s, k, columns, n) and a mask of `rows_of_mask`."""
         return self._interface(blocks.q.flatten(0, 1), k, v, mask, k.shape[2] - blocks.k.shape[3])
 
     def _blocks(self, q: torch.Tensor, columns: Columns) -> Blocks:
-        """All queries in one block; or, where there are more than ``reach``, blocks of so many, whose columns are their
-        own and those that the first of them sees: scores of every pair would cost the square of the length.
+        """All queries in one block, or, if there are more than ``reach``, in blocks of ``reach`` queries.
 
-        (Compiled, lengths up to ``reach`` and lengths above it have a graph each.)
+        A block's columns begin with the first that its first query sees, so the cost is linear in the length.
+        (Compiled, lengths up to ``reach`` have one graph and longer ones another.)
         """
         length, past, start = columns.length, columns.past, columns.start
         if self.reach is None or call.show is not None or self._is_short(length):
@@ -238,12 +250,12 @@ class Attention(nn.Module):
         return Blocks(q, k, v, query, key, start[..., None])
 
     def _is_short(self, length: int) -> bool:
-        """Whether so few tokens are one block."""
+        """Whether the queries form a single block."""
         assert self.reach is not None
         return length == 1 if any_length() else length <= self.reach
 
     def _exported_blocks(self, q: torch.Tensor, columns: Columns) -> Blocks:
-        """Blocks in a graph for any length: of few queries, since most of a long one would be padding."""
+        """Blocks in a graph that is exported for any length: small, since a short input is padded to a whole block."""
         assert self.reach is not None
         past, start, size, earlier = columns.past, columns.start, min(self.reach, _EXPORTED_BLOCK), self.reach - 1
         q = in_chunks(q.transpose(1, 2), size).transpose(2, 3)
@@ -261,13 +273,12 @@ class Attention(nn.Module):
     def _interface(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, extra: int = 0
     ) -> torch.Tensor:
-        """The implementation that the model's config names, (b, h, l, n) to (b, l, h, n); ``extra`` columns come first
-        that are not the direct ones.
-        """
-        named = "eager" if is_transformed() else self.config._attn_implementation or "sdpa"  # which torch can transform
+        """Call the attention of the model's config, (b, h, l, n) to (b, l, h, n), with ``extra`` extra columns."""
+        # torch.func and forward-mode differentiation transform eager attention only
+        named = "eager" if is_transformed() else self.config._attn_implementation or "sdpa"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(named, eager_attention)
         if torch.compiler.is_exporting() and q.shape[2] == 1:
-            # the heads of a group as so many queries: no exporter can show that keys may be repeated at any length
+            # the heads of a group become queries: exporters cannot repeat the keys at a dynamic length
             q = q.view(q.shape[0], k.shape[1], self.num_key_value_groups, q.shape[3])
             return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scaling).flatten(1, 2).unsqueeze(1)
         options: dict[str, Any] = {"dropout": 0.0, "scaling": self.scaling, "is_causal": mask is None}
@@ -293,7 +304,7 @@ class Attention(nn.Module):
         if alone and self.reach is None:
             return {"key": columns.k.mT, "value": columns.v.mT, **after}
         if alone and length == 1 and past == self.reach - 1:  # type: ignore[operator]
-            # copies: views would keep the column alive that has left the window
+            # copies, since views would keep the column that left the window in memory
             k, v = (t[:, :, 1:].clone(memory_format=torch.contiguous_format) for t in (columns.k, columns.v))
             return {"key": k.mT, "value": v.mT, **after}
         size = columns.k.shape[2] if self.reach is None else self.reach - 1
@@ -306,12 +317,12 @@ class Attention(nn.Module):
         return after
 
     def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor | int) -> States:
-        """Other states than those of attention, where the last document starts and each row ends, (b or 1, 1)."""
+        """States of subclasses, from the last document's start and the end of each row, (b or 1, 1) each."""
         return {}
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
         """The states after the first ``lengths`` tokens of a recorded forward."""
-        # a state that grows shall have no columns of what is taken back
+        # a growing state must not keep columns of removed tokens
         count = inputs["k"].shape[1] if self.reach is not None else max(int(lengths.max()), 1)
         k, v = (inputs[name][:, :count].transpose(1, 2) for name in ("k", "v"))
         seq_idx = inputs.get("seq_idx")
@@ -321,13 +332,13 @@ class Attention(nn.Module):
 
 
 def _overlapping(x: torch.Tensor, size: int) -> torch.Tensor:
-    """(b, k, (s + 1) * size, n) to (b, s, k, 2 * size - 1, n): each block after what its first query sees before it."""
+    """(b, k, (s + 1) * size, n) to (b, s, k, 2 * size - 1, n): each block, after the columns its first query sees."""
     blocks = x.unflatten(2, (-1, size))
     return torch.cat([blocks[:, :, :-1, 1:], blocks[:, :, 1:]], 3).transpose(1, 2)
 
 
 class SlidingAttention(Attention):
-    """Attention to a window of tokens, and to the first tokens of the document."""
+    """Attention to a window of tokens, and to the first tokens of the document (global tokens)."""
 
     config: SlidingAttentionConfig
 
@@ -352,7 +363,7 @@ class SlidingAttention(Attention):
         return seen
 
     def _extra(self, blocks: Blocks, columns: Columns) -> list[Extra]:
-        """Global tokens before the direct columns. Only the document of a block's first query can have any there."""
+        """Global tokens that are not direct columns. Only the document of a block's first query can have any."""
         if not self.config.global_tokens:
             return []
         place = blocks.start[:, :, 0] + torch.arange(self.config.global_tokens, device=blocks.q.device)
@@ -388,7 +399,7 @@ class SlidingAttention(Attention):
         return {"global_key": k, "global_value": v}
 
 
-# all are projections to and from heads
+# all have widths that are multiples of a head's size
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 register_mixer(
@@ -410,7 +421,7 @@ register_mixer(
     state=sliding_attention_state,
     layer_type=lambda config: "sliding_attention",
     window=lambda config: config.window,
-    # such a mask does not say where a document begins, and so which are its first tokens
+    # a mask of four dimensions does not mark the first tokens of a document
     follows_pairs=lambda config: not config.global_tokens,
     shows_weights=True,
     lora_targets=PROJECTIONS,

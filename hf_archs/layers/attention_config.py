@@ -1,4 +1,4 @@
-"""Configs and states of attention."""
+"""Configs and states of full and sliding-window attention."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,19 +15,19 @@ class AttentionConfig(PartConfig):
     """Fields of attention (Vaswani et al. 2017, section 3.2).
 
     Args:
-        num_heads: heads of the queries.
-        num_key_value_heads: heads of keys and values, each for equally many query heads (Ainslie et al. 2023); None
-            for ``num_heads``.
+        num_heads: number of query heads.
+        num_key_value_heads: number of key-value heads, each shared by equally many query heads (Ainslie et al. 2023);
+            None for ``num_heads``.
         head_dim: channels of a head; None for ``hidden_size / num_heads``.
-        rope_theta: base of the rotary positions (Su et al. 2021), None for no positions. Channels c and c + m/2 of the
-            m rotated ones are a pair, which turns by ``rope_theta ** (-2c / m)`` a token.
-        partial_rotary_factor: part of a head's channels, the first ones, that is rotated.
-        qk_norm: RMSNorm of queries and keys, over each ``head`` (Qwen3) or the ``full`` projection (OLMoE), or
+        rope_theta: base of the rotary positions (Su et al. 2021); None for no positions. Channels c and c + m/2 of m
+            rotated channels are a pair, rotated by ``rope_theta ** (-2c / m)`` per token.
+        partial_rotary_factor: share of a head's channels that are rotated, the first ones.
+        qk_norm: RMSNorm of queries and keys: over each ``head`` (Qwen3), over the ``full`` projection (OLMoE), or
             ``none``.
-        attention_bias: bias of the projections to queries, keys and values.
-        output_bias: bias of the projection at the end.
+        attention_bias: whether the projections to queries, keys and values have a bias.
+        output_bias: whether the output projection has a bias.
         clip_qkv: largest absolute value of queries, keys and values (OLMoE); None for no limit.
-        attention_scale: what scores are multiplied by; None for ``head_dim ** -0.5``.
+        attention_scale: factor of the scores; None for ``head_dim ** -0.5``.
     """
 
     num_heads: int = 12
@@ -42,7 +42,7 @@ class AttentionConfig(PartConfig):
     attention_scale: float | None = None
 
     def validate_attention(self) -> None:
-        """Refuse values that are out of range or do not fit together."""
+        """Raise a `ValueError` for fields that are out of range or do not fit together."""
         check_range(self, "num_heads", 1, 2**10)
         check_range(self, "partial_rotary_factor", 2.0**-10, 1.0)
         if self.num_key_value_heads is not None:
@@ -72,27 +72,27 @@ class AttentionConfig(PartConfig):
 
     @property
     def _attn_implementation(self) -> str | None:
-        """The model's, where transformers' functions for attention look for it."""
+        """The attention implementation of the model; transformers' attention functions read it here."""
         owner = self.model_config
-        return self.__dict__.get("_implementation") if owner is self else owner._attn_implementation
+        return getattr(self, "_implementation", None) if owner is self else owner._attn_implementation
 
     @_attn_implementation.setter
     def _attn_implementation(self, implementation: str | None) -> None:
-        self.__dict__["_implementation"] = implementation
+        self._implementation = implementation
 
     @property
     def key_value_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of key-value heads."""
         return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
     @property
     def head_size(self) -> int:
-        """Channels of a head."""
+        """Channels per head."""
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def rotary_size(self) -> int:
-        """Channels of a head that are rotated where there are rotary positions."""
+        """Rotated channels per head, if there are rotary positions."""
         return int(self.head_size * self.partial_rotary_factor)
 
 
@@ -102,30 +102,30 @@ class SlidingAttentionConfig(AttentionConfig):
     """Fields of attention over a window (Beltagy et al. 2020, section 3.1).
 
     Args:
-        window: tokens that a token sees: itself and those before it.
-        global_tokens: so many first tokens of each document are seen by all after them, the "attention sinks" of Xiao
-            et al. 2023.
+        window: number of tokens that a token sees, itself included.
+        global_tokens: number of first tokens of each document that all later tokens see (attention sinks, Xiao et al.
+            2023).
     """
 
     window: int = 2048
     global_tokens: int = 0
 
     def validate_window(self) -> None:
-        """Refuse sizes that are out of range."""
+        """Raise a `ValueError` for sizes that are out of range."""
         check_range(self, "window", 1, 2**24)
         check_range(self, "global_tokens", 0, 2**16)
 
     @property
     def reach(self) -> int:
-        """The most tokens, itself among them, whose own keys a token sees, but for the global ones."""
+        """The largest number of direct columns that a query sees, global tokens aside."""
         return self.window
 
 
 def attention_state(config: AttentionConfig) -> dict[str, StateSpec]:
-    """Rotated keys, and values, of all tokens, and the number of tokens in the document so far.
+    """Rotated keys and values of all tokens, and ``position``, the number of tokens in the document so far.
 
-    The last ``position`` columns are the document's. (``position`` is of kind ``conv``, since transformers wants to
-    find one of each kind.)
+    The last ``position`` columns belong to the current document. (``position`` has kind ``conv``, since transformers
+    expects a state of each kind.)
     """
     shape = (config.key_value_heads, config.head_size)
     kept = {name: StateSpec("recurrent", (*shape, None), together=True) for name in ("key", "value")}
@@ -133,13 +133,12 @@ def attention_state(config: AttentionConfig) -> dict[str, StateSpec]:
 
 
 def sliding_attention_state(config: SlidingAttentionConfig) -> dict[str, StateSpec]:
-    """As `attention_state`, of the window alone; and the keys and values of the document's first tokens."""
+    """As `attention_state`, for the tokens of the window, and keys and values of the global tokens."""
     shape = (config.key_value_heads, config.head_size)
-    sizes = {"": config.reach - 1, "global_": config.global_tokens}
+    sizes = {"": config.reach - 1} | ({"global_": config.global_tokens} if config.global_tokens else {})
     kept = {
         f"{part}{name}": StateSpec("recurrent", (*shape, size))
         for part, size in sizes.items()
         for name in ("key", "value")
-        if part != "global_" or size
     }
     return {**kept, "position": StateSpec("conv", (1,), torch.int64)}

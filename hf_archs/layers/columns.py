@@ -1,6 +1,6 @@
 """Keys and values as columns, and the blocks of queries that see them.
 
-Letters and coordinates are those of `hf_archs.layers.attention`.
+Letters, coordinates and terms are those of `hf_archs.layers.attention`.
 """
 
 from collections.abc import Mapping
@@ -18,21 +18,21 @@ class Columns(NamedTuple):
     v: torch.Tensor
     past: int  # p
     start: torch.Tensor  # see `document_starts`
-    before: Mapping[str, torch.Tensor | None]
-    memory: Any = None  # of a mixer that has one, see `hf_archs.layers.memory_attention`
+    before: Mapping[str, torch.Tensor | None]  # the states before this forward
+    memory: Any = None  # see `hf_archs.layers.memory_attention`
 
     @property
     def length(self) -> int:
-        """Tokens of this forward."""
+        """Number of tokens of this forward."""
         return self.k.shape[2] - self.past
 
     @property
     def is_step(self) -> bool:
-        """Whether this is one token after others, whose state holds all that it sees and says where it is."""
+        """True for a decode step: one new token after a non-empty cache."""
         return self.past > 0 and self.length == 1
 
     def held(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a state beside that of the direct columns, (b, k, columns, n)."""
+        """The extra columns in the states ``<part>key`` and ``<part>value``: (b, k, columns, n) each."""
         k, v = self.before[f"{part}key"], self.before[f"{part}value"]
         assert k is not None
         assert v is not None
@@ -40,7 +40,7 @@ class Columns(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The queries in blocks, each with the columns that it may see."""
+    """Blocks of queries, each with the direct columns that it may see."""
 
     q: torch.Tensor  # (b, s, h, queries, n)
     k: torch.Tensor  # (b, s, k, columns, n)
@@ -50,18 +50,18 @@ class Blocks(NamedTuple):
     start: torch.Tensor  # of the documents, (b or 1, s or 1, queries or 1, 1)
 
 
-# keys and values (b, s, k, columns, n), and which query sees them, (b or 1, s, queries, columns)
+# extra keys and values, (b, s, k, columns, n), and which query sees them, (b or 1, s, queries, columns) bool
 Extra = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def rows_of_mask(mask: torch.Tensor, batch: int) -> torch.Tensor:
-    """(b or 1, s, queries, columns) to (b * s or 1, 1, queries, columns)."""
+    """A mask with blocks as batch rows: (b or 1, s, queries, columns) to (b * s or 1, 1, queries, columns)."""
     if mask.shape[0] != batch and mask.shape[1] > 1:
         mask = mask.expand(batch, -1, -1, -1)
     return mask.flatten(0, 1).unsqueeze(1)
 
 
 def take_columns(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Columns of x, (b, k, columns, n), by the indices ``place`` (b or 1, s, count): (b, s, k, count, n)."""
+    """Gather columns of x, (b, k, columns, n), by indices ``place``, (b or 1, s, count): (b, s, k, count, n)."""
     index = place.flatten(1)[:, None, :, None].expand(*x.shape[:2], -1, x.shape[3])
     return x.gather(2, index).unflatten(2, place.shape[1:]).transpose(1, 2)

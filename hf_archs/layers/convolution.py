@@ -1,4 +1,4 @@
-"""The short causal depthwise convolution that most recurrent mixers put before their recurrence."""
+"""The short causal depthwise convolution before the recurrence of most mixers."""
 
 import math
 
@@ -11,9 +11,9 @@ from hf_archs.kernels import causal_conv1d
 
 
 class CausalConv1d(nn.Module):
-    """Depthwise causal convolution, whose window of past inputs is a state.
+    """Depthwise causal convolution with a state, the window of past inputs.
 
-    It is no `nn.Conv1d`: it takes and returns a state, which adapters for `nn.Conv1d` would drop without a word.
+    It does not inherit from `nn.Conv1d`, whose adapters would silently drop the state.
 
     Args:
         channels: number of channels; each has its own filter.
@@ -25,12 +25,12 @@ class CausalConv1d(nn.Module):
     def __init__(self, channels: int, kernel_size: int, bias: bool, activation: str | None = "silu"):
         super().__init__()
         self.activation = activation
-        # the shape of nn.Conv1d's weight, so that checkpoints fit
+        # the shape of nn.Conv1d's weight, as in checkpoints
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def init_weights(self) -> None:
-        """As `nn.Conv1d` initialises its weight, and a bias of zero."""
+        """Initialise the weight as `nn.Conv1d` does, and the bias with zeros."""
         init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             init.zeros_(self.bias)
@@ -45,7 +45,7 @@ class CausalConv1d(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(batch, length, channels)`` to the same, and the state ``(batch, channels, kernel_size - 1)``.
 
-        ``once`` is that of the slot that is continued, see `hf_archs.cache.Slot`.
+        ``once`` is `hf_archs.cache.Slot.once` of the mixer's slot, or None.
         """
         return causal_conv1d(
             hidden_states,
@@ -58,7 +58,7 @@ class CausalConv1d(nn.Module):
         )
 
     def _filters(self) -> torch.Tensor:
-        return self.weight.squeeze(1).t().contiguous().t()  # taps outermost in memory, as a decode step reads them
+        return self.weight.squeeze(1).t().contiguous().t()  # taps outermost in memory, the order of a decode step
 
     def extra_repr(self) -> str:
         """Channels, taps and bias, as `print` shows them."""

@@ -1,4 +1,4 @@
-"""Attention as two products around a softmax, for those who want its weights.
+"""Attention as two matrix products around a softmax, which exposes its weights.
 
 Letters are those of `hf_archs.layers.attention`.
 """
@@ -23,14 +23,15 @@ def eager_attention(
     show: Callable[[torch.Tensor], torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as two products around a softmax, in at least float32: transformers' ``eager``.
+    """Attention in at least float32, as transformers' ``eager``.
 
     Args:
         query: (b, h, l, n).
         key, value: (b, k, columns, n).
-        attention_mask: what each query sees, bool, or floats that are added to scores, (b or 1, 1, l, columns); None
-            for causal attention.
-        show: gets the weights, and gives what stands for them.
+        attention_mask: (b or 1, 1, l, columns), bool, True for visible columns, or floats that are added to the
+            scores; None for causal attention.
+        scaling: factor of the scores.
+        show: receives the weights and returns the weights to use.
 
     Returns:
         (b, l, h, n) in the dtype of ``query``, and the weights (b, h, l, columns).

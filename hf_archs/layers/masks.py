@@ -1,5 +1,4 @@
-"""Masks and documents, as hosts say them: which tokens of a forward are real, which belong together, and which see each
-other.
+"""Attention masks and document boundaries, in the forms that hosts pass: padding, documents, and pairs of tokens.
 
 Letters in shapes: b batch, l length of this forward, c columns of a mask.
 """
@@ -17,13 +16,13 @@ from hf_archs.cache.call import call
 
 
 class Pairs(NamedTuple):
-    """Which tokens see each other, where a mask of four dimensions says it in the place of causality.
+    """A mask of four dimensions, which replaces causality.
 
     Attributes:
-        seen: (b or 1, 1, l, c), the columns of all tokens so far: bool, or floats that are added to scores.
-        real: (b, l) bool, the tokens that see any, as pads do not; None where all do.
-        past: tokens before this forward.
-        positions: (b or 1, l), by which queries and keys are rotated; None for the numbers of their columns.
+        seen: (b or 1, 1, l, c) over the columns of all tokens so far: bool, or floats that are added to the scores.
+        real: (b, l) bool, the tokens that see any column (padding sees none); None if all do.
+        past: number of tokens before this forward.
+        positions: (b or 1, l), the rotary positions of queries and keys; None for the column numbers.
     """
 
     seen: torch.Tensor
@@ -32,15 +31,13 @@ class Pairs(NamedTuple):
     positions: torch.Tensor | None
 
     def columns(self, column: torch.Tensor) -> torch.Tensor:
-        """``seen`` of the columns with these numbers, (count,); nothing is seen where there is none."""
+        """``seen`` at the column numbers ``column``, (count,); a column out of range is not seen."""
         last = self.seen.shape[3] - 1
         inside = (column >= 0) & (column <= last)
         return limited(self.seen.index_select(3, column.clamp(0, last)), inside)
 
     def in_direction(self, backwards: bool) -> Pairs:
-        """One direction's part of all pairs: every token with itself and those before it, of rows that are turned round
-        where it is ``backwards``.
-        """
+        """The causal half of the mask, for one direction of a bidirectional model; ``backwards`` reverses the rows."""
         seen, positions = self.seen, self.positions
         if backwards:
             seen, positions = seen.flip(2, 3), None if positions is None else -positions.flip(1)
@@ -49,22 +46,22 @@ class Pairs(NamedTuple):
 
 
 def limited(seen: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
-    """A mask, bool or of floats, in which nothing else is seen than ``to``, bool."""
+    """The mask ``seen``, bool or float, with only the columns of the bool mask ``to`` left visible."""
     return torch.where(to, seen, False if seen.dtype == torch.bool else -math.inf)
 
 
 def sees_nothing(seen: torch.Tensor) -> torch.Tensor:
-    """The queries, (..., 1), to which such a mask shows no column."""
+    """The queries without a visible column in a bool or float mask (..., l, c): (..., l, 1) bool."""
     return ~(seen if seen.dtype == torch.bool else ~seen.isneginf()).any(-1, keepdim=True)
 
 
 class Mask(NamedTuple):
-    """What an ``attention_mask`` says of the tokens of a forward.
+    """The contents of an ``attention_mask``, as `read_mask` returns them.
 
     Attributes:
-        real: (b, l) bool, the real tokens; None where no token is a pad.
-        documents: (b, l) int64, the document of each token; None where the mask does not number them.
-        seen: a mask of four dimensions as it is, for `read_pairs`.
+        real: (b, l) bool, the real tokens; None if there is no padding.
+        documents: (b, l) int64, the document number of each token; None if the mask has none.
+        seen: a mask of four dimensions, unchanged, for `read_pairs`.
     """
 
     real: torch.Tensor | None = None
@@ -73,18 +70,17 @@ class Mask(NamedTuple):
 
 
 def read_mask(attention_mask: Any, batch: int, length: int, cache: RecurrentCache | None) -> Mask:
-    """Read a mask in any of the forms that hosts have.
+    """Read an ``attention_mask`` of any form that hosts pass.
 
     Args:
-        attention_mask: (b, c) for the last l of all columns, 0 for pads and 1 for real tokens, or the number of each
-            real token's document from 1 on; or of four dimensions, see `read_pairs`; or a dict by layer type, as
-            transformers makes them for compiled forwards; or None. The first of the l tokens goes on with the document
-            in the cache.
-        cache: before this forward.
+        attention_mask: (b, c), whose last l columns are these tokens: 0 for padding, and 1 or the document number (from
+            1 on) for real tokens; or four dimensions, see `read_pairs`; or a dict of masks by layer type, which
+            transformers makes for compiled forwards; or None.
+        cache: as before this forward; its last document continues with the first token.
 
     Raises:
-        ValueError: for anything else, naming the shape or the value; and where the first token begins a document after
-            one in the cache.
+        ValueError: for any other mask, naming the shape or the value; and if the first token begins a new document
+            after a cache.
     """
     if isinstance(attention_mask, dict):
         kinds = ("linear_attention", "full_attention", "sliding_attention")
@@ -108,7 +104,7 @@ def read_mask(attention_mask: Any, batch: int, length: int, cache: RecurrentCach
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns for {length} new tokens; allowed are {length} or more"
         )
-    if not _can_be_asked(mask):
+    if not _has_values(mask):
         if mask.dtype != torch.bool and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             torch._assert_async((mask <= 1).all(), "attention_mask numbers documents; compiled forwards take seq_idx")
         return Mask(mask.bool())
@@ -130,16 +126,16 @@ def read_mask(attention_mask: Any, batch: int, length: int, cache: RecurrentCach
     return Mask(None if low > 0 else mask.bool())
 
 
-def _can_be_asked(t: torch.Tensor) -> bool:
-    """Whether its values are there: not in a graph, nor under `torch.func.vmap`.
+def _has_values(t: torch.Tensor) -> bool:
+    """Whether the values can be read: not while tracing, nor under `torch.func.vmap`.
 
-    (Outside of both an unpadded batch is spared the sorting.)
+    (If they can, batches without padding skip the sorting of tokens.)
     """
     return not is_tracing(t) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def _check_continuation(before: torch.Tensor, mask: torch.Tensor) -> None:
-    """A cache goes on with its last document; but `generate` appends ones, whatever its number."""
+    """Refuse a mask that begins a new document after a cache; but 1 may follow any number, as `generate` appends it."""
     if before.shape[1] == 0:
         return
     place = torch.arange(before.shape[1], device=before.device)
@@ -166,19 +162,19 @@ def read_pairs(
     """Read a mask of four dimensions.
 
     Args:
-        seen: (b or 1, 1, l, c) for the columns of all tokens so far, bool, or floats of at most 0 that are added to
-            scores.
-        cache: before this forward.
-        seq_idx: None, or an error: the mask says which tokens belong together.
+        seen: (b or 1, 1, l, c) over the columns of all tokens so far: bool, or floats of at most 0 that are added to
+            the scores.
+        cache: as before this forward.
+        seq_idx: must be None, since the mask itself separates documents.
         position_ids: (b or 1, l), or None.
-        windows: whether a layer has one; of the tokens in a cache it knows no positions but those of their columns.
+        windows: whether any layer has a window, which counts cached tokens by their columns.
 
     Raises:
-        ValueError: for anything else, naming the shape, the dtype or the value; and where the columns of the cache are
-            not its tokens, which those of pads and of earlier documents are not.
+        ValueError: for any other mask, naming the shape, the dtype or the value; and for a cache that holds padding or
+            earlier documents.
     """
-    asked, past = _can_be_asked(seen), 0 if cache is None else cache.get_seq_length()
-    columns = [int(past) + length if asked else seen.shape[3]]  # no set: compilers would take a length for a constant
+    asked, past = _has_values(seen), 0 if cache is None else cache.get_seq_length()
+    columns = [int(past) + length if asked else seen.shape[3]]  # in a set, compilers would make the length a constant
     if cache is not None and cache.is_static and cache.max_cache_len:
         columns.append(cache.max_cache_len)
     if seen.shape[0] not in (batch, 1) or seen.shape[1:3] != (1, length) or seen.shape[3] not in columns:
@@ -223,7 +219,7 @@ def read_pairs(
             )
         seen = seen.masked_fill(seen <= torch.finfo(seen.dtype).min / 2, -math.inf)
     if isinstance(past, torch.Tensor):
-        past = past.clone()  # which a static cache counts on
+        past = past.clone()  # a static cache updates its counter in place
     real = ~sees_nothing(seen)[:, 0, :, 0].expand(batch, -1)
     return Pairs(seen, None if asked and bool(real.all()) else real, past, position_ids)
 
@@ -235,10 +231,17 @@ def read_documents(
     position_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor,
 ) -> torch.Tensor | None:
-    """The document of each token, ``(b, l)``, from whichever of the four signals is there, in this order.
+    """The document number of each token, ``(b, l)``, from the first argument that is given; None for no boundaries.
+
+    Args:
+        seq_idx: (b, l), the numbers themselves.
+        cu_seq_lens: (documents + 1,), the boundaries in a single packed row.
+        numbers: (b, l), the numbers of an attention mask.
+        position_ids: (b, l) or (1, l); a document begins at every position that is not its predecessor plus 1.
+        inputs_embeds: (b, l, d), for the shape and the device.
 
     Raises:
-        ValueError: for a ``seq_idx`` of another shape, and ``cu_seq_lens`` beside several rows.
+        ValueError: for a ``seq_idx`` of another shape, and for ``cu_seq_lens`` with several rows.
     """
     batch, length = inputs_embeds.shape[:2]
     if seq_idx is not None:
@@ -255,7 +258,7 @@ def read_documents(
     if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] == length:
         restarts = torch.zeros_like(position_ids)
         restarts[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).to(restarts.dtype)
-        if _can_be_asked(restarts) and not bool(restarts.any()):
+        if _has_values(restarts) and not bool(restarts.any()):
             return None
         return restarts.cumsum(1).expand(batch, length)
     return None

@@ -1,4 +1,4 @@
-"""Attention over a window and a bounded memory of what left it, registered as ``memory``.
+"""Attention over a window and a bounded memory of earlier tokens, registered as ``memory``.
 
 Letters and coordinates are those of `hf_archs.layers.attention`.
 """
@@ -32,12 +32,12 @@ class MemoryConfig(SlidingAttentionConfig):
     """Fields of attention over a window and a memory of bounded size.
 
     Args:
-        memory_type: ``compressive``: blocks of tokens that left the window become one key and one value each (Rae et
-            al. 2020, section 3.1). ``retrieval``: each head looks for the keys nearest to its query among those that
-            left the window (Wu et al. 2022, section 3).
-        memory_slots: blocks, or keys, that the memory holds; the oldest leave it first.
-        compression_rate: tokens of a block of the compressive memory.
-        retrieved_keys: keys that a query finds in the retrieval memory.
+        memory_type: ``compressive``: each block of tokens that left the window becomes one key and one value (Rae et
+            al. 2020, section 3.1). ``retrieval``: each head attends to the keys with the largest scores among those
+            that left the window (Wu et al. 2022, section 3).
+        memory_slots: number of blocks, or keys, in the memory; the oldest leave it first.
+        compression_rate: tokens per block, for the compressive memory.
+        retrieved_keys: number of keys that a query retrieves, for the retrieval memory.
     """
 
     memory_type: Literal["compressive", "retrieval"] = "compressive"
@@ -46,7 +46,7 @@ class MemoryConfig(SlidingAttentionConfig):
     retrieved_keys: int = 32
 
     def validate_memory(self) -> None:
-        """Refuse values that are out of range or do not fit together."""
+        """Raise a `ValueError` for fields that are out of range or do not fit together."""
         check_range(self, "memory_slots", 1, 2**20)
         check_range(self, "compression_rate", 1, 2**10)
         if self.memory_type == "retrieval":
@@ -56,16 +56,16 @@ class MemoryConfig(SlidingAttentionConfig):
 
     @property
     def reach(self) -> int:
-        """The most tokens whose keys are kept as they are: the window, and behind it those to be compressed or
-        retrieved.
+        """The largest number of direct columns that a query sees.
+
+        Before the window these are the tokens of an incomplete block, or those that can be retrieved.
         """
-        # an unfinished block is seen token by token, and what can be retrieved is kept as it is
         more = self.memory_slots if self.memory_type == "retrieval" else self.compression_rate - 1
         return self.window + more
 
 
 def memory_state(config: MemoryConfig) -> dict[str, StateSpec]:
-    """As `sliding_attention_state`; and the keys and values of compressed blocks."""
+    """As `sliding_attention_state`, and the keys and values of compressed blocks."""
     states = sliding_attention_state(config)
     if config.memory_type == "compressive":
         shape = (config.key_value_heads, config.head_size, config.memory_slots)
@@ -74,28 +74,28 @@ def memory_state(config: MemoryConfig) -> dict[str, StateSpec]:
 
 
 class Memory(NamedTuple):
-    """The blocks of tokens that are compressed already, or may be during a forward, in the order of their ends."""
+    """The compressed blocks of the state, then the new ones, ordered by their ends."""
 
     k: torch.Tensor  # (b, k, blocks, n)
     v: torch.Tensor
-    start: torch.Tensor  # coordinates of their first tokens, (b or 1, blocks)
-    held: int  # how many of them come from the state
-    ends: torch.Tensor  # how many others end before each coordinate from -p to l, (b or 1, p + l + 1)
+    start: torch.Tensor  # coordinates of the blocks' first tokens, (b or 1, blocks)
+    held: int  # number of blocks of the state
+    ends: torch.Tensor  # number of new blocks that end before each coordinate -p to l, (b or 1, p + l + 1)
 
 
 class NewBlock(NamedTuple):
-    """The one block that may enter the memory after one token more."""
+    """The one block that may enter the memory at a decode step."""
 
     k: torch.Tensor  # (b, k, 1, n)
     v: torch.Tensor
 
 
 class CompressiveMemory(nn.Module):
-    """Blocks of tokens as one key and one value each (Rae et al. 2020, section 3.1).
+    """Blocks of tokens, compressed to one key and one value each (Rae et al. 2020, section 3.1).
 
-    Block j of a document is its tokens from ``j * compression_rate`` on. It is in the memory of those tokens whose
-    window all of it has left; until then its tokens are seen themselves. It is compressed by a convolution of its own
-    length for each head, a mean at first, of keys that are rotated to the place of its last token.
+    Block j of a document is its ``compression_rate`` tokens from ``j * compression_rate`` on. It enters the memory when
+    its last token leaves the window; until then its tokens are direct columns. Each head compresses a block by a
+    learned weighted sum, initially the mean, with all keys rotated to the position of the block's last token.
     """
 
     def __init__(self, config: MemoryConfig):
@@ -105,23 +105,22 @@ class CompressiveMemory(nn.Module):
         self.key_taps, self.value_taps = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
 
     def init_weights(self) -> None:
-        """The mean of a block."""
+        """Start with the mean of a block."""
         for taps in (self.key_taps, self.value_taps):
             init.constant_(taps, 1 / self.config.compression_rate)
 
     def left(self, query: torch.Tensor | int, start: torch.Tensor) -> torch.Tensor:
-        """How many blocks of its document have left the window of a query."""
+        """Number of blocks of its document that have left the window of a query."""
         return (query - start - self.config.window + 1).clamp(min=0) // self.config.compression_rate
 
     def lowest(self, query: torch.Tensor | int, start: torch.Tensor) -> torch.Tensor:
-        """The coordinate at which the first block begins that is not in the memory of a query."""
+        """The coordinate of the first token whose block is not in the memory of a query."""
         return start + self.left(query, start) * self.config.compression_rate
 
     def forward(self, columns: Columns) -> Memory | NewBlock:
-        """Those of the state, and those that the queries, or the token after them, may have in their memory.
+        """The compressed blocks that these queries, or the token after them, may have in their memory.
 
-        Of one token more what the state holds is its memory, and the block that it may push out of the window begins at
-        the first of the columns.
+        At a decode step these are the blocks of the state, and one `NewBlock` from the first columns.
         """
         rate, past, length, start = self.config.compression_rate, columns.past, columns.length, columns.start
         if columns.is_step:
@@ -131,11 +130,11 @@ class CompressiveMemory(nn.Module):
         if start.shape[1] > 1:
             starts = torch.cat([start[:, :1].expand(-1, past), start], 1)
         position = coordinate - starts
-        # a block whose beginning is no column any more is in the state
+        # blocks that begin before the first column are in the state
         is_end = (position >= 0) & (position % rate == rate - 1) & (coordinate > rate - 2 - past)
         ends = F.pad(is_end.cumsum(1), (1, 0))
         count = count_chunks(length, rate) if any_length() else -(-length // rate)
-        # the column after the last of each block; scattered, since ONNX has no search
+        # the column after each block, by scatter, since ONNX has no searchsorted
         after = ends.new_full((ends.shape[0], count + 1), past + length + 1)
         number = torch.where(is_end, ends[:, 1:] - 1, count).clamp(max=count)
         after = after.scatter(1, number, (coordinate + past + 1).expand_as(number))[:, :count]
@@ -149,50 +148,50 @@ class CompressiveMemory(nn.Module):
         k, v = (torch.cat(pair, 2) for pair in zip(columns.held("memory_"), (k, v), strict=True))
         return Memory(k, v, torch.cat([first + rate * slots, begin], 1), self.config.memory_slots, ends)
 
-    def _turned(self, k: torch.Tensor) -> torch.Tensor:
-        """The keys of blocks, (b, blocks, k, rate, n), rotated from their own places to that of the last one."""
+    def _rotated(self, k: torch.Tensor) -> torch.Tensor:
+        """Keys of blocks, (b, blocks, k, rate, n), each rotated to the position of its block's last token."""
         if self.config.rope_theta is None:
             return k
         rate, size, theta = self.config.compression_rate, self.config.rotary_size, self.config.rope_theta
         dtype = torch.promote_types(k.dtype, torch.float32)
 
-        def turns() -> torch.Tensor:
+        def angles() -> torch.Tensor:
             later = torch.arange(rate - 1, -1, -1, device=k.device).unsqueeze(0)
             return torch.stack(rotary(later, size, theta, dtype))
 
-        return rotate(k, *made_once(("turns", rate, size, theta, dtype), k, turns))
+        return rotate(k, *made_once(("turns", rate, size, theta, dtype), k, angles))
 
     def _compressed(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks of tokens (b, blocks, k, rate, n) as one key and one value each, (b, k, blocks, n)."""
-        pairs = ((self._turned(k), self.key_taps, k.dtype), (v, self.value_taps, v.dtype))
+        """Keys and values of blocks, (b, blocks, k, rate, n), compressed to one per block, (b, k, blocks, n)."""
+        pairs = ((self._rotated(k), self.key_taps, k.dtype), (v, self.value_taps, v.dtype))
         k, v = (cast((t * taps.unsqueeze(2)).sum(3).transpose(1, 2), dtype) for t, taps, dtype in pairs)
         return k, v
 
     def before(self, columns: Columns, coordinate: torch.Tensor) -> torch.Tensor:
-        """How many of the blocks end before each coordinate, which comes from `lowest`."""
+        """Number of blocks of the memory that end before each coordinate from `lowest`."""
         memory = columns.memory
         index = (coordinate + columns.past).clamp(0, memory.ends.shape[1] - 1)
         ends = memory.ends.expand(index.shape[0], -1).gather(1, index.flatten(1))
         return memory.held + ends.view_as(index)
 
     def seen(self, columns: Columns, blocks: Blocks) -> Extra:
-        """The memory of each block of queries."""
+        """The memory of each block of queries, as extra columns."""
         memory, slots = columns.memory, self.config.memory_slots
         if isinstance(memory, NewBlock):
             k, v = columns.held("memory_")
             return k[:, None], v[:, None], torch.arange(slots, 0, -1, device=k.device) <= self.left(0, blocks.start)
         queries = blocks.query.shape[1]
-        # what enters the memory from the first query of a block to its last
-        more = 0 if queries == 1 else (queries + self.config.reach) // self.config.compression_rate + 1
+        # blocks that enter the memory between the first query and the last
+        entering = 0 if queries == 1 else (queries + self.config.reach) // self.config.compression_rate + 1
         upto = self.before(columns, self.lowest(blocks.query, blocks.start))
-        number = upto[:, :, :1] + torch.arange(-slots, more, device=upto.device)
+        number = upto[:, :, :1] + torch.arange(-slots, entering, device=upto.device)
         place = number[:, :, 0].clamp(0, memory.start.shape[1] - 1)
         begin = memory.start.gather(1, place.flatten(1)).view_as(place).unsqueeze(2)
         seen = (number >= (upto - slots).clamp(min=0)) & (number < upto) & (begin >= blocks.start)
         return take_columns(memory.k, place), take_columns(memory.v, place), seen
 
     def after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor | int) -> States:
-        """The last blocks that are in the memory of the token after the last; see `Attention._more_after`."""
+        """The states after these tokens: the memory of the next token; see `Attention._more_after`."""
         memory, slots = columns.memory, self.config.memory_slots
         if isinstance(memory, NewBlock):
             enters = (self.left(end, start) > self.left(0, start))[:, None, :, None]
@@ -211,8 +210,8 @@ class CompressiveMemory(nn.Module):
 class RetrievalMemory(nn.Module):
     """The keys nearest to a query among those that left its window (Wu et al. 2022, sections 3.1 and 3.2).
 
-    Each head attends to the ``retrieved_keys`` with the largest scores, and a learned gate of the head weighs what
-    comes of it against the attention to the window. A token without a memory has the window alone.
+    Each head attends to the ``retrieved_keys`` with the largest scores, and a learned gate per head mixes the result
+    with attention to the window. A token whose memory is empty uses the window alone.
     """
 
     def __init__(self, config: MemoryConfig):
@@ -221,29 +220,29 @@ class RetrievalMemory(nn.Module):
         self.gate = nn.Parameter(torch.empty(config.num_heads))
 
     def init_weights(self) -> None:
-        """Window and memory in equal parts."""
+        """Start with window and memory in equal parts."""
         init.zeros_(self.gate)
 
     def mask(self, blocks: Blocks) -> torch.Tensor:
-        """Which of the direct columns are in the memory of each query, (b or 1, s, queries, columns)."""
+        """The direct columns in the memory of each query, (b or 1, s, queries, columns) bool."""
         window_begins = blocks.query - (self.config.window - 1)
         first = torch.maximum(blocks.start, window_begins - self.config.memory_slots)
         return (blocks.key >= first) & (blocks.key < window_begins)
 
     def forward(
         self,
-        local: torch.Tensor,  # what comes of the window, (b, l, h, n)
+        local: torch.Tensor,  # attention to the window, (b, l, h, n)
         q: torch.Tensor,  # (b, h, l, n)
         k: torch.Tensor,  # (b, k, columns, n)
         v: torch.Tensor,
         mask: torch.Tensor,  # (b or 1, 1, l, columns)
         scaling: float,
     ) -> torch.Tensor:
-        """The window's output beside that of the best keys in the memory, mixed by the gate, (b, l, h, n)."""
+        """Attention to the nearest keys, mixed with ``local`` by the gate, (b, l, h, n)."""
         groups = q.shape[1] // k.shape[1]
         with full_precision(q):
             k, v = (wide(t).repeat_interleave(groups, 1) for t in (k, v))
-            # not infinite: a query without a memory has no largest score
+            # finite: the softmax of a query with an empty memory would be NaN
             scores = (wide(q) @ k.mT * scaling).masked_fill(~mask, torch.finfo(k.dtype).min)
             count = min(self.config.retrieved_keys, scores.shape[3])
             nearest = mask & (scores >= scores.detach().topk(count).values[..., -1:])
@@ -254,7 +253,7 @@ class RetrievalMemory(nn.Module):
 
 
 class MemoryAttention(SlidingAttention):
-    """Attention to a window of tokens and to a memory of those that left it."""
+    """Attention to a window of tokens and to a memory of the tokens that left it."""
 
     config: MemoryConfig
 

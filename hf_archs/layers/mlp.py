@@ -1,4 +1,4 @@
-"""The feed-forward of one hidden layer, registered as ``mlp``."""
+"""The feed-forward with one hidden layer, registered as ``mlp``."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ class MLPConfig(PartConfig):
 
     Args:
         intermediate_size: width of the hidden layer.
-        hidden_act: the activation, by its name in transformers.
-        gated: multiply the activation by a second projection (Shazeer 2020, the GLU variants).
-        bias: whether the linear layers have one.
+        hidden_act: name of the activation in transformers.
+        gated: whether the activation is multiplied by a second projection (GLU variants, Shazeer 2020).
+        bias: whether the linear layers have a bias.
     """
 
     intermediate_size: int = 2048
@@ -29,7 +29,7 @@ class MLPConfig(PartConfig):
     bias: bool = False
 
     def validate_mlp(self) -> None:
-        """Refuse a width out of range and an activation that transformers does not know."""
+        """Raise a `ValueError` for a width out of range, or an activation unknown to transformers."""
         check_range(self, "intermediate_size", 1, 2**20)
         if self.hidden_act not in ACT2FN:
             raise ValueError(
@@ -38,7 +38,7 @@ class MLPConfig(PartConfig):
 
 
 class MLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where it is not gated."""
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` if it is not gated."""
 
     def __init__(self, config: MLPConfig):
         super().__init__()
@@ -57,7 +57,7 @@ class MLP(nn.Module):
 
 
 def mlp_tp_plan(config: MLPConfig) -> dict[str, str]:
-    """How its layers are sharded over processes (Shoeybi et al. 2019, section 3)."""
+    """Tensor-parallel styles of the linear layers (Shoeybi et al. 2019, section 3)."""
     wide = ("gate_proj", "up_proj") if config.gated else ("up_proj",)
     return {**dict.fromkeys(wide, "colwise"), "down_proj": "rowwise"}
 

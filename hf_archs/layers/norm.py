@@ -1,4 +1,4 @@
-"""Normalisation layers. (transformers initialises every class with ``RMSNorm`` or ``LayerNorm`` in its name.)"""
+"""Normalisation layers. transformers initialises classes with ``RMSNorm`` or ``LayerNorm`` in their names."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ class ArchRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``(..., d)`` to the same."""
         weight, hidden_states = self.weight, wide(hidden_states)
-        if hidden_states.shape[-2] == 1 and hidden_states.is_cpu:  # a GPU has it in one kernel
+        if hidden_states.shape[-2] == 1 and hidden_states.is_cpu:  # a decode step; on a GPU `F.rms_norm` is one kernel
             normed = hidden_states * inverse_rms(hidden_states, self.eps)
         else:
             normed = F.rms_norm(hidden_states, self.shape, eps=self.eps)
@@ -43,7 +43,10 @@ class ArchLayerNorm(nn.LayerNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``(..., d)`` to the same."""
-        normed = F.layer_norm(wide(hidden_states), self.normalized_shape, eps=self.eps)
+        hidden_states = wide(hidden_states)
+        if hidden_states.dtype == self.weight.dtype:  # one kernel, which saves no normalised copy for the backward
+            return F.layer_norm(hidden_states, self.normalized_shape, self.weight, self.bias, self.eps)
+        normed = F.layer_norm(hidden_states, self.normalized_shape, eps=self.eps)
         return torch.addcmul(self.bias, self.weight, cast(normed, self.weight.dtype))
 
 
@@ -54,9 +57,9 @@ class ArchRMSNormGated(nn.Module):
     """RMSNorm of ``x * silu(z)`` over groups of channels (Dao and Gu 2024, section 7.1).
 
     Args:
-        hidden_size: channels.
+        hidden_size: number of channels.
         eps: added to the mean square.
-        group_size: channels that share a mean square; it must divide ``hidden_size``.
+        group_size: channels that share a mean square, a divisor of ``hidden_size``.
     """
 
     def __init__(self, hidden_size: int, eps: float, group_size: int):
@@ -65,7 +68,7 @@ class ArchRMSNormGated(nn.Module):
         self.eps, self.group_size = eps, group_size
 
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """Two of ``(..., d)`` to the same."""
+        """Two tensors ``(..., d)`` to one of that shape."""
         return rms_norm_gated(hidden_states, self.weight, gate, eps=self.eps, group_size=self.group_size)
 
     def extra_repr(self) -> str:

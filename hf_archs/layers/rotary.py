@@ -16,8 +16,8 @@ def document_starts(
     """The coordinate at which the document of each token starts: (b or 1, length or 1), integer.
 
     Args:
-        before: how many tokens of document 0 came before these, (b, 1), or None for none.
-        seq_idx: the document of each token, (b, length), or None for one.
+        before: number of earlier tokens of the first document, (b, 1); None for 0.
+        seq_idx: the document number of each token, (b, length); None for a single document.
     """
     if seq_idx is None:
         return torch.zeros(1, 1, dtype=torch.int64, device=device) if before is None else -before
@@ -29,18 +29,18 @@ def document_starts(
 def rotary(position: torch.Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of the angle of each pair of channels (Su et al. 2021, section 3.2).
 
-    They are computed at each call: a buffer would follow the model into bfloat16, and be empty after the meta device.
+    They are computed at each call: a buffer would be cast to bfloat16 with the model, and be empty on the meta device.
 
     Args:
         position: integer, (b or 1, l).
-        size: rotated channels of a head, a multiple of 2.
+        size: number of rotated channels of a head, a multiple of 2.
         theta: base of the frequencies.
         dtype: of the result.
 
     Returns:
-        Two of (b or 1, 1, l, size): the cosine for each channel, and what its partner is multiplied by.
+        Two of (b or 1, 1, l, size): the factor of each channel (cosine) and that of its partner (signed sine).
     """
-    # whole turns are taken off in float64: in float32 an angle at token 10,000 has lost four digits
+    # modulo 2 pi in float64: in float32 an angle at position 10,000 has lost four digits
     exact = dtype if position.device.type == "mps" else torch.float64
     pairs = size // 2
     frequencies = made_once(
@@ -54,7 +54,7 @@ def rotary(position: torch.Tensor, size: int, theta: float, dtype: torch.dtype) 
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first channels of x, (..., l, n), by the angles of `rotary`, in the dtype of those."""
+    """Rotate the first channels of x, (..., l, n), by the angles of `rotary`, in the dtype of the angles."""
     x, size = cast(x, cos.dtype), cos.shape[-1]
     rotated = x if size == x.shape[-1] else x[..., :size]
     turned = torch.addcmul(rotated * cos, rotated.roll(size // 2, -1), sin)

@@ -1,4 +1,4 @@
-"""Several mixers side by side in one layer, as one mixer, registered as ``parallel``."""
+"""Several mixers in parallel in one layer, registered as the mixer ``parallel``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,22 +16,22 @@ from hf_archs.registry import get_mixer, register_mixer
 @strict
 @dataclass(kw_only=True)
 class ParallelConfig(PartConfig):
-    """Fields of a layer of several mixers.
+    """Fields of a layer with several mixers.
 
     Args:
-        parts: of each mixer, by the name it has in the layer, its registered name and its config.
+        parts: registered name and config of each mixer, by its name in the layer.
     """
 
     parts: dict[str, Any] = field(default_factory=dict)
 
     def validate_parts(self) -> None:
-        """Refuse fewer than two mixers."""
+        """Raise a `ValueError` for fewer than two mixers."""
         if len(self.parts) < 2:
             raise ValueError(f"ParallelConfig: parts is {[*self.parts]}; allowed are two mixers or more")
 
     @property
     def num_heads(self) -> int:
-        """The most heads that one of the mixers has."""
+        """The largest number of heads of any mixer."""
         return max(config.num_heads for _, config in self.parts.values())
 
 
@@ -49,14 +49,14 @@ class ParallelMixer(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
+        """``(b, l, d)`` to the same; see `hf_archs.parts.TokenMixer`."""
         slots: Mapping[str, Slot | None] = {n: None if state is None else state.part(n) for n in self.parts}
         mixed = [part(hidden_states, slots[n], lengths, seq_idx) for n, part in self.parts.items()]
         return sum(mixed[1:], start=mixed[0])
 
 
 def parallel_state(config: ParallelConfig) -> dict[str, StateSpec]:
-    """The states of all parts, each name behind its part's."""
+    """The states of all parts, named ``<part>.<state>``."""
     return {
         f"{name}.{state}": spec
         for name, (kind, part) in config.parts.items()
@@ -65,7 +65,7 @@ def parallel_state(config: ParallelConfig) -> dict[str, StateSpec]:
 
 
 def parallel_layer_type(config: ParallelConfig) -> str:
-    """The kind of all parts, or ``hybrid`` where they are of several."""
+    """The layer type of all parts, or ``hybrid`` if they differ."""
     kinds = {get_mixer(kind).layer_type(part) for kind, part in config.parts.values()}
     return kinds.pop() if len(kinds) == 1 else "hybrid"
 

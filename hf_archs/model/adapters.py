@@ -1,4 +1,4 @@
-"""Adapters of PEFT, with the mistakes refused that PEFT passes over: a name that stands for nothing, a tied layer."""
+"""PEFT adapters, with errors for two mistakes that PEFT ignores: a name that matches nothing, and a tied layer."""
 
 import contextlib
 import re
@@ -11,23 +11,23 @@ from transformers import PreTrainedModel
 
 from hf_archs.errors import did_you_mean, similar
 
-# what PEFT itself puts into the modules_to_save of classifiers and of question answering, whatever the model calls them
+# PEFT itself adds these to modules_to_save for classification and question answering, whatever the model
 _HEADS = {"classifier", "score", "qa_outputs"}
 
 
 def add_adapter(
     model: PreTrainedModel, config: PeftConfig, adapter_name: str = "default", **kwargs: Any
 ) -> PeftModel | PeftMixedModel:
-    """``model`` with an adapter to be trained, as `peft.get_peft_model` gives it.
+    """Add a trainable adapter to ``model``, as `peft.get_peft_model` does.
 
     Args:
-        model: any model; the names in ``config`` are compared with its modules and parameters.
-        config: of any kind of adapter.
-        adapter_name, kwargs: for `peft.get_peft_model`.
+        model: any model; the names in ``config`` must match its modules and parameters.
+        config: the config of any kind of adapter.
+        adapter_name, kwargs: passed to `peft.get_peft_model`.
 
     Raises:
-        ValueError: where a name in ``config`` matches nothing, or a target is a layer whose weight is another's too, so
-            that the merged adapter would change both. The model is as it was then.
+        ValueError: if a name in ``config`` matches nothing, or a target's weight is tied to that of another layer,
+            which merging would change too. The model is unchanged then.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     leaves = [name for name, module in modules.items() if not any(module.children())]
@@ -43,14 +43,14 @@ def add_adapter(
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without the warning that transformers 5.23 gives for an attribute that PEFT 0.21 asks every model for."""
+    """Suppress the warning of transformers 5.23 for an attribute that PEFT 0.21 reads from every model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
 def _matches(name: str, wanted: str | Iterable[str] | None) -> bool:
-    """Whether PEFT takes the module ``name`` for one of ``wanted``: an expression, or names or ends of names."""
+    """Whether PEFT selects the module ``name`` by ``wanted``: a regular expression, or names or their ends."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == one or name.endswith(f".{one}") for one in wanted or ())

@@ -1,4 +1,4 @@
-"""The one backbone: pre-norm blocks over registered mixers.
+"""The backbone of every model: pre-norm blocks of registered mixers and feed-forwards.
 
 Letters in shapes: b batch, l length, d hidden size, v vocabulary.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_archs.cache import ArchDynamicCache, RecurrentCache, adopt
-from hf_archs.cache.call import NAME, NEW_NAME, OLD_NAME
+from hf_archs.cache.call import NAME, NEW_NAME, OLD_NAME, during
 from hf_archs.config.model import ArchConfig
 from hf_archs.kernels.numerics import below_autograd
 from hf_archs.layers.masks import read_documents, read_mask, read_pairs
@@ -36,7 +36,7 @@ logger = logging.get_logger(__name__)
 
 
 class ScaledEmbedding(nn.Embedding):
-    """An embedding times ``embed_scale``, by which PEFT multiplies its adapters too."""
+    """An embedding multiplied by ``embed_scale``, an attribute that PEFT applies to its adapters too."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, embed_scale: float):
         super().__init__(num_embeddings, embedding_dim)
@@ -47,9 +47,9 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input) * self.embed_scale
 
 
-# Arguments of transformers, its Trainer and its tokenizers to any model, beside those that our forwards name. Some
-# are read where the loss is computed or outputs are recorded; the others mean nothing here: positions in the cache are
-# counted, there is one segment, boundaries of keys and queries are the same, and stop strings are for `generate`.
+# Arguments that transformers, its Trainer and its tokenizers pass to any model, besides those that our forwards name.
+# The loss and the recording of outputs read some of them. The others have no effect: the cache counts its positions,
+# there are no token types, keys have the boundaries of queries, and stop strings concern `generate`.
 HOST_ARGUMENTS = frozenset(TransformersKwargs.__optional_keys__) | {
     "return_dict",
     "shift_labels",
@@ -62,11 +62,11 @@ HOST_ARGUMENTS = frozenset(TransformersKwargs.__optional_keys__) | {
 
 
 def _check_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    """Refuse what no host hands to every model: a misspelt argument would have no effect, and nobody would know.
+    """Refuse unknown arguments, since a misspelt one would silently have no effect.
 
     Raises:
         TypeError: naming the argument.
-        ValueError: for ``is_causal`` where the model was made for the other direction.
+        ValueError: for an ``is_causal`` that contradicts the config's ``bidirectional``.
     """
     for name in arguments:
         if name not in HOST_ARGUMENTS:
@@ -80,26 +80,27 @@ def _check_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
 
 
 def _given_cache(cache: Any, past_key_values: Any, config: Any) -> RecurrentCache | None:
-    """The cache, under whichever of its names it was passed, as one of ours: see `adopt`.
+    """The cache that was passed under one of its two names, as a cache of this library; see `adopt`.
 
     Raises:
-        ValueError: where two are passed, or one that was not made for this model.
+        ValueError: if two caches are passed, or one that was made for another model.
     """
     if cache is None:
         cache = past_key_values
     elif past_key_values is not None and cache is not past_key_values:
         if not (isinstance(cache, RecurrentCache) and cache.is_empty):
             raise ValueError("cache and past_key_values were both passed, and are names of the same; allowed is one")
-        cache = past_key_values  # PEFT puts that of its prefix in the place of the one that `generate` has made
+        cache = past_key_values  # PEFT passes its prefix beside the empty cache that `generate` made
     return None if cache is None else adopt(cache, config)
 
 
-def _also_without_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A batch of no rows runs as one of pads, of which no row is kept: no mixer has to know it, and every parameter has
-    a gradient, zero, which processes that share out rows wait for.
+def _accepts_no_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a batch without rows as one row of padding, and drop that row from the outputs.
+
+    No mixer has to handle the case, and every parameter gets a zero gradient, which data-parallel processes wait for.
 
     Raises:
-        ValueError: for rows of no tokens; and for no rows beside a cache that has some.
+        ValueError: for rows without tokens; and for a batch without rows if the cache has rows.
     """
 
     @wraps(forward)
@@ -128,20 +129,27 @@ def _also_without_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
         for name, value in outputs.items():
             if isinstance(value, RecurrentCache):
                 value.batch_select_indices(torch.zeros(0, dtype=torch.int64))
-            elif name != "router_statistics":  # zeros, of the layer
+            elif name != "router_statistics":  # zeros, one tensor per layer and not per row
                 outputs[name] = value[:0] if isinstance(value, torch.Tensor) else tuple(t[:0] for t in value)
         return outputs if kwargs.get("return_dict", self.config.return_dict) is not False else outputs.to_tuple()
 
     return wrapper
 
 
+@contextlib.contextmanager
+def _step() -> Iterator[None]:
+    """The context of a forward of one token: no autograd in inference, and layers share values by `once`."""
+    with below_autograd(), contextlib.nullcontext() if torch.compiler.is_compiling() else during(shared={}):
+        yield
+
+
 class ArchModel(ArchPreTrainedModel):
-    """Embedding, blocks and final norm."""
+    """The backbone: embedding, blocks and final norm."""
 
     def __init__(self, config: ArchConfig):
         super().__init__(config)
         scale, sizes = config.embedding_multiplier, (config.vocab_size, config.hidden_size)
-        # in the embedding, since inputs_embeds may be what the stage of a pipeline before this one leaves
+        # the embedding scales, since inputs_embeds may be the output of an earlier pipeline stage
         self.embed_tokens = nn.Embedding(*sizes) if scale == 1.0 else ScaledEmbedding(*sizes, scale)
         self.embed_norm = None
         if config.embedding_norm:
@@ -154,13 +162,13 @@ class ArchModel(ArchPreTrainedModel):
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Parameters of layers that share a module, and those of the first such layer, which files hold alone.
+        """Parameter names of layers that share a module, mapped to the names in the first of them, as in files.
 
-        (In transformers untied embeddings untie everything.)
+        (transformers ties nothing if the embeddings are untied.)
         """
         return dict(self._tied_weights_keys or {})
 
-    @_also_without_rows
+    @_accepts_no_rows
     @capture_outputs
     @auto_docstring
     def forward(
@@ -181,46 +189,42 @@ class ArchModel(ArchPreTrainedModel):
     ) -> ArchModelOutput:
         r"""
         cache ([`~cache_utils.Cache`], *optional*):
-            What the tokens before these left behind. In training none is made unless ``use_cache=True``.
+            The states after the previous tokens. In training no cache is made unless ``use_cache=True``.
         past_key_values ([`~cache_utils.Cache`], *optional*):
-            The same, under the name that transformers had for it to 5.23.
+            The same, under its name in transformers up to 5.23.
         seq_idx (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            The number of the document that each token belongs to: several documents packed into one row stay apart.
+            The document number of each token: documents packed into one row do not see each other.
         cu_seq_lens_q (`torch.Tensor` of shape `(documents + 1,)`, *optional*):
-            Where the documents of a single packed row begin and end.
+            The document boundaries in a single packed row.
         output_router_logits (`bool`, *optional*):
             Whether to return the logits of the routers.
         output_router_statistics (`bool`, *optional*):
-            Whether to return what the routers of the layers counted, for the losses that balance their load; None for
-            where their logits are asked for.
+            Whether to return the statistics of the routers, for the losses that balance their load; None for the value
+            of ``output_router_logits``.
         kept_logits (`int` or `torch.Tensor`, *optional*, defaults to 1):
-            The ``logits_to_keep`` of a head above, for `RecurrentCache.begin`; hidden states are of all tokens.
+            The head's ``logits_to_keep``, for `RecurrentCache.begin`; hidden states are returned for all tokens.
         """
-        kwargs |= kwargs.pop("kwargs", {})  # where transformers' pipelines put what a forward does not name
+        kwargs |= kwargs.pop("kwargs", {})  # transformers' pipelines nest unnamed arguments in it
         _check_arguments(self, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         training = self.training and torch.is_grad_enabled()
-        if use_cache is None:  # transformers' merge_with_config_defaults takes 20 microseconds a token for it
-            # a layer that is run again in the backward, by whatever checkpoints activations, would find its own states
+        if use_cache is None:  # transformers' merge_with_config_defaults would take 20 microseconds per token
+            # not in training: a layer that activation checkpointing runs again would read its own states
             use_cache = self.config.use_cache and not training
-        if self.embed_norm is not None and not isinstance(
-            self.embed_tokens, nn.Identity
-        ):  # as in a pipeline's later stage
+        # in later stages of a pipeline the embedding is an Identity, and its input is normed already
+        if self.embed_norm is not None and not isinstance(self.embed_tokens, nn.Identity):
             inputs_embeds = self.embed_norm(inputs_embeds)
-        asked = kwargs.get("output_attentions", self.config.output_attentions)
-        output_attentions = bool(asked) and any(
+        output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions)) and any(
             getattr(layer, "attention_weights", None) is not None for layer in self.layers
         )
-        if output_attentions:
-            implementation = self.config._attn_implementation
-            if implementation != "eager":
-                logger.warning_once(
-                    f"output_attentions: attention is computed by {implementation!r}, which has no weights to show; "
-                    "call set_attn_implementation('eager') for them"
-                )
+        if output_attentions and self.config._attn_implementation != "eager":
+            logger.warning_once(
+                f"output_attentions: attention is computed by {self.config._attn_implementation!r}, which has no "
+                "weights to show; call set_attn_implementation('eager') for them"
+            )
         given = cache is not None or past_key_values is not None
         if self.config.bidirectional:
             if given:
@@ -237,27 +241,24 @@ class ArchModel(ArchPreTrainedModel):
         states = _given_cache(cache, past_key_values, self.config)
         if states is None and use_cache:
             states = ArchDynamicCache(self.config)
-        if output_router_logits is None:  # of the dict, since a hybrid goes through all its layers to answer
+        if output_router_logits is None:  # from `vars`, since a hybrid's property looks through all layers
             output_router_logits = self.has_routers and vars(self.config).get("output_router_logits", True)
         elif output_router_logits and not self.has_routers:
             raise ValueError(
                 f"output_router_logits is True, but a {type(self).__name__} of this config has no router; "
                 "allowed is False"
             )
-
         if output_router_statistics is None:
             output_router_statistics = output_router_logits
 
-        length = inputs_embeds.shape[1]
-        batch = inputs_embeds.shape[0]
+        batch, length = inputs_embeds.shape[:2]
         mask, pairs = read_mask(attention_mask, batch, length, states), None
-        # positions restart after left pads and differ from zero in a continuation too: they mark documents only alone
+        # positions also restart after left padding, and in a continuation they do not start at 0
         alone = attention_mask is None and (states is None or states.is_empty)
         marks = position_ids if alone else None
         seq_idx = read_documents(seq_idx, cu_seq_lens_q, mask.documents, marks, inputs_embeds)
         if mask.seen is not None:
-            windows = self._check_following()
-            pairs = read_pairs(mask.seen, batch, length, states, seq_idx, position_ids, windows)
+            pairs = read_pairs(mask.seen, batch, length, states, seq_idx, position_ids, self._check_following())
         if states is not None:
             keep = kept_logits if isinstance(kept_logits, int) else 1
             states.begin(length, mask.real, inputs_embeds.device, keep)
@@ -267,10 +268,10 @@ class ArchModel(ArchPreTrainedModel):
         statistics: list[torch.Tensor] = []
         router_logits: list[torch.Tensor] = []
         count = output_router_logits or output_router_statistics
-        # fewer layers than there are where transformers drafts with the first ones, for `assistant_early_exit`
+        # `assistant_early_exit` of transformers lowers the number, to draft with the first layers
         number = self.config.num_hidden_layers
         layers = self.layers if number == len(self.layers) else self.layers[:number]
-        with below_autograd() if length == 1 else contextlib.nullcontext():
+        with _step() if length == 1 else contextlib.nullcontext():
             for layer in layers:
                 hidden_states = layer(
                     hidden_states, layout, cache=states, output_attentions=output_attentions, count=count
@@ -287,7 +288,7 @@ class ArchModel(ArchPreTrainedModel):
         return ArchModelOutput(last_hidden_state=self.norm(hidden_states), **fields)
 
     def _check_following(self) -> bool:
-        """Whether any of the mixers has a window; a `ValueError` unless all can follow a mask of four dimensions."""
+        """Whether any mixer has a window; raises a `ValueError` unless all can follow a mask of four dimensions."""
         mixers = [(i, *mixer) for i, plan in enumerate(self.config.layer_plans()) for mixer in plan.mixers()]
         for i, entry, config in mixers:
             if not entry.follows_pairs(config):
@@ -299,15 +300,15 @@ class ArchModel(ArchPreTrainedModel):
         return any(entry.window is not None for _, entry, _ in mixers)
 
     def routers(self) -> dict[int, RoutedFeedForward]:
-        """The feed-forwards with a router, by their layers. (A stage of a pipeline has other modules for the rest.)"""
+        """The feed-forwards with a router, by layer. (A pipeline stage has placeholders for the layers of others.)"""
         parts = {i: getattr(layer, "feed_forward", None) for i, layer in enumerate(self.layers)}
         return {i: part for i, part in parts.items() if isinstance(part, RoutedFeedForward)}
 
     def auxiliary_losses(self, statistics: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The routers' own losses, from the statistics of one forward, those of one config together.
+        """The losses of the routers from the statistics of one forward; layers with one config are balanced together.
 
         Returns:
-            ``aux_loss``, which the config's ``router_aux_loss_coef`` multiplies, and the product.
+            ``aux_loss``, and its product with the config's ``router_aux_loss_coef``.
         """
         groups: dict[int, tuple[Any, list[torch.Tensor]]] = {}
         for router, counted in zip(self.routers().values(), statistics):

@@ -1,4 +1,4 @@
-"""One layer: a mixer and a feed-forward, each behind a norm and beside a residual stream.
+"""One layer: a mixer and a feed-forward, each with a norm before it and a residual connection.
 
 Letters in shapes: b batch, l length, d hidden size.
 """
@@ -25,16 +25,16 @@ from hf_archs.registry import get_feed_forward, get_mixer
 
 
 class AttentionWeights(nn.Identity):
-    """Sees the weights of a layer's attention in the user's order, and transformers records them from it.
+    """Receives a layer's attention weights, (b, heads, l, columns), in the user's order; transformers records them.
 
-    (b, heads, l, columns): the last l columns are the tokens of this forward, and before them are earlier ones. (A
-    static cache has as many columns as it has room, each position at its own place; behind them stand the tokens of a
-    forward that is padded or packed.) What a memory or global tokens in the cache are given is left out.
+    The last l columns are the tokens of this forward, after those of earlier tokens. (With a static cache the columns
+    are those of its buffer, column i for position i, followed by the tokens of this forward if it is padded or packed.)
+    Extra columns, of a memory or of global tokens in the cache, are left out.
     """
 
 
 class ArchBlock(Shardable, GradientCheckpointingLayer):
-    """One layer: ``x + mixer(norm(x))`` and ``x + feed_forward(norm(x))``, as far as the plan has them.
+    """One layer: ``x + mixer(norm(x))``, then ``x + feed_forward(norm(x))``; a plan may omit either.
 
     Its mixer is a `hf_archs.parts.TokenMixer`, its feed-forward a module over the hidden states or a
     `hf_archs.parts.RoutedFeedForward`.
@@ -46,9 +46,9 @@ class ArchBlock(Shardable, GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.bidirectional = config.bidirectional
         self.residual_in_fp32 = config.residual_in_fp32
-        self.sites: dict[str, int] = {}  # of the parts that it shares with other layers, see `share_layers`
+        self.sites: dict[str, int] = {}  # the site of each part shared with other layers, see `share_layers`
         self.mixer = self.feed_forward = None
-        self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)  # of whatever comes first
+        self.norm = NORMS[config.norm_type](config.hidden_size, config.norm_eps)  # of the first part
         self.attention_weights: AttentionWeights | None = None
         if plan.mixer is not None:
             self.mixer = get_mixer(plan.mixer).module_class(plan.mixer_config)
@@ -67,10 +67,9 @@ class ArchBlock(Shardable, GradientCheckpointingLayer):
         output_attentions: bool = False,
         count: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``(b, l, d)`` to the same; beside it the statistics and the logits of the feed-forward's router where it has
-        one and they are asked for.
+        """``(b, l, d)`` to the same; with ``count``, also the statistics and logits of the router, if there is one.
 
-        (A flat tuple of tensors: activation checkpointing in its older form follows no others.)
+        (A flat tuple, since reentrant activation checkpointing tracks no nested tensors.)
         """
         residual = wide(hidden_states) if self.residual_in_fp32 else hidden_states
         if self.mixer is not None:
@@ -86,8 +85,10 @@ class ArchBlock(Shardable, GradientCheckpointingLayer):
         return (residual + output, statistics, logits) if count else residual + output
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Without the parts that are another layer's: tools that go from child to child would change those twice, as
-        torchao's ``quantize_`` does. (Lists of all modules name a shared one once in any case.)
+        """As in torch, without parts that an earlier layer has too.
+
+        Tools that recurse over children, such as torchao's ``quantize_``, would convert those twice. (`named_modules`
+        lists a shared module once.)
         """
         return ((name, child) for name, child in super().named_children() if not self.sites.get(name))
 
@@ -102,42 +103,36 @@ class ArchBlock(Shardable, GradientCheckpointingLayer):
         order, restore, lengths, seq_idx, pairs = layout
         state = None if cache is None else cache.slot(self.layer_idx)
         recorder = self.attention_weights
-        looked_at: contextlib.AbstractContextManager = contextlib.nullcontext()
+        recording: contextlib.AbstractContextManager = contextlib.nullcontext()
         if output_attentions and recorder is not None:
             total = None if cache is None or cache.is_static else cache.get_seq_length()
-            looked_at = during(show=partial(_show, recorder=recorder, layout=layout, total=total))
+            recording = during(show=partial(_show, recorder=recorder, layout=layout, total=total))
         forwards = pairs if pairs is None or not self.bidirectional else pairs.in_direction(backwards=False)
-        with looked_at, _following(forwards):
+        with recording, _using(forwards):
             mixed = self.mixer(permute(hidden_states, order), state=state, lengths=lengths, seq_idx=seq_idx)
         mixed = permute(mixed, restore)
         if self.bidirectional:
             # the same mixer from right to left: reversed rows keep their real tokens first
-            flipped = None if order is None else reverse_real(order, lengths)
-            back = (
-                flipped
-                if flipped is not None
-                else torch.arange(hidden_states.shape[1] - 1, -1, -1, device=hidden_states.device).expand(
-                    hidden_states.shape[:2]
-                )
-            )
-            if seq_idx is not None:
-                seq_idx = reverse_real(seq_idx, lengths) if lengths is not None else seq_idx.flip(1)
-            with _following(pairs if pairs is None else pairs.in_direction(backwards=True)):
+            shape = hidden_states.shape[:2]
+            order = torch.arange(shape[1], device=hidden_states.device).expand(shape) if order is None else order
+            back = reverse_real(order, lengths)
+            seq_idx = None if seq_idx is None else reverse_real(seq_idx, lengths)
+            with _using(pairs if pairs is None else pairs.in_direction(backwards=True)):
                 backward = self.mixer(permute(hidden_states, back), state=None, lengths=lengths, seq_idx=seq_idx)
             mixed = mixed + permute(backward, inverse(back))
         mask = layout.mask()
         return mixed if mask is None else mixed.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
-def _following(pairs: Pairs | None) -> contextlib.AbstractContextManager:
+def _using(pairs: Pairs | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if pairs is None else during(pairs=pairs)
 
 
 def _show(weights: torch.Tensor, recorder: Any, layout: Layout, total: int | None) -> torch.Tensor:
-    """Weights (b, h, l, columns) of real tokens first, shown in the user's order, and as they were: gradients pass.
+    """Show weights (b, h, l, columns) to ``recorder`` in the user's order; returns its output in mixer order.
 
-    ``total`` is the number of all positions so far, where there may be fewer columns, of the last ones, or more, of
-    nothing.
+    ``total`` is the number of positions so far, or None: the shown weights are padded or cut on the left to as many
+    columns. Gradients pass through.
     """
     length, missing = weights.shape[2], 0 if total is None else total - weights.shape[3]
     shown = nn.functional.pad(weights, (missing, 0))

@@ -1,4 +1,4 @@
-"""The heads of language models over the backbone.
+"""The heads over the backbone.
 
 Letters in shapes: b batch, l length, d hidden size, v vocabulary.
 """
@@ -34,12 +34,13 @@ from hf_archs.model.pretrained import ArchPreTrainedModel
 def _with_router_losses(
     model: ArchModel, outputs: ArchModelOutput, loss: torch.Tensor | None, targets: torch.Tensor | None, items: Any
 ) -> dict[str, Any]:
-    """The fields of an output that routers have a part in.
+    """The output fields that depend on routers: ``loss``, ``aux_loss`` and ``router_logits``.
 
     Args:
-        loss: of the predictions, where there are ``targets``; -100 stands for none.
-        items: predicted tokens of all batches of the step, where the Trainer says so. It adds up the losses of a step's
-            batches as they are, so their means must be weighed.
+        loss: the loss of the predictions, or None.
+        targets: the labels behind ``loss``; -100 is ignored.
+        items: number of targets in all batches of an optimizer step, if the Trainer gives it. The Trainer then sums the
+            losses of the batches, so the routers' loss is weighted by the share of this batch.
     """
     if not outputs.router_statistics:
         return {"loss": loss}
@@ -53,7 +54,7 @@ def _with_router_losses(
 class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
     """The backbone with a language-model head.
 
-    Concrete classes name `GenerationMixin` in their bases once more: transformers looks for it there.
+    Subclasses must repeat `GenerationMixin` among their bases, where transformers looks for it.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -91,14 +92,14 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
     ) -> ArchCausalLMOutput:
         r"""
         cache ([`~cache_utils.Cache`], *optional*):
-            What the tokens before these left behind. In training none is made unless ``use_cache=True``.
+            The states after the previous tokens. In training no cache is made unless ``use_cache=True``.
         past_key_values ([`~cache_utils.Cache`], *optional*):
-            The same, under the name that transformers had for it to 5.23.
+            The same, under its name in transformers up to 5.23.
         output_router_logits (`bool`, *optional*):
-            Whether to return the logits of the routers and their own loss, which is then part of ``loss``; None for
-            the config's, which is True unless a checkpoint of another model says otherwise.
+            Whether to return the logits and the loss of the routers, and to add that loss to ``loss``; None for the
+            config's value, which is True unless a converted checkpoint has another.
         """
-        kwargs |= kwargs.pop("kwargs", {})  # see the backbone's
+        kwargs |= kwargs.pop("kwargs", {})  # as in the backbone
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -130,18 +131,18 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
     def generate(  # type: ignore[override]  # by the types of 5.23
         self: Any, *args: Any, cache: Any = None, past_key_values: Any = None, **kwargs: Any
     ) -> Any:
-        """As in transformers, with the cache under either of its names, and no router logits unless asked for."""
+        """As in transformers, with the cache under either name, and no router logits unless requested."""
         given = _given_cache(cache, past_key_values, self.config)
         if given is not None:
             kwargs[NAME] = given
         if self.model.has_routers:
-            kwargs.setdefault("output_router_logits", False)  # a step has better to do; they are given where asked for
+            kwargs.setdefault("output_router_logits", False)  # they cost time at each step
         layers = self.config.num_hidden_layers
         try:
             with during(generating=True, drawn=0):
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            # which transformers lowers for the drafts of `assistant_early_exit`, and not back where one fails
+            # `assistant_early_exit` of transformers lowers it for drafts, and a failing draft does not restore it
             if self.config.num_hidden_layers != layers:
                 self.config.num_hidden_layers = layers
 
@@ -159,21 +160,21 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(  # type: ignore[override]
         self: Any, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """As in transformers, with the cache under its old name too, since PEFT looks there."""
+        """As in transformers, with the cache also under its old name, where PEFT looks for it."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         if NAME in inputs:
-            inputs[OLD_NAME] = inputs[NAME]  # where PEFT looks, whatever the release of transformers
+            inputs[OLD_NAME] = inputs[NAME]
         return inputs
 
     def _assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
-        finally:  # the cache may outlive this, and would record every token to come
+        finally:  # else a cache that outlives the call would record all later tokens
             if isinstance(kwargs.get(NAME), RecurrentCache):
                 kwargs[NAME].stop_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse what ``generate_batch`` and a server's continuous batching begin with.
+        """Refuse continuous batching (``generate_batch``, and the server of transformers).
 
         Raises:
             ValueError: always.
@@ -187,16 +188,16 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         config: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor | None:
-        """The part of `generate`'s mask for these tokens: a mixer makes its own of where the real ones are.
+        """The columns of `generate`'s mask for these tokens; None for a single token.
 
-        (One token is a real one, or nobody looks at what comes of it.)
+        (A single token is real, or its output is not used.)
         """
         length = inputs_embeds.shape[1]
         return None if attention_mask is None or length == 1 else attention_mask[:, -length:]
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return True  # whatever the class is called: transformers looks for other families' names in it
+        return True  # transformers would decide by the class name, which may contain another family's
 
     def _prepare_cache_for_generation(
         self,
@@ -206,10 +207,10 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        """The cache for `generate`: handed in, static, dynamic or offloaded.
+        """Set the cache of `generate` in ``model_kwargs``: the given one, or a static, dynamic or offloaded one.
 
         Raises:
-            ValueError: where a layer cannot generate, or the cache asked for cannot be made.
+            ValueError: if a layer cannot generate, or the requested cache cannot be made.
         """
         for router in self.model.routers().values():
             router.check_generation()
@@ -224,7 +225,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
         if cache is not None:
             if implementation is not None:
                 raise ValueError(f"cache_implementation={implementation!r} and {NAME} were both passed; allowed is one")
-            cache.forget_derived()  # the weights may be others than in the last call
+            cache.forget_derived()  # the weights may have changed since the last call
             if generation_mode != GenerationMode.ASSISTED_GENERATION and not generation_config.is_assistant:
                 cache.stop_recording()
             cache._is_user_defined = True  # type: ignore[attr-defined]
@@ -238,7 +239,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             )
         if implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
             length = max(max_cache_length, generation_config.max_cache_len or 0, getattr(self, "_longest_cache", 0))
-            self._longest_cache = length  # one size for all calls, so that a shorter one does not compile again
+            self._longest_cache = length  # the largest so far, so that a shorter call does not compile again
             cache = ArchStaticCache(self.config, max_cache_len=length, offloading="offloaded" in implementation)
             if generation_config.prefill_chunk_size is not None:
                 rows = max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size
@@ -251,7 +252,7 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
 
 
 class ArchForMaskedLM(ArchPreTrainedModel):
-    """The backbone with a masked-language-model head; it reads in both directions."""
+    """The backbone, bidirectional, with a masked-language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -259,7 +260,7 @@ class ArchForMaskedLM(ArchPreTrainedModel):
     _model_class: type[ArchModel]
 
     def __init__(self, config: ArchConfig):
-        config = copy.deepcopy(config)  # the caller's own may become a causal model yet
+        config = copy.deepcopy(config)  # the caller may use it for a causal model
         config.bidirectional = True
         super().__init__(config)
         self.model = self._model_class(config)
@@ -281,8 +282,8 @@ class ArchForMaskedLM(ArchPreTrainedModel):
     ) -> ArchMaskedLMOutput:
         r"""
         output_router_logits (`bool`, *optional*):
-            Whether to return the logits of the routers and their own loss, which is then part of ``loss``; None for
-            the config's.
+            Whether to return the logits and the loss of the routers, and to add that loss to ``loss``; None for the
+            config's value.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -306,12 +307,12 @@ class ArchForMaskedLM(ArchPreTrainedModel):
 
 
 class ArchForSequenceClassification(GenericForSequenceClassification, ArchPreTrainedModel):
-    """The backbone with a head over the last token of a sequence."""
+    """The backbone with a classification head on the last token of a row."""
 
 
 class ArchForTokenClassification(GenericForTokenClassification, ArchPreTrainedModel):
-    """The backbone with a head over every token."""
+    """The backbone with a classification head on every token."""
 
 
 class ArchForQuestionAnswering(GenericForQuestionAnswering, ArchPreTrainedModel):
-    """The backbone with a head that marks where an answer begins and ends."""
+    """The backbone with a head for the start and the end of an answer."""

@@ -10,9 +10,9 @@ from hf_archs.cache.call import NAME, NEW_NAME, OLD_NAME
 
 
 class CacheNames:
-    """An output of transformers whose cache is found under both of its names, whichever the installed release has."""
+    """An output of transformers that gives its cache under both names, in every release."""
 
-    def _replace_old_cache_name(self, key: Any) -> Any:  # which warns, in the release that has it
+    def _replace_old_cache_name(self, key: Any) -> Any:  # transformers' own warns
         return NAME if key in (OLD_NAME, NEW_NAME) else key
 
     def __getitem__(self, key: Any) -> Any:
@@ -22,7 +22,7 @@ class CacheNames:
         return super().__contains__(self._replace_old_cache_name(key))  # type: ignore[misc]
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """As a dict's, by either name of the cache."""
+        """As `dict.get`, with either name for the cache."""
         return super().get(self._replace_old_cache_name(key), default)  # type: ignore[misc]
 
 
@@ -34,8 +34,8 @@ class ArchModelOutput(CacheNames, BaseModelOutputWithPast):
     """Output of the backbone.
 
     Attributes:
-        router_logits: for each layer with a router its logits ``(b * l, experts)``, where they were asked for.
-        router_statistics: for each layer with a router the statistics of this forward, where they were asked for.
+        router_logits: the logits ``(b * l, experts)`` of each layer with a router, if requested.
+        router_statistics: the statistics of each layer with a router in this forward, if requested.
     """
 
     router_logits: tuple[torch.Tensor, ...] | None = None
@@ -44,12 +44,12 @@ class ArchModelOutput(CacheNames, BaseModelOutputWithPast):
 
 @dataclass
 class ArchCausalLMOutput(CacheNames, CausalLMOutputWithPast):
-    """Output of the causal language model, under Mixtral's names. (As a tuple it begins with loss and logits.)
+    """Output of the causal language model, with Mixtral's names. (As a tuple it begins with loss and logits.)
 
     Attributes:
-        aux_loss: the routers' own losses, where their logits were asked for; ``loss`` holds it times the config's
+        aux_loss: the losses of the routers, if router logits were requested; ``loss`` includes them, times the config's
             ``router_aux_loss_coef``.
-        router_logits: for each layer with a router its logits ``(b * l, experts)``, where they were asked for.
+        router_logits: the logits ``(b * l, experts)`` of each layer with a router, if requested.
     """
 
     aux_loss: torch.Tensor | None = None
@@ -61,7 +61,7 @@ class ArchMaskedLMOutput(MaskedLMOutput):
     """Output of the masked language model.
 
     Attributes:
-        aux_loss, router_logits: as those of `ArchCausalLMOutput`.
+        aux_loss, router_logits: as in `ArchCausalLMOutput`.
     """
 
     aux_loss: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""The base of every model class: how weights begin, and how they are loaded and saved."""
+"""The base of every model class: initialising, loading and saving weights."""
 
 import math
 import os
@@ -36,8 +36,8 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
     _is_stateful = False  # the cache can roll back, so assisted decoding works
     _can_compile_fullgraph = True
     _supports_sdpa = True
-    _supports_context_parallel = False  # neither states nor padding settled in the backbone can be cut up by rank
-    # states, decays and step biases, which every mixer keeps in a submodule of this name; what balances routers
+    _supports_context_parallel = False  # the order of real tokens and the states need whole rows
+    # the parameters of recurrences, in a submodule `ssm` of the mixer, and the load-balancing bias of routers
     _keep_in_fp32_modules_strict = ["ssm", "e_score_correction_bias"]
 
     @property
@@ -47,28 +47,29 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         return {"hidden_states": ArchBlock, **({"attentions": AttentionWeights} if shown else {})}
 
     def post_init(self) -> None:
-        """As in transformers; lists of modules to keep in float32 come to name only modules that this model has."""
+        """As in transformers; the lists of modules to keep in float32 are reduced to modules of this model."""
         super().post_init()
         model_card.tag(self)
-        # every name in the list stands for something in this model: its readers rely on that
+        # readers of the list expect every name to match something
         names = {part for name in self.state_dict() for part in name.split(".")}
         kept: Any = set(self._keep_in_fp32_modules_strict or ()) & names
         self._keep_in_fp32_modules_strict = kept
-        # quantisers ask for modules to leave alone, and match their whole names
+        # quantisers leave these modules alone, and match full names
         states = {name: module for name, module in self.named_modules() if name.rpartition(".")[2] == "ssm"}
         self._keep_in_fp32_modules = {*states, *(self._keep_in_fp32_modules or ())}
-        for module in states.values():  # a model that is made in half precision has them wide as well
+        for module in states.values():  # also in a model that is built in half precision
             if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
                 module.float()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # transformers passes over modules without parameters of their own (mixers, blocks) in code outside of it, lest
-        # they overwrite what was loaded; ours all use `transformers.initialization`, which never does
+        # for custom code transformers skips modules without direct parameters (mixers, blocks), lest they overwrite
+        # loaded weights; ours use `transformers.initialization`, which does not
         super()._initialize_weights(module)
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
-        """As in transformers, which compares weights that a file has under both names; those of layers that share a
-        module are one already, and quantised ones cannot be compared.
+        """As in transformers, but without comparing the weights of layers that share a module.
+
+        They are one tensor, and quantised weights cannot be compared.
         """
         if missing_keys is not None:
             weights = dict(self.named_parameters(remove_duplicate=False))
@@ -78,7 +79,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """True: the loss takes ``num_items_in_batch``. Every `Trainer` asks this while it is made."""
+        """True: the loss takes ``num_items_in_batch``. Every new `Trainer` reads this, and is watched from then on."""
         watch_trainers()
         return True
 
@@ -88,7 +89,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         if isinstance(module, SelfInitialized) and not isinstance(module, PreTrainedModel):
             module.init_weights()
         if isinstance(module, ArchBlock) and self.config.rescale_prenorm_residual:
-            # modules are initialised children first, so the projections have their plain values here
+            # children are initialised before their parents, so the projections have their plain values here
             plans = self.config.layer_plans()
             additions = sum((plan.mixer is not None) + (plan.feed_forward is not None) for plan in plans)
             for name, parameter in module.named_parameters():
@@ -97,14 +98,14 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers looks for the call in the module of the class, and ours stand in mixers
+        return True  # transformers looks for the call in the module of the class, not in its mixers
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return cls.config_class.base_model_ep_plan is not None  # a class of configs without one has no experts
+        return cls.config_class.base_model_ep_plan is not None  # a config class without it has no experts
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As in transformers, with our own experts where nobody asks for others."""
+        """As in transformers, with ``hf_archs`` as the default."""
         if requested_experts is None and self._can_set_experts_implementation() and "hf_archs" in ALL_EXPERTS_FUNCTIONS:
             return "hf_archs"
         return super().get_correct_experts_implementation(requested_experts)
@@ -117,18 +118,18 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         checkpoint: Checkpoint | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers; native checkpoints are read as well, see `hf_archs.native.reading`.
+        """As in transformers, and for native checkpoints, see `hf_archs.native.reading`.
 
         Args:
-            checkpoint: that of the folder or repository, where the caller has looked at it.
+            checkpoint: the checkpoint of the folder or repository, if the caller has inspected it already.
 
         Raises:
-            ValueError: for a checkpoint of another architecture, or an option that ours cannot represent; for weights
-                in a pickle, unless ``use_safetensors=False`` asks for them.
-            CheckpointMismatch: a RuntimeError, where a tensor has another shape than the config asks for, is missing,
-                or is left over (the latter two unless ``output_loading_info=True`` asks for a list of them); see
+            ValueError: for a checkpoint of another architecture, or with an option that this library lacks; and for
+                pickled weights, unless ``use_safetensors=False``.
+            CheckpointMismatch: a RuntimeError, for a tensor of another shape than the config's; and for missing or
+                unexpected tensors, unless ``output_loading_info=True`` lists them; see
                 `hf_archs.native.reading.Reading.check`.
-            SafetensorError: where a weights file is corrupt or truncated.
+            SafetensorError: for a corrupt or truncated weights file.
         """
         checkpoint = prepare(cls, pretrained_model_name_or_path, kwargs, checkpoint)
         with unpickled(checkpoint, pretrained_model_name_or_path, kwargs) as moved:
@@ -138,7 +139,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
                 model.config.name_or_path = str(pretrained_model_name_or_path)
                 return loaded
         reading = None
-        if kwargs.get("state_dict") is None:  # which a caller may have made of some weights alone
+        if kwargs.get("state_dict") is None:  # a state dict of the caller may hold some weights only
             reading = Reading(
                 pretrained_model_name_or_path,
                 checkpoint,
@@ -154,7 +155,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
                 "restore them from where they came"
             ) from error
         if checkpoint is not None and checkpoint.native is not None:
-            # transformers would save under the names it has read
+            # else transformers would save under the native names
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model._weight_conversions = get_model_conversion_mapping(model)
         return loaded
@@ -168,7 +169,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """As in transformers; a card stands beside the weights, unless the folder has one that somebody wrote."""
+        """As in transformers; also writes a model card, unless the folder has one that was written by hand."""
         path = Path(save_directory) / REPOCARD_NAME
         own = path.read_bytes() if path.is_file() else None
         if own is not None and model_card.is_automatic(own.decode(errors="replace")):
@@ -178,12 +179,12 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         if not is_main_process or os.path.isfile(save_directory):
             return
         if own is not None:
-            path.write_bytes(own)  # transformers has written that of the repository over it
+            path.write_bytes(own)  # transformers has overwritten it with the repository's card
         elif not push_to_hub and not getattr(self, "_hf_peft_config_loaded", False):
             model_card.save_card(self, save_directory)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        # the card there is the repository's, or an empty one of transformers where it has none
+        # the folder has the repository's card, or an empty one from transformers
         path = Path(working_dir) / REPOCARD_NAME
         if call.card is not None and model_card.is_automatic(path.read_text(encoding="utf-8")):
             path.write_bytes(call.card)
@@ -192,12 +193,11 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
-        """As in transformers; files that do not fit raise a `CheckpointMismatch`, before memory is taken."""
+        """As in transformers; a checkpoint that does not fit raises `CheckpointMismatch`, before memory is taken."""
         super().mark_tied_weights_as_initialized(loading_info)
-        # here, before memory is taken for tensors that a wrong config asks for
         if call.reading is not None:
             call.reading.pass_over_buffers(loading_info)
-        if call.reading is not None and getattr(self, "hf_quantizer", None) is None:  # which stores weights in parts
+        if call.reading is not None and getattr(self, "hf_quantizer", None) is None:  # stores weights in parts
             self._adjust_missing_and_unexpected_keys(loading_info)
             call.reading.check(self, loading_info)
 
@@ -206,7 +206,7 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         """As in transformers.
 
         Raises:
-            ValueError: where a pipeline would part layers that share weights.
+            ValueError: for a pipeline, if layers share weights, which may be in different stages.
         """
         if mesh_manager is not None and distributed_config.pp_size > 1 and model.base_model._tied_weights_keys:
             raise ValueError(
@@ -217,4 +217,4 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing to do: the stub that is always saved serves every Auto class."""
+        """Do nothing: the stub that is always saved serves every Auto class."""

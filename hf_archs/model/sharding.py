@@ -1,8 +1,8 @@
-"""FSDP2 (`torch.distributed.fsdp.fully_shard`) over models that keep states in float32.
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`) for models with float32 states.
 
-A unit of FSDP is gathered and reduced in one dtype, and its policy casts all of it. The parameters of a recurrence
-stand in ``ssm`` and stay in float32 beside weights in half precision, so they have a group of their own in every unit,
-whoever makes it: `fully_shard` below, torch's own, transformers' plan or accelerate.
+FSDP casts, gathers and reduces all parameters of a group in one dtype. The parameters of a recurrence, in ``ssm``, stay
+in float32 beside half-precision weights, so they get a group of their own in every FSDP unit, whether the unit is made
+by `fully_shard` below, by torch's, by transformers' plan or by accelerate.
 """
 
 from collections import Counter
@@ -12,29 +12,29 @@ from torch import nn
 
 
 class Shardable:
-    """Base of the modules that are made units of FSDP2: its states are apart from the rest."""
+    """Base of modules that become FSDP2 units; their states get a separate parameter group."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "__class__":  # the last thing that torch's `fully_shard` does with a module
+        if name == "__class__":  # the last step of torch's `fully_shard` on a module
             _set_states_apart(self)  # type: ignore[arg-type]
 
 
 def fully_shard(model: nn.Module, *, reshard_after_forward: bool | int | None = None, **options: Any) -> nn.Module:
-    """Make units of FSDP2 of a model: each layer, what layers share, the float32 states of each, and the embeddings.
+    """Shard a model by FSDP2, with a unit for each layer, shared part and ``ssm`` module, and for the embeddings.
 
-    Call it on every process before the optimizer is made. Embeddings that are tied are one unit with the final norm,
-    in the root; others are units apart, and the head stays gathered from the end of the forward to the backward.
+    Call it on every process before the optimizer is made. Untied embeddings are a unit, and final norm and head are
+    another, which stays gathered until the backward. Tied embeddings are in the root unit, with the final norm.
 
     Args:
-        model: a model of this library, an adapter on one included.
+        model: a model of this library, with or without an adapter.
         reshard_after_forward, options: as in `torch.distributed.fsdp.fully_shard`. An ``mp_policy`` casts no states.
 
     Returns:
-        the model.
+        ``model``.
 
     Raises:
-        ValueError: where no model of this library is in it.
+        ValueError: if there is no model of this library in it.
     """
     from torch.distributed import fsdp
 
@@ -59,23 +59,23 @@ def fully_shard(model: nn.Module, *, reshard_after_forward: bool | int | None = 
 
 
 def _state_modules(module: nn.Module) -> list[nn.Module]:
-    """The modules that hold the parameters of a recurrence; see ``_keep_in_fp32_modules_strict`` of the models."""
+    """The ``ssm`` modules, which hold the parameters of recurrences."""
     return [child for name, child in module.named_modules() if name.rpartition(".")[2] == "ssm"]
 
 
 def _uncast() -> Any:
-    """The policy of states: they are gathered, used and reduced as they are."""
+    """The policy of states: they are gathered, used and reduced in their own dtype."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     return MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
 def _set_states_apart(module: nn.Module) -> None:
-    """In every unit of FSDP2 in ``module``, give the states a group whose policy casts nothing.
+    """Give the states of every FSDP2 unit in ``module`` a group whose policy casts nothing.
 
     Raises:
-        ValueError: where a layer becomes a unit before what it shares with others, or where the installed torch has
-            one group to a unit and the unit has states of another dtype.
+        ValueError: if a layer becomes a unit before a part that it shares with other layers; or, in a release of torch
+            with one group per unit, if the unit's states and other weights have different dtypes.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -94,7 +94,7 @@ def _set_states_apart(module: nn.Module) -> None:
 
 
 def _part(state: Any, holders: set[nn.Module]) -> None:
-    """Part the groups of the unit with this ``state``: what modules in ``holders`` hold, and the rest."""
+    """Split each group of the unit with this ``state`` into the parameters of modules in ``holders`` and the rest."""
     single = not hasattr(state, "_fsdp_param_groups")
     for group in [state._fsdp_param_group] if single else list(state._fsdp_param_groups):
         states = [parameter for parameter in group.fsdp_params if parameter._module_info.module in holders]

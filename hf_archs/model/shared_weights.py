@@ -1,6 +1,7 @@
-"""Layers that share their weights, and what each of them may have of its own (Zamba2, Glorioso et al. 2024, section 2).
+"""Layers that share weights, with low-rank additions per layer (Zamba2, Glorioso et al. 2024, section 2).
 
-The layers share the modules themselves, so an adapter on one is on all of them, and merges.
+A site is one of the layers that share a module. They share the module object, so that an adapter on it serves all of
+them, and can be merged.
 """
 
 from typing import Any
@@ -14,44 +15,44 @@ from hf_archs.cache.call import call
 
 
 class SiteLinear(nn.Linear):
-    """A shared linear layer with a low-rank one beside it for each layer that uses it.
+    """A shared linear layer with a low-rank addition for each site.
 
     Args:
-        linear: the layer that becomes the shared part; its shape, bias, device and dtype are taken over.
-        rank: of the low-rank parts.
-        sites: number of layers.
+        linear: the layer to replace, with the same shape, bias, device and dtype.
+        rank: rank of the additions.
+        sites: number of sites.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, sites: int):
         place: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         shape = linear.in_features, linear.out_features
         super().__init__(*shape, bias=linear.bias is not None, **place)
-        # parameters and no layers: PEFT cannot adapt a layer inside of one that it adapts
+        # parameters, since PEFT cannot adapt a linear layer inside an adapted one
         self.site_down = nn.Parameter(torch.empty(sites, rank, shape[0], **place))
         self.site_up = nn.Parameter(torch.empty(sites, shape[1], rank, **place))
 
     def init_weights(self) -> None:
-        """Every layer begins with the shared weights alone (LoRA, Hu et al. 2021, section 4.1)."""
+        """Start with additions of zero (LoRA, Hu et al. 2021, section 4.1)."""
         init.normal_(self.site_down, std=self.in_features**-0.5)
         init.zeros_(self.site_up)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``(..., in)`` to ``(..., out)``, with what the running layer adds."""
+        """``(..., in)`` to ``(..., out)``, with the addition of the running site."""
         own = F.linear(F.linear(input, self.site_down[call.site]), self.site_up[call.site])
         return super().forward(input) + own
 
 
 def add_sites(module: nn.Module, rank: int, sites: int) -> None:
-    """Make every linear layer in ``module`` a `SiteLinear`."""
+    """Replace every linear layer in ``module`` by a `SiteLinear`."""
     for name, child in [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]:
         module.set_submodule(name, SiteLinear(child, rank, sites))
 
 
 def share_layers(layers: nn.ModuleList, plans: list[Any]) -> dict[str, str]:
-    """Give blocks whose plans share a mixer or a feed-forward the module of the first of them.
+    """Give all blocks whose plans share a mixer or a feed-forward the module of the first of them.
 
     Returns:
-        the names of the parameters of all others, and those of the first, which files hold alone.
+        The parameter names of the other blocks, mapped to the names in the first block, as in files.
     """
     tied: dict[str, str] = {}
     for part in ("mixer", "feed_forward"):

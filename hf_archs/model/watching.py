@@ -1,4 +1,4 @@
-"""A word to users of a Trainer that does not know these models: what it would do to them in silence.
+"""Warnings for a plain transformers `Trainer`: it decays states, and leaves routers out of a smoothed loss.
 
 `hf_archs.ArchTrainer` does neither.
 """
@@ -12,12 +12,12 @@ from transformers import TrainerCallback
 
 
 class PlainTrainerWarning(UserWarning):
-    """A Trainer is about to train something else than its user thinks."""
+    """A plain `Trainer` decays the states of a recurrence, or leaves routers out of the loss."""
 
 
 def watch_trainers() -> None:
-    """Have every `Trainer` that is made from now on looked at."""
-    trainer: Any = sys.modules.get("transformers.trainer")  # which is slow to import, and not imported for this
+    """Check every `Trainer` that is made from now on."""
+    trainer: Any = sys.modules.get("transformers.trainer")  # slow to import; every Trainer has imported it
     if trainer is not None and _Watch not in trainer.DEFAULT_CALLBACKS:
         trainer.DEFAULT_CALLBACKS.append(_Watch)
 
@@ -44,7 +44,7 @@ def _warn(message: str) -> None:
 
 
 def decayed_states(model: nn.Module) -> list[str]:
-    """The names, without their modules', of the trainable parameters in ``ssm`` that a plain `Trainer` decays."""
+    """The last components of the names of trainable ``ssm`` parameters that a plain `Trainer` decays."""
     named = sys.modules["transformers.trainer"].Trainer.get_decay_parameter_names(None, model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     states = [name for name in named if name in trainable and "ssm" in name.split(".")]

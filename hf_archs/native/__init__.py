@@ -1,1 +1,1 @@
-"""Checkpoints: foreign formats, both ways, and what a saved one of ours carries."""
+"""Foreign checkpoint formats in both directions, and the files that accompany a saved checkpoint of this library."""

@@ -1,4 +1,4 @@
-"""Models in memory out of foreign ones of the same mathematics, and back."""
+"""Conversion, in memory, between models of this library and foreign models of the same mathematics."""
 
 import copy
 from collections.abc import Mapping
@@ -25,18 +25,17 @@ def _formats() -> list[tuple[Architecture, TransformersFormat]]:
 
 
 def from_native(model: PreTrainedModel | NativeCheckpoint) -> PreTrainedModel:
-    """A model of this library with the weights of one of transformers' own, or of another package's; they share no
-    memory.
+    """Convert a model of transformers or another package to this library; the two models share no memory.
 
-    Every value is the same and tied embeddings stay tied; parameters that this library keeps in float32 under lower
-    precision are widened. Device, training mode and generation config are carried over.
+    All values are equal and tied embeddings stay tied. Parameters that this library keeps in float32 under lower
+    precision are widened. Device, training mode and generation config are kept.
 
     Args:
-        model: a base model or causal language model of a class that an architecture's native formats name, or a
-            `NativeCheckpoint` of any format, or a model of the package whose checkpoints they are.
+        model: a base model or causal language model of a class that an architecture's native formats name; a
+            `NativeCheckpoint` of any format; or a model of the package that writes such checkpoints.
 
     Raises:
-        ValueError: for any other model, a config that ours cannot represent, or parameters that do not fit it.
+        ValueError: for any other model, a config that this library cannot represent, or parameters that do not fit it.
     """
     if isinstance(model, NativeCheckpoint):
         return _from_checkpoint(model)
@@ -56,7 +55,7 @@ def from_native(model: PreTrainedModel | NativeCheckpoint) -> PreTrainedModel:
 
 
 def _widened(model_class: type[PreTrainedModel], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies, with what this library keeps in float32 in at least that."""
+    """Copies of the tensors; those of ``_keep_in_fp32_modules_strict`` are widened to at least float32."""
     wide = set(model_class._keep_in_fp32_modules_strict or ())
     return {
         name: tensor.to(
@@ -89,7 +88,7 @@ def _from_checkpoint(checkpoint: NativeCheckpoint) -> PreTrainedModel:
     state = {form.ours(name): tensor for name, tensor in checkpoint.state_dict.items() if not form.is_buffer(name)}
     state = form.convert(state, config)
     embedding = state.get(f"{OURS}.embed_tokens.weight")
-    if config.tie_word_embeddings and embedding is not None:  # files leave one of the two out
+    if config.tie_word_embeddings and embedding is not None:  # files hold tied tensors once
         state.setdefault("lm_head.weight", embedding)
     model_class = architecture.causal_lm_class
     if "lm_head.weight" not in state:
@@ -103,20 +102,19 @@ def _from_checkpoint(checkpoint: NativeCheckpoint) -> PreTrainedModel:
 
 
 def to_native(model: PreTrainedModel, format: str | None = None) -> PreTrainedModel | NativeCheckpoint:
-    """A model of transformers' own, or another package's checkpoint, with the weights of one of this library.
+    """Convert a model of this library to one of transformers or to another package's checkpoint.
 
-    They share no memory.
-
-    Every value is the same and tied embeddings stay tied. Parameters that this library keeps in float32 under lower
-    precision get the model's dtype where that changes no value of any of them; transformers' models run with either.
+    All values are equal, tied embeddings stay tied, and no memory is shared. Parameters that this library keeps in
+    float32 under lower precision are cast to the model's dtype, unless that changes a value of any of them;
+    transformers' models run with both dtypes.
 
     Args:
         model: a base model or causal language model of an architecture with native formats.
-        format: the name of the format wanted, for transformers' models their ``model_type``; None takes the first
-            that can represent the config.
+        format: name of the format (the ``model_type`` of transformers' models); None takes the first format that can
+            represent the config.
 
     Raises:
-        ValueError: where there is no such format, or none can represent the config, naming the field.
+        ValueError: if there is no such format, or no format can represent the config; the message names the field.
     """
     candidates: dict[str, tuple[TransformersFormat | StateDictFormat, Any]] = {}
     allowed: list[str] = []
@@ -153,7 +151,7 @@ def to_native(model: PreTrainedModel, format: str | None = None) -> PreTrainedMo
 
 
 def _narrow(form: NativeFormat, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The parameters under their names, in the model's dtype where no value of any of them changes by that."""
+    """The parameters under the format's names, in the model's dtype unless that changes a value of any of them."""
     theirs = form.names_for(model.config)
     state = {theirs(name): tensor.clone() for name, tensor in model.state_dict().items()}
     wide = {name: tensor.to(model.dtype) for name, tensor in state.items() if tensor.dtype != model.dtype}
@@ -169,7 +167,7 @@ def _build(
     device: torch.device,
     dtype: torch.dtype,
 ) -> PreTrainedModel:
-    """A model of ``model_class`` that takes over ``state`` as it is, dtypes included."""
+    """A model of ``model_class`` with the tensors of ``state`` as they are, dtypes included."""
     with no_init_weights(), torch.device(device):
         model = model_class._from_config(config, dtype=dtype)
     model.load_state_dict(state, assign=True)
@@ -178,7 +176,7 @@ def _build(
 
 
 def _take_over(model: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with the rest of what ``source`` is."""
+    """Give ``model`` the name, generation config and training mode of ``source``."""
     model.config.name_or_path = source.config.name_or_path
     if source.can_generate():
         model.generation_config = copy.deepcopy(source.generation_config)

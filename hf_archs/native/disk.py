@@ -1,4 +1,4 @@
-"""Checkpoints on a disk: which names are folders, whether weights are sound, folders written whole or not at all."""
+"""Checkpoints on disk: recognising a path, checking weight files, replacing a folder without breaking it on failure."""
 
 import contextlib
 import shutil
@@ -15,14 +15,14 @@ WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*
 
 
 def looks_local(source: str) -> bool:
-    """Whether a name that does not exist here is a path, rather than ``owner/name`` on the Hub."""
+    """Whether a name that does not exist on disk is meant as a path, and not as ``owner/name`` on the Hub."""
     path = Path(source).expanduser()
     in_folder = "/" in source and path.parent.is_dir()
     return in_folder or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
 
 
 def check_weights(folder: Path) -> None:
-    """Open every safetensors file in ``folder``; a `SafetensorError` names the one that is corrupt or truncated."""
+    """Open every safetensors file in ``folder``. Raises a `SafetensorError` that names a corrupt or truncated file."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as tensors:
@@ -33,13 +33,13 @@ def check_weights(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """Write into the folder that this gives; where the block ends well, its files take the place of ``folder``'s.
+    """Context manager: a temporary folder, whose files move into ``folder`` when the block succeeds.
 
-    Until then everything in ``folder`` stays as it is, so a failure leaves a good checkpoint good. Other files there
-    are kept, except for weights that the new ones replace under other names; so is a card that somebody wrote.
+    Until then ``folder`` is unchanged, so a failure leaves a good checkpoint good. Its other files are kept, except for
+    weights that the new ones replace under other names. A model card written by hand is kept too.
     """
     folder = Path(folder).expanduser().resolve()
-    place = folder if folder.is_dir() else folder.parent  # a folder that exists may be a disk of its own
+    place = folder if folder.is_dir() else folder.parent  # an existing folder may be a disk of its own
     place.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=place))
     try:

@@ -1,4 +1,4 @@
-"""What a foreign checkpoint format is: a rename table for the parameters and one for the config, both ways.
+"""Foreign checkpoint formats: a rename table for parameters and one for config fields, used in both directions.
 
 A plugin declares a `NativeFormat` for every format that it can read; `hf_archs.native.reading` applies them.
 """
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 MOST_LAYERS, MOST_LABELS = 2**12, 2**20
 OURS = "model"  # `base_model_prefix` of every class of this library
 
-# Fields that stand in the config.json of any model and change no result: what transformers 4 wrote into every one of
-# them (how to generate, what a head was, how an encoder is a decoder), and where and by which tool a file was made.
+# Fields that the config.json of any model may have and that change no result: those that transformers 4 wrote into
+# every file (generation, head, encoder used as decoder), and the file's origin and tool.
 IDLE = frozenset(GenerationConfig._get_default_generation_params()) | {
     "_commit_hash",
     "_name_or_path",
@@ -60,26 +60,28 @@ IDLE = frozenset(GenerationConfig._get_default_generation_params()) | {
 
 @dataclass(frozen=True, kw_only=True)
 class NativeFormat(ABC):
-    """A checkpoint format other than ours whose parameters are ours under other names.
+    """A foreign checkpoint format with the parameters of this library under other names.
+
+    "Ours" are the names, config fields and parameters of this library; "theirs" are those of the format.
 
     Attributes:
-        name: the ``model_type`` in its ``config.json``.
-        prefix: what stands before the base model's parameters where it has a head; ours is ``model``.
-        file_prefixes: what may stand there in files instead.
-        renames: our names and theirs, of parameters outside the layers, without the prefix. Names that are in no
-            table are the same in both.
-        layer_renames: the same for parameters in a layer, without ``layers.<i>.``.
-        layer_aliases: other names of theirs for parameters in a layer, and ours.
-        layer_patterns: the same for names in files only, as regular expressions and what replaces them.
-        fields: our config fields and theirs. A field of a named instance has its path before it, as in
+        name: the ``model_type`` in ``config.json``.
+        prefix: their prefix of the base model's parameters in a model with a head; ours is ``model``.
+        file_prefixes: other prefixes in their files.
+        renames: our name -> theirs, for parameters outside the layers, without the prefix. A name in no table is the
+            same in both.
+        layer_renames: our name -> theirs, for parameters of a layer, without ``layers.<i>.``.
+        layer_aliases: another name of theirs -> ours, for parameters of a layer.
+        layer_patterns: regular expression for their name -> ours, for parameters of a layer in files only.
+        fields: our config field -> theirs. The field of a named instance has its path before it, as in
             ``mixer.num_heads``; see `ComposedConfig.instances`.
-        constants: our config fields and the only value that the format stands for.
-        allowed: their config fields that must have one of these values, or the checkpoint is no such model.
-        ignored: their config fields that do not change the result, beside those in `IDLE`.
-        conversions: how several parameters of theirs are several of ours, for files; see `convert`.
-        unused: our config fields that the format does not have and that do not change the result.
-        assumed: the same, with the values that they get when reading.
-        pickle: the pickle that its repositories have in place of safetensors, if they do; see
+        constants: our config field -> the only value that the format can express.
+        allowed: their config field -> the values that this library can represent.
+        ignored: config fields of theirs that do not change the result, apart from `IDLE`.
+        conversions: splits and joins of parameters between theirs and ours, for files; see `convert`.
+        unused: config fields of ours that the format does not have and that do not change the result.
+        assumed: such fields of ours that get a value when reading, with that value.
+        pickle: file name of the pickle, if their repositories have one in place of safetensors; see
             `hf_archs.native.pickles`.
     """
 
@@ -108,25 +110,25 @@ class NativeFormat(ABC):
 
     @abstractmethod
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """All their config fields as one flat dict, and the default of each that the format knows."""
+        """All config fields of theirs as one flat dict, and the default of each field that the format knows."""
 
     # -- names -------------------------------------------------------------------------------------------------
 
     def theirs(self, name: str) -> str:
-        """Their name of our parameter, with or without prefix as it came."""
+        """Their name of our parameter; without a prefix if ``name`` has none."""
         return _rename(name, (OURS, self.prefix), self.renames, self.layer_renames)
 
     def names_for(self, config: Any) -> Callable[[str], str]:
-        """`theirs` for a model of ours with this config, whose layers may differ."""
+        """The function `theirs` for a model with this config: layers of different kinds may need different names."""
         return self.theirs
 
     def ours(self, name: str) -> str:
-        """Our name of their parameter, with or without prefix as it came."""
+        """Our name of their parameter; without a prefix if ``name`` has none."""
         backward = [{theirs: ours for ours, theirs in t.items()} for t in (self.renames, self.layer_renames)]
         return _rename(name, (self.prefix, OURS), backward[0], {**self.layer_aliases, **backward[1]})
 
     def key_mapping(self) -> dict[str, str]:
-        """Their names to ours in the form of transformers' ``key_mapping``: applied one after another."""
+        """Their names to ours as a ``key_mapping`` of transformers, which applies the patterns in order."""
         mapping = {rf"^{re.escape(prefix)}\.": f"{OURS}." for prefix in (self.prefix, *self.file_prefixes)}
         layer_names = [*self.layer_renames.items(), *((ours, theirs) for theirs, ours in self.layer_aliases.items())]
         for within, names in (("", self.renames.items()), (r"layers\.\d+\.", layer_names)):
@@ -137,7 +139,7 @@ class NativeFormat(ABC):
         return mapping
 
     def convert(self, state: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
-        """Their parameters under our names as ours for a model with this config, as ``conversions`` does in files."""
+        """Convert their parameters, under our names already, to ours; ``conversions`` does the same for files."""
         return state
 
     # -- config ------------------------------------------------------------------------------------------------
@@ -146,8 +148,8 @@ class NativeFormat(ABC):
         """A ``config.json`` of this format as the fields of ``config_class``.
 
         Raises:
-            ValueError: for an option that ours cannot represent, naming field, value and what is allowed; for a field
-                that neither the format nor `IDLE` knows; for quantised weights.
+            ValueError: for an option that this library cannot represent (the message names field, value and allowed
+                values), a field known to neither the format nor `IDLE`, or quantised weights.
         """
         quantised = raw.get("quantization_config") or raw.get("quantization")
         if quantised:
@@ -158,7 +160,7 @@ class NativeFormat(ABC):
                 "from_pretrained(..., quantization_config=...))"
             )
         layers = self.fields.get("num_hidden_layers", "")
-        # of which transformers' config makes lists, before it looks at them: too many fill the memory
+        # transformers' config builds lists of these lengths before it checks them: too large a number fills the memory
         for name, least, most in ((layers, 1, MOST_LAYERS), ("num_labels", 0, MOST_LABELS)):
             value = raw.get(name)
             if isinstance(value, int) and value > most:
@@ -195,18 +197,18 @@ class NativeFormat(ABC):
         return found
 
     def is_buffer(self, name: str) -> bool:
-        """Whether a tensor of theirs is no parameter, and follows from the config."""
+        """Whether a tensor of theirs is a buffer, which follows from the config."""
         return False
 
     def buffers(self, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-        """The tensors of their state dict that are no parameters, under their names."""
+        """The buffers in their state dict, under their names."""
         return {}
 
     def write_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """Our config in their fields, as far as they have other names only.
+        """Our config as their config fields, for the entries of ``fields`` only.
 
         Raises:
-            ValueError: where ours says something that theirs cannot, naming field, value and what is allowed.
+            ValueError: if the format cannot represent our config; the message names field, value and allowed values.
         """
         values, defaults = _flat(config)
         skipped = {*self.fields, *self.unused, *self.assumed, *_common(config.to_dict())}
@@ -229,13 +231,14 @@ class NativeFormat(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersFormat(NativeFormat):
-    """The checkpoints of an architecture in transformers itself, which exist as models in memory too.
+    """The format of an architecture in transformers, whose models can be converted in memory too.
 
     Attributes:
-        config_name, model_name, causal_lm_name: transformers' classes.
-        derived: their config fields and the attribute of our config that gives the value when writing.
-        nested: their config fields that are dicts; in the tables their entries are ``rope_parameters.rope_theta``.
-        tiny: fields of a small config of theirs, for tests; empty where our own tiny config can be written as one.
+        config_name, model_name, causal_lm_name: names of transformers' classes.
+        derived: config field of theirs -> the attribute of our config that gives its value when writing.
+        nested: config fields of theirs that are dicts; the tables name their entries as in
+            ``rope_parameters.rope_theta``.
+        tiny: fields of a small config of theirs, for tests; empty if our tiny config can be written as one.
     """
 
     config_name: str
@@ -246,20 +249,20 @@ class TransformersFormat(NativeFormat):
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
     def classes(self, architecture: Architecture) -> list[tuple[type[PreTrainedModel], type[PreTrainedModel]]]:
-        """Pairs of our class and theirs."""
+        """Pairs of our model class and theirs."""
         return [
             (architecture.model_class, getattr(transformers, self.model_name)),
             (architecture.causal_lm_class, getattr(transformers, self.causal_lm_name)),
         ]
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `NativeFormat.expand`, by the config class of transformers."""
+        """As `NativeFormat.expand`, with the config class of transformers."""
         config_class = getattr(transformers, self.config_name)
-        # a file may leave out what has its class's default, and the class knows older names of its fields
+        # a file may omit a field that has its default, and the class knows former names of its fields
         given = config_class.from_dict({k: v for k, v in raw.items() if k != "auto_map"}).to_dict()
         defaults = config_class().to_dict()
         fields = {f.name for f in dataclasses.fields(config_class)}
-        for name, stored in config_class.attribute_map.items():  # some stand in the file under another name
+        for name, stored in config_class.attribute_map.items():  # files have some fields under another name
             if name in fields and stored not in fields:
                 for config in (given, defaults):
                     config[name] = config.pop(stored)
@@ -286,11 +289,11 @@ class TransformersFormat(NativeFormat):
 
 @dataclass
 class NativeCheckpoint:
-    """A model of a package that transformers does not know: its config and its parameters, under its names.
+    """Config and state dict of a model of a package outside transformers, under that package's names.
 
     Attributes:
-        config: what stands in its ``config.json``.
-        state_dict: its parameters.
+        config: the content of ``config.json``.
+        state_dict: parameters and buffers.
     """
 
     config: dict[str, Any]
@@ -301,22 +304,22 @@ class NativeCheckpoint:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
             json.dump(self.config, file, indent=2)
-        state = {name: tensor.contiguous().clone() for name, tensor in self.state_dict.items()}  # shared ones twice
+        state = {name: tensor.contiguous().clone() for name, tensor in self.state_dict.items()}  # shared tensors twice
         save_file(state, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateDictFormat(NativeFormat):
-    """The checkpoints of a package outside of transformers, which exist as a `NativeCheckpoint` here.
+    """The format of a package outside transformers; in memory its checkpoints are `NativeCheckpoint`.
 
     Attributes:
-        defaults: their config fields that mean something to a model, with the default of each.
+        defaults: config fields of theirs that affect the model, with their defaults.
     """
 
     defaults: Mapping[str, Any]
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `NativeFormat.expand`, by the format's ``defaults``."""
+        """As `NativeFormat.expand`, with the format's ``defaults``."""
         return {**self.defaults, **raw}, dict(self.defaults)
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
@@ -325,7 +328,7 @@ class StateDictFormat(NativeFormat):
 
 
 def _flat(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The values and the defaults of a config's fields; those of named instances behind their paths."""
+    """The values and the defaults of a config's fields; fields of named instances have their path before them."""
     fresh = type(config)()
     instances = config.instances()
     passed_over = {"architectures", "transformers_version", *(path.partition(".")[0] for path in instances)}
@@ -335,7 +338,7 @@ def _flat(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     for path, (kind, part) in instances.items():
         values[f"{path}.type"] = kind
         own = {f.name: f.default for f in dataclasses.fields(part)}  # type: ignore[arg-type]
-        own |= {name: getattr(config, name) for name in ("hidden_size", "norm_eps")}  # the model's, unless one says so
+        own |= {name: getattr(config, name) for name in ("hidden_size", "norm_eps")}  # a mixer inherits these
         values.update({f"{path}.{name}": getattr(part, name) for name in own})
         defaults.update({f"{path}.{name}": default for name, default in own.items()})
     return values, defaults
@@ -349,7 +352,7 @@ def _rename(name: str, prefixes: tuple[str, str], table: Mapping[str, str], laye
 
 
 def _common(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that every config of transformers has: labels, dtype and the like."""
+    """The fields that every transformers config has: labels, dtype and the like."""
     names = {*PreTrainedConfig().to_dict(), "torch_dtype", "num_labels"}
     names -= {"architectures", "model_type", "transformers_version", "auto_map"}
     return {name: value for name, value in config.items() if name in names}

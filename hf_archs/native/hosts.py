@@ -1,4 +1,4 @@
-"""The tables of transformers and PEFT that an architecture is entered in."""
+"""Registration of an architecture in the tables of transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_archs.registry import Architecture
 
 
-# of each class of an architecture: the Auto class, and the base in this library or in transformers that tells it
+# attribute of an architecture -> the Auto class, and the base class by which a plugin's class is recognised
 ROLES: dict[str, tuple[Any, str]] = {
     "model_class": (AutoModel, "ArchModel"),
     "causal_lm_class": (AutoModelForCausalLM, "ArchForCausalLM"),
@@ -31,10 +31,12 @@ ROLES: dict[str, tuple[Any, str]] = {
 
 
 def enter_names(architecture: Architecture) -> None:
-    """Enter the classes where hosts look names up: the Trainer shifts the labels of causal models by such a table, and
-    `transformers serve` takes classes from transformers itself.
+    """Enter the classes in the tables that transformers looks up by name.
+
+    The Trainer finds the causal models, whose labels it shifts, in such a table, and `transformers serve` takes classes
+    from the module ``transformers``.
     """
-    # it makes itself anew while its processors are imported, and who imported it before holds the first one
+    # transformers replaces its module while its processors are imported; earlier importers hold the first module
     held = (vars(module).get("transformers") for module in [*sys.modules.values()] if hasattr(module, "__dict__"))
     hosts = {id(host): host for host in (sys.modules["transformers"], *held) if isinstance(host, ModuleType)}
     for host in hosts.values():
@@ -45,14 +47,14 @@ def enter_names(architecture: Architecture) -> None:
             auto_class._model_mapping._model_mapping[architecture.model_type] = model_class.__name__  # type: ignore[attr-defined]
 
 
-# adapters that cut a matrix into blocks of a fixed size
+# adapters that divide a matrix into blocks of a fixed size
 _EVEN = ("C3A", "MISS", "ROAD", "VBLORA")
-# of IA3 (Liu et al. 2022, section 3.3): what states, keys and values are made of, and the inside of a feed-forward
+# IA3 (Liu et al. 2022, section 3.3) scales states, keys, values and a feed-forward's inside, at these projections
 _SCALED = ("in_proj", "x_proj", "k_proj", "v_proj", "down_proj")
 
 
 def enter_adapter_targets(architecture: Architecture) -> None:
-    """Enter the default targets of every kind of adapter."""
+    """Enter the default target modules of every kind of adapter in PEFT."""
     from peft.utils import constants
 
     targets = architecture.lora_targets

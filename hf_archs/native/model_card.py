@@ -1,4 +1,4 @@
-"""The card that a saved or pushed model or adapter carries: what it is, how to load it, what was measured."""
+"""Model cards of saved and pushed models and adapters: a description, code that loads them, measured results."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ _CARD = """\
 
 # {title}
 
-{what}
+{description}
 
 ## Load
 
@@ -62,7 +62,7 @@ _TASKS = {
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
 }
-# what transformers says in the template of a card, which it pushes where there is none
+# the description in the card that transformers pushes with a model that has none
 _EMPTY = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
     "automatically generated."
@@ -80,64 +80,64 @@ def model_card(
     base_model: str | None = None,
     prompt: str = "",
 ) -> ModelCard:
-    """The card of a causal language model of this library, or of a PEFT adapter on one.
+    """The card of a causal language model of this library, or of a PEFT adapter for such a model.
 
     Args:
-        model: the model, or the `PeftModel` whose adapter is meant.
-        repository: its name on the Hub.
-        training: a sentence or more on data, steps and hardware.
-        results: what was measured, and the figure with its unit.
-        license: an identifier that the Hub knows; left out where nobody said.
-        prompt: what a reader can let the model go on from; without one, it begins a document.
-        base_model: the repository (or the folder) of the model that an adapter belongs to.
+        model: the model, or the `PeftModel` with the adapter.
+        repository: repository name on the Hub.
+        training: one or more sentences on data, steps and hardware.
+        results: each measurement, and its value with the unit.
+        license: a licence identifier of the Hub; None leaves it out.
+        base_model: repository or folder of the adapter's base model.
+        prompt: prompt of the example in the card; without one, the example begins a document.
 
     Raises:
-        ValueError: where the model is none of this library.
+        ValueError: if the model is not of this library.
     """
     is_adapter = isinstance(model, PeftModel)
     base = model.get_base_model() if is_adapter else model
     architecture = registry.find_architecture(type(base.config))
     if architecture is None:
-        raise ValueError(f"a {type(base).__name__} is no model of hf-archs, so it gets no card of its")
+        raise ValueError(f"model is a {type(base).__name__}; allowed are models of hf-archs, and PEFT adapters on them")
     if is_adapter:
         names = sorted(_target_names(model))
         counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        what = (
+        description = (
             f"A LoRA adapter for `{base_model}`, a {architecture.name} language model. It adapts "
             f"{', '.join(f'`{name}`' for name in names)} with {counted:,} parameters of its own."
         )
         load = _LOAD_ADAPTER.format(model=base_model, repository=repository)
     else:
-        what = _description(base, architecture)
+        description = _description(base, architecture)
         load = _LOAD_AND_GENERATE.format(model=repository, prompt=f' + "{prompt}"' if prompt else "")
     metadata = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[*_tags(architecture), *(["lora"] if is_adapter else [])],
         license=license,
-        # the Hub refuses anything but a repository here
+        # the Hub accepts only a repository here
         base_model=None if base_model is None or Path(base_model).exists() else base_model,
     )
-    rows = [f"| {what} | {figure} |" for what, figure in results.items()]
-    measured = "\n".join(["| what | figure |", "|---|---|", *rows]) if rows else "Nothing yet."
+    rows = [f"| {name} | {value} |" for name, value in results.items()]
+    measured = "\n".join(["| measurement | value |", "|---|---|", *rows]) if rows else "Nothing yet."
     more = f"\n## Training\n\n{training}\n\n## Measured\n\n{measured}\n\nMade with hf-archs {VERSION}.\n"
-    return ModelCard(_text(metadata, repository, what, load, architecture) + more)
+    return ModelCard(_text(metadata, repository, description, load, architecture) + more)
 
 
 def tag(model: PreTrainedModel) -> None:
-    """Give ``model`` the tags that transformers, Trainers and PEFT put into the cards that they write."""
+    """Add to ``model`` the tags that transformers, the Trainer and PEFT write into their cards."""
     architecture = registry.find_architecture(type(model.config))
     if architecture is not None:
         model.add_model_tags(_tags(architecture))
 
 
 def automatic_card(model: PreTrainedModel, repository: str | None = None, tags: Iterable[str] = ()) -> ModelCard | None:
-    """The card of a model that nobody has described; None for one of no registered architecture.
+    """A card generated from a model's class and config; None if the model is of no registered architecture.
 
     Args:
-        model: of any class of this library; the card says which Auto class loads it.
-        repository: its name on the Hub; None where it is saved into a folder.
-        tags: more than the library's and the architecture's.
+        model: a model of any class of this library; the card names the Auto class that loads it.
+        repository: repository name on the Hub; None for a model that is saved into a folder.
+        tags: tags in addition to the library's and the architecture's.
     """
     architecture = registry.find_architecture(type(model.config))
     if architecture is None:
@@ -156,7 +156,7 @@ def automatic_card(model: PreTrainedModel, repository: str | None = None, tags: 
 
 
 def is_automatic(card: str) -> bool:
-    """Whether a card is one of `automatic_card`, or transformers' empty one, and nobody has changed it."""
+    """Whether a card is an `automatic_card` or transformers' empty card, and unchanged since."""
     if not card.startswith("---"):  # no metadata
         return False
     try:
@@ -176,7 +176,7 @@ def _is_empty(card: ModelCard) -> bool:
 
 
 def save_card(model: PreTrainedModel, folder: str | os.PathLike, repository: str | None = None) -> None:
-    """Write the `automatic_card` of ``model`` into ``folder``, unless a card of somebody stands there."""
+    """Write the `automatic_card` of ``model`` into ``folder``, unless that holds a card written by hand."""
     path = Path(folder) / REPOCARD_NAME
     tags: list[str] = []
     if path.exists():
@@ -185,7 +185,7 @@ def save_card(model: PreTrainedModel, folder: str | os.PathLike, repository: str
             return
         found = ModelCard(text)
         tags = found.data.to_dict().get("tags") or []
-        if _is_ours(found):  # it may be of another architecture, whose name is its second tag
+        if _is_ours(found):  # drop the library's and the architecture's tag: the architecture may be another now
             tags = tags[2:]
     card = automatic_card(model, repository, tags)
     if card is not None:
@@ -193,7 +193,7 @@ def save_card(model: PreTrainedModel, folder: str | os.PathLike, repository: str
 
 
 def _digest(card: ModelCard) -> str:
-    """Of all that a card says but for its tags, which transformers adds to."""
+    """The digest of a card without its tags, because transformers adds tags."""
     text = re.sub(r"<!-- [0-9a-f]{16}: .*? -->", "", card.text).strip()
     metadata = {name: value for name, value in card.data.to_dict().items() if name != "tags"}
     return hashlib.sha256(json.dumps([metadata, text], sort_keys=True).encode()).hexdigest()[:16]
@@ -212,11 +212,11 @@ def _description(model: PreTrainedModel, architecture: registry.Architecture) ->
     )
 
 
-def _text(metadata: ModelCardData, title: str, what: str, load: str, architecture: registry.Architecture) -> str:
+def _text(metadata: ModelCardData, title: str, description: str, load: str, architecture: registry.Architecture) -> str:
     return _CARD.format(
         metadata=metadata.to_yaml(),
         title=title,
-        what=what,
+        description=description,
         distribution=registry.distribution_of(architecture),
         load=load,
     )

@@ -1,4 +1,4 @@
-"""Weights out of a pickle, by torch's ``weights_only`` reader: it imports and calls nothing that the file names."""
+"""Weights from a pickle, by torch's ``weights_only`` reader, which imports and calls nothing that the file names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class _Nothing:
-    """In the place of an object that is no tensor, whatever its class: the file's own is never imported."""
+    """Stands for an object of any class that torch does not allow; the class itself is never imported."""
 
     def __new__(cls, *args: Any) -> _Nothing:
         return super().__new__(cls)
@@ -27,20 +27,19 @@ def _mapping(*args: Any) -> dict[Any, Any]:
     return {}
 
 
-# those that are filled after they are made, which torch allows for no other class
+# classes whose items are set after construction, which torch allows for dicts only
 _MAPPINGS = ("collections.defaultdict",)
 _ALLOWED = "allowed is a pickle of tensors, as torch.save(model.state_dict(), ...) writes it"
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle that `torch.save` has written: a state dict, or one as ``state_dict`` among other things.
+    """The state dict in a pickle written by `torch.save`: the whole content, or its entry ``state_dict``.
 
-    The other things may be of any class (a checkpoint of PyTorch Lightning holds settings and states of its own); they
-    are passed over.
+    Other entries may be of any class and are ignored (a checkpoint of PyTorch Lightning holds settings and states too).
 
     Raises:
-        ValueError: where the file is no such pickle, torch refuses to read it, or something in its state dict is no
-            tensor.
+        ValueError: if the file is not such a pickle, torch refuses to read it, or its state dict holds anything but
+            tensors.
     """
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
@@ -49,8 +48,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # a file that was cut off, or is something else, fails in any way
-        # torch's own advice, around what it found, is to read the file without this care
+    except Exception as error:  # a truncated file, or one of another kind, can fail in any way
+        # torch wraps the cause in the advice to read the file without ``weights_only``
         found = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
         why = " ".join(str(found).split()).partition(". ")[0].rstrip(".") or type(found).__name__
         raise ValueError(f"{os.fspath(path)} cannot be read as weights alone ({why}); {_ALLOWED}") from error

@@ -1,6 +1,6 @@
-"""How `from_pretrained` of every model class reads foreign checkpoints of the same mathematics from disk.
+"""Reading of foreign checkpoints of the same mathematics, by `from_pretrained` of every model class.
 
-`hf_archs.native.formats` says what a format is, and `hf_archs.native.conversion` converts models in memory.
+`hf_archs.native.formats` defines the formats; `hf_archs.native.conversion` converts models in memory.
 """
 
 import contextlib
@@ -27,25 +27,25 @@ from hf_archs.native.formats import OURS, NativeCheckpoint, NativeFormat
 from hf_archs.native.state_spaces import state_spaces_layer
 from hf_archs.registry import Architecture
 
-# the arguments of `from_pretrained` that say where files are and how they are fetched
+# the arguments of `from_pretrained` that locate and fetch files
 WHERE = frozenset(inspect.signature(find_adapter_config_file).parameters) - {"model_id"}
 
 
 def find_format(
     raw: Mapping[str, Any], config_class: type[PreTrainedConfig], source: object, reader: str | None = None
 ) -> NativeFormat | None:
-    """The native format of a ``config.json``; None where it is ours.
+    """The native format of a ``config.json``; None for this library's own.
 
     Args:
         raw: the content of ``config.json``.
-        config_class: one of ours; its architecture's formats are tried.
-        source: where the checkpoint is, for the error.
-        reader: the class that reads it, for the error.
+        config_class: a config class of this library; the formats of its architecture are tried.
+        source: folder or repository, for the error message.
+        reader: name of the class that reads the checkpoint, for the error message.
 
     Raises:
-        ValueError: where the checkpoint is of another architecture, or its ``config.json`` says nothing of its type and
-            is of no format.
-        OSError: where there is no ``config.json``.
+        ValueError: if the checkpoint is of another architecture, or its ``config.json`` has no ``model_type`` and is of
+            no known format.
+        OSError: if there is no ``config.json``.
     """
     architecture = registry.find_architecture(config_class)
     if architecture is None or raw.get("model_type") == config_class.model_type:
@@ -72,7 +72,7 @@ def find_format(
 def read_config(
     raw: dict[str, Any], config_class: type[PreTrainedConfig], source: object, reader: str | None = None
 ) -> dict[str, Any]:
-    """A ``config.json`` in the fields of ``config_class``: as it is, or translated. Raises as `find_format` does."""
+    """The fields of ``config_class`` in a ``config.json``. Raises as `find_format` and `translate` do."""
     return _fields(raw, config_class, source, find_format(raw, config_class, source, reader))
 
 
@@ -88,42 +88,42 @@ def _fields(
 
 
 def translate(form: NativeFormat, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """A ``config.json`` of a native format as sound fields of ``config_class``.
+    """Translate a ``config.json`` of a native format to fields that ``config_class`` accepts.
 
     Raises:
-        ValueError: see `NativeFormat.read_config`, and for a value that no such config may have: naming the field of
-            theirs without which the file would do, where the error speaks of one of ours or of none.
+        ValueError: as `NativeFormat.read_config`, and for a value that ``config_class`` refuses. If the refusal names
+            no field of the file, the message adds the fields that probably caused it.
     """
     try:
         fields = form.read_config(raw, config_class)
         config_class(**fields)
-    except Exception as error:  # transformers' own configs compute with a value before they look at its type
-        said = reason(error)
+    except Exception as error:  # transformers' own configs use a value before they check its type
+        message = reason(error)
         if not isinstance(error, ValueError | StrictDataclassError):
-            said = f"{type(error).__name__}: {said}"
-        if not any(_speaks_of(said, name) for name in raw):
-            blamed = _blamed(form, raw, config_class, said)
-            said = f"{', '.join(f'{name} is {raw[name]!r}' for name in blamed)} in this {form.name} checkpoint: {said}"
-        raise ValueError(said) from error
+            message = f"{type(error).__name__}: {message}"
+        if not any(_mentions(message, name) for name in raw):
+            causes = ", ".join(f"{name} is {raw[name]!r}" for name in _causes(form, raw, config_class, message))
+            message = f"{causes} in this {form.name} checkpoint: {message}"
+        raise ValueError(message) from error
     return fields
 
 
-def _speaks_of(said: str, name: str) -> bool:
-    return re.search(rf"\b{re.escape(name)}\b", said) is not None
+def _mentions(message: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", message) is not None
 
 
-def _blamed(form: NativeFormat, raw: Mapping[str, Any], config_class: type[PreTrainedConfig], said: str) -> list[str]:
-    """Fields of theirs that may be why a file cannot be read, where the error names none of them."""
+def _causes(form: NativeFormat, raw: Mapping[str, Any], config_class: type[PreTrainedConfig], error: str) -> list[str]:
+    """The fields of a file that probably caused an error that names none of them."""
 
     def reads(part: Mapping[str, Any]) -> bool:
         with contextlib.suppress(Exception):
             return bool(config_class(**form.read_config(part, config_class)))
         return False
 
-    ours = [theirs for ours, theirs in form.fields.items() if theirs in raw and _speaks_of(said, ours.split(".")[-1])]
+    named = [theirs for ours, theirs in form.fields.items() if theirs in raw and _mentions(error, ours.split(".")[-1])]
     alone = {"model_type": raw.get("model_type")}
     return (
-        list(dict.fromkeys(ours))
+        list(dict.fromkeys(named))
         or [name for name in raw if reads({k: v for k, v in raw.items() if k != name})]
         or [name for name, value in raw.items() if not reads({**alone, name: value})]
     )
@@ -131,14 +131,14 @@ def _blamed(form: NativeFormat, raw: Mapping[str, Any], config_class: type[PreTr
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was looked at: its ``config.json`` is read before this is made, and not again.
+    """A checkpoint whose ``config.json`` was read, and need not be read again.
 
     Attributes:
         source: folder or repository.
         raw: the content of ``config.json``.
-        architecture: the one that reads it.
-        native: its format; None where it is ours.
-        whole: whether the head has to be there.
+        architecture: the architecture that reads the checkpoint.
+        native: the checkpoint's native format; None for this library's own.
+        whole: whether the head is required.
     """
 
     source: str
@@ -148,11 +148,11 @@ class Checkpoint:
     whole: bool = False
 
     def fields(self, config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-        """The config in the fields of ``config_class``, a copy. Raises `ValueError` as `translate` does."""
+        """A copy of the config as fields of ``config_class``. Raises `ValueError` as `translate` does."""
         return _fields(copy.deepcopy(self.raw), config_class, self.source, self.native)
 
     def config(self) -> Any:
-        """The config of ours. Raises as `fields` does, and as the config's class does for a wrong value."""
+        """The config of the architecture. Raises as `fields` does, and as the config class does for a wrong value."""
         config_class = self.architecture.config_class
         return config_class.from_dict(self.fields(config_class))
 
@@ -166,16 +166,16 @@ def prepare(
     """Change the arguments of ``from_pretrained`` so that it reads a native checkpoint.
 
     Args:
-        model_class: the class that reads; one of ours.
-        source: folder or repository, as ``from_pretrained`` gets it.
+        model_class: the model class that reads, of this library.
+        source: folder or repository, as given to ``from_pretrained``.
         kwargs: the other arguments; ``key_mapping`` is set, and a native ``config`` translated.
-        checkpoint: that of ``source``, where the caller has looked at it.
+        checkpoint: the checkpoint of ``source``, if the caller has it already.
 
     Returns:
-        the checkpoint: of an adapter, that of its base model; None where there is none to look at.
+        the checkpoint, or for an adapter its base model's; None if there is no config to read.
 
     Raises:
-        ValueError: where the checkpoint is of another architecture.
+        ValueError: if the checkpoint is of another architecture.
     """
     config_class: Any = model_class.config_class
     config = kwargs.get("config")
@@ -199,9 +199,9 @@ def _look(
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source, **where)
     except OSError:
-        return None  # transformers says in its own words what cannot be reached or read
+        return None  # transformers reports files that cannot be reached or read
     if not raw:
-        # an adapter, whose base model is what will be read, or weights without a config
+        # either an adapter, whose base model is read, or weights without a config
         adapter = find_adapter_config_file(str(source), **where)
         if adapter is None:
             return None
@@ -217,15 +217,15 @@ def _look(
 def unpickled(
     checkpoint: Checkpoint | None, source: str | os.PathLike | None, kwargs: dict[str, Any]
 ) -> Iterator[Checkpoint | None]:
-    """The checkpoint in a folder where its weights are safetensors; None where they are no pickle.
+    """Context manager: a pickled checkpoint, rewritten as safetensors in a temporary folder; None if not pickled.
 
     Args:
-        checkpoint: what `prepare` gives.
-        source, kwargs: the arguments of ``from_pretrained``, where ``use_safetensors=False`` asks for the pickle; the
-            folder needs no such argument, and it is taken out.
+        checkpoint: the result of `prepare`.
+        source, kwargs: the arguments of ``from_pretrained``. ``use_safetensors=False`` requests the pickle, and is
+            removed together with ``subfolder``, because the temporary folder needs neither.
 
     Raises:
-        ValueError: where the weights are a pickle, and nobody asked for it or it holds none.
+        ValueError: if the weights are a pickle that was not requested, or a pickle without weights.
     """
     if checkpoint is None or checkpoint.native is None or checkpoint.native.pickle is None or source is None:
         yield None
@@ -236,13 +236,13 @@ def unpickled(
     def find(name: str) -> str | None:
         return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)  # type: ignore[call-arg]
 
-    asked = kwargs.get("use_safetensors") is False
-    safe = not asked and any(map(find, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)))
+    requested = kwargs.get("use_safetensors") is False
+    safe = not requested and any(map(find, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)))
     pickled = None if safe else find(pickle)
     if pickled is None:
         yield None
         return
-    if not asked:
+    if not requested:
         raise ValueError(
             f"the weights of {source} are a pickle, {pickle}, which is read on request only: by "
             "from_pretrained(..., use_safetensors=False), or once by `hf-archs convert --pickle`; nothing that stands "
@@ -254,20 +254,20 @@ def unpickled(
             kwargs.pop(name, None)
         try:
             yield replace(checkpoint, source=folder)
-        except (ValueError, CheckpointMismatch) as error:  # which names the folder
+        except (ValueError, CheckpointMismatch) as error:  # the message names the temporary folder
             error.args = tuple(str(part).replace(folder, str(source)) for part in error.args)
             raise
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A checkpoint while ``from_pretrained`` reads it.
+    """The check of a checkpoint that ``from_pretrained`` reads.
 
     Attributes:
         source: folder or repository.
-        checkpoint: what `prepare` gives.
-        any_shape: whether tensors may have other shapes than the config asks for, and are made anew then.
-        reported: whether the caller gets a list of what is missing and left over, and decides.
+        checkpoint: the result of `prepare`.
+        any_shape: whether tensors of a wrong shape are initialised anew (``ignore_mismatched_sizes``).
+        reported: whether the caller gets the missing and unexpected names, and decides (``output_loading_info``).
     """
 
     source: Any
@@ -276,27 +276,28 @@ class Reading:
     reported: bool
 
     def pass_over_buffers(self, found: Any) -> None:
-        """Take what follows from the config out of the list of what is left over, in transformers' report."""
+        """Remove buffers that follow from the config from the unexpected names in transformers' report."""
         form = None if self.checkpoint is None else self.checkpoint.native
         if form is not None:
             found.unexpected_keys -= {name for name in found.unexpected_keys if form.is_buffer(name)}
 
     def check(self, model: PreTrainedModel, found: Any) -> None:
-        """Hold the names and shapes in the files against the model.
+        """Compare the names and shapes in the files with the model.
 
-        Everything below the heads has to be there, and nothing else. A head may be missing, and is a new one then; that
-        of another class of model may be left over. Other tensors beside both are, in our own files, their writer's.
+        The parameters below the heads must all be there, and no others. A missing head is initialised anew, unless
+        `Checkpoint.whole` is set; the head of another model class is ignored. Tensors outside both are ignored in files
+        of this library, and refused in native files.
 
         Args:
-            found: transformers' report on what it read.
+            found: transformers' report on the files.
 
         Raises:
-            CheckpointMismatch: naming a tensor and how many others there are.
+            CheckpointMismatch: names one tensor, and the number of others.
         """
         native = self.checkpoint is not None and self.checkpoint.native is not None
         whole = self.checkpoint is not None and self.checkpoint.whole
         base = "" if model.base_model is model or whole else f"{OURS}."
-        tied: Any = model.all_tied_weights_keys  # which files hold once
+        tied: Any = model.all_tied_weights_keys  # files hold tied tensors once
         missing = sorted(name for name in found.missing_keys if name.startswith(base) and name not in tied)
         below, heads = (
             rf"(?:{OURS}\.)?(?:embed_tokens|embed_norm|layers|norm)\.",
@@ -320,7 +321,7 @@ class Reading:
         else:
             return
         for names in (found.conversion_errors, found.mismatched_keys, found.missing_keys, found.unexpected_keys):
-            names.clear()  # or transformers says it once more, in a table
+            names.clear()  # or transformers reports them too, in a table
         raise CheckpointMismatch(f"{wrong}; allowed is a checkpoint that fits its config")
 
 

@@ -1,13 +1,14 @@
-"""What a saved checkpoint carries so that every machine can load it: the stub module and the ``auto_map``.
+"""The stub module and the ``auto_map`` of a saved checkpoint, through which any machine can load it.
 
-A pushed checkpoint loads after ``import hf_archs``; without the import, ``trust_remote_code=True`` makes transformers
-run the stub, which only fetches the classes from the installed library. Where the library is missing, transformers
-reads the stub's imports and names the package to install.
+A pushed checkpoint loads after ``import hf_archs``. Without that import, ``trust_remote_code=True`` makes transformers
+run the stub, which only fetches the classes from the installed library. If the library is missing, transformers reads
+the stub's imports and names the package to install.
 """
 
 import os
 
 from hf_archs import registry
+from hf_archs.native.hosts import ROLES
 
 STUB_MODULE = "load_with_hf_archs"
 
@@ -26,7 +27,7 @@ except ValueError as error:
 
 
 def auto_map(config_class: type) -> dict[str, str]:
-    """``auto_map`` for ``config.json``; empty for a config class that belongs to no registered architecture."""
+    """The ``auto_map`` for ``config.json``; empty if no registered architecture has this config class."""
     architecture = registry.find_architecture(config_class)
     if architecture is None:
         return {}
@@ -36,7 +37,7 @@ def auto_map(config_class: type) -> dict[str, str]:
 
 
 def write_stub(config_class: type, folder: str | os.PathLike) -> None:
-    """Write the stub module into ``folder`` (created if missing)."""
+    """Write the stub module into ``folder``, which is created if missing."""
     architecture = registry.find_architecture(config_class)
     if architecture is None:
         return
@@ -45,11 +46,9 @@ def write_stub(config_class: type, folder: str | os.PathLike) -> None:
             distribution=registry.distribution_of(architecture),
             name=architecture.name,
             config=architecture.config_class.__name__,
-        )
+        ),
+        *(f"{getattr(architecture, role).__name__} = _architecture.{role}\n" for role in ROLES),
     ]
-    for _, model_class in architecture.auto_classes().values():
-        attribute = next(k for k, v in vars(architecture).items() if v is model_class)
-        lines.append(f"{model_class.__name__} = _architecture.{attribute}\n")
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, f"{STUB_MODULE}.py"), "w", encoding="utf-8") as file:
         file.writelines(lines)

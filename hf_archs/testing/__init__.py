@@ -1,1 +1,1 @@
-"""The contract of an architecture, and the checks of ops and formats, for the tests of a plugin."""
+"""For the tests of plugins: the contract of an architecture, and checks of ops and formats."""

@@ -1,14 +1,13 @@
 """Compare ops and whole models with their peers in one run: interleaved pairs, medians, ratios.
 
-Machines are noisy, so every measure alternates between ours and the peer, and what counts is the median of the
-ratios of neighbouring runs. Nothing here fails on a slow machine; the numbers go into a JSON file.
+Machines are noisy, so every measure alternates between ours and the peer, and its ratio is the median over
+neighbouring runs. A slow machine fails nothing; the numbers go into a JSON file.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,14 +26,14 @@ class Measure:
     peer: str
     ours: Run
     theirs: Run
-    target: float | None = None  # the ratio ours / peer that the project asks for, on a CPU with two cores
+    target: float | None = None  # largest allowed ratio ours / peer, on a CPU with two cores
     pairs: int = 7
-    bytes_moved: int | None = None  # what the op must read and write at least, for the share of the bandwidth
+    bytes_moved: int | None = None  # least bytes that the op reads and writes, for its share of the bandwidth
 
 
 @dataclass
 class Result:
-    """The medians of one comparison: ``ratio`` of our time to the peer's, pair by pair, and both in milliseconds."""
+    """The result of one comparison: median of the pairs' ratios ours / peer, and median times in milliseconds."""
 
     name: str
     peer: str
@@ -68,7 +67,7 @@ def _seconds(run: Run, device: torch.device) -> float:
 
 
 def compare(measure: Measure, device: torch.device, bandwidth: float | None = None) -> Result:
-    """Run a measure: one warm-up each, then interleaved pairs. ``bandwidth`` in bytes per second, measured."""
+    """Run a measure: one warm-up each, then interleaved pairs. ``bandwidth`` is the device's, in bytes per second."""
     measure.ours()
     measure.theirs()
     pairs = [(_seconds(measure.ours, device), _seconds(measure.theirs, device)) for _ in range(measure.pairs)]
@@ -127,7 +126,7 @@ def _prefill(model: Any, length: int, device: torch.device) -> Run:
 
 def _generate(model: Any, context: int, device: torch.device, new: int = 64) -> Run:
     ids = _ids(context, device)
-    # a token that never comes ends it: min_new_tokens would add a tenth of a millisecond a token to both
+    # the end token is none of the vocabulary's: min_new_tokens would add a tenth of a millisecond per token to both
     options = {"max_new_tokens": new, "eos_token_id": SIZE["vocab_size"], "do_sample": False, "pad_token_id": 0}
 
     def run() -> None:
@@ -138,15 +137,15 @@ def _generate(model: Any, context: int, device: torch.device, new: int = 64) -> 
 
 @dataclass(frozen=True)
 class Targets:
-    """The ratios that the project asks of an architecture on a CPU with two cores; None: no promise."""
+    """The largest allowed ratios of an architecture on a CPU with two cores; None for no limit."""
 
-    step: float | None = None  # training step at 1,024 over Llama's
-    long_step: float | None = None  # at 8,192 over Llama's
-    growth: float | None = None  # a step at 4,096 over one at 1,024
-    long_growth: float | None = None  # a step at 16,384 over one at 4,096
-    native_step: float | None = None  # at 1,024 over the native class's
-    prefill: float | None = None  # of 2,048 tokens over the native class's
-    decode: float | None = None  # through `generate`, over the native class's
+    step: float | None = None  # training step at 1,024 tokens / Llama's
+    long_step: float | None = None  # training step at 8,192 / Llama's
+    growth: float | None = None  # training step at 4,096 / at 1,024
+    long_growth: float | None = None  # training step at 16,384 / at 4,096
+    native_step: float | None = None  # training step at 1,024 / the native class's
+    prefill: float | None = None  # prefill of 2,048 tokens / the native class's
+    decode: float | None = None  # 64 tokens through `generate` / the native class's
 
 
 def model_measures(
@@ -160,9 +159,9 @@ def model_measures(
     """Training step, scaling, prefill and decoding of one architecture.
 
     Args:
-        fields: config fields beside those of `SIZE`.
+        fields: config fields in addition to `SIZE`.
         native: transformers' own model of the same size, or None.
-        native_pairs: how often its training step is run; few where it takes minutes.
+        native_pairs: pairs of training steps with ``native``; few if its step takes minutes.
     """
     config = registry.get_architecture(name).config_class(**SIZE, **fields)
     ours = AutoModelForCausalLM.from_config(config).to(device)
@@ -196,7 +195,7 @@ def native_measures(
         yield Measure(f"{name}: 64 tokens after {context}", "transformers", decode, its_decode, targets.decode)
 
 
-# -- what there is to measure ------------------------------------------------------------------------------------
+# -- ops ---------------------------------------------------------------------------------------------------------
 
 
 def _forward(op: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> Run:
@@ -234,8 +233,8 @@ def op_measures(
     """An op against its peer on the same tensors, forward and with its backward.
 
     Args:
-        output: the tensor that the op's output is as large as. Forward reads all tensors and writes that; backward
-            moves about twice as much again.
+        output: name of a tensor of the output's size. The forward reads all tensors and writes the output; the backward
+            moves about twice as much.
     """
     moved = sum(t.nbytes for t in tensors.values()) + tensors[output].nbytes
     alone = _forward(ours, tensors), _forward(theirs, tensors)
@@ -244,14 +243,20 @@ def op_measures(
     yield Measure(f"{name}, forward and backward", peer, *both, bytes_moved=3 * moved)
 
 
-def randn(device: torch.device) -> Callable[..., torch.Tensor]:
-    """`torch.randn` in the precision that ops are measured in: bfloat16 on a GPU."""
-    return partial(torch.randn, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
 def sized(
-    name: str, inputs: Callable[..., dict[str, torch.Tensor]], shapes: Iterable[tuple[int, ...]], device: torch.device
+    name: str,
+    cases: Callable[..., Iterator[dict[str, Any]]],
+    arguments: Sequence[str],
+    shapes: Iterable[dict[str, int]],
+    device: torch.device,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """For each shape a label of the op and its ``inputs(*shape, device)``."""
+    """For each shape a label of the op, and those of its arguments that its peer has too.
+
+    Args:
+        cases: the op's, called with each shape, in the precision that ops are measured in: bfloat16 on a GPU.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for shape in shapes:
-        yield f"{name} {' x '.join(map(str, shape))}", inputs(*shape, device)
+        case = next(case for case in cases(device, dtype, **shape) if case.keys() >= {*arguments})
+        label = ", ".join((name, *(f"{size} {value}" for size, value in shape.items())))
+        yield label, {argument: case[argument] for argument in arguments}

@@ -1,4 +1,4 @@
-"""What the tests of native checkpoints of several plugins share: a model of transformers beside ours."""
+"""Checks of native checkpoints for the tests of plugins: a model of transformers beside ours."""
 
 import contextlib
 from pathlib import Path
@@ -24,9 +24,9 @@ SIZES: dict[str, Any] = {
 
 
 def native(model_class: Any, config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of transformers with lively weights, the same in both precisions, its experts in a loop.
+    """A model of transformers with lively weights, equal in both precisions, and ``eager`` experts.
 
-    In float64 what it computes when it is built is float64 too (the frequencies of rotary positions).
+    In float64, values computed at construction (the frequencies of rotary positions) are float64 too.
     """
     torch.manual_seed(0)
     with Float32CastsAsFloat64() if dtype == torch.float64 else contextlib.nullcontext():
@@ -36,7 +36,7 @@ def native(model_class: Any, config: Any, dtype: torch.dtype = torch.float32) ->
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(buffer, std=0.1)
-    if dtype == torch.float64:  # the buffers were rounded above
+    if dtype == torch.float64:  # the first model's buffers are rounded to float32
         with Float32CastsAsFloat64():
             exact = model_class(config).double()
         exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
@@ -46,7 +46,7 @@ def native(model_class: Any, config: Any, dtype: torch.dtype = torch.float32) ->
 
 
 def check_back(ours: Any, theirs: Any, name: str) -> Any:
-    """Hold that ours is theirs again in the format ``name``, bit for bit; gives the config."""
+    """Check that ``ours`` converts back to ``theirs`` in the format ``name``, bit for bit, and return its config."""
     back: Any = hf_archs.to_native(ours, name)
     expected = theirs.state_dict()
     assert type(back) is type(theirs)
@@ -56,7 +56,7 @@ def check_back(ours: Any, theirs: Any, name: str) -> Any:
 
 
 def check_native(model_class: Any, config: Any, architecture: str, dtype: torch.dtype) -> None:
-    """Logits, every gradient by name, and the way there and back bit for bit."""
+    """Check logits, every gradient by name, and conversion there and back, bit for bit."""
     theirs = native(model_class, config, dtype)
     ours = hf_archs.from_native(theirs)
     assert type(ours) is hf_archs.get_architecture(architecture).causal_lm_class
@@ -64,14 +64,14 @@ def check_native(model_class: Any, config: Any, architecture: str, dtype: torch.
     form = next(form for form in forms if form.name == config.model_type)
     ids = torch.randint(3, 97, (2, 23), generator=torch.Generator().manual_seed(0))
     check_parity(ours, theirs, form.ours, ids, 1e-5 if dtype == torch.float32 else 1e-10)
-    said = ("architectures", "_name_or_path", "dtype", "transformers_version")
+    volatile = ("architectures", "_name_or_path", "dtype", "transformers_version")
     kept, given = check_back(ours, theirs, config.model_type).to_dict(), config.to_dict()
-    assert {k: v for k, v in kept.items() if k not in said} == {k: v for k, v in given.items() if k not in said}
+    assert {k: v for k, v in kept.items() if k not in volatile} == {k: v for k, v in given.items() if k not in volatile}
 
 
 @torch.no_grad()
 def check_files(model_class: Any, config: Any, architecture: str, folder: Path) -> None:
-    """The native's files read directly, and ours written and read again, every expert under names of its own."""
+    """Check that the native model's files are read directly, and that ours are read as they were written."""
     theirs = native(model_class, config)
     ours = hf_archs.from_native(theirs)
     ids = torch.randint(3, 97, (2, 23), generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,14 @@
-"""How far an op may be from its float64 reference, stated once.
+"""The tolerance of an op.
 
-The rule: the distance to the float64 reference is at most twice the distance that the reference itself has when it
-runs in the tested precision, for the outputs and for every gradient.
+Outputs and every gradient may be at most twice as far from the float64 reference as the reference itself is when it
+runs in the tested precision.
 """
 
+import importlib.metadata
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,8 +17,52 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Tensors = Mapping[str, torch.Tensor | None]
 
 
+@dataclass(frozen=True)
+class OpWithCases:
+    """A public function ``<name>`` with its ``<name>_reference`` and ``cases`` in one module.
+
+    ``cases(device, dtype, **sizes)`` yields arguments by keyword, and the sizes have defaults, ``batch`` and ``length``
+    among them; ``MODEL_SIZES``, where the module has it, is such sizes as kernels see in a model.
+    """
+
+    name: str
+    module: ModuleType
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The op as it is called."""
+        return getattr(self.module, self.name)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The recurrence as the paper writes it."""
+        return vars(self.module)[f"{self.name}_reference"]
+
+    def cases(self, device: torch.device | str, dtype: torch.dtype, **sizes: int) -> list[dict[str, Any]]:
+        """The arguments of every case, the same at every call."""
+        torch.manual_seed(0)
+        return list(self.module.cases(device, dtype, **sizes))
+
+    @property
+    def model_sizes(self) -> dict[str, int]:
+        """Sizes of `cases`; none where the module gives none."""
+        return getattr(self.module, "MODEL_SIZES", {})
+
+
+def ops_with_cases() -> list[OpWithCases]:
+    """Every op of the library and of the installed plugins that has ``cases`` beside it, by name."""
+    plugins = importlib.metadata.entry_points(group="hf_archs.plugins")
+    packages = {"hf_archs", *(plugin.module.partition(".")[0] for plugin in plugins)}
+    found = []
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] in packages]:
+        own = {n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+        names = {n.removesuffix("_reference") for n in own if n.endswith("_reference")} & own
+        found += [OpWithCases(name, module) for name in names if "cases" in own]
+    return sorted(found, key=lambda op: op.name)
+
+
 def operators(run: Callable[[], Any]) -> list[str]:
-    """The names of the operators that compute something in ``run``, without gradients; views compute nothing."""
+    """The names of the operators that ``run`` calls without gradients, except views."""
     found: list[str] = []
 
     class Record(TorchDispatchMode):
@@ -29,7 +77,7 @@ def operators(run: Callable[[], Any]) -> list[str]:
 
 
 def relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """``max |a - b| / max |b|`` in float64; not-a-number anywhere counts as infinitely far."""
+    """``max |a - b| / max |b|`` in float64; infinite if ``a`` has a value that is not finite."""
     a, b = a.detach().double(), b.detach().double()
     if a.shape != b.shape:
         raise AssertionError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
@@ -43,7 +91,7 @@ def relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def outputs_and_gradients(
     op: Callable[..., Any], tensors: Tensors, options: Mapping[str, Any], cotangent_seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Run ``op(**tensors, **options)`` and differentiate it by every floating-point tensor.
+    """Run ``op(**tensors, **options)`` and differentiate it by every floating-point tensor; both by name.
 
     The loss is the inner product of all outputs with fixed random cotangents, the same for every precision.
     """
@@ -68,16 +116,16 @@ def outputs_and_gradients(
 def check_op(
     op: Callable[..., Any], reference: Callable[..., Any], tensors: Tensors, options: Mapping[str, Any] | None = None
 ) -> None:
-    """Hold ``op`` against ``reference`` in float64, outputs and every gradient, by the rule of this module.
+    """Compare outputs and every gradient of ``op`` with the float64 ``reference``, by this module's tolerance.
 
     Args:
         op: the implementation under test, with the reference's signature.
-        reference: the oracle; it must run in whatever precision its inputs have, float64 included.
+        reference: the oracle; it must run in the precision of its inputs, float64 included.
         tensors: the tensor arguments by name, in the precision under test.
-        options: every other argument.
+        options: all other arguments.
 
     Raises:
-        AssertionError: naming what is too far off, and by how much.
+        AssertionError: naming the outputs and gradients that are too far off, and their distances.
     """
     options = options or {}
     wide = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
@@ -89,7 +137,7 @@ def check_op(
         if tested[name].dtype != plain[name].dtype:
             misses.append(f"{name}: dtype {tested[name].dtype}, expected {plain[name].dtype}")
         got, allowed = relative_distance(tested[name], truth), 2 * relative_distance(plain[name], truth)
-        # a lucky plain run can be nearly exact: sums of a few hundred float32 terms in another order
+        # a plain run can be nearly exact by luck: sums of a few hundred float32 terms in another order
         allowed = max(allowed, 8 * torch.finfo(torch.promote_types(tested[name].dtype, torch.float32)).eps)
         if not got <= allowed:
             misses.append(f"{name}: {got:.2e} from the float64 reference, allowed {allowed:.2e}")

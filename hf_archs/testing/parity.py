@@ -1,4 +1,4 @@
-"""Hold a model against an independent implementation of the same architecture: logits and every gradient, by name."""
+"""Compare a model with an independent implementation of its architecture: logits and every gradient, by name."""
 
 import contextlib
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from hf_archs.testing.ops import relative_distance
 
 
 class Float32CastsAsFloat64(TorchFunctionMode):
-    """Inside, whatever is cast to or created in float32 is float64: the other implementation's own casts are lifted."""
+    """Turns casts to float32, and tensors created in it, to float64, so that another implementation runs in float64."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.Tensor.float:
@@ -22,7 +22,7 @@ class Float32CastsAsFloat64(TorchFunctionMode):
 
 
 def enliven(model: nn.Module) -> None:
-    """Random weights under which every parameter matters and a state is felt for many tokens; the seed is torch's."""
+    """Draw weights with which every parameter matters and a state lasts for many tokens. The seed is torch's."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             kind = name.rpartition(".")[2]
@@ -38,7 +38,7 @@ def enliven(model: nn.Module) -> None:
 
 
 def logits_and_gradients(model: nn.Module, input_ids: torch.Tensor, lift: bool = False) -> dict[str, torch.Tensor]:
-    """The logits, and the gradient of every parameter by its name, of a fixed random functional of the logits.
+    """The logits, and by name every parameter's gradient of their inner product with fixed random weights.
 
     Args:
         input_ids: (batch, length).
@@ -60,15 +60,15 @@ def check_parity(
 ) -> None:
     """Compare logits and every parameter's gradient.
 
-    In float64 the casts to float32 in ``theirs`` are lifted; ``ours`` must not have any.
+    In float64 the casts to float32 in ``theirs`` become casts to float64; ``ours`` must not have any.
 
     Args:
-        rename: our name of a parameter of ``theirs``.
+        rename: maps a parameter's name in ``theirs`` to ours.
         input_ids: (batch, length).
-        tolerance: allowed maximum of the differences, relative to the maximum of the values, each tensor for itself.
+        tolerance: largest allowed difference, relative to the largest value of the same tensor.
 
     Raises:
-        AssertionError: naming what is off and by how much, or what one side has alone.
+        AssertionError: naming the tensors that differ and their distances, or the names on one side only.
     """
     lift = next(theirs.parameters()).dtype == torch.float64
     expected = {rename(name): value for name, value in logits_and_gradients(theirs, input_ids, lift).items()}

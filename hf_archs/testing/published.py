@@ -1,4 +1,4 @@
-"""Published ``config.json`` files at small widths, and each field of a native config class changed alone."""
+"""Checks of published ``config.json`` files at small widths, and of each field of a native config class."""
 
 import dataclasses
 import json
@@ -20,9 +20,9 @@ from hf_archs.testing.parity import check_parity
 
 VOCABULARY = 123
 
-# how names of fields end, since some have the name of the layer before them
+# ends of field names, since some begin with the name of a layer
 _WIDTHS = ("hidden_size", "d_model", "d_inner", "intermediate_size", "time_step_rank", "dt_rank")
-_HEADS = {"num_heads": "head_dim", "n_heads": "d_head"}  # of a recurrence, and the channels of each
+_HEADS = {"num_heads": "head_dim", "n_heads": "d_head"}  # heads of a recurrence, and their channels
 _PATTERNS = ("override_pattern", "layers_block_type", "layer_types")
 _PERIODS = "layer_period"
 
@@ -32,19 +32,19 @@ _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def reduced(raw: Mapping[str, Any], width: int = 32, **exactly: Any) -> dict[str, Any]:
-    """A published ``config.json`` at a small width: sizes in their proportions, and all other fields as they are.
+    """A published ``config.json`` at a small width: sizes in proportion, and all other fields unchanged.
 
-    Kept are the shapes' relations (what is no multiple of another stays none), the ratio of heads to groups of keys and
-    the order of the layers, of which there are so many that every kind is there. Tokens beyond the small vocabulary
-    become others.
+    The relations of the sizes are kept (a size that is not a multiple of another stays so), and so are the ratio of
+    heads to key groups and the order of the layers, of which the first are kept until every type occurs. Token ids are
+    taken modulo the small vocabulary.
 
     Args:
         raw: the content of the file.
         width: for ``hidden_size`` or ``d_model``.
-        exactly: fields with values of their own.
+        exactly: fields that replace those of the result.
 
     Raises:
-        ValueError: where the heads of a recurrence come out broken at that width.
+        ValueError: if the heads of a recurrence do not have a whole number of channels at that width.
     """
     small = dict(raw)
     factor = Fraction(raw["hidden_size" if "hidden_size" in raw else "d_model"], width)
@@ -90,14 +90,14 @@ def _tokens(vocabulary: int, pad: int | None = None) -> torch.Tensor:
 
 
 def check_published(raw: Mapping[str, Any], architecture: str, dtype: torch.dtype, folder: Path, **told: Any) -> None:
-    """Read a ``config.json`` beside weights of transformers' class, and compare logits and what is written back.
+    """Read a ``config.json`` with weights of transformers' class, and compare logits and the config written back.
 
     Args:
-        raw: its content, at a small width.
-        architecture: ours that reads it.
+        raw: content of the file, at a small width.
+        architecture: our architecture that reads it.
         dtype: float32, to 1e-5; or float64, to 1e-10 with transformers' casts lifted, and every gradient too.
-        folder: an empty one.
-        told: what transformers' class has to be told, since it reads the file as something else.
+        folder: an empty folder.
+        told: fields for transformers' class only, which otherwise misreads the file.
     """
     ours_entry = hf_archs.get_architecture(architecture)
     form: Any = next(form for form in ours_entry.native_formats if form.detect(raw))
@@ -111,7 +111,7 @@ def check_published(raw: Mapping[str, Any], architecture: str, dtype: torch.dtyp
     ids = _tokens(raw["vocab_size"], raw.get("pad_token_id"))
     if dtype == torch.float64:
         check_parity(ours, theirs, form.ours, ids, 1e-10)
-    else:  # gradients through many layers are farther apart than that in float32
+    else:  # in float32, gradients through many layers differ by more
         with torch.no_grad():
             assert relative_distance(ours(ids).logits, theirs(ids, use_cache=False).logits) <= 1e-5
     back = check_back(ours, theirs, form.name)
@@ -121,7 +121,7 @@ def check_published(raw: Mapping[str, Any], architecture: str, dtype: torch.dtyp
 
 
 def _own_fields(config_class: Any) -> list[str]:
-    """The fields that a config class declares beside those of all configs."""
+    """The fields that a config class itself declares, without those of all configs."""
     return [f.name for f in dataclasses.fields(config_class) if f.name in config_class.__annotations__]
 
 
@@ -131,7 +131,7 @@ def _value(config: Any, name: str) -> Any:
 
 
 def _others(value: Any) -> Iterator[Any]:
-    """Values other than this one, of its kind."""
+    """Other values of the type of ``value``."""
     if isinstance(value, bool):
         yield not value
     elif isinstance(value, int):
@@ -148,20 +148,21 @@ def _others(value: Any) -> Iterator[Any]:
 def check_fields(
     form: TransformersFormat, fields: Mapping[str, Any], others: Mapping[str, Sequence[Any]]
 ) -> dict[str, str]:
-    """Change every field of transformers' config class alone: ours has to give its logits again and to write the value
-    back, or to refuse with a reason that names the field.
+    """Change each field of transformers' config class alone, and convert the model.
+
+    Ours must reproduce the logits and write the value back, or refuse with a reason that names the field.
 
     Args:
         form: the format.
-        fields: those of a small config.
-        others: values to try for fields whose kind is not enough to find one; a dict with the field in it stands for
-            fields that transformers takes together only.
+        fields: fields of a small config.
+        others: values to try, for fields whose type does not suggest any; a dict that contains the field changes fields
+            that transformers accepts only together.
 
     Returns:
-        what became of each field: ``refused``; ``read``, where the logits changed; ``kept``, where they did not.
+        The outcome of each field: ``refused``; ``read``, if the logits changed; ``kept``, if they did not.
 
     Raises:
-        AssertionError: naming every field that is read wrongly, or that no value was found for.
+        AssertionError: naming every field that is read wrongly, or that no accepted value was found for.
     """
     config_class, model_class = getattr(transformers, form.config_name), getattr(transformers, form.causal_lm_name)
     base = native(model_class, config_class(**fields))
@@ -182,7 +183,7 @@ def check_fields(
                 if shapes == {key: tensor.shape for key, tensor in base.state_dict().items()}:
                     theirs.load_state_dict(base.state_dict())
                 expected = theirs(ids, use_cache=False).logits
-            except Exception:  # a value that transformers itself does not take
+            except Exception:  # transformers itself refuses the value
                 continue
             break
         else:

@@ -1,4 +1,4 @@
-"""Jamba, Bamba and Nemotron-H checkpoints of transformers, by rename tables."""
+"""Rename tables for transformers' Jamba, Bamba and Nemotron-H checkpoints."""
 
 import math
 import re
@@ -15,12 +15,12 @@ from hf_archs.native.formats import TransformersFormat
 
 @dataclass(frozen=True, kw_only=True)
 class HybridFormat(TransformersFormat):
-    """A format whose layers differ, with instances that are called as their types.
+    """A format whose parameter names depend on the layer. Each instance is named after its type.
 
     Attributes:
-        kinds: for each named mixer and feed-forward our names and theirs of the parameters in its layers.
-        read_pattern: our fields that follow from several of theirs: the pattern, and by paths what is in an instance.
-        write_pattern: their pattern fields from our config.
+        kinds: for each mixer and feed-forward, our parameter names in a layer and theirs.
+        read_pattern: computes our fields that combine several of theirs: patterns, and by path fields of an instance.
+        write_pattern: computes their pattern fields from our config.
     """
 
     kinds: Mapping[str, Mapping[str, str]]
@@ -34,7 +34,7 @@ class HybridFormat(TransformersFormat):
         object.__setattr__(self, "constants", {**self.constants, **types})
 
     def names_for(self, config: Any) -> Callable[[str], str]:
-        """As `NativeFormat.names_for`: the name of a parameter follows from the mixer or feed-forward in its layer."""
+        """As `NativeFormat.names_for`; a parameter's name depends on its layer's mixer and feed-forward."""
 
         def theirs(name: str) -> str:
             match = re.fullmatch(r"(.*?layers\.)(\d+)\.(.*)", name)
@@ -47,7 +47,7 @@ class HybridFormat(TransformersFormat):
         return theirs
 
     def read_config(self, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-        """As `NativeFormat.read_config`, with the fields that ``read_pattern`` gives."""
+        """As `NativeFormat.read_config`, with the fields from ``read_pattern``."""
         found = super().read_config(raw, config_class)
         for path, value in self.read_pattern(self.expand(raw)[0]).items():
             *parents, name = path.split(".")
@@ -55,7 +55,7 @@ class HybridFormat(TransformersFormat):
         return found
 
     def write_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """As `NativeFormat.write_fields`, with the pattern as ``write_pattern`` gives it."""
+        """As `NativeFormat.write_fields`, with the fields from ``write_pattern``."""
         return {**super().write_fields(config), **self.write_pattern(config)}
 
 
@@ -63,7 +63,7 @@ _SAME = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range", "use_cache", "tie_word_embeddings"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
-# small ones, for tests
+# sizes for tests
 _TINY = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -95,12 +95,12 @@ _TWO_NORMS: dict[str, Any] = {
 
 
 def _of(instance: str, *names: str, **fields: str) -> dict[str, str]:
-    """Our fields of a named instance by their paths, under the same names or others."""
+    """Paths of an instance's fields, mapped to their names: ``names`` are equal in both, ``fields`` are not."""
     return {f"{instance}.{ours}": theirs for ours, theirs in ({name: name for name in names} | fields).items()}
 
 
 def _inside(ours: str, theirs: str, *names: str, **renamed: str) -> dict[str, str]:
-    """Weights and biases of layers under the same or another name in a module of theirs."""
+    """Weights and biases in our module, mapped to theirs: ``names`` are equal in both, ``renamed`` are not."""
     both = {**{name: name for name in names}, **renamed}
     return {f"{ours}.{a}.{kind}": f"{theirs}.{b}.{kind}" for a, b in both.items() for kind in ("weight", "bias")}
 
@@ -116,8 +116,8 @@ def _mamba2(module: str) -> dict[str, str]:
     }
 
 
-def _every(config: Any, kind: str, layers: Sequence[list[str]], name: str, other: str) -> dict[str, int]:
-    """Their period and offset of the layers that are ``name`` where all else is ``other``."""
+def _period_and_offset(config: Any, kind: str, layers: Sequence[list[str]], name: str, other: str) -> dict[str, int]:
+    """Jamba's period and offset of the layers that hold ``name``; all others must hold ``other``."""
     found = [i for i, entry in enumerate(layers) if entry == [name]]
     if not found:
         return {f"{kind}_layer_period": len(layers) + 1, f"{kind}_layer_offset": len(layers)}
@@ -132,7 +132,7 @@ def _every(config: Any, kind: str, layers: Sequence[list[str]], name: str, other
 
 
 def _router_logits(given: Mapping[str, Any], has_experts: bool) -> dict[str, Any]:
-    """A config without routers has no such field."""
+    """The field ``output_router_logits``, which only a config with routers has."""
     return {"output_router_logits": given["output_router_logits"]} if has_experts else {}
 
 
@@ -147,9 +147,9 @@ def _read_jamba(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_jamba(config: Any) -> dict[str, Any]:
     mixers, feed_forwards = zip(*(config.placed_by_kind(i) for i in range(config.num_hidden_layers)))
-    written = _every(config, "attn", mixers, "attention", "mamba")
+    written = _period_and_offset(config, "attn", mixers, "attention", "mamba")
     written["mamba_dt_rank"] = config.instances()["mixers.mamba"][1].dt_rank
-    experts = _every(config, "expert", feed_forwards, "moe", "mlp")
+    experts = _period_and_offset(config, "expert", feed_forwards, "moe", "mlp")
     if ["moe"] not in feed_forwards:
         return {**written, "num_experts": 1}
     return {**written, **experts, "output_router_logits": config.output_router_logits}
@@ -197,11 +197,11 @@ JAMBA = HybridFormat(
         "mamba_inner_layernorms": (True,),
     },
     ignored=(
-        # read above
+        # read by _read_jamba
         *("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset"),
         "output_router_logits",
-        "max_position_embeddings",  # it has no positions
-        # which of its scans transformers runs, and what generate computes
+        "max_position_embeddings",  # Jamba has no positions
+        # transformers' choice of scan, and its options of generation
         *("use_mamba_kernels", "use_mambapy", "use_associative_scan"),
         *("num_logits_to_keep", "calc_logits_for_entire_prompt"),
     ),
@@ -225,7 +225,7 @@ def _read_bamba(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _placed(config: Any, form: str, allowed: Collection[list[str]], words: str) -> list[list[str]]:
-    """The names of all that stands in each layer. Raises a `ValueError` for a layer that is none of the allowed."""
+    """The instance names of every layer. Raises a `ValueError` for a layer that is not in ``allowed``."""
     placed = [config.placed(i) for i in range(config.num_hidden_layers)]
     for i, layer in enumerate(placed):
         if layer not in allowed:
@@ -263,7 +263,7 @@ BAMBA = HybridFormat(
     },
     constants={
         **dict.fromkeys(("residual_in_fp32", "rescale_prenorm_residual"), False),
-        "feed_forward.mlp.hidden_act": "silu",  # hidden_act is the mixer's as well
+        "feed_forward.mlp.hidden_act": "silu",  # their hidden_act serves mixer and feed-forward
     },
     unused=(*_PATTERNS, *(f"mixers.mamba2.time_step_{x}" for x in ("min", "max", "floor"))),
     allowed={
@@ -273,9 +273,9 @@ BAMBA = HybridFormat(
         "z_loss_coefficient": (0.0,),
     },
     ignored=(
-        # read above, or follow from the widths, which BambaConfig checks
+        # read by _read_bamba, or implied by the widths, which BambaConfig checks
         *("attn_layer_indices", "attn_rotary_emb", "mamba_n_heads"),
-        # how long its table of positions is, and the chunks of its scan; which kernels run; what generate computes
+        # length of its position table, chunk length of its scan, choice of kernels, option of generation
         *("max_position_embeddings", "mamba_chunk_size", "use_mamba_kernels", "num_logits_to_keep"),
     ),
     read_pattern=_read_bamba,
@@ -285,34 +285,34 @@ BAMBA = HybridFormat(
 
 @dataclass(frozen=True, kw_only=True)
 class NemotronHFormat(HybridFormat):
-    """Nemotron-H as transformers runs it, in the files of NVIDIA's own code too.
+    """Nemotron-H as transformers computes it; files of NVIDIA's own code are read too.
 
-    transformers clamps steps from below, at ``time_step_min``, and passes over ``time_step_limit``; NVIDIA's code does
-    the opposite. A file that limits steps is refused, since the two disagree on what it says.
+    transformers clamps steps from below at ``time_step_min`` and ignores ``time_step_limit``; NVIDIA's code does the
+    opposite. A file with a ``time_step_limit`` other than (0, inf) is refused, since the two disagree on it.
     """
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `TransformersFormat.expand`. Raises a `ValueError` for a contradiction or an unknown kind of layer."""
+        """As `TransformersFormat.expand`. Raises a `ValueError` for contradicting fields or an unknown layer type."""
         raw = dict(raw)
-        _same(raw, "layer_norm_epsilon", raw.get("layer_norm_epsilon", 1e-5), "norm_eps", "rms_norm_eps")
-        if "attention_head_dim" in raw:  # of the first files, where transformers has head_dim
+        _check_same(raw, "layer_norm_epsilon", raw.get("layer_norm_epsilon", 1e-5), "norm_eps", "rms_norm_eps")
+        if "attention_head_dim" in raw:  # the first files' name of head_dim
             raw.setdefault("head_dim", raw["attention_head_dim"])
-            _same(raw, "head_dim", raw["head_dim"], "attention_head_dim")
+            _check_same(raw, "head_dim", raw["head_dim"], "attention_head_dim")
         for kind in raw.get("hybrid_override_pattern") or "":
             if kind not in "ME*-":
                 raise ValueError(
                     f"hybrid_override_pattern has {kind!r} in this nemotron_h checkpoint; allowed are M, E, * and -"
                 )
         given, defaults = super().expand(raw)
-        _same(raw, "the length of the pattern", len(given["layers_block_type"]), "num_hidden_layers")
+        _check_same(raw, "the length of the pattern", len(given["layers_block_type"]), "num_hidden_layers")
         limit = given["time_step_limit"]
-        if len(limit) == 2:  # 1e308 where JSON has no infinity
+        if len(limit) == 2:  # files write 1e308 for infinity, which JSON lacks
             given["time_step_limit"] = (limit[0], limit[1] if limit[1] < torch.finfo(torch.float32).max else math.inf)
         return given, defaults
 
 
-def _same(raw: Mapping[str, Any], field: str, value: Any, *others: str) -> None:
-    """Raise a `ValueError` unless other names of a field, where they are in the file, say the same."""
+def _check_same(raw: Mapping[str, Any], field: str, value: Any, *others: str) -> None:
+    """Raise a `ValueError` if the file holds another value under another name of a field."""
     for name in others:
         if raw.get(name, value) != value:
             raise ValueError(
@@ -320,7 +320,7 @@ def _same(raw: Mapping[str, Any], field: str, value: Any, *others: str) -> None:
             )
 
 
-# what stands in a layer of a type in Nemotron-H: each of them has one mixer or one feed-forward
+# our instance for each layer type: a layer of Nemotron-H is one mixer or one feed-forward
 _NEMOTRON = {"linear_attention": "mamba2", "full_attention": "attention", "mlp": "mlp", "moe": "moe"}
 
 
@@ -335,7 +335,7 @@ def _read_nemotron_h(given: Mapping[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": len(placed),
         "layer_pattern": [name if name in ("mamba2", "attention") else "none" for name in placed],
         "feed_forward_pattern": [name if name in ("mlp", "moe") else "none" for name in placed],
-        "mixers.mamba2.inner_size": given["mamba_num_heads"] * given["mamba_head_dim"],  # expand counts for nothing
+        "mixers.mamba2.inner_size": given["mamba_num_heads"] * given["mamba_head_dim"],  # expand has no effect
         "mixers.mamba2.time_step_limit": (given["time_step_min"], math.inf),
         **_router_logits(given, "moe" in placed),
     }
@@ -395,7 +395,7 @@ NEMOTRON_H = NemotronHFormat(
         },
     },
     fields={
-        **{name: name for name in _SAME if name != "tie_word_embeddings"},  # which its class passes over
+        **{name: name for name in _SAME if name != "tie_word_embeddings"},  # ignored by its class
         "norm_eps": "layer_norm_epsilon",
         **{name: name for name in ("residual_in_fp32", "rescale_prenorm_residual")},
         **_of("mixers.mamba2", "n_groups", "conv_kernel", "expand", "use_conv_bias", "use_bias"),
@@ -429,15 +429,15 @@ NEMOTRON_H = NemotronHFormat(
         **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), (1,)),
     },
     ignored=(
-        # read above
+        # read by _read_nemotron_h
         *("mamba_num_heads", "layers_block_type", "output_router_logits"),
-        # other names, which must say the same
+        # second names, compared by _check_same
         *("norm_eps", "rms_norm_eps", "attention_head_dim", "num_hidden_layers"),
-        # its class passes over them: the head is never tied, the mixer's biases are use_bias, there is no step rank and
-        # its attention has no positions
+        # ignored by its class: the head is never tied, use_bias sets the mixer's biases, steps have no rank, attention
+        # has no positions
         *("tie_word_embeddings", "mamba_proj_bias", "time_step_rank"),
         *("max_position_embeddings", "rope_theta", "rope_scaling", "partial_rotary_factor"),
-        # what runs where, in which dtype and in which order; what generate computes; what further layers would be
+        # kernels, dtype of its cache, chunk length, scheduling, generation, layers that predict further tokens
         *("use_mamba_kernels", "mamba_ssm_cache_dtype", "chunk_size", "moe_shared_expert_overlap"),
         *("num_logits_to_keep", "mtp_layers_block_type"),
     ),

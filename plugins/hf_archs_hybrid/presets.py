@@ -1,4 +1,4 @@
-"""The published hybrids as patterns: the ratios and the order of their layers, at any width and depth."""
+"""Patterns of published hybrids: ratio and order of their layers, at any width and depth."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ def _mamba2(width: int, **fields: Any) -> Fields:
 
 
 def _mixture(width: int) -> Fields:
-    """Mamba-2, local attention and experts: small, and what ``hf-archs quickstart --arch hybrid`` trains."""
+    """Mamba-2, local attention and experts: the small model of ``hf-archs quickstart --arch hybrid``."""
     return {
         "mixers": {"ssm": _mamba2(width, state_size=64), "local": _local(width, window=256)},
         "layer_pattern": "ssm ssm local",
@@ -45,7 +45,7 @@ def _mixture(width: int) -> Fields:
 
 
 def _jamba(width: int) -> Fields:
-    """Lieber et al. 2024, section 3: one attention in eight layers, experts in every other one, no positions."""
+    """Lieber et al. 2024, section 3: attention in one layer of eight, experts in every other layer, no positions."""
     return {
         "mixers": {
             "mamba": {"type": "mamba", "bcdt_norm": "affine", "bcdt_norm_eps": 1e-5},
@@ -61,7 +61,7 @@ def _jamba(width: int) -> Fields:
 
 
 def _samba(width: int) -> Fields:
-    """Ren et al. 2024, section 2: Mamba and a window of 2,048 in turn, each with a feed-forward."""
+    """Ren et al. 2024, section 2: Mamba and attention with a window of 2,048 in turn, each with a feed-forward."""
     return {
         "mixers": {"mamba": {"type": "mamba"}, "local": _local(width)},
         "layer_pattern": "mamba local",
@@ -70,8 +70,8 @@ def _samba(width: int) -> Fields:
 
 
 def _zamba2(width: int) -> Fields:
-    """Glorioso et al. 2024, section 2: Mamba-2, and every sixth layer the same attention and feed-forward again, with
-    an adapter of its own.
+    """Glorioso et al. 2024, section 2: Mamba-2, and in every sixth layer a shared attention and feed-forward with an
+    adapter per layer.
     """
     rank = max(width // 32, 1)
     return {
@@ -83,7 +83,7 @@ def _zamba2(width: int) -> Fields:
 
 
 def _nemotron_h(width: int) -> Fields:
-    """NVIDIA 2025, section 2.1: Mamba-2 and feed-forwards in turn, layers of their own; attention in 8 % of them."""
+    """NVIDIA 2025, section 2.1: layers of Mamba-2 and of feed-forward in turn; 8 % of the layers are attention."""
     return {
         "mixers": {"mamba2": _mamba2(width), "attention": _attention(width, rope_theta=None)},
         "layer_pattern": "mamba2 none mamba2 none mamba2 none mamba2 none mamba2 attention none",
@@ -102,7 +102,7 @@ def _falcon_h1(width: int) -> Fields:
 
 
 def _griffin_like(width: int) -> Fields:
-    """De et al. 2024, section 2: two recurrent layers to one of local attention; Mamba stands for their recurrence."""
+    """De et al. 2024, section 2: two recurrent layers to one of local attention; Mamba replaces their recurrence."""
     return {
         "mixers": {"mamba": {"type": "mamba"}, "local": _local(width)},
         "layer_pattern": "mamba mamba local",
@@ -111,9 +111,7 @@ def _griffin_like(width: int) -> Fields:
 
 
 def _qwen3_next_like(width: int) -> Fields:
-    """Qwen team 2025: three linear layers to one of attention, experts everywhere; Mamba-2 stands for their gated
-    delta rule.
-    """
+    """Qwen team 2025: three linear layers to one of attention, experts everywhere; Mamba-2 replaces Gated DeltaNet."""
     shared = {"shared_expert_intermediate_size": width // 2, "shared_expert_gate": True}
     return {
         "mixers": {
@@ -136,7 +134,7 @@ PRESETS: dict[str, Callable[[int], Fields]] = {
     "qwen3-next-like": _qwen3_next_like,
 }
 
-# layers of one round of each pattern, and what a small model has
+# default depths: one or two rounds of a pattern; 6 for the others
 _DEPTHS = {"mixture": 6, "jamba": 8, "zamba2": 12, "nemotron-h": 11}
 
 
@@ -145,9 +143,9 @@ def preset_fields(name: str, hidden_size: int = 256, num_hidden_layers: int | No
 
     Args:
         name: one of `PRESETS`.
-        hidden_size: the width; heads and feed-forwards follow it in the published proportions.
-        num_hidden_layers: the depth; None for one or two rounds of the pattern.
-        fields: others of `ArchHybridConfig`.
+        hidden_size: width; heads and feed-forwards keep the published proportions to it.
+        num_hidden_layers: depth; None for one or two rounds of the pattern.
+        fields: other fields of `ArchHybridConfig`, which replace the preset's.
 
     Raises:
         ValueError: for an unknown name.

@@ -33,10 +33,10 @@ __all__ = [
     "long_conv",
 ]
 
-# the token ids of HyenaDNA's vocabulary: 12 characters and special tokens, in 16 rows
+# HyenaDNA's vocabulary: 12 characters and special tokens, padded to 16 rows
 _DNA = {"vocab_size": 16, "pad_token_id": 4, "bos_token_id": 2, "eos_token_id": 1}
 
-moved("hf_archs_hyena.modal", "hf_archs_hyena.ops.modal")  # to 0.1
+moved("hf_archs_hyena.modal", "hf_archs_hyena.ops.modal")  # names of version 0.1
 moved("hf_archs_hyena.toeplitz_conv", "hf_archs_hyena.ops.toeplitz_conv")
 
 register_mixer(
@@ -46,7 +46,7 @@ register_mixer(
     state=hyena_state,
     lora_targets=("in_proj", "out_proj"),
     even_targets=("in_proj", "out_proj"),
-    # a low frequency: at high ones the slope of a filter changes too fast for finite differences
+    # at high frequencies the slope of a filter changes too fast for finite differences
     tiny={"max_positions": 16384, "filter_size": 16, "filter_frequency": 1.0},
 )
 register(
@@ -56,7 +56,7 @@ register(
         native_formats=(HYENADNA, ORIGINAL),
         sizes={
             "4m": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096, "max_positions": 16384},
-            # `hf-archs quickstart --task genome` trains it: explicit taps for near bases, implicit ones for far ones
+            # `hf-archs quickstart --task genome`: explicit taps for near bases, implicit taps for far bases
             "genome": {
                 "hidden_size": 128,
                 "num_hidden_layers": 4,

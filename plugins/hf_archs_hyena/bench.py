@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from hf_archs.testing import measuring
+from hf_archs_hyena.ops.long_conv import cases as long_conv_cases
 from hf_archs_hyena.ops.long_conv import long_conv
+from hf_archs_hyena.ops.modal import cases as modal_conv_cases
 from hf_archs_hyena.ops.modal import modal_conv, modal_taps
+from hf_archs_hyena.ops.toeplitz_conv import cases as toeplitz_conv_cases
 from hf_archs_hyena.ops.toeplitz_conv import toeplitz_conv
 
 
@@ -40,19 +43,17 @@ def ops(device: torch.device) -> Iterator[measuring.Measure]:
     """The convolutions, forward and with their backward."""
     shapes = [(8, 2048, 1024), (1, 65536, 1024)] if device.type == "cuda" else [(1, 1024, 256), (1, 16384, 256)]
     for b, l, c in shapes:
-        tensors = {name: measuring.randn(device)(b, l, c) for name in ("x", "gate_in", "gate_out")}
-        tensors |= {"taps": torch.randn(c, l, device=device), "bias": torch.randn(c, device=device)}
-        label = f"long_conv {b} x {l} x {c}"
-        yield from measuring.op_measures(label, "plain PyTorch", _ours, _published, tensors)
-        x = tensors["x"]
-        for k in (7, 128):
-            explicit = {"x": x, "taps": torch.randn(c, k, device=device)}
-            label = f"toeplitz_conv of {k} taps, {b} x {l} x {c}"
-            yield from measuring.op_measures(label, "conv1d", toeplitz_conv, _conv1d, explicit)
-        modal = {"x": x, "log_decay": torch.randn(c, 16, device=device) - 3}
-        modal |= {"phase": torch.rand(c, 16, device=device), "residues": torch.randn(c, 16, 2, device=device)}
-        label = f"modal_conv of 16 modes, {b} x {l} x {c}"
-        yield from measuring.op_measures(label, "taps and long_conv", modal_conv, _by_taps, modal)
+        rows = {"batch": b, "length": l}
+        whole, modal = {**rows, "channels": c, "past": 0}, {**rows, "channels": c, "modes": 16}
+        arguments: tuple[str, ...] = ("x", "gate_in", "gate_out", "taps", "bias")
+        for label, tensors in measuring.sized("long_conv", long_conv_cases, arguments, [whole], device):
+            yield from measuring.op_measures(label, "plain PyTorch", _ours, _published, tensors)
+        explicit = [{**rows, "groups": c, "shared": 1, "taps": k} for k in (7, 128)]
+        for label, tensors in measuring.sized("toeplitz_conv", toeplitz_conv_cases, ("x", "taps"), explicit, device):
+            yield from measuring.op_measures(label, "conv1d", toeplitz_conv, _conv1d, tensors)
+        arguments = ("x", "log_decay", "phase", "residues")
+        for label, tensors in measuring.sized("modal_conv", modal_conv_cases, arguments, [modal], device):
+            yield from measuring.op_measures(label, "taps and long_conv", modal_conv, _by_taps, tensors)
 
 
 def models(device: torch.device) -> Iterator[measuring.Measure]:

@@ -17,23 +17,24 @@ MAX_TAPS = 128
 @strict
 @dataclass(kw_only=True)
 class HyenaFields(PartConfig):
-    """What every Hyena mixer is told, whatever its filters (Poli et al. 2023, sections 3 and 4).
+    """Fields of every Hyena mixer, for all filter types (Poli et al. 2023, sections 3 and 4).
 
     Args:
-        order: multiplications by a gate, N in the paper; N - 1 convolutions stand between them.
+        order: number of gates, N in the paper; N - 1 long convolutions alternate with them.
         conv_kernel: taps of the short convolution after ``in_proj``.
         use_bias: bias in ``in_proj`` and ``out_proj``, and in the feed-forward.
-        max_positions: the lag at which implicit filters end; texts may be longer.
-        position_bands: frequencies of sine and cosine that an implicit filter knows its lag by.
-        learned_positions: make those features of the lag parameters, as HyenaDNA's checkpoints have them.
-        filter_size: width of the network that gives an implicit filter its taps.
-        filter_layers: hidden layers of that network after the first.
-        filter_frequency: frequency of its sine activations, at first.
-        learned_frequency: make that frequency a parameter, of every unit its own.
-        filter_shift: what the window of an implicit filter falls to, instead of 0.
-        fast_decay: part of ``max_positions`` after which the window of the fastest channel has fallen to a hundredth.
-        slow_decay: the same of the slowest channel.
-        modes: pairs of complex poles of a modal filter.
+        max_positions: taps of an implicit filter; inputs may be longer.
+        position_bands: frequencies of sine and cosine in the features of a lag, the input of an implicit filter.
+        learned_positions: make these features parameters, as in HyenaDNA's checkpoints.
+        filter_size: width of the network that computes an implicit filter's taps.
+        filter_layers: hidden layers of this network after the first.
+        filter_frequency: initial frequency of its sine activations.
+        learned_frequency: make the frequency a parameter, one per unit.
+        filter_shift: added to the window of an implicit filter, as its lower bound.
+        fast_decay: fraction of the taps of an implicit or medium filter after which the fastest channel's window has
+            fallen to 0.01.
+        slow_decay: the same for the slowest channel.
+        modes: modes (pairs of complex poles) of a modal filter.
         medium_taps: taps of a medium filter.
         short_taps: taps of a short filter.
         filter_group_size: channels that share a medium or short filter.
@@ -90,18 +91,19 @@ class HyenaMixerConfig(HyenaFields):
     """Fields of one Hyena mixer.
 
     Args:
-        filter_type: ``implicit`` (a network gives the taps), ``modal`` (a sum of decaying waves, whose state is
-            constant; Massaroli et al. 2023), ``medium`` (explicit taps under a decaying window) or ``short`` (explicit
-            taps; Ku et al. 2025, section 2).
+        filter_type: ``implicit`` (a network computes the taps), ``modal`` (a sum of decaying waves, with a state of
+            constant size; Massaroli et al. 2023), ``medium`` (explicit taps under a decaying window) or ``short``
+            (explicit taps; Ku et al. 2025, section 2).
     """
 
     filter_type: FilterType = "implicit"
 
 
 def hyena_state(config: HyenaMixerConfig) -> dict[str, StateSpec]:
-    """The window of the short convolution, and what the filters need of the past.
+    """The states ``conv``, the window of the short convolution, and ``past``, that of the filters.
 
-    That is all of it for an implicit filter, a window for explicit ones, and one complex number for each mode.
+    ``past`` holds all past inputs of an implicit filter, a window of them for an explicit filter, and one complex
+    number per mode of a modal filter.
     """
     channels = config.filter_channels
     specs = {"conv": StateSpec("conv", ((config.order + 1) * config.hidden_size, config.conv_kernel - 1))}
@@ -120,18 +122,18 @@ class ArchHyenaConfig(ArchConfig, HyenaFields, MLPConfig):
     """Config of a stack of Hyena mixers and feed-forwards, as in HyenaDNA (Nguyen et al. 2023).
 
     Args:
-        filter_types: the filters of the layers, repeated; see `HyenaMixerConfig`.
+        filter_types: the filter types of the layers, in turn; see `HyenaMixerConfig`.
         intermediate_size: width of the feed-forward's hidden layer, None for four times ``hidden_size``.
         hidden_act: activation of the feed-forward.
-        gated: multiply that activation by a second projection.
-        bias: whether the linear layers of the feed-forward have one.
+        gated: multiply the activation by a second projection.
+        bias: whether the feed-forward's linear layers have a bias.
     """
 
     model_type = "hf_archs_hyena"
     mixer_type: ClassVar[str] = "hyena"
     norm_type: Literal["rms_norm", "layer_norm"] = "layer_norm"
     filter_types: tuple[FilterType, ...] | list[FilterType] = ("implicit",)
-    intermediate_size: int | None = None  # type: ignore[assignment]  # a whole number as soon as there is a config
+    intermediate_size: int | None = None  # type: ignore[assignment]  # an int after __post_init__
     hidden_act: Literal["gelu_pytorch_tanh", "gelu", "silu"] = "gelu_pytorch_tanh"  # type: ignore[assignment]
     gated: bool = False
     bias: bool = True
@@ -142,23 +144,23 @@ class ArchHyenaConfig(ArchConfig, HyenaFields, MLPConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if isinstance(self.filter_types, tuple):
-            self.filter_types = list(self.filter_types)  # as it comes out of a file
+            self.filter_types = list(self.filter_types)  # JSON has no tuples
         if not self.filter_types:
             raise ValueError(f"{type(self).__name__}: filter_types is {self.filter_types}; allowed are one or more")
         super().__post_init__(**kwargs)
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
-        """A mixer with this layer's kind of filter, and a feed-forward."""
+        """A mixer with this layer's filter type, and a feed-forward."""
         kind = self.filter_types[layer_idx % len(self.filter_types)]
-        if not torch.compiler.is_compiling():  # a compiled forward makes caches, but cannot make configs
+        if not torch.compiler.is_compiling():  # which cannot construct a config when a forward makes a cache
             shared = {field.name: getattr(self, field.name) for field in fields(HyenaFields)}
             mixer = HyenaMixerConfig(**shared, filter_type=kind)
-            if self._mixers.get(kind) != mixer:  # graphs are guarded by its identity
+            if self._mixers.get(kind) != mixer:  # torch.compile guards on the config's identity: keep an equal one
                 self._mixers[kind] = mixer
         return LayerPlan(self.mixer_type, self._mixers[kind], "mlp", self)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without the mixers' configs that were made from the fields."""
+        """As in transformers, without the mixers' configs, which the fields determine."""
         output = super().to_dict()
         del output["_mixers"]
         return output

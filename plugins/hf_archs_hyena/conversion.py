@@ -1,6 +1,8 @@
-"""HyenaDNA checkpoints by rename tables: as published under ``LongSafari/hyenadna-*-hf``, and in the original layout
-of ``LongSafari/hyenadna-*-seqlen`` (Nguyen et al. 2023, "HyenaDNA: Long-Range Genomic Sequence Modeling at Single
-Nucleotide Resolution", https://arxiv.org/abs/2306.15794; code: github.com/HazyResearch/hyena-dna).
+"""Rename tables for HyenaDNA checkpoints.
+
+``LongSafari/hyenadna-*-hf``, and the original layout of ``LongSafari/hyenadna-*-seqlen`` (Nguyen et al. 2023,
+"HyenaDNA: Long-Range Genomic Sequence Modeling at Single Nucleotide Resolution", https://arxiv.org/abs/2306.15794;
+code: github.com/HazyResearch/hyena-dna).
 """
 
 import re
@@ -13,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from hf_archs.native.formats import StateDictFormat
 
-# the most layers that the network of a filter may have (see `HyenaFields.validate_hyena`)
+# indices of the layers in the largest filter network (see `HyenaFields.validate_hyena`)
 _FILTER_LAYERS = range(18)
 
 
@@ -21,10 +23,10 @@ _FILTER_LAYERS = range(18)
 class HyenaDNAFormat(StateDictFormat):
     """``model_type`` ``hyenadna``, which transformers itself does not have.
 
-    Its files hold the positions that filters see, since they were trained; and one frequency under up to three names.
+    Its files hold the trained features of the positions, and one shared frequency under up to three names.
 
     Attributes:
-        features: the field that counts what a filter knows of a lag.
+        features: their config field for the number of features of a position.
     """
 
     features: str = "emb_dim"
@@ -33,40 +35,40 @@ class HyenaDNAFormat(StateDictFormat):
         return self.name
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `StateDictFormat.expand`, with the sizes that follow. Raises a `ValueError` for an impossible one."""
+        """As `StateDictFormat.expand`, with derived sizes. Raises a `ValueError` for an impossible size."""
         given, defaults = super().expand(raw)
-        width = self._whole(given, "d_model", 1)
-        multiple = self._whole(given, "pad_vocab_size_multiple", 1)
-        given["vocab_size"] = -(-self._whole(given, "vocab_size", 1) // multiple) * multiple
+        width = self._whole_number(given, "d_model", 1)
+        multiple = self._whole_number(given, "pad_vocab_size_multiple", 1)
+        given["vocab_size"] = -(-self._whole_number(given, "vocab_size", 1) // multiple) * multiple
         given["d_inner"] = 4 * width if given["d_inner"] is None else given["d_inner"]
-        features = self._whole(given, self.features, 3)
+        features = self._whole_number(given, self.features, 3)
         if features % 2 == 0:
             raise ValueError(f"{self.features} is {features} in this {self} checkpoint; allowed are odd numbers from 3")
-        given["bands"] = (features - 1) // 2  # under a name of our own: what it says in another unit
+        given["bands"] = (features - 1) // 2  # our name, for the same in our unit
         for ours in ("filter_frequency", "filter_shift", "norm_eps"):
             theirs = self.fields.get(ours)
             if theirs is not None and type(given[theirs]) is int:
                 given[theirs] = float(given[theirs])
         return given, defaults
 
-    def _whole(self, given: Mapping[str, Any], name: str, least: int) -> int:
+    def _whole_number(self, given: Mapping[str, Any], name: str, least: int) -> int:
         value = given[name]
         if type(value) is not int or value < least:
             raise ValueError(f"{name} is {value!r} in this {self} checkpoint; allowed are whole numbers from {least}")
         return value
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """As `StateDictFormat.write_config`, with bands as features of a lag."""
+        """As `StateDictFormat.write_config`, with bands converted to the number of features."""
         written = super().write_config(config)
         written[self.features] = 2 * written.pop("bands") + 1
         return written
 
     def is_buffer(self, name: str) -> bool:
-        """Whether it is the times of the positions, which follow from their number."""
+        """True for the positions' times, which their number determines."""
         return name.endswith("filter_fn.pos_emb.t")
 
     def buffers(self, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-        """The times of the positions in every layer's filter, ``(1, max_positions, 1)``."""
+        """The positions' times in every layer's filter, ``(1, max_positions, 1)``."""
         t = torch.linspace(0, 1, config.max_positions)[None, :, None]  # type: ignore[attr-defined]
         layers = range(config.num_hidden_layers)  # type: ignore[attr-defined]
         return {f"{self.prefix}.layers.{i}.mixer.filter_fn.pos_emb.t": t for i in layers}
@@ -74,21 +76,21 @@ class HyenaDNAFormat(StateDictFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class OriginalFormat(HyenaDNAFormat):
-    """The repositories that HyenaDNA's own code reads: no ``model_type``, the mixer's options under ``layer``, and a
-    checkpoint of PyTorch Lightning for the weights.
+    """The layout of HyenaDNA's own code.
 
-    In the tables an option of the mixer is called ``layer.<option>``.
+    The config has no ``model_type`` and holds the mixer's options under ``layer``, which the tables name
+    ``layer.<option>``. The weights are a PyTorch Lightning checkpoint.
     """
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
-        """Whether it has the mixer's options under ``layer``, both sizes, and no ``model_type``."""
+        """True for ``d_model``, ``n_layer`` and options under ``layer``, without a ``model_type``."""
         return "model_type" not in raw and isinstance(raw.get("layer"), Mapping) and {"d_model", "n_layer"} <= set(raw)
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `HyenaDNAFormat.expand`, the mixer's options flat. Raises a `ValueError` for another width of it."""
+        """As `HyenaDNAFormat.expand`, with flat options. Raises a `ValueError` for a mixer of another width."""
         mixer = {f"layer.{name}": value for name, value in raw["layer"].items()}
         given, defaults = super().expand({**{k: v for k, v in raw.items() if k != "layer"}, **mixer})
-        self._whole(given, "layer.l_max", 2)
+        self._whole_number(given, "layer.l_max", 2)
         if given.pop("layer.d_model", given["d_model"]) != given["d_model"]:
             raise ValueError(
                 f"layer.d_model is {raw['layer']['d_model']!r} in this {self} checkpoint; allowed is d_model = "
@@ -102,19 +104,19 @@ class OriginalFormat(HyenaDNAFormat):
         mixer = {name.removeprefix("layer."): written.pop(name) for name in [*written] if name.startswith("layer.")}
         return {**written, "layer": mixer}
 
-    # Lightning's module holds the model as `model`; what is recomputed in the backward stands in a module `layer`
+    # Lightning holds the model as `model`; activation checkpointing wraps mixer and mlp in a module `layer`
 
     def ours(self, name: str) -> str:
-        """As `NativeFormat.ours`, of a name as Lightning saves it."""
+        """As `NativeFormat.ours`, for a name in a Lightning checkpoint."""
         return super().ours(re.sub(r"\.(mixer|mlp)\.layer\.", r".\1.", name.removeprefix("model.")))
 
     def key_mapping(self) -> dict[str, str]:
-        """As `NativeFormat.key_mapping`, after Lightning's prefix and the ``layer`` of recomputed modules go."""
+        """As `NativeFormat.key_mapping`, also removing Lightning's prefix and the ``layer`` of checkpointed modules."""
         plain = {r"^model\.(backbone|lm_head)\.": r"\1.", r"\.(mixer|mlp)\.layer\.": r".\1."}
         return {**plain, **super().key_mapping()}
 
     def is_buffer(self, name: str) -> bool:
-        """As `HyenaDNAFormat.is_buffer`, and the sums of Lightning's metrics."""
+        """As `HyenaDNAFormat.is_buffer`, and True for the sums of Lightning's metrics."""
         return super().is_buffer(name) or "torchmetrics" in name
 
 
@@ -139,12 +141,12 @@ _LAYER_RENAMES = {
         for x in ("weight", "bias")
     },
 }
-# one and the same parameter: files have it once or as often as it is used
+# one shared parameter, which files hold once or under the name of every use
 _LAYER_ALIASES = {f"mixer.filter_fn.implicit_filter.{2 * i + 1}.freq": "mixer.ssm.freq" for i in _FILTER_LAYERS[1:]}
 
 _TIED_DNA = {
     "tie_word_embeddings": True,
-    # of the tokenizer, where the model's file says nothing
+    # the tokenizer's; the model's config has none
     "pad_token_id": 4,
     "bos_token_id": 2,
     "eos_token_id": 1,
@@ -172,7 +174,7 @@ _CONSTANTS = {
     "bidirectional": False,
     "use_cache": True,
 }
-# what only initial weights, or other kinds of filters, depend on
+# fields of initialisation and of other filter types
 _UNUSED = ("fast_decay", "slow_decay", "modes", "medium_taps", "short_taps", "filter_group_size")
 _ASSUMED = {"learned_positions": True, "rescale_prenorm_residual": True}
 
@@ -215,9 +217,9 @@ HYENADNA = HyenaDNAFormat(
         "learned_frequency": "train_freq",
         "initializer_range": "initializer_range",
     },
-    # their norms in layers have PyTorch's eps, and the last one the config's
+    # PyTorch's eps in the layers' norms, the config's in the final one
     constants={**_CONSTANTS, "conv_kernel": 3, "filter_shift": 0.05, "norm_eps": 1e-5, "residual_in_fp32": True},
-    # their projections have biases whatever use_bias says, and two of the dropouts are applied to nothing
+    # their code ignores use_bias (projections always have biases) and never applies these two dropouts
     ignored=(
         "model_type",
         "use_bias",
@@ -238,7 +240,7 @@ ORIGINAL = OriginalFormat(
     renames=_RENAMES,
     layer_renames=_LAYER_RENAMES,
     layer_aliases=_LAYER_ALIASES,
-    # of their model, layer, operator and filter, as standalone_hyenadna.py has them: it reads the published files
+    # defaults of model, layer, operator and filter in standalone_hyenadna.py, which reads the published files
     defaults={
         "d_inner": None,
         "vocab_size": None,
@@ -290,7 +292,7 @@ ORIGINAL = OriginalFormat(
         "_name_",
         "pad_vocab_size_multiple",
         "layer.emb_dim",
-        # kernels, memory, and what is given back
+        # kernels, memory, return values
         "fused_mlp",
         "fused_dropout_add_ln",
         "checkpoint_mixer",
@@ -302,7 +304,7 @@ ORIGINAL = OriginalFormat(
         "layer.fused_fft_conv",
         "layer.jit_filter",
         "layer.return_state",
-        # training and initial weights: the decays and the frequency stand in the file
+        # training and initialisation: decays and frequency are in the checkpoint
         "attn_cfg",
         "embed_dropout",
         "initializer_cfg",
@@ -313,7 +315,7 @@ ORIGINAL = OriginalFormat(
         "layer.fast_decay_pct",
         "layer.slow_decay_pct",
         "layer.target",
-        # their filter applies no dropout, and their operator hands it no train_freq
+        # their filter applies no dropout and never receives train_freq
         "layer.filter_dropout",
         "layer.train_freq",
     ),

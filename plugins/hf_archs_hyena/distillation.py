@@ -1,5 +1,7 @@
-"""From a trained model whose state grows to one whose state is constant (Massaroli et al. 2023, "Laughing Hyena
-Distillery: Extracting Compact Recurrences From Convolutions", https://arxiv.org/abs/2310.18780, section 3).
+"""Distil a trained model with a growing state into one with a state of constant size.
+
+Massaroli et al. 2023, "Laughing Hyena Distillery: Extracting Compact Recurrences From Convolutions",
+https://arxiv.org/abs/2310.18780, section 3.
 """
 
 import copy
@@ -17,21 +19,21 @@ from hf_archs_hyena.modal_fitting import fit_modal_filters
 def distill_filters(
     model: ArchPreTrainedModel, modes: int = 32, length: int | None = None
 ) -> tuple[ArchPreTrainedModel, dict[str, torch.Tensor]]:
-    """A model whose implicit filters are replaced by sums of modes that were fitted to them.
+    """Copy a model, with its implicit filters replaced by fitted sums of modes.
 
-    It decodes with a state of constant size. Everything but the filters is a copy; they share no memory.
+    The copy decodes with a state of constant size and shares no memory with the model.
 
     Args:
-        model: a Hyena model with implicit filters, of any class.
-        modes: modes for each filter: the more, the closer.
-        length: taps that the fit looks at, None for all ``max_positions`` of them.
+        model: a Hyena model with implicit filters and any head.
+        modes: modes per filter; more modes fit more closely.
+        length: taps to fit, None for all ``max_positions``.
 
     Returns:
-        The model, and for each filter module by name the relative error of every channel, ``|fit - taps| / |taps|``
-        over all of these taps: (channels,), float64.
+        The copy, and by name of each fitted filter module the relative error of every channel, ``|fit - taps| /
+        |taps|`` over the fitted taps: (channels,), float64.
 
     Raises:
-        ValueError: for a model without implicit filters, one that has modal filters with another number of modes, or a
+        ValueError: for a model without implicit filters or with modal filters of another number of modes, or for a
             length out of range.
     """
     config: Any = model.config

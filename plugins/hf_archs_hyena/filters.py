@@ -1,4 +1,4 @@
-"""The filters of a Hyena mixer, with their own parameters: how taps come about, and what is kept of the past.
+"""The filters of a Hyena mixer: their parameters, taps and states.
 
 Letters in shapes: b batch, l length, d hidden size, s convolutions (order - 1), c channels of all of them (s x d),
 k taps, m modes.
@@ -24,14 +24,14 @@ from hf_archs_hyena.ops.long_conv import long_conv, long_conv_step
 from hf_archs_hyena.ops.modal import modal_conv, modal_taps
 from hf_archs_hyena.ops.toeplitz_conv import toeplitz_conv
 
-LONG = 2**15  # taps
-WINDOW_END = 1e-2  # what a window has fallen to after `fast_decay` and `slow_decay`
+LONG = 2**15  # taps from which on an implicit filter's network is checkpointed
+WINDOW_END = 1e-2  # value of a window after `fast_decay` or `slow_decay`
 
 
 class HyenaFilter(nn.Module, ABC):
     """The recurrence of gates and convolutions (Poli et al. 2023, definition 3.1).
 
-    It is a module of its own so that the filters' parameters can be sharded, kept in float32 and, through
+    A separate module, so that the filters' parameters can be sharded, kept in float32 and, through
     ``modules_to_save=["ssm"]``, trained beside LoRA.
     """
 
@@ -41,19 +41,19 @@ class HyenaFilter(nn.Module, ABC):
 
     @abstractmethod
     def taps(self, length: int) -> torch.Tensor:
-        """The first taps of every filter, ``(c, length)`` in float32 or wider."""
+        """The first ``length`` taps of every filter, ``(c, length)`` in float32 or wider."""
 
     def forward(
         self,
         v: torch.Tensor,  # (b, l, d)
-        gates: Sequence[torch.Tensor],  # order times (b, l, d), the last to be multiplied with first
+        gates: Sequence[torch.Tensor],  # order gates (b, l, d), applied last to first
         state: torch.Tensor | None = None,  # (b, c, ...)
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         need_state: bool = False,
         once: Once | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gated convolutions of ``v``, (b, l, d), and the state after them where it is needed."""
+        """The gated convolutions of ``v``, (b, l, d), and the state after them if needed, else None."""
         last, *others = gates
         with full_precision(v):
             filters = self._filters(v, state, once)
@@ -78,9 +78,9 @@ class HyenaFilter(nn.Module, ABC):
 
     @abstractmethod
     def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> Any:
-        """What the convolutions of this forward need of the parameters, computed once for all of them.
+        """The filters of all convolutions of this forward, computed from the parameters.
 
-        ``once`` (see `hf_archs.cache.Slot.once`) keeps what a whole generation needs.
+        ``once`` (see `hf_archs.cache.Slot.once`) keeps them for a whole generation.
         """
 
     @abstractmethod
@@ -95,11 +95,11 @@ class HyenaFilter(nn.Module, ABC):
         boundaries: dict[str, Any],  # lengths and seq_idx
         need_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One convolution, of the channels ``part``, between its gates."""
+        """One convolution of the channels ``part``, with the gates before and after it."""
 
 
 class UngatedFilter(HyenaFilter):
-    """A filter whose convolution is an op of its own, beside the gates."""
+    """A filter whose convolution is an op without gates."""
 
     def _convolve(
         self,
@@ -125,8 +125,8 @@ class UngatedFilter(HyenaFilter):
 class ImplicitFilter(HyenaFilter):
     """Taps from a network of the lag (Poli et al. 2023, section 3.3): ``FFN(features(t)) (exp(-t |delta|) + shift)``.
 
-    A tap depends on its lag over ``max_positions`` alone, never on the length of the text; from that lag on there is
-    none. The state is all of the past.
+    A tap depends on its lag relative to ``max_positions``, not on the length of the input; from lag ``max_positions``
+    on, taps are 0. The state is all past inputs.
     """
 
     def __init__(self, config: HyenaMixerConfig):
@@ -134,19 +134,16 @@ class ImplicitFilter(HyenaFilter):
         self.bias = nn.Parameter(torch.empty(config.filter_channels))
         self.deltas = nn.Parameter(torch.empty(1, 1, config.filter_channels))
         features = 2 * config.position_bands + 1
-        self.z = None
-        if config.learned_positions:
-            self.z = nn.Parameter(torch.empty(1, config.max_positions, features))
-        self.freq = None
-        if config.learned_frequency:
-            self.freq = nn.Parameter(torch.empty(1, config.filter_size))  # of every sine, as in HyenaDNA
         width = config.filter_size
+        self.z = nn.Parameter(torch.empty(1, config.max_positions, features)) if config.learned_positions else None
+        # shared by all sines, as in HyenaDNA
+        self.freq = nn.Parameter(torch.empty(1, width)) if config.learned_frequency else None
         inputs = [features] + [width] * config.filter_layers
         self.layers = nn.ModuleList(nn.Linear(size, width) for size in inputs)
         self.layers.append(nn.Linear(width, config.filter_channels, bias=False))
 
     def init_weights(self) -> None:
-        """As safari does, but for the network, whose first layers have PyTorch's own initial values."""
+        """As in safari, but the network's weights have PyTorch's default for linear layers."""
         config, device = self.config, self.deltas.device
         init.normal_(self.bias)
         if self.freq is not None:
@@ -159,7 +156,7 @@ class ImplicitFilter(HyenaFilter):
             init.kaiming_uniform_(layer.weight, a=math.sqrt(5))  # type: ignore[arg-type]  # they are all linear
 
     def _features(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is known of a lag, (length, 2 bands + 1), and the lag as a part of all, (length, 1)."""
+        """The features of each lag, (length, 2 bands + 1), and ``lag / (max_positions - 1)``, (length, 1)."""
         config, dtype = self.config, torch.promote_types(self.deltas.dtype, torch.float32)
         lag = torch.arange(length, device=self.deltas.device, dtype=dtype).unsqueeze(1)
         t = lag / (config.max_positions - 1)
@@ -171,14 +168,14 @@ class ImplicitFilter(HyenaFilter):
         """The filters at lags 0 to ``length - 1``, (c, length)."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or length < LONG:
             return self._taps(length)
-        # the network's activations would take more memory than the rest of the mixer's: compute them again
+        # recompute the network's activations in the backward: they would take more memory than the rest of the mixer
         taps = checkpoint(self._taps, length, use_reentrant=False, preserve_rng_state=False)
         assert isinstance(taps, torch.Tensor)
         return taps
 
     def _taps(self, length: int) -> torch.Tensor:
         z, t = self._features(length)
-        any_lag = any_length()  # then what lies beyond the last one is masked, not cut off
+        any_lag = any_length()  # in a graph for any length, taps beyond the last are masked, not cut off
         if self.z is not None:
             lag = torch.arange(length, device=t.device)
             z = self.z[0, lag.clamp(max=self.config.max_positions - 1)] if any_lag else self.z[0, :length]
@@ -191,14 +188,14 @@ class ImplicitFilter(HyenaFilter):
         return torch.where(t.squeeze(1) <= 1, taps, 0) if any_lag else taps
 
     def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> tuple[torch.Tensor, bool]:
-        """The taps, and whether the present's is the last of them."""
+        """The taps, and whether they are in reversed order, lag 0 last."""
         past = 0 if state is None else state.shape[2]
         if any_length():
             return self.taps(past + v.shape[1]), False
         length = min(past + v.shape[1], self.config.max_positions)
         if state is None or once is None or torch.compiler.is_compiling():
             return self.taps(length), False
-        # twice as many every time there are too few: all that is ever computed is a few times what is needed
+        # their number doubles, so that a generation computes a few times the taps that it needs
         enough = min(max(256, 2 ** (length - 1).bit_length()), self.config.max_positions)
         if v.shape[1] > 1 or backend_for(v) == "reference":
             return once(f"{enough} taps", lambda: self.taps(enough))[:, :length], False
@@ -223,9 +220,9 @@ class ImplicitFilter(HyenaFilter):
 
 
 class ExplicitFilter(UngatedFilter):
-    """A few taps that are parameters (Ku et al. 2025, section 2); medium ones under a decaying window.
+    """A few taps that are parameters (Ku et al. 2025, section 2), under a decaying window in a medium filter.
 
-    The state is a window of the past.
+    The state is a window of past inputs.
     """
 
     def __init__(self, config: HyenaMixerConfig):
@@ -270,10 +267,10 @@ class ExplicitFilter(UngatedFilter):
 class ModalFilter(UngatedFilter):
     """Taps that are a sum of decaying waves (Massaroli et al. 2023, "Laughing Hyena Distillery", section 3).
 
-    The state is one complex number for each mode and channel. It has no last lag: ``max_positions`` does not apply.
+    The state is one complex number per mode and channel. The filter never ends: ``max_positions`` does not apply.
     """
 
-    # range of the initial steps, in tokens, as of S4D (Gu et al. 2022, appendix B)
+    # range of the initial steps, in tokens, as in S4D (Gu et al. 2022, appendix B)
     STEPS = (1e-3, 1e-1)
 
     def __init__(self, config: HyenaMixerConfig):
@@ -299,7 +296,7 @@ class ModalFilter(UngatedFilter):
         return modal_taps(self.log_decay, self.phase, self.residues, length)
 
     def _filters(self, v: torch.Tensor, state: torch.Tensor | None, once: Once | None) -> None:
-        """Nothing: the recurrence runs on the modes themselves."""
+        """None: the recurrence uses the modes themselves."""
 
     def _filter(
         self, filters: None, part: slice, v: torch.Tensor, state: torch.Tensor | None, boundaries: dict[str, Any]

@@ -13,7 +13,7 @@ from hf_archs_hyena.filters import FILTERS
 
 
 class HyenaMixer(nn.Module):
-    """One projection to a value and n gates, a short convolution, gates and long convolutions in turn, projection."""
+    """Projection to a value and n gates, short convolution, gates and long convolutions in turn, output projection."""
 
     def __init__(self, config: HyenaMixerConfig):
         super().__init__()
@@ -31,7 +31,7 @@ class HyenaMixer(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
+        """Map ``(b, l, d)`` to ``(b, l, d)``, continuing from ``state`` and storing the new states there."""
         u = self.in_proj(hidden_states)
         if state is None:
             return self.out_proj(self._mix(u, {}, lengths, seq_idx, need_state=False)[0])

@@ -1,12 +1,12 @@
-"""Trained filters as sums of few modes, after which a model decodes with a constant state.
+"""Fit sums of few modes to trained filters, so that a model decodes with a state of constant size.
 
-Massaroli et al. 2023, "Laughing Hyena Distillery", https://arxiv.org/abs/2310.18780, section 3.2. They fit poles and
-residues by gradient descent from random poles. Here poles start from the filter's own Hankel matrices (Kung 1978; Roy
-and Kailath 1989, "ESPRIT"), at several time scales, and Gauss-Newton steps finish in some tens of iterations.
+Massaroli et al. 2023, "Laughing Hyena Distillery", https://arxiv.org/abs/2310.18780, section 3.2, fit poles and
+residues by gradient descent from random poles. Here the poles start from the filter's Hankel matrices (Kung 1978; Roy
+and Kailath 1989, "ESPRIT") at several time scales, and Gauss-Newton steps finish in some tens of iterations.
 
-All sums over taps of products of modes are geometric series, ``sum_t t^k (p q)^t``, and are never formed tap by tap.
-Only the filter itself is summed against powers of the poles, by matrix products. So a step costs little more for
-131,072 taps than for 1,024.
+Sums over taps of products of modes are geometric series, ``sum_t t^k (p q)^t``, evaluated in closed form. Only the sum
+of the filter times powers of the poles runs over the taps, by matrix products. So a step costs little more for 131,072
+taps than for 1,024.
 
 Letters: c channels, l taps, n modes, k candidates.
 """
@@ -20,28 +20,28 @@ from torch import Tensor
 from hf_archs_hyena.ops.modal import modal_taps
 
 ITERATIONS = 30  # of Gauss-Newton; HyenaDNA's filters gain a hundredth from more than 10
-CHUNK_ELEMENTS = 2**22  # of the largest matrices that are held at once
-# Of columns of length 1. It keeps residues of poles close to each other from growing against each other, to sizes at
-# which float32 would lose their difference.
+CHUNK_ELEMENTS = 2**22  # of the largest matrices in memory at once
+# Relative to columns of length 1. Without it the residues of close poles grow with opposite signs, until float32 loses
+# their difference.
 RIDGE = 1e-9
 
 
 def fit_modal_filters(taps: Tensor, modes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Poles and residues with ``taps_t`` close to ``Re sum_n R_n p_n^t`` in the least-squares sense.
 
-    All is computed in float64, some channels at a time, on the device of ``taps``.
+    Computed in float64, some channels at a time, on the device of ``taps``.
 
     Args:
         taps: the filters, (channels, length), at least 2 taps.
-        modes: how many modes each of them gets.
+        modes: modes per filter.
 
     Returns:
         ``log_decay`` and ``phase`` (channels, modes) and ``residues`` (channels, modes, 2), as `modal_conv` takes them,
-        in float32, or float64 where ``taps`` is; and the relative error, ``|fit - taps| / |taps|`` over all taps,
-        (channels,), float64, of just these rounded parameters (0 for a filter that is zero).
+        float64 if ``taps`` is and float32 otherwise; and the relative error of these rounded parameters, ``|fit - taps|
+        / |taps|`` over all taps, (channels,), float64, 0 for a filter of zeros.
 
     Raises:
-        ValueError: where the taps are not (channels, length), not finite, or there are no modes.
+        ValueError: for taps that are not (channels, length) or not finite, or for less than one mode.
     """
     if taps.dim() != 2 or taps.shape[1] < 2:
         raise ValueError(f"fit_modal_filters: taps must be (channels, length), 2 taps or more, not {tuple(taps.shape)}")
@@ -69,15 +69,15 @@ def _fit(taps: Tensor, modes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     return log_decay, phase, weights, error
 
 
-# Poles are held as their logarithms w = -rate + i phase, complex128, with rates in a range where the sums have digits.
+# Poles are stored as logarithms w = -rate + i phase, complex128, with rates in the range where the sums are accurate.
 
 
 def _bounded(w: Tensor, length: int) -> Tensor:
     return torch.complex(w.real.clamp(-50.0, -0.01 / length), w.imag)
 
 
-def _less_one(w: Tensor) -> Tensor:
-    """``exp(w) - 1`` without the loss of digits near 0."""
+def _expm1(w: Tensor) -> Tensor:
+    """``exp(w) - 1``, accurate near 0."""
     a, b = w.real, w.imag
     return torch.complex(torch.expm1(a) * b.cos() - 2 * (b / 2).sin().square(), a.exp() * b.sin())
 
@@ -85,12 +85,12 @@ def _less_one(w: Tensor) -> Tensor:
 def _geometric(w: Tensor, length: int, conjugate: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``sum_t t^k exp((w_i + w_j) t)``, t = 0 to length - 1, for k = 0, 1 and 2, or with conj(w_j): (c, i, j) each."""
 
-    def pairs(less_one: Tensor) -> Tensor:  # from exp(a) - 1 and exp(b) - 1 that of a + b
-        other = less_one.conj() if conjugate else less_one
-        a, b = less_one.unsqueeze(2), other.unsqueeze(1)
+    def pairs(expm1: Tensor) -> Tensor:  # exp(a + b) - 1 from exp(a) - 1 and exp(b) - 1
+        other = expm1.conj() if conjugate else expm1
+        a, b = expm1.unsqueeze(2), other.unsqueeze(1)
         return a + b + a * b
 
-    ratio, end = -pairs(_less_one(w)), pairs(_less_one(w * length))
+    ratio, end = -pairs(_expm1(w)), pairs(_expm1(w * length))
     zeroth = -end / ratio
     last = end + 1
     first = (zeroth - 1 - (length - 1) * last) / ratio
@@ -99,7 +99,7 @@ def _geometric(w: Tensor, length: int, conjugate: bool) -> tuple[Tensor, Tensor,
 
 
 def _moments(taps: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum_t t^k taps_t exp(w t)`` for k = 0 and 1: (c, k) each. Powers of powers, so few exponentials."""
+    """``sum_t t^k taps_t exp(w t)`` for k = 0 and 1: (c, k) each. t is split in two, for few exponentials."""
     l = taps.shape[1]
     stride = 2 ** math.ceil(math.log2(l) / 2)
     blocks = F.pad(taps, (0, -l % stride)).unflatten(1, (-1, stride))  # (c, q, r)
@@ -114,10 +114,10 @@ def _moments(taps: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _real(straight: Tensor, crossed: Tensor) -> Tensor:
-    """The inner products of real columns from those of complex ones, (c, i, j): (c, 2 i, 2 j).
+    """The inner products of real columns, (c, 2 i, 2 j), from those of complex columns, (c, i, j).
 
-    A complex column a stands for two real ones, Re a and -Im a (what Re and Im of its coefficient multiply);
-    ``straight`` is ``sum a_i conj(a_j)`` and ``crossed`` is ``sum a_i a_j``.
+    A complex column a equals two real ones, Re a and -Im a, which multiply Re and Im of its coefficient; ``straight``
+    is ``sum a_i conj(a_j)`` and ``crossed`` is ``sum a_i a_j``.
     """
     top = torch.stack([crossed.real + straight.real, straight.imag - crossed.imag], dim=3)
     bottom = torch.stack([-crossed.imag - straight.imag, straight.real - crossed.real], dim=3)
@@ -125,12 +125,12 @@ def _real(straight: Tensor, crossed: Tensor) -> Tensor:
 
 
 def _split(a: Tensor) -> Tensor:
-    """``sum h a_i``, complex, (c, i), for the real columns of `_real`: (c, 2 i)."""
+    """The products ``sum h a_i``, complex, (c, i), with the real columns of `_real`, (c, 2 i)."""
     return torch.stack([a.real, -a.imag], dim=2).flatten(1)
 
 
 def _gram(w: Tensor, length: int) -> Tensor:
-    """The inner products of the real columns of all ``exp(w t)``: (c, 2 k, 2 k)."""
+    """The inner products of the real columns of all modes ``exp(w t)``, (c, 2 k, 2 k)."""
     return _real(_geometric(w, length, True)[0], _geometric(w, length, False)[0])
 
 
@@ -138,7 +138,7 @@ def _gram(w: Tensor, length: int) -> Tensor:
 
 
 def _scales(length: int, modes: int) -> list[int]:
-    """How many taps are averaged into one at each time scale, so that the widest sees the whole filter."""
+    """The number of taps averaged into one point at each time scale; the widest scale covers the whole filter."""
     points = 2 * _rows(modes)
     scales = [1]
     while scales[-1] * points < length:
@@ -152,10 +152,10 @@ def _rows(modes: int) -> int:
 
 
 def _first_poles(taps: Tensor, modes: int) -> Tensor:
-    """Logarithms of poles, (c, n): the best of what each time scale gives, and of a choice from all of them."""
+    """Logarithms of initial poles, (c, n): the best set among one per time scale and one selected from all scales."""
     c, l = taps.shape
     place = torch.arange(modes, dtype=torch.float64, device=taps.device) / modes
-    # some that are there whatever the filter is: slow and real to fast and turning
+    # candidates for any filter: slow and real to fast and rotating
     candidates = [torch.complex(-(l ** (place - 1.0)) * 2, math.pi * place.square()).expand(c, modes)]
     starts = []
     for scale in _scales(l, modes):
@@ -164,7 +164,7 @@ def _first_poles(taps: Tensor, modes: int) -> Tensor:
         averaged = F.pad(reach, (0, count * scale - reach.shape[1])).unflatten(1, (count, scale)).mean(2)
         w = _bounded(_shift_poles(averaged, modes).log() / scale, l)
         candidates.append(w)
-        # those of one scale together, the weakest left out: exact for a sum of so many modes
+        # the strongest poles of one scale: exact for a sum of that many modes
         weights, *_ = _residues(taps, w)
         strength = weights.abs().square() / -torch.expm1(2 * w.real)
         starts.append(w.gather(1, strength.topk(modes, dim=1).indices))
@@ -175,7 +175,7 @@ def _first_poles(taps: Tensor, modes: int) -> Tensor:
 
 
 def _shift_poles(signal: Tensor, modes: int) -> Tensor:
-    """ESPRIT: the poles of the best state of size 2 n for a signal, those of the upper half plane: (c, 3 n / 2 + 1)."""
+    """ESPRIT: the poles of a signal's best state of size 2 n, in the upper half plane, (c, 3 n / 2 + 1)."""
     rows = signal.shape[1] // 2
     hankel = signal.unfold(1, rows, 1)[:, :rows]
     values, vectors = torch.linalg.eigh(hankel)  # symmetric, so its singular vectors are its eigenvectors
@@ -185,7 +185,7 @@ def _shift_poles(signal: Tensor, modes: int) -> Tensor:
     gram = before.mT @ before
     gram.diagonal(dim1=1, dim2=2).add_(1e-12)
     poles = torch.linalg.eigvals(torch.linalg.solve(gram, before.mT @ after))
-    # of a pair of conjugates one; the slowest first, since a finer time scale has the faster ones
+    # one of each conjugate pair, the slowest first: a finer time scale finds the faster ones
     upper = poles.imag >= 0
     rank = torch.where(upper, poles.abs(), -1.0).argsort(dim=1, descending=True)[:, : modes + modes // 2 + 1]
     poles = torch.where(upper & (poles.abs() > 1e-6), poles, 1e-6)
@@ -193,7 +193,7 @@ def _shift_poles(signal: Tensor, modes: int) -> Tensor:
 
 
 def _select(taps: Tensor, w: Tensor, modes: int) -> Tensor:
-    """Of the candidates those that, one after the other, take most from the rest of the filter: (c, n)."""
+    """The candidates, (c, n), that one after the other reduce the remaining error most."""
     c, k = w.shape
     gram = _gram(w, taps.shape[1]).unflatten(2, (k, 2)).unflatten(1, (k, 2))  # (c, k, 2, k, 2)
     rest = _split(_moments(taps, w)[0]).unflatten(1, (k, 2))
@@ -215,13 +215,13 @@ def _select(taps: Tensor, w: Tensor, modes: int) -> Tensor:
     return torch.stack(chosen, dim=1)
 
 
-# -- the best poles nearby ---------------------------------------------------------------------------------------------
+# -- refinement of the poles -------------------------------------------------------------------------------------------
 
 
 def _solve(matrix: Tensor, right: Tensor, damping: Tensor | float) -> Tensor:
-    """Of ``matrix + damping``, where all modes' columns are of length 1, since they differ by many orders.
+    """Solve ``matrix + damping``, with columns scaled to length 1, since their lengths differ by orders of magnitude.
 
-    The two columns of a mode are scaled alike: one of a nearly real pole is nothing but rounding.
+    Both columns of a mode have one scale: for a nearly real pole, one of them is only rounding error.
     """
     size = matrix.diagonal(dim1=1, dim2=2).unflatten(1, (-1, 2)).sum(2)
     scale = size.clamp_min(1e-300).rsqrt().repeat_interleave(2, 1)
@@ -233,8 +233,9 @@ def _solve(matrix: Tensor, right: Tensor, damping: Tensor | float) -> Tensor:
 
 
 def _residues(taps: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best residues of given poles, (c, n), what they make of the squared error, the ridge's part included, and the
-    taps' moments, (c, 2 n)."""
+    """The best residues of given poles, (c, n), their squared error with the ridge's part, (c,), and the taps' moments,
+    (c, 2 n).
+    """
     moments = torch.cat(_moments(taps, w), dim=1)
     right = _split(moments[:, : w.shape[1]])
     found = _solve(_gram(w, taps.shape[1]), right, RIDGE)
@@ -245,7 +246,7 @@ def _residues(taps: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _refine(taps: Tensor, w: Tensor) -> Tensor:
     """Gauss-Newton steps in all parameters at once, damped as by Levenberg and Marquardt, each channel on its own.
 
-    A step is tried with the best residues of its new poles, and taken where the error falls.
+    A step moves the poles, with their best residues, of the channels whose error it reduces.
     """
     l, n = taps.shape[1], w.shape[1]
     residues, error, moments = _residues(taps, w)
@@ -260,12 +261,12 @@ def _refine(taps: Tensor, w: Tensor) -> Tensor:
         right = _split(moments * weights)
         now = F.pad(torch.view_as_real(residues).flatten(1), (0, 2 * n))
         right = right - (matrix @ now.unsqueeze(2)).squeeze(2)
-        # the parameters are log(rate), d Re w = -rate d log(rate), and the phase in units of -rate, a mode's own width
+        # parameters: log(rate), where d Re w = -rate d log(rate), and the phase in units of -rate, the mode's width
         chain = torch.ones_like(right).unflatten(1, (-1, 2))
         chain[:, n:] = w.real.unsqueeze(2)
         chain = chain.flatten(1)
         step = _solve(matrix * chain.unsqueeze(1) * chain.unsqueeze(2), right * chain, damping.unsqueeze(1))
-        change = step.unflatten(1, (-1, 2))[:, n:].clamp(-2, 2)  # it is good for small changes
+        change = step.unflatten(1, (-1, 2))[:, n:].clamp(-2, 2)  # the linear model holds for small changes
         tried = _bounded(torch.complex(w.real * change[..., 0].exp(), w.imag + w.real * change[..., 1]), l)
         tried_residues, tried_error, tried_moments = _residues(taps, tried)
         better = tried_error < error

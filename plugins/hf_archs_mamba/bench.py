@@ -9,20 +9,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from hf_archs.kernels.backend import use_backend
 from hf_archs.testing import measuring
-from hf_archs_mamba.ops.selective_scan import selective_scan
-
-
-def _inputs(batch: int, length: int, channels: int, state: int, device: torch.device) -> dict[str, torch.Tensor]:
-    randn = measuring.randn(device)
-    return {
-        "x": randn(batch, length, channels),
-        "dt": randn(batch, length, channels) - 4,
-        "A": -torch.rand(channels, state, device=device) * 16,
-        "B": randn(batch, length, state),
-        "C": randn(batch, length, state),
-        "D": torch.ones(channels, device=device),
-        "z": randn(batch, length, channels),
-    }
+from hf_archs_mamba.ops.selective_scan import cases, selective_scan
 
 
 def _mamba_ssm(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, z: Any) -> torch.Tensor:
@@ -47,13 +34,14 @@ def ops(device: torch.device) -> Iterator[measuring.Measure]:
     """The scan, forward and with its backward."""
     peer: Any
     if device.type == "cuda":
-        shapes = [(8, 2048, 1536, 16), (8, 2048, 5120, 16), (1, 8192, 5120, 16), (64, 1, 5120, 16)]
+        shapes = [(8, 2048, 1536), (8, 2048, 5120), (1, 8192, 5120), (64, 1, 5120)]
         fused = importlib.util.find_spec("mamba_ssm") is not None
         peer, name = (_mamba_ssm, "mamba_ssm") if fused else (_portable, "portable")
     else:
-        shapes = [(1, 1024, 512, 16), (8, 512, 512, 16)]
+        shapes = [(1, 1024, 512), (8, 512, 512)]
         peer, name = _loop, "the paper's loop"
-    for label, tensors in measuring.sized("selective_scan", _inputs, shapes, device):
+    sizes = [{"batch": b, "length": l, "channels": c, "state": 16} for b, l, c in shapes]
+    for label, tensors in measuring.sized("selective_scan", cases, ("x", "dt", "A", "B", "C", "D", "z"), sizes, device):
         yield from measuring.op_measures(label, name, selective_scan, peer, tensors)
 
 

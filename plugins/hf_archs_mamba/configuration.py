@@ -23,15 +23,15 @@ class MambaMixerConfig(PartConfig):
         conv_kernel: taps of the causal convolution.
         use_bias: bias in ``in_proj`` and ``out_proj``.
         use_conv_bias: bias in the convolution.
-        time_step_rank: rank of the projection to the step sizes; None is a sixteenth of the width, rounded up.
+        time_step_rank: rank of the projection to the steps; None is ``hidden_size / 16``, rounded up.
         time_step_scale: scale of the initial ``dt_proj``.
         time_step_init_scheme: initial ``dt_proj``: uniform (``random``) or ``constant``.
         time_step_min: smallest initial step.
         time_step_max: largest initial step.
-        time_step_floor: initial steps are raised to it.
-        bcdt_norm: ``plain`` divides B, C and the step's input by their root mean square, as FalconMamba does;
-            ``affine`` multiplies by learned weights after it, as Jamba does.
-        bcdt_norm_eps: added to that mean square.
+        time_step_floor: lower bound of the initial steps.
+        bcdt_norm: RMS norm of B, C and the input of the steps: ``plain`` without weights (FalconMamba) or ``affine``
+            with learned weights (Jamba).
+        bcdt_norm_eps: eps of this norm.
     """
 
     state_size: int = 16
@@ -66,17 +66,17 @@ class MambaMixerConfig(PartConfig):
 
     @property
     def channels(self) -> int:
-        """The channels of the recurrence that ``inner_size`` stands for."""
+        """Channels of the recurrence: ``inner_size``, by default ``expand * hidden_size``."""
         return self.inner_size or self.expand * self.hidden_size
 
     @property
     def dt_rank(self) -> int:
-        """The rank that ``time_step_rank`` stands for."""
+        """Rank of the projection to the steps: ``time_step_rank`` or its default."""
         return self.time_step_rank or math.ceil(self.hidden_size / 16)
 
 
 def mamba_state(config: MambaMixerConfig) -> dict[str, StateSpec]:
-    """The window of the convolution, and the recurrence's state in float32."""
+    """The states: ``conv``, the convolution's window, and ``ssm``, that of the recurrence, in float32."""
     return {
         "conv": StateSpec("conv", (config.channels, config.conv_kernel - 1)),
         "ssm": StateSpec("recurrent", (config.channels, config.state_size), torch.float32),

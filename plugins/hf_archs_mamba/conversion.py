@@ -1,6 +1,7 @@
-"""Mamba checkpoints of transformers, flash-linear-attention and the package mamba_ssm, by rename tables.
+"""Rename tables for Mamba checkpoints of transformers, flash-linear-attention and mamba_ssm.
 
-flash-linear-attention's ``model_type`` is transformers' own, ``mamba``: the fields that it alone has tell which it is.
+transformers and flash-linear-attention both use ``model_type`` ``mamba``; the latter's additional fields tell them
+apart.
 """
 
 from typing import Any
@@ -43,7 +44,7 @@ _SAME = (
 _FIELDS = {
     **{name: name for name in _SAME},
     "norm_eps": "layer_norm_epsilon",
-    "inner_size": "intermediate_size",  # which goes before expand: FalconMamba 7B says 16 and means 2
+    "inner_size": "intermediate_size",  # it overrides expand, which FalconMamba 7B gives as 16 instead of 2
 }
 
 _NAMES: dict[str, Any] = {
@@ -54,10 +55,10 @@ _TRANSFORMERS: dict[str, Any] = {
     **_NAMES,
     "allowed": {"hidden_act": ("silu", "swish"), "rms_norm": (True,)},
     "ignored": (
-        # which of its scans transformers runs
+        # transformers' choice of scan
         "use_mambapy",
         "use_associative_scan",
-        # what files converted from mamba_ssm's layout still have, said again by the fields above
+        # left over from mamba_ssm's layout, and repeated by the fields above
         *("d_model", "d_inner", "n_layer", "ssm_cfg", "pad_vocab_size_multiple", "fused_add_norm"),
     ),
     "derived": {"time_step_rank": "dt_rank", "intermediate_size": "channels"},
@@ -73,7 +74,7 @@ _EARLIER = {
     "time_step_floor": "dt_init_floor",
 }
 
-# its mathematics has not changed from March 2024 to August 2026
+# flash-linear-attention's results have not changed from March 2024 to August 2026
 FLA = FlaFormat(
     name="fla_mamba",
     **_NAMES,

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import initialization as init
 
 from hf_archs.cache import Once, Slot, States
-from hf_archs.kernels.numerics import cast, wide
+from hf_archs.kernels.numerics import wide
 from hf_archs.layers.convolution import CausalConv1d
 from hf_archs.layers.norm import ArchRMSNorm
 from hf_archs_mamba.configuration import MambaMixerConfig
@@ -57,8 +57,8 @@ class SelectiveSSM(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The outputs, (b, l, c), and the state after them, (b, c, n)."""
         A = self._rates() if once is None else once("A", self._rates)
-        dt = cast(dt, A.dtype) + self.dt_bias
-        return selective_scan(x, dt, A, B, C, self.D, z, initial_state=state, seq_idx=seq_idx, lengths=lengths)
+        boundaries = {"initial_state": state, "seq_idx": seq_idx, "lengths": lengths}
+        return selective_scan(x, dt, A, B, C, self.D, z, self.dt_bias, **boundaries)
 
     def _rates(self) -> torch.Tensor:
         return -torch.exp(wide(self.A_log).t().contiguous()).t()  # channels innermost, as a decode step reads it

@@ -9,19 +9,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 from hf_archs.testing import measuring
-from hf_archs_mamba2.ops.ssd_scan import ssd_scan
-
-
-def _inputs(batch: int, length: int, heads: int, state: int, device: torch.device) -> dict[str, torch.Tensor]:
-    randn = measuring.randn(device)
-    return {
-        "x": randn(batch, length, heads, 64),
-        "dt": randn(batch, length, heads) - 4,
-        "A": -torch.rand(heads, device=device) * 16,
-        "B": randn(batch, length, 1, state),
-        "C": randn(batch, length, 1, state),
-        "D": torch.ones(heads, device=device),
-    }
+from hf_archs_mamba2.ops.ssd_scan import cases, ssd_scan
 
 
 def _mamba_ssm(**tensors: torch.Tensor) -> torch.Tensor:
@@ -42,7 +30,9 @@ def ops(device: torch.device) -> Iterator[measuring.Measure]:
     shapes = (
         [(8, 2048, 80, 128), (1, 8192, 80, 128)] if device.type == "cuda" else [(1, 1024, 8, 16), (1, 1024, 8, 128)]
     )
-    for label, tensors in measuring.sized("ssd_scan", _inputs, shapes, device):
+    rest = {"head_dim": 64, "groups": 1}
+    sizes = [{"batch": b, "length": l, "heads": h, "state": n, **rest} for b, l, h, n in shapes]
+    for label, tensors in measuring.sized("ssd_scan", cases, ("x", "dt", "A", "B", "C", "D"), sizes, device):
         yield from measuring.op_measures(label, name, ssd_scan, peer, tensors)
 
 

@@ -26,8 +26,8 @@ class Mamba2MixerConfig(PartConfig):
         use_conv_bias: bias in the convolution.
         time_step_min: smallest initial step.
         time_step_max: largest initial step.
-        time_step_floor: initial steps are raised to it.
-        time_step_limit: steps are clamped to this range.
+        time_step_floor: lower bound of the initial steps.
+        time_step_limit: range that steps are clamped to.
     """
 
     state_size: int = 128
@@ -44,9 +44,9 @@ class Mamba2MixerConfig(PartConfig):
     time_step_limit: tuple[float, float] | list[float] = (0.0, float("inf"))
 
     def validate_mixer_sizes(self) -> None:
-        """Refuse sizes that are out of range; first of all, since others compute with them."""
+        """Refuse sizes that are out of range. Runs first, since the other checks divide by them."""
         super().validate_mixer_sizes()
-        check_range(self, "head_dim", 1, 2**12)  # heads are counted with it
+        check_range(self, "head_dim", 1, 2**12)  # num_heads divides by it
 
     def validate_mamba2(self) -> None:
         """Refuse values that are out of range or do not fit together."""
@@ -75,7 +75,7 @@ class Mamba2MixerConfig(PartConfig):
 
     @property
     def channels(self) -> int:
-        """The channels of the recurrence that ``inner_size`` stands for."""
+        """Channels of the recurrence: ``inner_size``, by default ``expand * hidden_size``."""
         return self.inner_size or self.expand * self.hidden_size
 
     @property
@@ -90,7 +90,7 @@ class Mamba2MixerConfig(PartConfig):
 
 
 def mamba2_state(config: Mamba2MixerConfig) -> dict[str, StateSpec]:
-    """The window of the convolution, and the recurrence's state in float32."""
+    """The states: ``conv``, the convolution's window, and ``ssm``, that of the recurrence, in float32."""
     return {
         "conv": StateSpec("conv", (config.conv_size, config.conv_kernel - 1)),
         "ssm": StateSpec("recurrent", (config.num_heads, config.head_dim, config.state_size), torch.float32),

@@ -1,6 +1,7 @@
-"""Mamba-2 checkpoints of transformers, flash-linear-attention and the package mamba_ssm, by rename tables.
+"""Rename tables for Mamba-2 checkpoints of transformers, flash-linear-attention and mamba_ssm.
 
-flash-linear-attention's ``model_type`` is transformers' own, ``mamba2``: the fields that it alone has tell which it is.
+transformers and flash-linear-attention both use ``model_type`` ``mamba2``; the latter's additional fields tell them
+apart.
 """
 
 from collections.abc import Mapping
@@ -15,12 +16,12 @@ from hf_archs.native.state_spaces import StateSpacesFormat
 class Mamba2FlaFormat(FlaFormat):
     """``fla.models.Mamba2Config`` and the state dict of ``Mamba2ForCausalLM``.
 
-    The gated norm is that of April 2026 and of every training since September 2024: one mean square for each group,
-    after the gate. (Before, evaluation took one for all groups.)
+    The gated norm has one mean square per group, after the gate, as in training since September 2024 and in evaluation
+    since April 2026. Evaluation before that used one mean square for all groups.
     """
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `FlaFormat.expand`. Raises a `ValueError` where the heads do not make up the expanded width."""
+        """As `FlaFormat.expand`. Raises a `ValueError` if the heads do not make up the expanded width."""
         given, defaults = super().expand(raw)
         sizes = [given[name] for name in ("num_heads", "head_dim", "expand", "hidden_size")]
         if all(type(size) is int for size in sizes) and sizes[0] * sizes[1] != sizes[2] * sizes[3]:
@@ -77,7 +78,7 @@ _EARLIER = {
     "time_step_limit": "dt_limit",
     "rms_norm": "rmsnorm",
 }
-# how weights were initialised
+# initialisation
 _FLA_INITIAL = ("conv_init", "A_init_range")
 
 FLA = Mamba2FlaFormat(
@@ -90,7 +91,7 @@ FLA = Mamba2FlaFormat(
         "model_type": "mamba2",
         "architectures": ["Mamba2ForCausalLM"],
         "head_dim": 64,
-        "num_heads": None,  # follows from the others
+        "num_heads": None,  # derived from the others
         "vocab_size": 32000,
         "hidden_size": 2048,
         "state_size": 128,
@@ -121,7 +122,7 @@ FLA = Mamba2FlaFormat(
     },
     fields={ours: _EARLIER.get(theirs, theirs) for ours, theirs in _FIELDS.items()},
     allowed={"hidden_act": ("silu", "swish")},
-    # a step rank stood in its config before April 2026, and in nothing else
+    # time_step_rank: in its config before April 2026, never read
     ignored=("num_heads", "chunk_size", "time_step_rank", *KERNELS, *_FLA_INITIAL),
 )
 
@@ -135,13 +136,13 @@ MAMBA2 = FormatBesideFla(
     fields=_FIELDS,
     allowed={"hidden_act": ("silu", "swish"), "rms_norm": (True,)},
     ignored=(
-        "num_heads",  # is expand * hidden_size / head_dim, which Mamba2Config checks
-        "intermediate_size",  # counts for nothing beside these
-        # the length of the chunks that its scan goes by
+        "num_heads",  # equals expand * hidden_size / head_dim, as Mamba2Config checks
+        "intermediate_size",  # never read
+        # length of its scan's chunks
         "chunk_size",
-        # nothing in Mamba-2 has a step rank, or a matrix of its own for the steps that they would initialise
+        # fields of Mamba's projection to the steps, which Mamba-2 does not have
         *("time_step_rank", "time_step_scale", "time_step_init_scheme"),
-        # Mamba-Codestral says true; its norm stands behind the gate as that of all others
+        # true in Mamba-Codestral's file, though its norm too is after the gate
         "norm_before_gate",
     ),
     derived={"num_heads": "num_heads"},
@@ -155,7 +156,7 @@ STATE_SPACES = StateSpacesFormat(
         "conv_init": None,
         "expand": 2,
         "headdim": 64,
-        "d_ssm": None,  # None: every channel goes through the recurrence
+        "d_ssm": None,  # all channels go through the recurrence
         "ngroups": 1,
         "A_init_range": (1, 16),
         "D_has_hdim": False,
@@ -193,7 +194,7 @@ STATE_SPACES = StateSpacesFormat(
         "use_bias": "ssm_cfg.bias",
     },
     constants={"norm_eps": 1e-5},
-    # how weights were initialised, which kernels run, and where
+    # initialisation, choice of kernels, parallelism
     ignored=tuple(
         f"ssm_cfg.{name}"
         for name in ("conv_init", "A_init_range", "chunk_size", "use_mem_eff_path", "sequence_parallel")

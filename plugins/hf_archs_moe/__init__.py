@@ -1,4 +1,4 @@
-"""Mixtures of experts as an architecture of hf-archs, and their feed-forward for every other one."""
+"""Mixture of experts as an architecture of hf-archs, and as a feed-forward for other architectures."""
 
 from hf_archs.registry import Architecture, register, register_feed_forward
 from hf_archs_moe import modeling

@@ -11,21 +11,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from hf_archs.native.conversion import from_native
 from hf_archs.testing import measuring
 from hf_archs_moe.expert_layer import ArchExperts
-from hf_archs_moe.ops.experts import expert_mlp
-
-
-def _inputs(
-    tokens: int, hidden: int, inner: int, experts: int, k: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    randn = measuring.randn(device)
-    weight = torch.rand(tokens, k, device=device)
-    return {
-        "x": randn(tokens, hidden),
-        "expert_index": torch.rand(tokens, experts, device=device).topk(k).indices,
-        "expert_weight": weight / weight.sum(1, keepdim=True),
-        "up": randn(experts, 2 * inner, hidden) * hidden**-0.5,
-        "down": randn(experts, hidden, inner) * inner**-0.5,
-    }
+from hf_archs_moe.ops.experts import cases, expert_mlp
 
 
 class _Experts(nn.Module):
@@ -53,7 +39,12 @@ def ops(device: torch.device) -> Iterator[measuring.Measure]:
         shapes = [(16384, 2048, 1024, 64, 8), (16384, 4096, 14336, 8, 2), (64, 4096, 14336, 8, 2)]
     else:
         shapes = [(1024, 256, 512, 8, 2), (1, 256, 512, 8, 2)]
-    for label, tensors in measuring.sized("expert_mlp", _inputs, shapes, device):
+    sizes = [
+        {"batch": 1, "length": tokens, "hidden": hidden, "inner": inner, "experts": experts, "k": k}
+        for tokens, hidden, inner, experts, k in shapes
+    ]
+    arguments = ("x", "expert_index", "expert_weight", "up", "down")
+    for label, tensors in measuring.sized("expert_mlp", cases, arguments, sizes, device):
         for peer in ("grouped_mm", "batched_mm") if len(tensors["x"]) < 100 else ("grouped_mm",):
             yield from measuring.op_measures(label, f"transformers' {peer}", expert_mlp, _transformers(peer), tensors)
 

@@ -1,4 +1,4 @@
-"""What routers need between the steps of a training, and what they report."""
+"""Update routers between training steps, and log their figures."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from hf_archs_moe.routing import Router, Statistics, router_figures
 
 
 class RouterCallback(TrainerCallback):
-    """Moves the corrections of ``loss_free`` routers after every step, and adds figures of all routers to the logs.
+    """Update the corrections of ``loss_free`` routers after every step, and log figures of all routers.
 
-    One serves all routers of a model; others beside it find nothing to do. The figures, since the last log:
-    ``router/layer_3/max_load`` (of the busiest expert, over the mean), ``entropy`` (of a token's probabilities, in
-    nats), ``drop_rate`` (of the choices) and, of ``loss_free`` routers, ``bias_range``.
+    One callback serves all routers of a model; a second one has no effect. The figures, since the last log:
+    ``router/layer_3/max_load`` (the busiest expert's load over the mean), ``entropy`` (of a token's probabilities, in
+    nats), ``drop_rate`` (share of the choices) and, for ``loss_free``, ``bias_range``.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class RouterCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Correct every router by the loads since the last step, over all ranks, and start its statistics anew."""
+        """Correct every router by the loads since the last step, summed over ranks, and reset its statistics."""
         routers = list(_routers(kwargs["model"]).values())
         for router, counted in zip(routers, _over_ranks([router.training_statistics for router in routers])):
             router.correct(Statistics.unpack(counted).load)
@@ -32,9 +32,9 @@ class RouterCallback(TrainerCallback):
             router.training_statistics.zero_()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the figures of all routers since the last log to the logs of a training step."""
+        """Add all routers' figures since the last log to a log of training."""
         logs = kwargs["logs"]
-        if "loss" not in logs:  # those of an evaluation, and of the end
+        if "loss" not in logs:  # logs of an evaluation or of the end of training
             return
         figures: dict[str, float] = {}
         for name, router in _routers(kwargs["model"]).items():
@@ -46,7 +46,7 @@ class RouterCallback(TrainerCallback):
                     found["bias_range"] = found["bias"].max() - found["bias"].min()
                 figures |= {f"router/layer_{layer}/{k}": float(v) for k, v in found.items() if v.ndim == 0}
         logs.update(figures)
-        state.log_history[-1].update(figures)  # where the Trainer has copied the logs before it shows them to anyone
+        state.log_history[-1].update(figures)  # the Trainer's copy of the logs, made before this call
 
 
 def _routers(model: nn.Module) -> dict[str, Router]:
@@ -54,7 +54,7 @@ def _routers(model: nn.Module) -> dict[str, Router]:
 
 
 def _over_ranks(counts: list[Tensor]) -> list[Tensor]:
-    """The sums over all ranks, in one message."""
+    """The sums over all ranks, in one all-reduce."""
     if not (counts and torch.distributed.is_available() and torch.distributed.is_initialized()):
         return counts
     message = torch.cat(counts)

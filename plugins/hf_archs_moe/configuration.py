@@ -10,48 +10,47 @@ from hf_archs.config.composed import ComposedConfig, Instance
 from hf_archs.config.model import LayerPlan
 from hf_archs.parts import PartConfig, check_range
 
-BALANCED = ("top_k", "switch", "gshard")  # routers with a loss that balances their load
+BALANCED = ("top_k", "switch", "gshard")  # routers with a load-balancing loss
 
 
 @strict
 @dataclass(kw_only=True)
 class MoEConfig(PartConfig):
-    """Fields of a mixture of experts: a router, the experts, and one more that computes every token.
+    """Fields of a mixture of experts: a router, its experts, and optionally a shared expert for all tokens.
 
     Args:
-        router: how tokens and experts find each other, see `hf_archs_moe.routing.Router`. ``top_k``: Mixtral, OLMoE,
-            Qwen3-MoE. ``switch``: Switch Transformer. ``gshard``: GShard and GLaM. ``expert_choice``: experts choose
-            tokens. ``loss_free``: a correction of the scores balances the load, as in DeepSeek-V3.
-        num_experts: experts of a layer.
-        num_experts_per_tok: experts that a token chooses; None becomes the router's own number, see
-            `experts_per_token`.
+        router: routing algorithm, see `hf_archs_moe.routing.Router`. ``top_k``: Mixtral, OLMoE, Qwen3-MoE. ``switch``:
+            Switch Transformer. ``gshard``: GShard and GLaM. ``expert_choice``: experts choose tokens. ``loss_free``: a
+            correction of the scores balances the load, as in DeepSeek-V3.
+        num_experts: experts per layer, without the shared expert.
+        num_experts_per_tok: experts per token; None for the router's default, see `experts_per_token`.
         moe_intermediate_size: width of an expert's hidden layer.
-        hidden_act: the activation of all experts, by its name in transformers.
+        hidden_act: activation of all experts, by its name in transformers.
         gated: multiply the activation by a second projection (Shazeer 2020, the GLU variants).
-        score_function: of the router; ``sigmoid`` with ``top_k`` and ``loss_free`` only.
-        norm_topk_prob: divide a token's weights by their sum, with ``top_k`` and ``loss_free`` (the weights of
-            ``gshard`` always are, those of ``switch`` and ``expert_choice`` never).
-        routed_scaling_factor: what every weight is multiplied by at the end.
+        score_function: maps the router's logits to scores; ``sigmoid`` with ``top_k`` and ``loss_free`` only.
+        norm_topk_prob: divide a token's weights by their sum, with ``top_k`` and ``loss_free``. ``gshard`` always does,
+            ``switch`` and ``expert_choice`` never do.
+        routed_scaling_factor: factor on all weights, applied last.
         capacity_factor: with ``switch`` and ``gshard`` an expert takes at most ``capacity_factor * tokens /
-            num_experts`` tokens of a batch in training, and others are dropped; None drops none. (The papers have 1.25
-            and 2.0.) With ``expert_choice`` it takes exactly so many of each row, in evaluation too; None is the
-            paper's 2.0.
-        eval_capacity_factor: the same for ``switch`` and ``gshard`` in evaluation, where None lets a token's result
-            not depend on its neighbours.
-        router_jitter_noise: in training the router's input is multiplied by random numbers that are at most so far
-            from one (Fedus et al. 2022, section 2.4).
-        router_aux_loss_coef: of the loss that balances the load of ``top_k``, ``switch`` and ``gshard``; None becomes
-            0.01 with these, and 0.0 with the others, which have no such loss.
-        router_z_loss_coef: of the loss that keeps logits small (Zoph et al. 2022, equation 5).
-        bias_update_rate: with ``loss_free``, how far one step moves the correction of a score.
-        shared_expert_intermediate_size: width of the expert that computes every token; 0 for none. (Several of them
-            are one of their common width.)
-        shared_expert_gate: multiply its output by a sigmoid of the token (Qwen2-MoE).
-        causal_predictor: with ``expert_choice``, learn which choices the experts make from each token alone, and go by
-            that in evaluation; without it the model cannot generate.
+            num_experts`` tokens of a training batch; further tokens are dropped. None drops no tokens; the papers use
+            1.25 and 2.0. With ``expert_choice`` an expert takes exactly that many tokens of each row, in evaluation
+            too; None is the paper's 2.0.
+        eval_capacity_factor: the same for ``switch`` and ``gshard`` in evaluation. With None a token's result does not
+            depend on other tokens.
+        router_jitter_noise: in training, multiply the router's input by random factors between ``1 - noise`` and ``1 +
+            noise`` (Fedus et al. 2022, section 2.4).
+        router_aux_loss_coef: coefficient of the load-balancing loss of ``top_k``, ``switch`` and ``gshard``; None for
+            0.01 with these routers, and 0.0 with the others, which have no such loss.
+        router_z_loss_coef: coefficient of the loss that keeps logits small (Zoph et al. 2022, equation 5).
+        bias_update_rate: with ``loss_free``, change of a score's correction in one step.
+        shared_expert_intermediate_size: width of the shared expert; 0 for none. Several shared experts equal one of
+            their total width.
+        shared_expert_gate: multiply the shared expert's output by a sigmoid gate of the token (Qwen2-MoE).
+        causal_predictor: with ``expert_choice``, train a predictor of the experts' choices from each token alone, and
+            use it in evaluation; without it the model cannot generate.
     """
 
-    # of a layer outside of a model: a model's config has its own, by this name in transformers
+    # for a layer without a model; transformers sets this attribute on a model's config
     _experts_implementation: ClassVar[str] = "hf_archs"
 
     router: Literal["top_k", "switch", "gshard", "expert_choice", "loss_free"] = "top_k"
@@ -74,14 +73,14 @@ class MoEConfig(PartConfig):
     causal_predictor: bool = False
 
     def __post_init__(self) -> None:
-        self._settle()
+        self._fill_defaults()
 
-    def _settle(self) -> None:
-        """Put numbers in the place of None: other libraries compute with these two."""
+    def _fill_defaults(self) -> None:
+        """Replace None by the defaults in two fields that other libraries read."""
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = 0.01 if self.router in BALANCED else 0.0
         if self.num_experts_per_tok is None:
-            self.num_experts_per_tok = self._own_top_k
+            self.num_experts_per_tok = self._default_top_k
 
     def validate_moe(self) -> None:
         """Refuse values that are out of range or do not fit together."""
@@ -107,11 +106,11 @@ class MoEConfig(PartConfig):
         with_router = f"with router {self.router!r}"
         chooses = self.router in ("top_k", "loss_free")
         if chooses:
-            at_most = f"are 1 to num_experts = {self.num_experts}, and None for {self._own_top_k}"
+            at_most = f"are 1 to num_experts = {self.num_experts}, and None for {self._default_top_k}"
             self._allow(1 <= self.experts_per_token <= self.num_experts, "num_experts_per_tok", at_most)
         else:
-            own = f"is {self._own_top_k}, which is also what None stands for, {with_router}"
-            self._allow(self.experts_per_token == self._own_top_k, "num_experts_per_tok", own)
+            own = f"is {self._default_top_k}, which is also what None stands for, {with_router}"
+            self._allow(self.experts_per_token == self._default_top_k, "num_experts_per_tok", own)
             self._allow(
                 self.experts_per_token <= self.num_experts,
                 "num_experts",
@@ -129,13 +128,13 @@ class MoEConfig(PartConfig):
             check_range(self, field, 2.0**-10, self.num_experts)
 
     @property
-    def _own_top_k(self) -> int:
+    def _default_top_k(self) -> int:
         return {"switch": 1, "expert_choice": self.num_experts}.get(self.router, 2)
 
     @property
     def experts_per_token(self) -> int:
-        """Experts that may compute one token: one with Switch, all where experts choose, two unless told otherwise."""
-        return self._own_top_k if self.num_experts_per_tok is None else self.num_experts_per_tok
+        """Experts that may compute one token: 1 with Switch, all with expert choice, else the field or by default 2."""
+        return self._default_top_k if self.num_experts_per_tok is None else self.num_experts_per_tok
 
 
 @strict
@@ -143,13 +142,13 @@ class ArchMoEConfig(ComposedConfig, MoEConfig):
     """Config of a stack of one mixer with experts in some layers: the fields of `ArchConfig`, `MoEConfig`, and these.
 
     Args:
-        mixer: the token mixer of every layer, a dict with ``type``, the name of a registered mixer, and fields of its
+        mixer: the token mixer of every layer: a dict with ``type``, the name of a registered mixer, and fields of its
             config; None for attention with heads of 64 channels.
-        intermediate_size: width of the feed-forward in layers without experts.
-        expert_layer_period: every so many layers one has experts (2 in GShard, Switch and GLaM).
-        expert_layer_offset: the first layer with experts, counted from 0.
-        dense_layers: layers that have none all the same.
-        output_router_logits: return the routers' logits and their loss, and add that to the loss of the predictions.
+        intermediate_size: width of the feed-forward's hidden layer in layers without experts.
+        expert_layer_period: distance between layers with experts (2 in GShard, Switch and GLaM).
+        expert_layer_offset: index of the first layer with experts.
+        dense_layers: indices of layers without experts, in spite of the period.
+        output_router_logits: return the routers' logits and loss, and add this loss to that of the predictions.
     """
 
     model_type = "hf_archs_moe"
@@ -163,16 +162,16 @@ class ArchMoEConfig(ComposedConfig, MoEConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.mixer is None:
             self.mixer = {"type": "attention", "num_heads": max(self.hidden_size // 64, 1)}
-        self._settle()
+        self._fill_defaults()
         super().__post_init__(**kwargs)
 
     def validate_mixer_sizes(self) -> None:
-        """Refuse sizes that are out of range; first of all, since others compute with them."""
+        """Refuse sizes that are out of range. Runs first, since the other checks compute with them."""
         super().validate_mixer_sizes()
-        check_range(self, "expert_layer_period", 1, 2**12)  # layers are counted with it
+        check_range(self, "expert_layer_period", 1, 2**12)  # has_experts divides by it
 
     def validate_layers(self) -> None:
-        """Refuse layers that there are not, a width out of range, and a mixer that its own config refuses."""
+        """Refuse layer indices and widths that are out of range, and a mixer that its own config refuses."""
         check_range(self, "intermediate_size", 1, 2**20)
         check_range(self, "expert_layer_offset", 0, self.expert_layer_period - 1)
         for layer in self.dense_layers or ():
@@ -180,17 +179,17 @@ class ArchMoEConfig(ComposedConfig, MoEConfig):
         self.layer_plan(0)
 
     def has_experts(self, layer_idx: int) -> bool:
-        """Whether the feed-forward of a layer is a mixture of experts."""
+        """Whether layer ``layer_idx`` has experts."""
         placed = layer_idx % self.expert_layer_period == self.expert_layer_offset
         return placed and layer_idx not in (self.dense_layers or ())
 
     def instances(self) -> dict[str, Instance]:
-        """The one mixer."""
+        """The mixer, under the path ``mixer``."""
         assert self.mixer is not None
         return {"mixer": self.mixer_instance("mixer", self.mixer)}
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
-        """The mixer, with experts or, in the other layers, a dense feed-forward."""
+        """The mixer, and experts or, in layers without, a dense feed-forward."""
         mixer, config = self.instances()["mixer"]
         if self.has_experts(layer_idx):
             return LayerPlan(mixer, config, "moe", self)

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers by rename tables: Mixtral, OLMoE, Qwen3-MoE, and dense decoders to upcycle."""
+"""Rename tables for transformers' Mixtral, OLMoE and Qwen3-MoE, and for dense decoders to upcycle."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ _SAME = (
     "eos_token_id",
 )
 
-# attention's fields under their names in transformers, and what none of these models varies
+# attention's fields under their names in transformers
 ATTENTION_FIELDS = {
     "mixer.num_heads": "num_attention_heads",
     "mixer.num_key_value_heads": "num_key_value_heads",
@@ -57,7 +57,7 @@ _COMMON: dict[str, Any] = {
     "ignored": ("max_position_embeddings",),
     "allowed": {"attention_dropout": (0.0,), "rope_parameters.rope_type": ("default",)},
 }
-# small ones, for tests
+# sizes for tests
 _TINY = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -155,17 +155,17 @@ QWEN3_MOE = TransformersFormat(
     **{
         **_COMMON,
         "layer_renames": {**_COMMON["layer_renames"], **_QK_NORMS, **_DENSE},
-        "ignored": (*_COMMON["ignored"], "max_window_layers"),  # which counts layers with a window, of which is none
+        "ignored": (*_COMMON["ignored"], "max_window_layers"),  # counts layers with a window; there are none
     },
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseFormat(TransformersFormat):
-    """A decoder of attention and gated feed-forwards alone: a model of ours where no layer has experts."""
+    """A decoder of attention and gated feed-forwards, read as a model without experts."""
 
     def read_config(self, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-        """As `NativeFormat.read_config`, with all layers dense. Raises a `ValueError` for sliding windows too."""
+        """As `NativeFormat.read_config`, with all layers dense. Also raises a `ValueError` for sliding windows."""
         if "sliding_attention" in (raw.get("layer_types") or ()):
             raise ValueError(
                 f"layer_types has 'sliding_attention' in this {self.name} checkpoint, which {config_class.__name__} "
@@ -175,7 +175,7 @@ class DenseFormat(TransformersFormat):
         return {**fields, "dense_layers": list(range(fields["num_hidden_layers"]))}
 
     def write_fields(self, config: Any) -> dict[str, Any]:
-        """As `NativeFormat.write_fields`. Raises a `ValueError` for layers with experts too."""
+        """As `NativeFormat.write_fields`. Also raises a `ValueError` for layers with experts."""
         experts = [i for i in range(config.num_hidden_layers) if config.has_experts(i)]
         if experts:
             raise ValueError(
@@ -185,7 +185,7 @@ class DenseFormat(TransformersFormat):
         return super().write_fields(config)
 
 
-# what says where experts are, and what they are, where there are none
+# fields of experts, which dense models do not have
 _OF_EXPERTS = {f.name for f in dataclasses.fields(MoEConfig)} - {f.name for f in dataclasses.fields(PartConfig)}
 _NO_EXPERTS: dict[str, Any] = {
     **_COMMON,

@@ -23,7 +23,7 @@ class _Experts(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.num_experts = experts  # transformers lowers it to those of this rank
+        self.num_experts = experts  # transformers lowers it to the number on this rank
         self.gated = config.gated
         if self.gated:
             self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
@@ -35,7 +35,7 @@ class _Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         outputs = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[1], dtype=dtype)
-        # a graph for other tokens has to go through all of them
+        # an exported graph also serves other tokens, so it loops over all experts
         for expert in range(self.num_experts) if any_length() else top_k_index.unique().tolist():
             if expert < self.num_experts:
                 token, choice = torch.where(top_k_index == expert)
@@ -50,31 +50,31 @@ class _Experts(nn.Module):
 
 
 class ArchExperts(_Experts):
-    """Feed-forwards side by side, of which each token takes those that its router has chosen.
+    """The experts of a layer: parallel feed-forwards, of which each token uses those that the router chose.
 
-    ``forward(hidden_states, top_k_index, top_k_weights)`` takes tokens (tokens, hidden), the experts of each (tokens,
-    k), where ``num_experts`` stands for none, and their weights (tokens, k). It gives (tokens, hidden) in the dtype of
-    the tokens, by the implementation that ``config._experts_implementation`` names: ``hf_archs`` is
+    ``forward(hidden_states, top_k_index, top_k_weights)`` takes tokens (tokens, hidden), the indices of their experts
+    (tokens, k), with ``num_experts`` for no expert, and the experts' weights (tokens, k). It returns (tokens, hidden)
+    in the dtype of the tokens. ``config._experts_implementation`` names the implementation: ``hf_archs`` is
     `hf_archs_moe.expert_mlp`, ``eager`` a loop over the experts.
 
     Args:
-        config: anything with ``num_experts, hidden_size, moe_intermediate_size, hidden_act, gated``, and for
-            `init_weights` maybe ``initializer_range``.
+        config: an object with ``num_experts, hidden_size, moe_intermediate_size, hidden_act, gated``, and optionally
+            ``initializer_range`` for `init_weights`.
 
     Attributes:
-        gate_up_proj: (experts, 2 * inner, hidden), the gate first; only where ``gated``.
-        up_proj: (experts, inner, hidden); only where not ``gated``.
+        gate_up_proj: (experts, 2 * inner, hidden), the gate first; only if ``gated``.
+        up_proj: (experts, inner, hidden); only if not ``gated``.
         down_proj: (experts, hidden, inner).
     """
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.has_gate = self.gated  # transformers' decorator says it of a class, not of an instance
-        self._is_expert_parallel = True  # its implementations pass over the index that stands for none
+        self.has_gate = self.gated  # transformers' decorator sets it per class
+        self._is_expert_parallel = True  # transformers' implementations then skip the index for no expert
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Takes the names of files too, where every expert stands for itself: transformers' Trainer loads those as they
-        are when it resumes, and with sharded files not all at once.
+        """Also load the names of files, one tensor per expert: transformers' Trainer resumes from files without
+        conversion, and from sharded files one by one.
         """
         parts = {"gate_up_proj": ("gate_proj", "up_proj")} if self.gated else {"up_proj": ("in_proj",)}
         for target, names in {**parts, "down_proj": ("down_proj",)}.items():
@@ -93,12 +93,12 @@ class ArchExperts(_Experts):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def init_weights(self) -> None:
-        """Draw all weights from a normal distribution of the width ``initializer_range``."""
+        """Draw all weights from a normal distribution with standard deviation ``initializer_range``."""
         for weight in self.parameters():
             init.normal_(weight, std=getattr(self.config, "initializer_range", 0.02))
 
 
-# modules of transformers and of torch, by what they compute; the formulas of one row differ in rounding only
+# names in `expert_mlp` of activation modules; modules of one name differ in rounding only
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     activations.SiLUActivation: "silu",
@@ -110,11 +110,18 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     activations.ReLUSquaredActivation: "relu2",
 }
+_LACKING = (
+    "biases",
+    "transposed weights",
+    "gate and value interleaved",
+    "a norm after each expert",
+    "a gate of their own",
+)
 _FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", torch.relu: "relu"}
 
 
 def _activation(act_fn: Any) -> str | None:
-    """Its name in `expert_mlp`, or None where it has none."""
+    """The name of an activation in `expert_mlp`, or None if it has none."""
     if isinstance(act_fn, nn.GELU):
         return "gelu" if act_fn.approximate == "none" else "gelu_pytorch_tanh"
     if isinstance(act_fn, nn.Module):
@@ -128,33 +135,33 @@ def hf_archs_experts_forward(
     """`expert_mlp` for any experts of transformers' interface, registered there as ``hf_archs``.
 
     Args:
-        self: the experts, as `ArchExperts` or the native ones of Mixtral, OLMoE, Qwen3-MoE and many others.
+        self: the experts: `ArchExperts`, or native experts of Mixtral, OLMoE, Qwen3-MoE and many others.
         hidden_states: (tokens, hidden).
-        top_k_index: integer, (tokens, k); ``num_experts`` stands for none.
+        top_k_index: integer, (tokens, k); ``num_experts`` for no expert.
         top_k_weights: (tokens, k).
 
     Returns:
         (tokens, hidden) in the dtype of ``hidden_states``.
 
     Raises:
-        ValueError: where the experts have what `expert_mlp` lacks, naming it.
+        ValueError: for experts with a feature that `expert_mlp` lacks, naming it.
     """
     module: Any = self
     activation = _activation(module.act_fn)
-    own = {
-        "biases": module.has_bias,
-        "transposed weights": module.is_transposed,
-        "gate and value interleaved": not module.is_concatenated,
-        "a norm after each expert": module.has_post_expert_norm,
-        "a gate of their own": module.has_gate and type(module)._apply_gate is not _default_apply_gate,
-        f"the activation {type(module.act_fn).__name__}": activation is None,
-    }
-    if any(own.values()):
+    lacking = (
+        module.has_bias,
+        module.is_transposed,
+        not module.is_concatenated,
+        module.has_post_expert_norm,
+        module.has_gate and type(module)._apply_gate is not _default_apply_gate,
+        activation is None,
+    )
+    if any(lacking) or activation is None:
+        names = (*_LACKING, f"the activation {type(module.act_fn).__name__}")
         raise ValueError(
             f"experts implementation 'hf_archs': {type(module).__name__} has "
-            f"{', '.join(name for name, has in own.items() if has)}, which it does not compute; 'eager' does"
+            f"{', '.join(name for name, has in zip(names, lacking) if has)}, which it does not compute; 'eager' does"
         )
-    assert activation is not None
     up = module.gate_up_proj if module.has_gate else module.up_proj
     return cast(
         expert_mlp(

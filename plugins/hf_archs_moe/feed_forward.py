@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def moe_tp_plan(config: MoEConfig) -> dict[str, str]:
-    """How every expert is sharded over processes: in the width of its hidden layer, as any feed-forward."""
+    """Tensor-parallel plan: every expert is sharded in the width of its hidden layer, as any feed-forward."""
     wide = {"experts.gate_up_proj": "packed_colwise"} if config.gated else {"experts.up_proj": "colwise"}
     plan = {**wide, "experts.down_proj": "rowwise", "experts": "moe_tp_experts"}
     if config.shared_expert_intermediate_size:
@@ -29,13 +29,13 @@ def moe_tp_plan(config: MoEConfig) -> dict[str, str]:
 
 
 def moe_ep_plan(config: MoEConfig) -> dict[str, str]:
-    """How the experts are spread over processes, in transformers' words."""
+    """Expert-parallel plan, in transformers' terms."""
     names = ("gate_up_proj" if config.gated else "up_proj", "down_proj")
     return {**{f"experts.{name}": "grouped_gemm" for name in names}, "experts": "ep_dispatch_experts"}
 
 
 class MoE(RoutedFeedForward):
-    """Every token through the experts that its router gives it, and through the shared one where there is one."""
+    """A router, the experts that it assigns to each token, and optionally a shared expert for all tokens."""
 
     config: MoEConfig
     gate: Router
@@ -45,7 +45,7 @@ class MoE(RoutedFeedForward):
         self.config = config
         self.gate = Router(config)
         self.experts = ArchExperts(config)
-        self.experts.config = config.model_config  # where transformers keeps which implementation of experts runs
+        self.experts.config = config.model_config  # transformers selects the implementation of experts there
         self.shared_experts = self.shared_expert_gate = None
         if config.shared_expert_intermediate_size:
             self.shared_experts = MLP(
@@ -62,22 +62,22 @@ class MoE(RoutedFeedForward):
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None = None, count: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """
+        """Route tokens and add up their experts' outputs.
+
         Args:
             hidden_states: (b, l, d).
-            mask: (b, l) bool, the real tokens; None where all are. No expert but the shared one sees others.
-            count: whether the statistics are asked for.
+            mask: (b, l) bool, True for real tokens; None if all are. Pads reach the shared expert only.
+            count: whether the statistics are needed.
 
         Returns:
             (b, l, d) in the dtype of ``hidden_states``; the router's statistics, for `auxiliary_loss`; and its logits,
             (b * l, e).
         """
         index, weight, statistics, logits = self.gate(hidden_states, mask, count)
-        everywhere = self.config.num_experts
-        if (
-            self.experts.num_experts < everywhere
-        ):  # transformers sends tokens to other ranks' experts, and knows no none
-            index = index.masked_fill(index == everywhere, 0)  # at a weight of 0
+        no_expert = self.gate.num_experts
+        if self.experts.num_experts < no_expert:
+            # transformers' expert parallelism has no index for no expert: take the first one, at its weight of 0
+            index = index.masked_fill(index == no_expert, 0)
         output = self.experts(hidden_states.flatten(0, 1), index, weight).view_as(hidden_states)
         if self.shared_experts is not None:
             shared = self.shared_experts(hidden_states)
@@ -87,20 +87,20 @@ class MoE(RoutedFeedForward):
         return output.to(hidden_states.dtype), statistics, logits
 
     def balance_loss(self, statistics: Sequence[Tensor]) -> Tensor:
-        """The loss that balances the load in all layers with this config, zero-dimensional; 0 for routers without one.
+        """The load-balancing loss of all layers with this config, zero-dimensional; 0 for routers without one.
 
         Args:
-            statistics: what `forward` of each of these layers gave, counted.
+            statistics: of each of these layers, as `forward` returns them with ``count=True``.
         """
         if self.config.router not in BALANCE_LOSSES:
             return statistics[0].new_zeros(())
         return BALANCE_LOSSES[self.config.router](_unpacked(statistics))
 
     def auxiliary_loss(self, statistics: Sequence[Tensor]) -> Tensor:
-        """What the routers of all layers with this config add to the loss, coefficients and all; zero-dimensional.
+        """The sum of the losses of all routers with this config, times their coefficients; zero-dimensional.
 
         Args:
-            statistics: as those of `balance_loss`.
+            statistics: as for `balance_loss`.
         """
         config, layers = self.config, _unpacked(statistics)
         loss = statistics[0].new_zeros(())
@@ -113,27 +113,27 @@ class MoE(RoutedFeedForward):
         return loss
 
     def figures(self, statistics: Tensor) -> dict[str, Any]:
-        """What a person wants to know of this layer's router, from its statistics.
+        """Readable figures of this layer's router, from its statistics.
 
         Returns:
-            ``load``, the share of each expert in all choices, (experts,); ``max_load``, the busiest one's over the
-            mean; ``entropy`` of a token's probabilities in nats; ``drop_rate`` of the choices; and with ``loss_free``
-            the ``bias`` of each expert's score, (experts,).
+            ``load``, each expert's share of all choices, (experts,); ``max_load``, the busiest expert's load over the
+            mean; ``entropy`` of a token's probabilities, in nats; ``drop_rate``, the share of dropped choices; and with
+            ``loss_free`` the ``bias`` of each expert's score, (experts,).
         """
         return router_figures(self.gate, Statistics.unpack(statistics))
 
     def active_fraction(self) -> float:
-        """How much of the experts' weights a token uses."""
+        """The fraction of the experts' weights that one token uses."""
         return self.config.experts_per_token / self.config.num_experts
 
     def trainer_callbacks(self) -> list[TrainerCallback]:
-        """The one that moves corrections and logs figures, for all routers of a model."""
-        from hf_archs_moe.callbacks import RouterCallback  # transformers' callbacks are slow to import, and few need it
+        """A callback that updates corrections and logs figures, for all routers of a model."""
+        from hf_archs_moe.callbacks import RouterCallback  # slow: it imports transformers' callbacks
 
         return [RouterCallback()]
 
     def check_generation(self) -> None:
-        """Raise a `ValueError` where a token's experts depend on later tokens."""
+        """Raise a `ValueError` if a token's experts depend on later tokens."""
         if self.config.router == "expert_choice" and not self.config.causal_predictor:
             raise ValueError(
                 f"{type(self.config).__name__}: router is 'expert_choice', whose experts choose among all tokens of a "

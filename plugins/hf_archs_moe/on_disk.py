@@ -1,13 +1,13 @@
-"""How the experts of a layer stand in files."""
+"""Conversion of a layer's experts between memory and files."""
 
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
 
 
 def expert_conversions() -> list[WeightConverter | WeightRenaming]:
-    """How a mixture of experts stands in files: every expert under names of its own, as other tools want it.
+    """The conversions of a layer's experts: one tensor in memory, one per expert in files, as other tools expect.
 
-    In memory all of a layer's are one tensor. Experts that are not gated have one projection in, under another name:
-    a loader could not tell it from half of a gated one.
+    The input projection of ungated experts is ``in_proj`` in files: a loader could not tell ``up_proj`` from half of a
+    gated projection.
     """
 
     def merge(sources: list[str], target: str, *operations: ConversionOps) -> WeightConverter:

@@ -1,4 +1,4 @@
-"""Which expert computes which token: the routers, what they count, and the losses that balance their load.
+"""Routers, which assign tokens to experts; their statistics, and the losses that balance their load.
 
 Letters in shapes: b batch, l length, d hidden size, n tokens (b times l), e experts, k choices of a token.
 """
@@ -17,21 +17,21 @@ from hf_archs.kernels.backend import is_transformed
 from hf_archs.kernels.numerics import cast, full_precision, wide
 from hf_archs_moe.configuration import MoEConfig
 
-TINY = 1e-20  # added to sums of scores, which may underflow
+TINY = 1e-20  # added to sums of scores, which may underflow to 0
 
 
 class Statistics(NamedTuple):
-    """Sums over the real tokens of one layer; `pack` and `unpack` alone know how they stand in one tensor.
+    """Sums over the real tokens of one layer. Only `pack` and `unpack` know their order in one tensor.
 
     Attributes:
-        load: (e,) choices of each expert before any is dropped; of ``gshard`` the first choices.
-        probability: (e,) of each expert, with its gradient.
-        placed: (e,) choices that the experts compute.
-        z: () squared log-sum-exp of the logits, with its gradient; 0 where no loss is made of it.
-        entropy: () of the probabilities, in nats.
+        load: (e,) choices of each expert before any is dropped; with ``gshard`` the first choices only.
+        probability: (e,) probability of each expert, differentiable.
+        placed: (e,) choices of each expert that it computes.
+        z: () squared log-sum-exp of the logits, differentiable; 0 without a z loss.
+        entropy: () entropy of the probabilities, in nats.
         dropped: () choices beyond an expert's capacity.
-        predictor_loss: () cross entropy of the causal predictor, its mean over the experts, with its gradient.
-        tokens: () their number.
+        predictor_loss: () cross entropy of the causal predictor, averaged over experts, differentiable.
+        tokens: () number of real tokens.
     """
 
     load: Tensor
@@ -49,7 +49,7 @@ class Statistics(NamedTuple):
         return 3 * num_experts + 5
 
     def pack(self) -> Tensor:
-        """All of them in one vector, which sums over layers' calls and over ranks."""
+        """All sums in one vector, for adding up over calls and ranks."""
         return torch.cat([self.load, self.probability, self.placed, torch.stack(self[3:])])
 
     @classmethod
@@ -59,7 +59,7 @@ class Statistics(NamedTuple):
         return cls(*per_expert, *single.unbind())
 
     def mean(self, total: Tensor) -> Tensor:
-        """``total`` for each token; 0 where there are none."""
+        """``total`` per token; 0 without tokens."""
         return total / self.tokens.clamp(min=1)
 
 
@@ -67,9 +67,9 @@ class Statistics(NamedTuple):
 
 
 def pooled_balance_loss(layers: Sequence[Statistics]) -> Tensor:
-    """``e * sum(f * P)`` with load f and probability P of each expert over all layers together.
+    """``e * sum(f * P)`` with load f and probability P of each expert, pooled over all layers.
 
-    That is how transformers pools the layers of Mixtral and its successors, where Fedus et al. 2022 have a sum.
+    transformers pools the layers of Mixtral and its successors; Fedus et al. 2022 sum over them.
     """
     load, probability, tokens = (
         torch.stack([getattr(layer, field) for layer in layers]).sum(0) for field in ("load", "probability", "tokens")
@@ -115,18 +115,18 @@ BALANCE_LOSSES: dict[str, Callable[[Sequence[Statistics]], Tensor]] = {
 
 
 def capacity(tokens: Tensor, factor: float, num_experts: int) -> Tensor:
-    """``ceil(factor * tokens / num_experts)``, int64 like ``tokens``; the factor to six digits after the point."""
-    million = 10**6  # whole numbers, since rounding would lift some of them to the next one
+    """``ceil(factor * tokens / num_experts)``, int64 like ``tokens``; the factor is rounded to six decimals."""
+    million = 10**6  # whole numbers: a float's rounding error could lift a quotient to the next integer
     return -(-tokens * round(factor * million) // (num_experts * million))
 
 
 def place(index: Tensor, wanted: Tensor, places: Tensor, num_experts: int) -> Tensor:
-    """Which choices find a place: first choices before second ones, and among them earlier tokens first.
+    """The choices that fit into the experts' capacity: first before second choices, then earlier before later tokens.
 
     Args:
         index: (n, k) int64, the experts of every token.
-        wanted: (n, k) bool, the choices that are to be placed at all.
-        places: () how many choices one expert takes.
+        wanted: (n, k) bool, the choices to be placed.
+        places: () choices that one expert takes.
 
     Returns:
         (n, k) bool.
@@ -138,12 +138,12 @@ def place(index: Tensor, wanted: Tensor, places: Tensor, num_experts: int) -> Te
 
 
 def _load(index: Tensor, which: Tensor, scores: Tensor) -> Tensor:
-    """How many of these choices (n, k) each expert has, (e,) in the dtype of the scores (n, e)."""
+    """Choices of each expert among ``which`` (n, k), (e,) in the dtype of ``scores`` (n, e)."""
     return torch.zeros_like(scores).scatter(1, index, cast(which, scores.dtype)).sum(0)
 
 
 class _Tally(torch.autograd.Function):
-    """Adds counts to a buffer under transforms of `torch.func`, which refuse it elsewhere; under `vmap` all counts."""
+    """Add counts to a buffer; only an autograd function may under `torch.func`. `vmap` adds those of all samples."""
 
     @staticmethod
     def forward(buffer: Tensor, counts: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class _Tally(torch.autograd.Function):
 
 
 class Predictor(nn.Module):
-    """Guesses from each token alone which experts will choose it; trained beside the model and not through it."""
+    """Predicts from each token alone which experts will choose it. Its loss has no gradient for the model."""
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -176,7 +176,7 @@ class Predictor(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.num_experts))
 
     def init_weights(self) -> None:
-        """Draw the weight as a router's; the bias is 0."""
+        """Draw the weight as a router's, and set the bias to 0."""
         _init_scores(self.weight, self.config)
         init.zeros_(self.bias)
 
@@ -190,19 +190,19 @@ def _init_scores(weight: Tensor, config: MoEConfig) -> None:
 
 
 class Router(nn.Module):
-    """Scores every expert for every token, and lets one choose the other.
+    """Scores every expert for every token, and assigns tokens to experts by ``config.router``.
 
-    - ``top_k``: a token takes the k best experts, none is dropped (Jiang et al. 2024, section 2.1).
-    - ``switch``: it takes the best, if that has a place left (Fedus et al. 2022, section 2.2).
-    - ``gshard``: it takes the best and, in training, with twice its weight as probability the second, if they have
-      places left (Lepikhin et al. 2021, algorithm 1; Du et al. 2022). A second choice that is not drawn takes no place.
+    - ``top_k``: a token takes the k best experts, and none is dropped (Jiang et al. 2024, section 2.1).
+    - ``switch``: a token takes the best expert, if that has capacity left (Fedus et al. 2022, section 2.2).
+    - ``gshard``: a token takes the best two experts, if they have capacity left (Lepikhin et al. 2021, algorithm 1; Du
+      et al. 2022). In training the second is used with twice its weight as probability; if not, it takes no capacity.
     - ``expert_choice``: every expert takes the best tokens of each row (Zhou et al. 2022, section 3.2). In evaluation
-      with a causal predictor it takes those of which that says yes.
-    - ``loss_free``: as top_k, by scores to which a correction is added that the weights do not see; `correct` moves it
+      with a causal predictor it takes the tokens that the predictor selects.
+    - ``loss_free``: as ``top_k``, by scores plus a correction, which is not part of the weights; `correct` updates it
       after every step (Wang et al. 2024, algorithm 1; DeepSeek-V3, section 2.1.2).
 
-    The weight is a bare parameter so that adapters for linear layers leave it alone. Scores, weights and sums are in
-    float32, or in float64 where the input is, under autocast and with weights in half precision too.
+    The weight is a bare parameter, so that adapters for linear layers skip it. Scores, weights and sums are float32, or
+    float64 for float64 input, also under autocast and with half-precision weights.
     """
 
     weight: nn.Parameter
@@ -212,23 +212,30 @@ class Router(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
-        experts = config.num_experts
+        # reading a field of a model's config takes as long as a small operator, and a decode step reads many
+        self.kind, self.score_function, self.scaling = (
+            config.router,
+            config.score_function,
+            config.routed_scaling_factor,
+        )
+        self.num_experts = experts = config.num_experts
+        self.top_k, self.normalize = config.experts_per_token, config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         self.predictor = Predictor(config) if config.causal_predictor else None
-        if config.router == "loss_free":
+        if self.kind == "loss_free":
             self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
-        # the sum since it was last cleared; activation checkpointing counts everything twice, which ratios do not see
+        # sums since the last reset; activation checkpointing counts everything twice, which does not change ratios
         counts = torch.zeros(Statistics.size(experts), dtype=torch.float32)
         self.register_buffer("training_statistics", counts, persistent=False)
 
     def init_weights(self) -> None:
-        """Draw the weight as wide as the model's others; the correction and the statistics are 0."""
+        """Draw the weight with the model's ``initializer_range``; set the correction and the statistics to 0."""
         _init_scores(self.weight, self.config)
         for buffer in self.buffers(recurse=False):
             init.zeros_(buffer)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
-        # half precision counts to 256 and then no further, and cannot hold a correction of a thousandth
+        # the buffers stay wide: bfloat16 cannot count beyond 256, or hold corrections of a thousandth
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -240,17 +247,17 @@ class Router(nn.Module):
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None = None, count: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The experts of every token.
+        """Assign experts to every token.
 
         Args:
             hidden_states: (b, l, d).
-            mask: (b, l) bool, the real tokens; None where all are.
-            count: whether the statistics are asked for; else they are zeros in evaluation, since counting takes longer
+            mask: (b, l) bool, True for real tokens; None if all are.
+            count: whether the statistics are needed; if not, they are zeros in evaluation, since counting takes longer
                 than choosing.
 
         Returns:
-            index (n, k) int64, where ``num_experts`` stands for no expert, as it does for pads; weight (n, k), 0 there;
-            `Statistics`, packed; and the logits (n, e). k is the config's ``top_k``.
+            index (n, k) int64, ``num_experts`` for no expert and for pads; weight (n, k), 0 for these; `Statistics`,
+            packed; and the logits (n, e). k is the config's ``experts_per_token``.
         """
         with full_precision(hidden_states):
             x = wide(hidden_states).flatten(0, 1)
@@ -262,17 +269,16 @@ class Router(nn.Module):
     def _route(
         self, x: Tensor, mask: Tensor | None, shape: torch.Size, count: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        config = self.config
         logits = F.linear(x, cast(self.weight, x.dtype))
-        scores = logits.softmax(-1) if config.score_function == "softmax" else logits.sigmoid()
-        every = mask is None and config.router != "expert_choice"  # whether all choices stand; no mask is needed then
+        scores = logits.softmax(-1) if self.score_function == "softmax" else logits.sigmoid()
+        all_kept = mask is None and self.kind != "expert_choice"  # then no choice has to be masked
         if mask is None:
             mask = torch.ones(shape, dtype=torch.bool, device=x.device)
         real = mask.reshape(-1, 1)
         guess = None if self.predictor is None else self.predictor(x)
 
-        if config.router == "expert_choice":
-            index = torch.arange(config.num_experts, device=x.device).expand_as(scores)
+        if self.kind == "expert_choice":
+            index = torch.arange(self.num_experts, device=x.device).expand_as(scores)
             weight = scores
             if guess is None or self.training:
                 wanted = self._choose_tokens(scores.detach(), mask)
@@ -281,15 +287,15 @@ class Router(nn.Module):
         else:
             index, weight, drawn = self._choose_experts(scores)
             wanted = real.expand_as(index) if drawn is None else drawn & real
-            every = every and drawn is None
+            all_kept = all_kept and drawn is None
         if guess is not None and torch.is_grad_enabled():
-            # a gradient of 0 where no loss asks for the guesses: processes that share out rows wait for one
+            # a gradient of 0 for the predictor if no loss has one: data-parallel processes wait for all gradients
             weight = weight + guess[:0].sum()
         kept = self._place(index, wanted, real)
-        every = every and kept is wanted
+        all_kept = all_kept and kept is wanted
 
         if not (count or self.training):
-            statistics = x.new_zeros(Statistics.size(config.num_experts))
+            statistics = x.new_zeros(Statistics.size(self.num_experts))
         else:
             statistics = self._count(logits, scores, guess, real, index, wanted, kept).pack()
         if self.training:
@@ -297,10 +303,10 @@ class Router(nn.Module):
                 _Tally.apply(self.training_statistics, statistics.detach())
             else:
                 self.training_statistics.add_(statistics.detach())
-        if config.routed_scaling_factor != 1.0:
-            weight = weight * config.routed_scaling_factor
-        if not every:
-            index, weight = index.masked_fill(~kept, config.num_experts), weight.masked_fill(~kept, 0.0)
+        if self.scaling != 1.0:
+            weight = weight * self.scaling
+        if not all_kept:
+            index, weight = index.masked_fill(~kept, self.num_experts), weight.masked_fill(~kept, 0.0)
         return index, weight, statistics, logits
 
     def _count(
@@ -314,14 +320,14 @@ class Router(nn.Module):
         kept: Tensor,  # (n, k)
     ) -> Statistics:
         probabilities = scores
-        if self.config.score_function == "sigmoid":
+        if self.score_function == "sigmoid":
             probabilities = scores / (scores.sum(-1, keepdim=True) + TINY)
         counted = cast(real, scores.dtype).squeeze(1)
         nothing = missed = counted.new_zeros(())
         if guess is not None and self.training:
             chosen = cast(wanted, scores.dtype)
             missed = counted @ F.binary_cross_entropy_with_logits(guess, chosen, reduction="none").mean(-1)
-        first = self.config.router == "gshard"
+        first = self.kind == "gshard"
         load = _load(index[:, :1], wanted[:, :1], scores) if first else _load(index, wanted, scores)
         return Statistics(
             load=load,
@@ -335,31 +341,28 @@ class Router(nn.Module):
         )
 
     def _choose_experts(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """For every token the experts, their weights, and which of them it wants, None for all; each (n, k)."""
-        config = self.config
-        if config.router == "loss_free":
+        """Every token's experts, their weights, and which of them were drawn (None for all); each (n, k)."""
+        if self.kind == "loss_free":
             corrected = scores.detach() + cast(self.e_score_correction_bias, scores.dtype)
-            index = corrected.topk(config.experts_per_token).indices
+            index = corrected.topk(self.top_k).indices
             weight = scores.gather(1, index)
         else:
-            weight, index = scores.topk(config.experts_per_token)
-        if config.router == "gshard" or (config.norm_topk_prob and config.router != "switch"):
+            weight, index = scores.topk(self.top_k)
+        if self.kind == "gshard" or (self.normalize and self.kind != "switch"):
             weight = weight / (weight.sum(-1, keepdim=True) + TINY)
-        if config.router != "gshard" or not self.training:
+        if self.kind != "gshard" or not self.training:
             return index, weight, None
-        # from torch's own generator, which the Trainer seeds and keeps in its checkpoints, and which activation
-        # checkpointing plays again
+        # torch's default generator: the Trainer seeds and saves it, and activation checkpointing restores it
         drawn = torch.rand_like(weight[:, 1:]) < 2 * weight[:, 1:].detach()
         return index, weight, torch.cat([torch.ones_like(drawn), drawn], -1)
 
     def _choose_tokens(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """Which tokens of its row every expert takes, (n, e) bool."""
+        """The tokens of each row that every expert takes, (n, e) bool."""
         b, l = mask.shape
-        factor = self.config.capacity_factor or min(2.0, self.config.num_experts)
-        places = capacity(mask.sum(1), factor, self.config.num_experts)
-        # stable, so that of equal tokens the earlier ones are taken, wherever pads stand
+        factor = self.config.capacity_factor or min(2.0, self.num_experts)
+        places = capacity(mask.sum(1), factor, self.num_experts)
         scores = scores.view(b, l, -1).masked_fill(~mask.unsqueeze(-1), -1.0)
-        # (ONNX has one sort, which is)
+        # a stable sort takes the earlier of equal tokens, wherever pads are (ONNX's only sort is stable)
         stable = {} if torch.onnx.is_in_onnx_export() else {"stable": True}
         order = scores.sort(dim=1, descending=True, **stable).indices
         taken = torch.arange(l, device=mask.device)[:, None] < places[:, None, None]
@@ -368,18 +371,18 @@ class Router(nn.Module):
     def _place(self, index: Tensor, wanted: Tensor, real: Tensor) -> Tensor:
         config = self.config
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
-        if config.router == "expert_choice" or factor is None:
+        if self.kind == "expert_choice" or factor is None:
             return wanted
-        return place(index, wanted, capacity(real.sum(), factor, config.num_experts), config.num_experts)
+        return place(index, wanted, capacity(real.sum(), factor, self.num_experts), self.num_experts)
 
     @torch.no_grad()
     def correct(self, load: Tensor) -> None:
-        """Make the scores of experts with more than the mean load lower, and those of the others higher, by one step.
+        """Lower the scores of experts with more than the mean load, and raise those of the others, by one step.
 
         Args:
-            load: (e,) choices in the last step.
+            load: (e,) choices of each expert in the last step.
         """
-        if self.config.router == "loss_free":
+        if self.kind == "loss_free":
             self.e_score_correction_bias.add_(torch.sign(load.mean() - load), alpha=self.config.bias_update_rate)
 
 

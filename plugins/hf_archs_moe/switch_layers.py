@@ -1,6 +1,6 @@
-"""The sparse layers of transformers' Switch Transformers as layers of ours, and back.
+"""Convert sparse layers of transformers' Switch Transformers to ``moe`` feed-forwards, and back.
 
-The models around them are encoder-decoders, which this library has not; their experts and routers fit any stack.
+Their models are encoder-decoders, which this library does not have; their experts and routers fit any stack.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from hf_archs_moe.configuration import MoEConfig
 from hf_archs_moe.feed_forward import MoE
 
-# our field and theirs
+# our fields and theirs
 _FIELDS = {
     "hidden_size": "d_model",
     "num_experts": "num_experts",
@@ -28,12 +28,12 @@ _FIELDS = {
 def from_switch_layer(layer: SwitchTransformersSparseMLP, config: SwitchTransformersConfig) -> MoE:
     """A ``moe`` feed-forward with the weights of a sparse layer of transformers; they share no memory.
 
-    The result is the same wherever theirs drops no token: its experts take ``expert_capacity`` tokens of every row, in
-    evaluation too, where ours take what ``capacity_factor`` says of a batch, in training alone. Dropout within the
-    experts is not carried over.
+    The outputs are equal if theirs drops no token: it limits an expert to ``expert_capacity`` tokens of every row, in
+    evaluation too, and ours by ``capacity_factor`` to a share of a batch, in training only. Dropout within the experts
+    is not carried over.
 
     Raises:
-        ValueError: where the layer's router has a bias.
+        ValueError: if the layer's router has a bias.
     """
     if config.router_bias:
         raise ValueError("from_switch_layer: router_bias is True; allowed is False, for our routers have none")
@@ -53,11 +53,11 @@ def to_switch_layer(moe: MoE, expert_capacity: int = 64) -> SwitchTransformersSp
     """A sparse layer of transformers with the weights of a ``moe`` feed-forward; they share no memory.
 
     Args:
-        moe: one with the router ``switch``, experts that are not gated, and none that is shared.
-        expert_capacity: tokens of a row that one expert of theirs takes.
+        moe: a feed-forward with the router ``switch``, ungated experts and no shared expert.
+        expert_capacity: tokens of a row that one expert of the result takes.
 
     Raises:
-        ValueError: for any other, naming the field.
+        ValueError: for any other feed-forward, naming the field.
     """
     config = moe.config
     allowed = {
@@ -80,7 +80,7 @@ def to_switch_layer(moe: MoE, expert_capacity: int = 64) -> SwitchTransformersSp
 
 
 def _filled(module: Any, state: dict[str, torch.Tensor], source: nn.Module) -> Any:
-    """``module`` with copies of these weights, as they are, in the mode of ``source``."""
+    """``module`` with copies of the weights of ``state``, in their dtype, and in the mode of ``source``."""
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     module.load_state_dict(copies, assign=True)
     return module.train(source.training)

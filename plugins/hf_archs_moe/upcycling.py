@@ -1,4 +1,4 @@
-"""A mixture of experts out of a dense model (Komatsuzaki et al. 2023, "Sparse Upcycling", section 2)."""
+"""Make a mixture of experts from a dense model (Komatsuzaki et al. 2023, "Sparse Upcycling", section 2)."""
 
 import copy
 from typing import Any
@@ -23,27 +23,27 @@ def upcycle(
     seed: int = 0,
     **fields: Any,
 ) -> PreTrainedModel:
-    """The model with every dense feed-forward as a mixture of copies of it, and new routers.
+    """Copy a model, with every dense feed-forward replaced by a mixture of copies of it and a new router.
 
-    The weights of a token's experts add up to one, so without noise the result computes what the dense model does,
-    whatever its routers choose; training sets the copies apart.
+    The weights of a token's experts sum to one, so without noise the result computes the same as the dense model,
+    for any choice of its routers; training makes the copies differ.
 
     Args:
-        model: a causal language model, or another, of ``moe`` with dense layers or of ``hybrid`` with ``mlp`` among its
-            feed-forwards, or of transformers what `hf_archs.from_native` makes one of (Llama, Mistral, Qwen3). It is
-            left as it is.
+        model: a ``moe`` model with dense layers, a ``hybrid`` model with ``mlp`` among its feed-forwards, or a model of
+            transformers that `hf_archs.from_native` converts to one (Llama, Mistral, Qwen3), with any head. It is not
+            changed.
         num_experts: copies in each layer.
-        num_experts_per_tok: experts that a token takes.
-        noise: standard deviation of what is added to the experts' weights, as a multiple of that of the weights.
-        seed: of the routers' weights and the noise.
-        fields: others of `MoEConfig`.
+        num_experts_per_tok: experts per token.
+        noise: standard deviation of noise added to the experts' weights, as a multiple of that of the weights.
+        seed: seed of the routers' weights and the noise.
+        fields: other fields of `MoEConfig`.
 
     Returns:
-        a model of the same class (of ours, for one of transformers), on the same device and in the same dtype and mode.
+        A model of the same class (ours, for a model of transformers), device, dtype and mode.
 
     Raises:
-        ValueError: where there is no dense feed-forward, one has biases, which experts have not, or weights would not
-            add up to one.
+        ValueError: if there is no dense feed-forward, if one has biases, which experts do not have, or if weights would
+            not sum to one.
     """
     if not 0.0 <= noise <= 1.0:
         raise ValueError(f"upcycle: noise is {noise}; allowed are 0.0 to 1.0")
@@ -75,7 +75,7 @@ def upcycle(
 
 
 def _with_experts(config: Any, router: dict[str, Any]) -> Any:
-    """The config with a mixture wherever it had a dense feed-forward."""
+    """The config with a mixture in place of every dense feed-forward."""
     fields = config.to_dict()
     if isinstance(config, ArchMoEConfig):
         if all(config.has_experts(i) for i in range(config.num_hidden_layers)):

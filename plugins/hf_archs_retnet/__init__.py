@@ -32,7 +32,7 @@ __all__ = [
     "retention_reference",
 ]
 
-# what the paper's models have in common (sections 2.4 and 3.1): heads of 256 keys and 512 values, a plain feed-forward
+# common fields of the paper's models (sections 2.4 and 3.1): heads of 256 keys and 512 values, a plain feed-forward
 _PAPER = {
     "rotary": "interleaved",
     "elementwise_affine": False,

@@ -8,14 +8,7 @@ from typing import Any
 import torch
 
 from hf_archs.testing import measuring
-from hf_archs_retnet.ops.retention import retention, retention_parallel
-
-
-def _inputs(
-    batch: int, length: int, heads: int, key_dim: int, value_dim: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    sizes = {"q": key_dim, "k": key_dim, "v": value_dim}
-    return {name: measuring.randn(device)(batch, length, heads, size) for name, size in sizes.items()}
+from hf_archs_retnet.ops.retention import cases, retention, retention_parallel
 
 
 def _fla(**tensors: torch.Tensor) -> torch.Tensor:
@@ -34,7 +27,8 @@ def ops(device: torch.device) -> Iterator[measuring.Measure]:
         shapes = [(8, 2048, 8, 256, 512), (1, 8192, 8, 256, 512), (8, 2048, 16, 64, 128), (8, 2048, 8, 128, 256)]
         if not fused:  # the parallel form has a score of every pair of tokens
             shapes = [(1, *shape[1:]) for shape in shapes]
-    for label, tensors in measuring.sized("retention", _inputs, shapes, device):
+    sizes = [{"batch": b, "length": l, "heads": h, "key_dim": n, "value_dim": p} for b, l, h, n, p in shapes]
+    for label, tensors in measuring.sized("retention", cases, ("q", "k", "v"), sizes, device):
         yield from measuring.op_measures(label, name, retention, peer, tensors, "v")
 
 

@@ -19,19 +19,19 @@ class RetNetMixerConfig(PartConfig):
 
     Args:
         num_heads: heads of the retention; each has its own constant decay.
-        expand_k: channels of all keys together per hidden unit.
-        expand_v: channels of all values together per hidden unit.
+        expand_k: key channels of all heads, per hidden unit.
+        expand_v: value channels of all heads, per hidden unit.
         gate_fn: activation of the output gate.
-        rotary: how queries and keys are rotated. ``half``: channels c and c + n/2 of a head of n are a pair, which
-            turns by ``10000 ** (-2c / n)`` a token (flash-linear-attention). ``interleaved``: channels 2c and 2c + 1
-            are, and the exponents are spaced evenly from 0 to 1 with both ends (the authors' torchscale).
+        rotary: rotation of queries and keys. ``half`` (flash-linear-attention): channels c and c + n/2 of a head of n
+            are a pair, which turns by ``10000 ** (-2c / n)`` per token. ``interleaved`` (the authors' torchscale):
+            channels 2c and 2c + 1 are a pair, and the exponents are spaced evenly from 0 to 1, both included.
         projection_bias: whether the projections have biases.
-        head_norm: the norm of each head, ``rms_norm``, or ``layer_norm``, which subtracts the head's mean first.
-        head_norm_eps: added to the mean square, or the variance, in that norm; None for ``norm_eps``.
+        head_norm: the norm of each head, ``rms_norm``, or ``layer_norm``, which also subtracts the head's mean.
+        head_norm_eps: eps of this norm; None for ``norm_eps``.
         elementwise_affine: whether the norm of each head has a weight.
         normalize_decay: divide the scores of token t by the square root of the sum of its decays, ``(1 - gamma^t) /
-            (1 - gamma)``, as torchscale does (section 2.4, the second factor). The norm of each head takes such a
-            factor out again, but for its eps, which then weighs more in the first tokens of a document.
+            (1 - gamma)``, as torchscale does (section 2.4, the second factor). The norm of each head cancels this
+            factor, except for its eps, which then weighs more in the first tokens of a document.
     """
 
     num_heads: int = 8
@@ -63,19 +63,19 @@ class RetNetMixerConfig(PartConfig):
 
     @property
     def key_size(self) -> int:
-        """Channels of all keys together."""
+        """Key channels of all heads."""
         return round(self.hidden_size * self.expand_k)
 
     @property
     def value_size(self) -> int:
-        """Channels of all values together."""
+        """Value channels of all heads."""
         return round(self.hidden_size * self.expand_v)
 
 
 def retnet_state(config: RetNetMixerConfig) -> dict[str, StateSpec]:
-    """The recurrence's state in float32, and the number of tokens so far, which the next rotation continues from.
+    """The states: ``retention`` in float32, and ``position``, the number of past tokens, for the next rotation.
 
-    (Of kind ``conv``, since transformers wants to find one of each kind.)
+    The kind of ``position`` is ``conv``, since transformers expects a state of each kind.
     """
     heads = config.num_heads
     return {
@@ -92,19 +92,19 @@ class ArchRetNetConfig(ArchConfig, RetNetMixerConfig, MLPConfig):
 
     Args:
         intermediate_size: width of the feed-forward's hidden layer; None for two thirds of ``hidden_ratio *
-            hidden_size``, rounded up to a multiple of 256, as flash-linear-attention has it.
+            hidden_size``, rounded up to a multiple of 256, as in flash-linear-attention.
         hidden_ratio: see ``intermediate_size``.
         hidden_act: activation of the feed-forward.
-        gated: multiply that activation by a second projection (SwiGLU and the like); the paper has none.
-        bias: whether the linear layers of the feed-forward have one.
-        inner_norm: a LayerNorm of the feed-forward's hidden layer (Wang et al. 2022, "Foundation Transformers", section
-            2.1: Sub-LN), where it is not gated.
+        gated: multiply the activation by a second projection (SwiGLU and the like); the paper's is not gated.
+        bias: whether the feed-forward's linear layers have a bias.
+        inner_norm: LayerNorm of the feed-forward's hidden layer (Wang et al. 2022, "Foundation Transformers", section
+            2.1: Sub-LN); only if it is not gated.
     """
 
     model_type = "hf_archs_retnet"
     mixer_type: ClassVar[str] = "retnet"
 
-    intermediate_size: int | None = None  # type: ignore[assignment]  # a whole number as soon as there is a config
+    intermediate_size: int | None = None  # type: ignore[assignment]  # an int after __post_init__
     hidden_ratio: float = 2.0
     hidden_act: Literal["swish", "gelu", "relu"] = "swish"  # type: ignore[assignment]
     inner_norm: bool = False
@@ -122,5 +122,5 @@ class ArchRetNetConfig(ArchConfig, RetNetMixerConfig, MLPConfig):
         self._allow(not (self.inner_norm and self.gated), "inner_norm", "is False where gated is True")
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
-        """The same in every layer: retention and a feed-forward, with a norm inside where ``inner_norm`` is True."""
+        """Retention and a feed-forward in every layer; ``inner_norm`` selects the feed-forward with a norm inside."""
         return LayerPlan(self.mixer_type, self, "sub_ln_mlp" if self.inner_norm else "mlp", self)

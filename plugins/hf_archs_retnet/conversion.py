@@ -1,7 +1,7 @@
-"""RetNet checkpoints by rename tables: flash-linear-attention's here, torchscale's and syncdoth's beside it.
+"""Rename table for flash-linear-attention's RetNet checkpoints; `hf_archs_retnet.torchscale` has the other packages'.
 
-None of the packages is imported. What they call the same model differs in the rotation, the norms and the feed-forward;
-see `hf_archs_retnet.configuration.RetNetMixerConfig`.
+None of the packages is imported. Their models differ in the rotation, the norms and the feed-forward, see
+`hf_archs_retnet.configuration.RetNetMixerConfig`.
 """
 
 import re
@@ -19,14 +19,14 @@ __all__ = ["FLA", "SYNCDOTH", "TORCHSCALE", "TORCHSCALE_2023"]
 
 
 def _gate_and_up(gate: Any, up: Any, rows: int) -> tuple[Any, Any]:
-    """Both of them, where the first may hold both, the gate's ``rows`` before the other's."""
+    """The gate and up projection of a file; a ``gate`` of twice the ``rows`` holds both, the gate first."""
     if gate is not None and up is None and gate.shape[0] == 2 * rows:
         return tuple(half.contiguous() for half in gate.chunk(2))  # type: ignore[return-value]
     return gate, up
 
 
 class GateAndUp(ConversionOps):
-    """The two projections into the feed-forward, which one tensor may hold in a file."""
+    """Splits the feed-forward's gate and up projection, which may be one tensor in a file."""
 
     supports_many_to_many = True
 
@@ -47,20 +47,20 @@ class GateAndUp(ConversionOps):
 
 
 class ReadingConverter(WeightConverter):
-    """A conversion for reading alone: files are written as the model has its parameters."""
+    """A conversion for reading only: files are written with the model's own parameters."""
 
     __slots__ = ()
 
     def reverse_transform(self) -> WeightTransform:
-        return WeightTransform([], [])  # which is neither a renaming nor a conversion, and nobody applies it
+        return WeightTransform([], [])  # neither a renaming nor a conversion, so never applied
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetNetFlaFormat(FlaFormat):
     """``model_type`` ``retnet``, which transformers itself does not have.
 
-    Until 2025-02-08 (commit c23f304) its feed-forward had gate and up in one ``gate_proj`` of twice the rows; files of
-    both layouts are read, and the later one is written.
+    Until 2025-02-08 (commit c23f304) its feed-forward had gate and up in one ``gate_proj`` of twice the rows. Both
+    layouts are read; the later one is written.
     """
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
@@ -71,10 +71,10 @@ class RetNetFlaFormat(FlaFormat):
         if given["num_kv_heads"] == given["num_heads"]:
             given["num_kv_heads"] = None
         given["hidden_ratio"] = 4 if given["hidden_ratio"] is None else given["hidden_ratio"]
-        for name in ("expand_k", "expand_v", "hidden_ratio"):  # whole numbers in many files
+        for name in ("expand_k", "expand_v", "hidden_ratio"):  # integers in many files
             given[name] = float(given[name])
-        given["elementwise_affine"] = bool(given["elementwise_affine"])  # None is none
-        older = given.pop("rms_norm_eps", None)  # its name until 2024-04-28 (commit 6d0aa56)
+        given["elementwise_affine"] = bool(given["elementwise_affine"])  # None means False
+        older = given.pop("rms_norm_eps", None)  # the name of norm_eps until 2024-04-28 (commit 6d0aa56)
         if older is not None and raw.get("norm_eps", older) != older:
             raise ValueError(
                 f"rms_norm_eps is {older!r} in this {self.name} checkpoint, and norm_eps, which names the same, is "
@@ -84,7 +84,7 @@ class RetNetFlaFormat(FlaFormat):
         return given, defaults
 
     def key_mapping(self) -> dict[str, str]:
-        # `conversions` goes by names that no other file has, and gives both their names of ours
+        # temporary names, unique to these files, which `conversions` replaces by ours
         mapping = super().key_mapping()
         return {theirs: re.sub(r"(?=(gate|up)_proj)", "fla_", ours) for theirs, ours in mapping.items()}
 
@@ -110,7 +110,7 @@ FLA = RetNetFlaFormat(
         "feed_forward_norm.weight": "mlp_norm.weight",
         **{f"feed_forward.{x}_proj.weight": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
     },
-    layer_aliases={"attn.g_norm.weight": "mixer.norm.weight"},  # where norm and gate are not fused
+    layer_aliases={"attn.g_norm.weight": "mixer.norm.weight"},  # if norm and gate are not fused
     defaults={
         "model_type": "retnet",
         "architectures": ["RetNetForCausalLM"],
@@ -163,7 +163,7 @@ FLA = RetNetFlaFormat(
             "vocab_size",
         )
     },
-    # hidden_act is the activation of the gate as well
+    # their hidden_act serves gate and feed-forward
     constants={
         "rotary": "half",
         **RMS_NORMS,
@@ -180,9 +180,9 @@ FLA = RetNetFlaFormat(
     ignored=(
         *KERNELS,
         *("attn_mode", "fuse_swiglu"),
-        # its attention layers alone read it
+        # read by attention layers only
         "max_position_embeddings",
-        # no block of its models has ever handed them to a layer
+        # never passed to a layer
         "use_short_conv",
         "conv_size",
         "share_conv_kernel",

@@ -12,12 +12,12 @@ from hf_archs.layers.norm import ArchLayerNorm
 @strict
 @dataclass(kw_only=True)
 class SubLNMLPConfig(MLPConfig):
-    """Fields of `hf_archs.layers.mlp.MLPConfig`, of which ``gated`` is False."""
+    """Fields of `hf_archs.layers.mlp.MLPConfig`; ``gated`` must be False."""
 
     gated: bool = False
 
     def validate_sub_ln(self) -> None:
-        """Refuse a gated one."""
+        """Refuse a gated feed-forward."""
         self._allow(not self.gated, "gated", "is False")
 
 
@@ -29,10 +29,10 @@ class SubLNMLP(MLP):
         self.norm = ArchLayerNorm(config.intermediate_size, config.norm_eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """``(..., d)`` to the same."""
+        """Map ``(..., d)`` to ``(..., d)``."""
         return self.down_proj(self.norm(self.act(self.up_proj(hidden_states))))
 
 
 def sub_ln_tp_plan(config: MLPConfig) -> dict[str, str]:
-    """Every process has the whole hidden layer, which the norm goes over."""
+    """Tensor-parallel plan: outputs are gathered, since the norm needs the whole hidden layer."""
     return dict.fromkeys(("up_proj", "down_proj"), "colwise_gather_output")

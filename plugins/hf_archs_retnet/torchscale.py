@@ -13,14 +13,14 @@ from transformers import PreTrainedConfig
 
 from hf_archs.native.formats import StateDictFormat
 
-# what later versions of all have, and flash-linear-attention
+# constants of flash-linear-attention and of later versions of the other packages
 RMS_NORMS = {"projection_bias": False, "head_norm": "rms_norm", "head_norm_eps": None, "inner_norm": False}
-# no package of RetNet has these, and they change nothing but the rounding and the initial weights
+# fields that no RetNet package has; they affect rounding and initial weights only
 ASSUMED = {"residual_in_fp32": False, "rescale_prenorm_residual": False}
 
 
 def is_decoder(raw: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` has the names of torchscale's options."""
+    """True for a ``config.json`` with options of torchscale."""
     return any(name.startswith("decoder_") for name in raw)
 
 
@@ -28,22 +28,22 @@ def is_decoder(raw: Mapping[str, Any]) -> bool:
 class DecoderFormat(StateDictFormat):
     """The options of torchscale's ``RetNetConfig`` as a ``config.json``.
 
-    Of its three forms of retention the recurrent one is computed, which has one factor for each row of the scores (see
-    ``normalize_decay``). The parallel and the chunkwise one divide each row by its absolute sum as well, where that is
-    above 1: it changes nothing but how much the eps of the norm after it weighs.
+    A model computes as torchscale's recurrent form of retention, which has one factor per row of the scores (see
+    ``normalize_decay``). Its parallel and chunkwise forms also divide each row by its absolute sum if that is above 1,
+    which only changes the weight of the eps in the following norm.
     """
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """As `StateDictFormat.expand`, with the value width and the embedding's scale in our units."""
         given, defaults = super().expand(raw)
         width = given["decoder_embed_dim"]
-        # under names of our own: what they say in other units
+        # our names, for the same in our units
         given["expand_v"] = given.pop("decoder_value_embed_dim") / width
         given["multiplier"] = 1.0 if given.pop("no_scale_embedding") else math.sqrt(width)
         return given, defaults
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """As `StateDictFormat.write_config`. Raises a `ValueError` for a scale of the embedding that is no option."""
+        """As `StateDictFormat.write_config`. Raises a `ValueError` for an embedding scale that is not an option."""
         written = super().write_config(config)
         multiplier, width = written.pop("multiplier"), written["decoder_embed_dim"]
         if multiplier not in (1.0, math.sqrt(width)):
@@ -56,11 +56,11 @@ class DecoderFormat(StateDictFormat):
         return written
 
     def is_buffer(self, name: str) -> bool:
-        """Whether it is of the angles and decays of relative positions."""
+        """True for the angles and decays of relative positions."""
         return "retnet_rel_pos." in name
 
     def buffers(self, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-        """Angles and decays, which their ``load_state_dict`` wants to find, as they compute them."""
+        """Angles and decays as torchscale computes them; its ``load_state_dict`` requires them."""
         pairs = config.key_size // config.num_heads // 2  # type: ignore[attr-defined]
         angle = (1.0 / (10000 ** torch.linspace(0, 1, pairs))).repeat_interleave(2)
         heads = torch.arange(config.num_heads, dtype=torch.float)  # type: ignore[attr-defined]
@@ -70,17 +70,17 @@ class DecoderFormat(StateDictFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class SyncdothFormat(DecoderFormat):
-    """``model_type`` ``retnet`` too, with torchscale's options: the package of github.com/syncdoth/RetNet."""
+    """The package github.com/syncdoth/RetNet: ``model_type`` ``retnet`` with torchscale's options."""
 
     def __str__(self) -> str:
         return "syncdoth's retnet"
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
-        """Whether it has ``model_type`` ``retnet`` and torchscale's options."""
+        """True for ``model_type`` ``retnet`` with torchscale's options."""
         return raw.get("model_type") == "retnet" and is_decoder(raw)
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `DecoderFormat.expand`. Raises a `ValueError` for a file of before October 2023."""
+        """As `DecoderFormat.expand`. Raises a `ValueError` for a file from before 2 October 2023."""
         if "decoder_value_embed_dim" not in raw:
             raise ValueError(
                 f"decoder_value_embed_dim is missing in this {self.name} checkpoint, as in those from before 2 October "
@@ -94,22 +94,22 @@ class TorchscaleFormat(DecoderFormat):
     """The options of torchscale's ``RetNetConfig``, and the state dict of a ``RetNetDecoder``."""
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
-        """Whether it has no ``model_type``, and options of retention, the value width among them."""
+        """True for options of retention with a value width, without a ``model_type``."""
         return "model_type" not in raw and "decoder_retention_heads" in raw and "decoder_value_embed_dim" in raw
 
     def theirs(self, name: str) -> str:
-        """As `NativeFormat.theirs`, without the decoder's prefix, since its state dict has none."""
+        """As `NativeFormat.theirs`, without the decoder's prefix, which its state dict does not have."""
         return super().theirs(name).removeprefix(f"{self.prefix}.")
 
     def ours(self, name: str) -> str:
-        """As `NativeFormat.ours`, of a name with or without the decoder's prefix."""
-        name = name.removeprefix(f"{self.prefix}.")  # which checkpoints of whole fairseq models have
+        """As `NativeFormat.ours`, for a name with or without the decoder's prefix."""
+        name = name.removeprefix(f"{self.prefix}.")  # of checkpoints of whole fairseq models
         if name == self.renames["lm_head.weight"]:
             return "lm_head.weight"
         return super().ours(f"{self.prefix}.{name}")
 
     def key_mapping(self) -> dict[str, str]:
-        """As `NativeFormat.key_mapping`, where the decoder's prefix may be missing."""
+        """As `NativeFormat.key_mapping`, with an optional decoder's prefix."""
         prefix = rf"^(?:{self.prefix}\.)?"
         head = rf"{prefix}output_projection\.weight$"
         return {
@@ -120,23 +120,25 @@ class TorchscaleFormat(DecoderFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class Torchscale2023Format(TorchscaleFormat):
-    """The same before 29 September 2023: no ``decoder_value_embed_dim``, values twice as wide as the model, biases,
-    LayerNorms, and a plain feed-forward with one more of them.
+    """torchscale before 29 September 2023.
 
-    The eps of the norm of each head was ``layernorm_eps`` at first, 1e-6 from 2 August (commit 2c29de0) to 27 September
-    (commit d1fefe9), and ``layernorm_eps`` again. Nothing in a file tells which, so it has to stand in the
-    ``config.json`` under our name, ``head_norm_eps``, unless it is the same.
+    It has no ``decoder_value_embed_dim``, values twice as wide as the model, biases, LayerNorms, and an ungated
+    feed-forward with a LayerNorm inside.
+
+    The eps of each head's norm was ``layernorm_eps`` at first, 1e-6 from 2 August (commit 2c29de0) to 27 September
+    (commit d1fefe9), then ``layernorm_eps`` again. Files do not record it, so ``config.json`` must hold it under our
+    name, ``head_norm_eps``, unless ``layernorm_eps`` is 1e-6 too.
     """
 
     def __str__(self) -> str:
         return "torchscale before 29 September 2023"
 
     def detect(self, raw: Mapping[str, Any]) -> bool:
-        """Whether it has no ``model_type``, and options of retention without the value width."""
+        """True for options of retention without a value width and without a ``model_type``."""
         return "model_type" not in raw and "decoder_retention_heads" in raw and not super().detect(raw)
 
     def expand(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `DecoderFormat.expand`, values twice as wide. Raises a `ValueError` where the norm's eps is unknown."""
+        """As `DecoderFormat.expand`, with values twice as wide. Raises a `ValueError` if the norm's eps is unknown."""
         width = raw.get("decoder_embed_dim", self.defaults["decoder_embed_dim"])
         given, defaults = super().expand({**raw, "decoder_value_embed_dim": 2 * width})
         if given["head_norm_eps"] is None and given["layernorm_eps"] != 1e-6:
@@ -212,15 +214,15 @@ _DECODER_FIELDS = {
     "embedding_norm": "layernorm_embedding",
 }
 _DECODER_IGNORED = (
-    # in training alone
+    # training only
     "dropout",
     "activation_dropout",
     "drop_path_rate",
     "z_loss_coeff",
-    # which of its three forms computes
+    # chunk length of its chunkwise form
     "recurrent_chunk_size",
 )
-# norms in a feed-forward that has no gate
+# norms of the ungated feed-forward
 _UNGATED = ("subln", "use_ffn_rms_norm")
 _TORCHSCALE_DEFAULTS = {
     "moe_freq": 0,
@@ -239,9 +241,9 @@ _TORCHSCALE_FIELDS = {**_DECODER_FIELDS, "tie_word_embeddings": "share_decoder_i
 _TORCHSCALE_IGNORED = (
     *_DECODER_IGNORED,
     "chunkwise_recurrent",
-    # its weights say it
+    # the weights show it
     "no_output_layer",
-    # of experts, of which there are none where moe_freq is 0
+    # fields of experts, which moe_freq = 0 excludes
     "moe_top1_expert",
     "moe_expert_count",
     "moe_gating_use_fp32",
@@ -254,7 +256,7 @@ _TORCHSCALE_IGNORED = (
     "max_target_positions",
     "xpos_rel_pos",
     "xpos_scale_base",
-    # how it is trained
+    # training
     "checkpoint_activations",
     "fsdp",
     "ddp_rank",
@@ -339,9 +341,9 @@ SYNCDOTH = SyncdothFormat(
         *_DECODER_IGNORED,
         *_UNGATED,
         "forward_impl",
-        # results beside the logits
+        # additional outputs
         "output_retentions",
-        # which the tokenizer has
+        # part of the tokenizer
         "unk_token_id",
     ),
     unused=("hidden_ratio",),

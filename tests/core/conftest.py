@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 @pytest.fixture(scope="session")
 def word_tokenizer():
-    """Numbers as words, 64 tokens with the special ones."""
+    """A tokenizer of 64 tokens: numbers as words, and special tokens."""
     special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk", "mask")}
     words = {word: i for i, word in enumerate([*special.values(), *map(str, range(59))])}
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

@@ -1,4 +1,4 @@
-"""A plugin that was written for 0.1 runs, found through its entry point, and is told where names have gone."""
+"""A plugin for version 0.1 runs, found through its entry point; warnings give the new places of names."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 PLUGIN = Path(__file__).parent.parent / "data" / "plugin_of_0_1.py"
-# each stands in a warning
+# each has a warning
 NEW_PLACES = ("hf_archs.parts", "hf_archs.config", "hf_archs.model", "mixer_class")
 
 CODE = """

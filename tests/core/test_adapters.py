@@ -1,4 +1,4 @@
-"""`add_adapter`: PEFT's function, with the mistakes refused that PEFT passes over."""
+"""`add_adapter`: PEFT's function, with errors for mistakes that PEFT ignores."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def test_a_head_of_its_own_weight_is_a_target():
 
 
 def test_under_bare_peft_a_tied_head_merges_wrongly():
-    """Why it is refused: the host's mistake, which Llama shares, stays the host's."""
+    """The reason for the refusal: bare PEFT merges it wrongly, for Llama too."""
     ids = tokens(2, 9)
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
         wrapped = get_peft_model(tiny(), lora(target_modules=["in_proj", "lm_head"])).eval()
@@ -94,7 +94,7 @@ def test_under_bare_peft_a_tied_head_merges_wrongly():
 
 
 def test_names_that_peft_adds_by_itself():
-    """A config that it has seen has all its names of classifiers, one of which is the model's."""
+    """PEFT adds all its names of classifiers to a config, one of which is the model's; the config can be reused."""
     config = LoraConfig(task_type="SEQ_CLS")
     for _ in range(2):
         wrapped = hf_archs.add_adapter(tiny("sequence_classification_class"), config)

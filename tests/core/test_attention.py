@@ -1,4 +1,4 @@
-"""Attention, sliding attention and memory: against loops and transformers' own, however a text comes in pieces."""
+"""Attention, sliding attention and memory against loops and transformers' own, for any split of a text."""
 
 import copy
 import itertools
@@ -95,7 +95,7 @@ def read(mixer, cache, x, lengths=None, seq_idx=None, keep=1):
 
 
 def assert_holds(mixer, cache, row, text):
-    """A row of the cache holds the states after a text alone; those that grow have zeros in their other columns."""
+    """Check that a cache's row equals the states after ``text`` alone; growing states have zeros in other columns."""
     alone = cache_of(mixer)
     read(mixer, alone, text)
     for key, expected in alone.tensors():
@@ -109,7 +109,7 @@ def assert_holds(mixer, cache, row, text):
 
 
 def turned(x, position, config):
-    """One head's channels, rotated as complex numbers."""
+    """The channels of one head, rotated as complex numbers."""
     if config.rope_theta is None:
         return x
     size = config.rotary_size
@@ -129,7 +129,7 @@ def attended(query, keys, values, scale):
 
 
 def reference(mixer, x):
-    """One document (l, d), every query of every head by itself."""
+    """The output for one document (l, d), by a loop over heads and queries."""
     config = mixer.config
     size, heads, groups = config.head_size, config.num_heads, config.key_value_heads
     q, k, v = mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)
@@ -152,7 +152,7 @@ def reference(mixer, x):
         more_keys, more_values = [], []
         if memory == "compressive":
             rate = config.compression_rate
-            blocks = first // rate  # those of which no token is in the window
+            blocks = first // rate  # blocks without a token in the window
             first = blocks * rate
             for block in range(max(blocks - config.memory_slots, 0), blocks):
                 tokens = range(block * rate, (block + 1) * rate)
@@ -251,7 +251,7 @@ def test_every_split(name, kind):
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_pads_and_a_cache_that_goes_on(name, early):
-    """Rows end at different tokens, in every piece; one has none in the second. Pads hold no numbers at all."""
+    """Rows end at different tokens in every piece, and one has none in the second. Pads are not-a-number."""
     mixer = mixer_of(name)
     lengths = torch.tensor([[11, 4, 7], [3, 9, 0], [1, 0, 1], [2, 12, 5]])
     cache = cache_of(mixer, "static" if early else "dynamic")
@@ -276,7 +276,7 @@ def test_pads_and_a_cache_that_goes_on(name, early):
 
 @pytest.mark.parametrize("name", ALL)
 def test_documents(name):
-    """Several in a row are each as alone, forward and gradients, after a cache and with pads; the last goes on."""
+    """Forward and gradients of each document equal those alone, after a cache and with pads; the last is continued."""
     mixer = mixer_of(name)
     cuts = (5, 1, 14, 2, 9)
     history, texts = inputs(1, 8, seed=9), [inputs(1, n, seed=n) for n in cuts]
@@ -311,7 +311,7 @@ def test_documents(name):
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_rollback(name, kind):
-    """Tokens that were taken back have never been, and a state that grows has no columns of them."""
+    """Cropped tokens have no effect, and no columns in a growing state."""
     mixer = mixer_of(name)
     x, other = inputs(1, 20), inputs(1, 6, seed=1)
     for prefill, drafted, removed in ((7, 6, 4), (12, 1, 1), (0, 5, 3), (3, 9, 9), (0, 4, 4)):
@@ -366,7 +366,7 @@ def test_rollback_into_a_document(name):
 
 @torch.no_grad()
 def test_bytes():
-    """A bounded state is as large after 1,024 tokens as after 64, and exactly what its docstring says."""
+    """A bounded state has the same size after 64 and 1,024 tokens, and the size in its docstring."""
     for name in BOUNDED:
         mixer = mixer_of(name, torch.float32)
         cache = cache_of(mixer)
@@ -389,7 +389,7 @@ def test_bytes():
 
 
 def test_long_texts_take_memory_as_they_are_long():
-    """With a window of 16, nothing has an entry for every pair of 4,096 tokens."""
+    """With a window of 16, no tensor has an entry for every pair of 4,096 tokens."""
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -415,7 +415,7 @@ def test_long_texts_take_memory_as_they_are_long():
 
 @pytest.mark.parametrize("name", ["groups", "full norm", "global", "compressive", "compressive, global", "retrieval"])
 def test_gradients(name):
-    """Of inputs, parameters and given states, over documents and pads."""
+    """Gradients of inputs, parameters and given states, over documents and pads."""
     mixer = mixer_of(name, num_heads=2, num_key_value_heads=1)
     cache = cache_of(mixer)
     with torch.no_grad():
@@ -448,7 +448,7 @@ def test_gradients(name):
 
 
 def test_every_parameter_gets_a_gradient():
-    """Also where the text is shorter than a window."""
+    """Also if the text is shorter than the window."""
     for name in ALL:
         mixer = mixer_of(name)
         for length in (1, 2, 20):
@@ -461,11 +461,11 @@ def test_every_parameter_gets_a_gradient():
             assert t.grad.any() or name == "itself", f"{name}, {parameter}"
 
 
-# (of the memories with retrieval the one that finds all there is: which keys are nearest depends on the rounding)
+# of retrieval memories only the one that retrieves all keys, since rounding changes the nearest ones
 @pytest.mark.parametrize("name", ["groups", "full norm", "global", "compressive", "retrieval, global"])
 @torch.no_grad()
 def test_half_precision(name):
-    """In bfloat16 and under autocast, with and without a cache, near the float32 answer and in the right dtypes."""
+    """bfloat16 and autocast, with and without a cache, are near the float32 result and have the right dtypes."""
     exact = mixer_of(name, torch.float32)
     x = inputs(2, 17, dtype=torch.float32)
     expected = exact(x)
@@ -483,7 +483,7 @@ def test_half_precision(name):
 
 @torch.no_grad()
 def test_a_cache_of_another_precision_goes_on():
-    """The states are in the precision of the latest tokens."""
+    """The states have the dtype of the latest tokens."""
     for name in ALL:
         mixer = mixer_of(name, torch.float32)
         cache = cache_of(mixer)
@@ -495,7 +495,7 @@ def test_a_cache_of_another_precision_goes_on():
 
 
 def test_users_can_bring_their_own(monkeypatch):
-    """A function that is registered with transformers is called, with a mask that says what a query sees."""
+    """A function registered with transformers is called, with the mask of what a query sees."""
     calls = []
 
     def mine(module, query, key, value, attention_mask, **kwargs):
@@ -521,7 +521,7 @@ def test_users_can_bring_their_own(monkeypatch):
 
 
 def test_positions_far_from_the_start():
-    """At token 200,000 an angle is right to seven digits in float32, and the mixer may have been on `meta`."""
+    """In float32, angles are right to 1e-6 at token 200,000, also in a mixer built on `meta`."""
     position = torch.tensor([[0, 1, 200_000]])
     cos, sin = rotary.rotary(position, 8, 1e4, torch.float32)
     for c, t in itertools.product(range(4), range(3)):
@@ -537,7 +537,7 @@ def test_positions_far_from_the_start():
 
 
 def test_constants_are_kept_of_plain_tensors_alone():
-    """A forward after, before and under what traces: nothing of one is seen by another."""
+    """Forwards before, after and under tracing do not share tensors."""
     mixer = mixer_of("compressive", torch.float32)
     names = dict(mixer.named_parameters())
     x = inputs(1, 9, dtype=torch.float32)
@@ -565,7 +565,7 @@ class TestCompile:
         torch._dynamo.reset()
 
     def test_training(self, name):
-        """One graph, also where a length is a multiple of a block."""
+        """One graph for all lengths, also for a multiple of the block."""
         mixer = mixer_of(name)
         graphs, backend = counted("aot_eager")
         compiled = torch.compile(mixer, backend=backend, fullgraph=True, dynamic=True)
@@ -583,7 +583,7 @@ class TestCompile:
 
     @torch.no_grad()
     def test_a_static_cache(self, name):
-        """A graph for pieces, another for single tokens, whatever their number."""
+        """One graph for pieces of any length, and one for single tokens."""
         mixer = mixer_of(name)
         graphs, backend = counted("eager")
 

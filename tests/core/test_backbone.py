@@ -1,10 +1,11 @@
-"""The backbone: where real tokens stand, models that read in both directions, and what it refuses."""
+"""The backbone: places of real tokens, bidirectional models, and refusals."""
 
 import pytest
 import torch
 from torch import nn
 
 import hf_archs
+from hf_archs.layers.norm import ArchLayerNorm
 from hf_archs.model.layout import Layout
 from hf_archs.testing.contract.models import assert_close, lively, logits, tokens
 from hf_archs.testing.contract.padding import KINDS, padded
@@ -46,7 +47,7 @@ class TestLayout:
         assert torch.equal(mask.gather(1, layout.order), torch.arange(33) < layout.lengths[:, None])
 
     def test_mixers_see_trailing_pads_only(self, model):
-        """And what they say of pads is not added to anything."""
+        """Their outputs at pads are not added to the residual stream."""
         seen = []
         hook = model.model.layers[0].mixer.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append((args[0], kwargs["lengths"])), with_kwargs=True
@@ -68,7 +69,7 @@ class TestLayout:
 
 class TestBothDirections:
     def test_it_reads_both(self, encoder):
-        """A changed first token shows at the end, and a changed last token at the beginning."""
+        """The first token changes the last output, and the last token the first output."""
         ids = tokens(1, 32)
         for place, seen in ((0, -1), (-1, 0)):
             other = ids.clone()
@@ -76,7 +77,7 @@ class TestBothDirections:
             assert (logits(encoder, other) - logits(encoder, ids))[0, seen].abs().max() > 1e-2
 
     def test_a_mirrored_text_is_read_the_same(self, encoder):
-        """Both directions share one mixer, so that a reversed text gives the reversed answer."""
+        """Both directions share one mixer, so a reversed text gives the reversed logits."""
         ids = tokens(2, 20)
         assert_close(logits(encoder, ids.flip(1)).flip(1), logits(encoder, ids), "mirrored")
 
@@ -155,7 +156,7 @@ class TestModel:
             assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
 
     def test_masks_of_attention_and_of_compiled_generation(self, model):
-        """A dict of masks by layer type is read: the mask of these layers, whatever stands beside it."""
+        """Of a dict of masks by layer type, the mask of the model's layer type is used, and others are ignored."""
         ids, mask = padded([tokens(1, 6)[0], tokens(1, 9)[0]], "left", 9)
         expected = logits(model, ids, attention_mask=mask)
         whole = torch.ones(2, 1, 9, 9, dtype=torch.bool)
@@ -167,14 +168,14 @@ class TestModel:
             logits(model, ids, attention_mask={"chunked": mask})
 
     def test_an_empty_text(self, model):
-        """A row with no real token at all is no error, and says the same as nothing."""
+        """A row without a real token is no error and does not change other rows."""
         ids, mask = tokens(2, 5), torch.tensor([[0] * 5, [1] * 5])
         found = logits(model, ids, attention_mask=mask)
         assert found.isfinite().all()
         assert_close(found[1:], logits(model, ids[1:]), "the other row")
 
     def test_residual_stream(self, architecture):
-        """With bf16 weights it is float32, or bf16 where the config says so."""
+        """With bf16 weights it is float32, or bf16 if the config says so."""
         for wide, dtype in ((True, torch.float32), (False, torch.bfloat16)):
             config = architecture.tiny_config(residual_in_fp32=wide)
             model = architecture.causal_lm_class(config).to(torch.bfloat16)
@@ -184,7 +185,7 @@ class TestModel:
             assert [hidden.dtype for hidden in out.hidden_states[1:-1]] == [dtype] * (config.num_hidden_layers - 1)
 
     def test_initial_scale_of_what_is_added(self, architecture):
-        """The projections into the residual stream shrink with the depth (GPT-2, section 2.3), and only they."""
+        """Only the projections into the residual stream shrink with depth (GPT-2, section 2.3)."""
         stds = {}
         for depth, rescaled in ((1, True), (4, True), (4, False)):
             config = architecture.tiny_config(num_hidden_layers=depth, rescale_prenorm_residual=rescaled)
@@ -214,9 +215,9 @@ def test_layer_norm_and_embedding_multiplier_are_read(architecture):
     outputs = model(ids, output_hidden_states=True)
     embedded = torch.nn.functional.embedding(ids, model.embed_tokens.weight)
     assert torch.equal(outputs.hidden_states[0], 8 * embedded)
-    # what is handed in is what the embedding gives, as for every other model of transformers
+    # inputs_embeds equals the embedding's output, as in all models of transformers
     assert torch.equal(model(inputs_embeds=8 * embedded).last_hidden_state, outputs.last_hidden_state)
-    assert outputs.last_hidden_state.mean(-1).abs().max() < 1e-6  # an RMSNorm leaves the mean
+    assert outputs.last_hidden_state.mean(-1).abs().max() < 1e-6  # an RMSNorm does not remove the mean
 
 
 @pytest.mark.parametrize("norm_type", ["rms_norm", "layer_norm"])
@@ -232,3 +233,16 @@ def test_a_norm_of_the_embeddings(architecture, norm_type):
     for inputs in ({"input_ids": ids}, {"inputs_embeds": model.embed_tokens(ids)}):
         torch.testing.assert_close(model(**inputs, output_hidden_states=True).hidden_states[0], normed)
     assert architecture.model_class(architecture.tiny_config()).embed_norm is None
+
+
+def test_a_layer_norm_keeps_its_input_alone():
+    """Of everything of its input's size, for the backward; in half precision it is rounded before its weight."""
+    norm = ArchLayerNorm(8)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x, kept = torch.randn(5, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = norm(x)
+    assert {t.data_ptr() for t in kept if t.numel() == x.numel()} == {x.data_ptr()}
+    assert torch.equal(y, torch.addcmul(norm.bias, norm.weight, nn.functional.layer_norm(x, (8,), eps=norm.eps)))
+    assert norm.bfloat16()(x).dtype == torch.bfloat16

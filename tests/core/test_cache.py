@@ -1,4 +1,4 @@
-"""The recurrent cache: rollback by replay, batch operations, saved states, and caches that others made."""
+"""The recurrent cache: rollback by replay, batch operations, saved states, and caches made by others."""
 
 import copy
 import gc
@@ -43,7 +43,7 @@ class TestCrop:
         ("prefill", "more", "removed"), [(20, 5, 1), (20, 5, 3), (20, 5, 5), (1, 4, 2), (150, 9, 9)]
     )
     def test_takes_back_the_last_tokens(self, model, kind, prefill, more, removed):
-        """Rolled back, the cache is where it was: it goes on with other tokens as if the rejected had never been."""
+        """After a crop the cache continues with other tokens as if the cropped ones had not been read."""
         cache = empty(kind, model.config)
         ids = tokens(1, prefill + more)
         feed(model, cache, ids[:, :prefill])
@@ -85,7 +85,7 @@ class TestCrop:
         assert_close(feed(model, cache, ids), logits(model, ids), "after the reset")
 
     def test_again_and_again(self, model, kind):
-        """As assisted decoding does it: some drafts, a crop, some drafts, a crop of nothing."""
+        """As in assisted decoding: drafts and crops in turn, also of no tokens."""
         cache = empty(kind, model.config)
         cache.activate_past_recording()
         kept = tokens(1, 9)
@@ -101,7 +101,7 @@ class TestCrop:
             assert int(cache.get_seq_length()) == kept.shape[1]
 
     def test_with_pads_and_documents(self, model, kind):
-        """A position that is taken back may be a pad; each row loses the tokens that stand in the last columns."""
+        """A cropped position may be a pad; each row loses the tokens in the last columns."""
         rows = [tokens(1, n, seed=n)[0] for n in (8, 5)]
         ids, mask = padded(rows, "right", 8)
         cache = empty(kind, model.config)
@@ -121,7 +121,7 @@ class TestCrop:
         assert_close(found, logits(model, torch.cat([ids[:1, 3:5], other[:1]], 1))[:, 2:], "in a document")
 
     def test_more_than_was_recorded(self, model, kind):
-        """Of a long prefill only the last positions are kept; asking for more is an error and changes nothing."""
+        """Only the last positions of a long prefill are recorded; cropping more is an error and changes nothing."""
         cache = empty(kind, model.config)
         cache.activate_past_recording()
         ids = tokens(1, 150)
@@ -131,12 +131,12 @@ class TestCrop:
             cache.crop(-100)
         assert all(torch.equal(tensor, before[name]) for name, tensor in cache.tensors())
         assert int(cache.get_seq_length()) == 150
-        cache.crop(-2)  # what is recorded still can
+        cache.crop(-2)  # the recorded tokens still can be cropped
         other = tokens(1, 4, seed=1)
         assert_close(feed(model, cache, other), logits(model, torch.cat([ids[:, :148], other], 1))[:, 148:], "after")
 
     def test_what_is_recorded_is_small(self, model, kind):
-        """No state per token, and of a long forward no more than the window."""
+        """It holds no state per token, and of a long forward only the window."""
         cache = empty(kind, model.config)
         cache.activate_past_recording()
         feed(model, cache, tokens(1, 500), logits_to_keep=1)
@@ -169,7 +169,7 @@ class TestCrop:
             cache.crop(-1)
 
     def test_rows_change_while_recording(self, model, kind):
-        """Beams: rows are reordered between the forward and the crop."""
+        """Rows are reordered between the forward and the crop, as by beam search."""
         cache = empty(kind, model.config)
         cache.activate_past_recording()
         ids = tokens(3, 9)
@@ -230,7 +230,7 @@ class TestSlots:
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
     def test_go_with_a_copy(self, model, kind, copied):
-        """A copy of a cache goes on alone, and the first one as if there were none."""
+        """A copy of a cache and the cache itself are continued independently."""
         cache, ids = empty(kind, model.config), tokens(1, 9)
         feed(model, cache, ids[:, :4])
         other = copied(cache)
@@ -240,7 +240,7 @@ class TestSlots:
             assert_close(feed(model, each, ids[:, 5:]), expected[:, 1:], "more tokens")
 
     def test_do_not_keep_a_cache_alive(self, model, kind):
-        """Its memory is free as soon as nobody has it, and not when Python next looks for circles."""
+        """A cache's memory is freed with its last reference, without Python's cycle collector."""
         cache = empty(kind, model.config)
         feed(model, cache, tokens(1, 4))
         state, gone = weakref.ref(cache.slot(0).get("conv")), weakref.ref(cache)
@@ -266,7 +266,7 @@ def test_parts_of_a_layer_have_slots_of_their_own():
 
 class TestStatic:
     def test_addresses_stay(self, model):
-        """Decoding, a crop, a reset and reordering write into the same buffers, as CUDA graphs need it."""
+        """Decoding, a crop, a reset and reordering write to the same buffers, as CUDA graphs require."""
         cache = ArchStaticCache(model.config, max_cache_len=50)
         ids = tokens(2, 7)
         feed(model, cache, ids)
@@ -281,14 +281,14 @@ class TestStatic:
         assert {name: tensor.data_ptr() for name, tensor in cache.held()} == where
 
     def test_early_initialization(self, model):
-        """Buffers that are there before the first token hold the empty state."""
+        """Buffers allocated before the first token hold the empty state."""
         cache = ArchStaticCache(model.config, max_cache_len=50)
         cache.early_initialization(2, 1, 1, torch.float32, torch.device("cpu"))
         ids = tokens(2, 7)
         assert_close(feed(model, cache, ids), logits(model, ids), "from early buffers")
 
     def test_dynamic_states_are_not_written_over(self, model):
-        """A copy of a dynamic cache's states stays as it is while the cache goes on."""
+        """A dynamic cache does not write to its earlier state tensors."""
         cache = ArchDynamicCache(model.config)
         feed(model, cache, tokens(1, 5))
         kept = dict(cache.tensors())
@@ -380,7 +380,7 @@ class TestCachesOfOthers:
 
 
 class TestGrowingStates:
-    """A state with an entry for every token: longer with each forward, or right-aligned in a buffer of fixed size."""
+    """A state with an entry per token: it grows with each forward, or is right-aligned in a buffer of fixed size."""
 
     @pytest.fixture
     def config(self, monkeypatch):

@@ -1,7 +1,8 @@
-"""The command line: what each command does, and that a wrong input ends with one sentence and status 2."""
+"""The command line: each command's results, and one sentence and status 2 for wrong inputs."""
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import subprocess
@@ -34,10 +35,10 @@ TRAIN = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--block_size
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """Run a command line in ``tmp_path``: (status, stdout, stderr)."""
+    """Run a command line in ``tmp_path``, and return (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # the threads of this process stay as they are
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # keep the threads of this process
     monkeypatch.setattr(cli, "console", cli.Console(width=200))
     levels = hub_logging.get_verbosity(), transformers_logging.get_verbosity()
 
@@ -58,7 +59,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def refused(run):
-    """Run a command line that must fail, and give its one sentence."""
+    """Run a command line that must fail, and return its one sentence."""
 
     def refused(*arguments):
         status, _, error = run(*arguments)
@@ -89,7 +90,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """A copy of the tiny model that a test may spoil."""
+    """A copy of the tiny model that a test may change."""
     folder = tmp_path / "copy"
     with disk.replacing(folder) as partial:
         for file in (trained / "model").iterdir():
@@ -105,7 +106,7 @@ HELP = [["--version"], ["-h"], ["--help"], [], ["init", "-h"], ["describe", "--h
 
 @pytest.mark.parametrize("arguments", HELP, ids=" ".join)
 def test_help_is_the_commands_own_and_needs_no_torch(run, arguments):
-    """The program, which runs the file of the commands outside its package, says what the commands say."""
+    """The program runs the commands' file without its package, with the same output."""
     program = (
         f"import sys; sys.argv = {['hf-archs', *arguments]}; import hf_archs_main\ntry:\n    hf_archs_main.main()\n"
     )
@@ -144,14 +145,14 @@ def test_list_names_every_architecture(run):
         line = next(line for line in out.splitlines() if line.startswith(f"│ {name} "))
         for word in (architecture.model_type, *architecture.sizes, *architecture.lora_targets):
             assert re.search(rf"\b{re.escape(word)}[, ]", line)
-    for name in {*registry.mixers(), *registry.feed_forwards()} - {"parallel"}:  # of which a hybrid can be made
+    for name in {*registry.mixers(), *registry.feed_forwards()} - {"parallel"}:  # usable in a hybrid
         assert f"│ {name} " in out
 
 
 @pytest.mark.parametrize("width", [20, 60, 90, 130, 1000])
 @pytest.mark.parametrize("terminal", [False, True])
 def test_tables_never_cut_a_name(capsys, width, terminal):
-    """At any width: a terminal gets its own where the words fit, and a pipe each row in one line."""
+    """A table has a terminal's width if the words fit; in a pipe, each row is one line."""
     names = [
         "hf_archs_mamba2",
         "a, b, qwen3-next-like, falcon-h1, griffin-like",
@@ -201,7 +202,7 @@ def test_doctor_tells_versions_ops_and_failures(run, monkeypatch):
 
 
 def test_the_tested_versions_are_those_of_the_constraints():
-    """And of everything that hf-archs and its users' extras require; a wheel has no other list of them."""
+    """They cover all requirements of hf-archs and its users' extras, of which a wheel has no other list."""
     repository = Path(hf_archs.__file__).parents[1]
     lines = (repository / "constraints.txt").read_text().splitlines()
     constraints = dict(line.split("==") for line in lines if "==" in line)
@@ -304,12 +305,13 @@ def test_the_same_training_again_is_finished_and_a_broken_checkpoint_is_skipped(
 
 
 def test_another_s_tokenizer(run, refused, trained, tmp_path):
-    """Where a model has none, every command that needs one takes another's, as the message says."""
+    """For a model without a tokenizer, every command can use another's, as the message says."""
     assert run("init", "moe", "-o", "bare", "--size", "tiny", "--set", "vocab_size=300")[0] == 0
     (tmp_path / "book.txt").write_text("It was the best of times. " * 200)
     greedy = ["generate", "bare", "some", "--max-new-tokens", "3", "--temperature", "0"]
     look = ["inspect", "bare", "--data", "book.txt", "--tokens", "64"]
-    for command in (greedy, look):
+    measure = ["evaluate", "bare", "--data", "book.txt"]
+    for command in (greedy, look, measure):
         assert "'bare' has no tokenizer; `hf-archs train` makes one, and --tokenizer takes another's" in refused(
             *command
         )
@@ -402,7 +404,7 @@ def test_a_mistyped_architecture_is_not_looked_for_on_the_hub(run, monkeypatch, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("httpx2.Client.send", asks)
     status, _, error = run(*(trained / "model" if word == "{model}" else word for word in arguments))
-    said = error.splitlines()[-1]  # quickstart says before it what it imports
+    said = error.splitlines()[-1]  # quickstart first prints its imports
     assert status == 2
     assert said.startswith("error: ")
     assert re.search(r"did you mean (the architecture )?mamba\b", said)
@@ -417,7 +419,7 @@ def test_a_preset_s_name_leads_to_it(refused, monkeypatch):
 
 @pytest.mark.parametrize("command", ["init", "train", "convert"])
 def test_the_output_folder_is_looked_at_first(refused, monkeypatch, trained, tmp_path, command):
-    """A file in the way, a place where nobody can write, a full disk: before weights are made, read or trained."""
+    """A file at its place, a read-only place or a full disk is found before weights are made, read or trained."""
     model = trained / "model"
     (tmp_path / "file").write_text("")
     start = {
@@ -446,7 +448,7 @@ def test_absurd_sizes_allocate_nothing(refused, monkeypatch):
         raise AssertionError("memory was allocated")
 
     monkeypatch.setattr(hf_archs.get_architecture("mamba").causal_lm_class, "save_pretrained", allocates)
-    monkeypatch.setattr("transformers.set_seed", allocates)  # it stands before the model is made
+    monkeypatch.setattr("transformers.set_seed", allocates)  # called before the model is made
     assert "its weights need" in refused("init", "mamba", "--size", "1.4b", "--set", "hidden_size=131072", "-o", "new")
 
 
@@ -510,7 +512,7 @@ def test_a_damaged_or_foreign_adapter(refused, run, trained, tmp_path):
 
 
 def command(*arguments, **environment):
-    """A process of its own, as a user starts it, but for the half minute that huggingface_hub waits for a Hub."""
+    """Run a command in its own process, without huggingface_hub's half minute of waiting for a Hub."""
     program = "import time; time.sleep = lambda seconds: None; from hf_archs.commands.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
@@ -594,7 +596,7 @@ def test_tokens_and_pushes_in_a_process(trained, tmp_path):
 
 
 def test_describe(run, refused, tmp_path):
-    """A config by an architecture's name and size, from a folder and from a file, against attention everywhere."""
+    """A config by name and size, from a folder and from a file, compared with attention in every layer."""
     status, out, _ = run("describe", "hybrid:jamba", "--length", 4096, "--picture", "jamba.png")
     assert status == 0
     rows = [line.split("│") for line in out.splitlines() if "│" in line]
@@ -612,7 +614,7 @@ def test_describe(run, refused, tmp_path):
 
 
 def test_inspect(run, refused, tmp_path):
-    """The routers of a model over a text: a row for each layer with experts, and a heat map."""
+    """A model's routers over a text: a row for each layer with experts, and a heat map."""
     (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n" * 400)
     assert run("init", "moe", "--size", "tiny", "-o", "model", "--set", "router=loss_free")[0] == 0
     texts = ["some words and some more of them, " * 20] * 20
@@ -624,6 +626,27 @@ def test_inspect(run, refused, tmp_path):
     assert run("init", "mamba", "--size", "tiny", "-o", "dense")[0] == 0
     text.train_tokenizer(texts, 300).save_pretrained(tmp_path / "dense")
     assert "without routers; allowed is a model with experts" in refused("inspect", "dense", "--data", "text.txt")
+
+
+def test_evaluate(run, refused, trained, tmp_path):
+    """A long document is read whole, with the same figures in any chunks; the loss is that of one forward."""
+    words = "It was the best of times, it was the worst of times. " * 300
+    (tmp_path / "book.txt").write_text(words)
+    arguments = ["evaluate", trained / "model", "--data", "book.txt", "--data", "topics"]
+    assert "data is 'nowhere.txt', which does not exist" in refused(*arguments[:-1], "nowhere.txt")
+    tables = [run(*arguments[:4], "--chunk", chunk)[1] for chunk in (64, 10_000)]
+    assert tables[0] == tables[1]
+    row = [cell.strip() for cell in tables[0].splitlines()[3].split("│")[1:-1]]
+    model = loading.load_model(str(trained / "model")).eval()
+    tokenizer = loading.load_tokenizer(str(trained / "model"))
+    ids = torch.tensor([[text.start_token(tokenizer), *text.encode(tokenizer, words)]])
+    loss = model(ids, labels=ids).loss.item()
+    tokens = ids.shape[1] - 1
+    bits = loss * tokens / math.log(2) / len(words)
+    assert row == [
+        *("book.txt", "1", f"{tokens:,}", f"{len(words):,}"),
+        *(f"{loss:.4f}", f"{math.exp(loss):.3f}", f"{bits:.4f}"),
+    ]
 
 
 @pytest.mark.parametrize(

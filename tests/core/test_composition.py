@@ -1,4 +1,4 @@
-"""Patterns of layers, and the named instances that they place."""
+"""Layer patterns, and their named instances."""
 
 import pytest
 
@@ -68,7 +68,7 @@ def test_instances_that_are_none(mixers, message):
 
 
 def test_instances_follow_the_model():
-    """One object for all layers; made again where a field has changed; the model's own config is behind it."""
+    """One config object for all layers, made again if a field changes; it refers to the model's config."""
     config = ArchHybridConfig(mixers={"a": {"type": "mamba2"}}, layer_pattern="a", hidden_size=64, norm_eps=1e-3)
     first = config.layer_plan(0).mixer_config
     assert first is config.layer_plan(5).mixer_config

@@ -1,4 +1,4 @@
-"""Every native format that an architecture declares: models in memory and checkpoints on disk, both ways."""
+"""Every declared native format: models in memory and checkpoints on disk, both ways."""
 
 import builtins
 import io
@@ -35,7 +35,7 @@ def native_config(architecture, form, **fields):
 
 
 def native_model(architecture, form, kind="causal", dtype=torch.float32, **fields):
-    """A native model with random weights, its generation config unlike the default."""
+    """A native model with random weights and a generation config other than the default."""
     config = native_config(architecture, form, **fields)
     classes = dict(zip(("base", "causal"), form.classes(architecture)))
     ours, theirs = classes[kind]
@@ -55,7 +55,7 @@ def assert_same_parameters(a, b):
 
 @pytest.fixture
 def transformers_log():
-    """What transformers logs at level WARNING and above; its logger does not propagate."""
+    """Messages of transformers' logger, which does not propagate, from level WARNING."""
     messages = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -95,11 +95,11 @@ def test_native_to_ours_and_back(architecture, form, kind, tied, dtype):
 
 @every_format
 def test_ours_to_native_and_back_loses_nothing(architecture, form):
-    """Also where training has moved the float32 parameters of a bfloat16 model off what bfloat16 can say."""
+    """Also if a bfloat16 model has float32 parameters that bfloat16 cannot represent."""
     native, _ = native_model(architecture, form, dtype=torch.bfloat16)
     ours = hf_archs.from_native(native)
     wide = [p for p in ours.parameters() if p.dtype == torch.float32]
-    assert wide or architecture.name == "moe"  # which may have no recurrence
+    assert wide or architecture.name == "moe"  # moe may have no recurrence
     with torch.no_grad():
         for parameter in wide[:1]:
             parameter.mul_(1.0001)
@@ -109,12 +109,12 @@ def test_ours_to_native_and_back_loses_nothing(architecture, form):
     with torch.no_grad():
         native(
             native(ids, use_cache=False).logits.argmax(-1), use_cache=False
-        )  # transformers' models run with float32 there
+        )  # where transformers' models use float32
 
 
 @every_format
 def test_a_field_that_transformers_adds_is_not_lost_silently(architecture, form, monkeypatch):
-    """As if the table had been written before the field was there."""
+    """With a table from before the field existed."""
     values = {"use_bias": True, "attention_bias": True, "mamba_proj_bias": True, "rms_norm_eps": 0.5}
     name = next(name for name in values if name in form.fields.values())
     older = replace(form, fields={k: v for k, v in form.fields.items() if v != name})
@@ -167,7 +167,7 @@ def test_read_a_native_checkpoint(architecture, form, kind, shards, tmp_path, tr
     if kind == "causal":
         assert ours.generation_config.max_new_tokens == 7
 
-    # what is saved then is ours, not what was read
+    # it is saved in our format, not in that of the file
     ours.save_pretrained(tmp_path / "ours")
     saved = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert saved["model_type"] == architecture.model_type
@@ -189,7 +189,7 @@ def test_heads_and_base_models_read_each_others_native_checkpoints(architecture,
     expected = hf_archs.from_native(native)
     assert_same_parameters(architecture.model_class.from_pretrained(tmp_path / "causal"), expected.model)
     causal = architecture.causal_lm_class.from_pretrained(tmp_path / "base")
-    tied = expected.config.tie_word_embeddings  # else the head is a new one
+    tied = expected.config.tie_word_embeddings  # else the head is new
     assert_same_parameters(*(causal, expected) if tied else (causal.model, expected.model))
     classifier = architecture.sequence_classification_class.from_pretrained(tmp_path / "causal", num_labels=3)
     assert_same_parameters(classifier.model, expected.model)
@@ -215,12 +215,12 @@ def test_the_usual_arguments_with_a_native_checkpoint(architecture, form, tmp_pa
     with torch.no_grad():
         assert torch.equal(spread(ids).logits, expected(ids).logits)
 
-    # a config that the user hands over: ours, or the native one
+    # a config from the user, ours or native
     for config in (expected.config, native.config):
         assert_same_parameters(model_class.from_pretrained(tmp_path, config=config), expected)
 
 
-# peft asks transformers for the old name of an attribute
+# peft uses an old name of an attribute of transformers
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @every_format
 def test_an_adapter_on_a_native_checkpoint(architecture, form, tmp_path):
@@ -263,12 +263,12 @@ def test_nowhere_to_read_from(tmp_path):
             reader.from_pretrained(tmp_path)
 
 
-# -- the rule: nothing is read wrongly in silence ----------------------------------------------------------------------
+# -- nothing is silently read wrongly ----------------------------------------------------------------------------------
 
 
 @every_format
 def test_a_field_that_no_table_knows(architecture, form):
-    """A tool of transformers 4 wrote some of its own into every file; any other may change the result."""
+    """Known fields of tools and of transformers 4 are ignored; any other unknown field may change the result."""
     raw = native_config(architecture, form).to_dict()
     harmless = {
         "torchscript": False,
@@ -297,7 +297,7 @@ def test_quantised_weights_are_not_taken_for_others(architecture, form, tmp_path
 @pytest.mark.parametrize("whose", ["ours", "theirs"])
 @every_format
 def test_weights_that_are_missing_or_left_over(architecture, form, whose, tmp_path):
-    """Below the heads every weight has one place, and every place a weight."""
+    """Below the heads, weights and parameters must match one to one."""
     native, model_class = native_model(architecture, form)
     (native if whose == "theirs" else hf_archs.from_native(native)).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -316,7 +316,7 @@ def test_weights_that_are_missing_or_left_over(architecture, form, whose, tmp_pa
         save_file(changed, file, metadata={"format": "pt"})
         with pytest.raises(CheckpointMismatch, match=said):
             model_class.from_pretrained(tmp_path)
-    elsewhere = {**state, "v_head.summary.weight": torch.zeros(1)}  # as TRL has it
+    elsewhere = {**state, "v_head.summary.weight": torch.zeros(1)}  # as in TRL
     save_file(elsewhere, file, metadata={"format": "pt"})
     if whose == "ours":
         model_class.from_pretrained(tmp_path)
@@ -330,7 +330,7 @@ def test_weights_that_are_missing_or_left_over(architecture, form, whose, tmp_pa
 
 @pytest.fixture
 def looks(monkeypatch):
-    """The folders whose ``config.json`` is opened to be read, one entry for each time."""
+    """The folders of every ``config.json`` that is opened for reading, one entry per time."""
     folders = []
     opened = io.open
 
@@ -346,7 +346,7 @@ def looks(monkeypatch):
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "ours"])
 def test_a_checkpoint_is_looked_at_once(native, tmp_path, looks, monkeypatch):
-    """`config.json` is opened once by a command, its tokenizer and all, and by `from_pretrained`."""
+    """A command, with its tokenizer, and `from_pretrained` open `config.json` once."""
     architecture = get_architecture("mamba")
     form = architecture.native_formats[0]
     model = native_model(architecture, form, vocab_size=512)[0]
@@ -368,7 +368,7 @@ def test_a_checkpoint_is_looked_at_once(native, tmp_path, looks, monkeypatch):
 
 
 def test_one_look_is_enough_for_every_argument(tmp_path):
-    """Those for the config, those for the model and those for the files, told apart as if the file were read anew."""
+    """Arguments of the config, the model and the files are told apart without reading the file again."""
     architecture = get_architecture("mamba")
     native, _ = native_model(architecture, architecture.native_formats[0])
     native.save_pretrained(tmp_path / "a" / "b")

@@ -1,4 +1,4 @@
-"""DNA: what is read of a FASTA file, windows of both strands, Markov models by hand, bits per base."""
+"""DNA: reading of FASTA files, windows of both strands, Markov models by hand, bits per base."""
 
 import gzip
 import math
@@ -62,7 +62,7 @@ def test_windows_are_of_either_strand():
     for window in (windows[i] for i in range(200)):
         ids, labels = window["input_ids"].tolist(), window["labels"].tolist()
         assert ids[0] == BOS
-        assert labels[1:] == [-100 if i == N else i for i in ids[1:]]  # the first is never predicted
+        assert labels[1:] == [-100 if i == N else i for i in ids[1:]]  # the first base is not predicted
         text = "".join("ACGTN"[i - A] for i in ids[1:])
         at = [strand.find(text) for strand in strands]
         assert max(at) >= 0
@@ -78,17 +78,17 @@ def test_windows_are_of_either_strand():
 
 def test_markov_models_by_hand():
     train, held_out = bases("AACAACNAG"), bases("AACTAN")
-    # order 1: after A came A, C, A, C and G, after C came A; N counts nowhere
-    # asked: A after A (2 + 1) / (5 + 4), C after A (2 + 1) / 9, T after C 1 / (1 + 4), A after T 1 / 4
+    # order 1: A is followed by A, C, A, C and G, C by A; N is not counted
+    # expected: A after A (2 + 1) / (5 + 4), C after A (2 + 1) / 9, T after C 1 / (1 + 4), A after T 1 / 4
     expected = -sum(map(math.log2, (3 / 9, 3 / 9, 1 / 5, 1 / 4))) / 4
     assert dna.markov_bits(train, held_out, 1) == pytest.approx(expected)
-    # order 2: AA is followed by C twice, AC by A once; asked: C after AA, T after AC, A after CT
+    # order 2: AA is followed by C twice, AC by A once; expected: C after AA, T after AC, A after CT
     expected = -sum(map(math.log2, (3 / 6, 1 / 5, 1 / 4))) / 3
     assert dna.markov_bits(train, held_out, 2) == pytest.approx(expected)
 
 
 def test_bits_per_base_counts_every_known_base_once():
-    """A model that knows the frequencies and nothing else; the last window is shorter, and N is not asked for."""
+    """A model of the frequencies only; the last window is shorter, and N is not counted."""
 
     class Model(torch.nn.Module):
         device = torch.device("cpu")

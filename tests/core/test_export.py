@@ -1,4 +1,4 @@
-"""Exported graphs: of one example, and right at every length.
+"""Exported graphs are made from one example and correct at every length.
 
 `scripts/test -m exports` exports every architecture and preset in every way, and prints the distances by length.
 """
@@ -17,13 +17,13 @@ from hf_archs.testing.contract.padding import padded
 from hf_archs_hybrid.configuration import ArchHybridConfig
 from hf_archs_hybrid.presets import PRESETS, preset_fields
 
-# the exporters warn of what they do themselves
+# the exporters' warnings about themselves
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TOLERANCE = 1e-4
 LENGTHS = (1, 7, 19, 33, 65, 200, 512)
 SIX = ("mamba", "mamba2", "retnet", "hyena", "moe", "hybrid")
-# layers of each preset until every kind of layer has been there, and every shared one twice
+# layers of each preset, up to every type of layer, and every shared layer twice
 DEPTHS = {"mixture": 3, "jamba": 5, "samba": 2, "zamba2": 4, "nemotron-h": 11, "falcon-h1": 1, "griffin-like": 3}
 DEPTHS |= {"qwen3-next-like": 4}
 MIXERS = {
@@ -58,7 +58,7 @@ def tiny_preset(name):
 
 
 def make(name, kind="causal_lm_class"):
-    """A lively model: of an architecture, of a preset, or of one mixer or router in a stack of its own."""
+    """A lively model of an architecture, a preset, one mixer or one router."""
     if name in SIX or name in EXPERTS:
         architecture = hf_archs.get_architecture("moe" if name in EXPERTS else name)
         config = architecture.tiny_config(**EXPERTS.get(name, {}))
@@ -72,7 +72,7 @@ def make(name, kind="causal_lm_class"):
 
 
 def batch(length, mask, rows=3):
-    """Token ids, and where ``mask`` is, padding on the left, on the right and inside."""
+    """Token ids, and with ``mask`` padding on the left, on the right and inside."""
     if not mask:
         return (tokens(rows, length, seed=length),)
     sides = itertools.cycle(("left", "right", "interior"))
@@ -105,7 +105,7 @@ def by_onnx(module, arguments, path):
 
 
 def far(program, module, mask, lengths):
-    """How far the program is from the module at each length, at the real tokens."""
+    """The program's distance from the module at each length, at the real tokens."""
     found = {}
     for length in lengths:
         for rows in (3, 1) if length == lengths[1] else (3,):
@@ -126,7 +126,7 @@ QUICK = (1, 7, 33, 65, 200)
 
 @pytest.mark.parametrize("name", [*SIX, "samba"])
 def test_onnx(name, tmp_path):
-    """Architectures without a mask, a preset with one; all of both with -m exports."""
+    """Architectures without a mask, and a preset with one; -m exports runs all combinations."""
     module, mask = Logits(make(name)), name in PRESETS
     hold(far(by_onnx(module, batch(19, mask), tmp_path / "m.onnx"), module, mask, QUICK))
 
@@ -139,7 +139,7 @@ def test_torch_export(name):
 
 @pytest.mark.parametrize("name", ["mamba", "moe", "local", "compressive"])
 def test_strict_torch_export(name):
-    """Dynamo reads the source first, and has to take the same ways."""
+    """Dynamo traces the source first, and must take the same branches."""
     module = Logits(make(name))
     hold(far(by_export(module, batch(19, mask=True), strict=True), module, True, QUICK))
 
@@ -152,7 +152,7 @@ def test_masked_language_model(tmp_path):
 
 @pytest.mark.parametrize("name", ["compressive"])
 def test_onnx_of_parts(name, tmp_path):
-    """What no architecture has at its default, and ONNX has no operator for."""
+    """Parts that no default architecture has and ONNX has no operator for."""
     module = Logits(make(name))
     hold(far(by_onnx(module, batch(19, mask=True), tmp_path / "m.onnx"), module, True, QUICK))
 
@@ -200,7 +200,7 @@ def onnx_step(step, path, tokens=1):
 
 
 def onnx_generate(call, step, prompt, new):
-    """Greedy decoding, a token at a time from the first of the prompt on."""
+    """Greedy decoding by single tokens, the prompt's included."""
     ids, states = prompt.numpy(), [t.numpy() for t in step.empty(prompt.shape[0]).values()]
     for at in range(prompt.shape[1] + new - 1):
         logits, states = call(ids[:, at : at + 1], states)
@@ -219,13 +219,13 @@ def check_step(name, path):
 
 @pytest.mark.parametrize("name", ["mamba2", "retnet", "hyena", "moe", "samba"])
 def test_decode_step(name, tmp_path):
-    """64 tokens in onnxruntime are those of `generate`."""
+    """64 tokens in onnxruntime equal those of `generate`."""
     check_step(name, tmp_path / "step.onnx")
 
 
 @pytest.mark.parametrize("name", [*SIX, *MIXERS])
 def test_step_of_any_number_of_tokens(name):
-    """A text in pieces of any size through one graph, from the empty states on."""
+    """One graph reads a text in pieces of any size, from empty states."""
     model = make(name)
     step, ids = Step(model), tokens(2, 90)
     program = torch.export.export(step, (), step.example(None), dynamic_shapes=step.dynamic_shapes(None)).module()
@@ -239,7 +239,7 @@ def test_step_of_any_number_of_tokens(name):
 
 @pytest.mark.parametrize("name", [*SIX, "samba", *MIXERS])
 def test_jit_trace(name):
-    """A trace of a few tokens is right for others, and for other numbers of them."""
+    """A trace of a few tokens is correct for other tokens and other lengths."""
     module = Logits(make(name))
     with torch.no_grad():
         program = torch.jit.trace(module, (tokens(2, 5),), check_trace=False)

@@ -38,7 +38,7 @@ LISTED = {(line["name"], module) for line in LINES for module in line["modules"]
 LAST = {re.split("[.:]", name)[-1] for name, _ in LISTED}
 HOSTS = {"accelerate", "datasets", "huggingface_hub", "peft", "torch", "transformers", "triton"}
 SELF = {"self", "cls"}
-PUBLIC = {"_replace", "_MODULES_MAPPING"}  # a method that Python documents; the end of names that are public
+PUBLIC = {"_replace", "_MODULES_MAPPING", "_reference"}  # a method that Python documents; ends of public names
 
 
 def is_private(name: str) -> bool:

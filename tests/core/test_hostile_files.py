@@ -1,4 +1,4 @@
-"""Files that are wrong: a config or weights with anything in them end in one sentence, or are read rightly."""
+"""Wrong files: a config or weights with any content are refused in one sentence, or read correctly."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from hf_archs.registry import get_architecture
 
 MISSING = object()
 WRONG = ["nonsense", -1, 0, 2**62, float("nan"), float("inf"), None, [], {}, 1.5, True, [-1], ["x"], MISSING]
-# what transformers reads in any file, and writes into none of these
+# fields that transformers reads in any file, and writes in none of these
 HOST = ("num_labels", "per_layer_config")
 # transformers' own sentence about several fields, and a name that says nothing of a value
 UNNAMED = ("dimensions for the Mamba head state", "which follows from the other fields", "layer_pattern has")
@@ -31,7 +31,7 @@ def native_config(architecture, form):
 
 
 def kinds():
-    """Every kind of checkpoint there is: ours, and every native one that transformers has as well."""
+    """Every kind of checkpoint: ours, and every native one that transformers has."""
     yield from ((name, None) for name in hf_archs.architectures())
     yield from ((architecture.name, form.name) for architecture, form in conversion._formats())
 
@@ -55,7 +55,7 @@ def with_value(raw, field, value):
 
 
 def one_sentence(read):
-    """What is wrong, in a line; None where ``read`` does its work. Any other error is a failure of ours."""
+    """The one line of an expected error of ``read``, or None if it succeeds. Any other error is a failure."""
     try:
         read()
     except sentences.EXPECTED as error:
@@ -87,7 +87,7 @@ def test_a_config_of_ours(name, tmp_path):
 
 @pytest.mark.parametrize(("name", "form"), [kind for kind in kinds() if kind[1]])
 def test_a_config_of_others(name, form, tmp_path):
-    """A part of them, another for every field; `test_any_config` tries all."""
+    """One random wrong value for every field; `test_any_config` tries all."""
     raw, pick = content(small(name, form).config), random.Random(0)
     for field in {**raw, **dict.fromkeys(HOST)}:
         check_config(name, raw, field, pick.choice(WRONG), tmp_path)
@@ -95,7 +95,7 @@ def test_a_config_of_others(name, form, tmp_path):
 
 @pytest.mark.parametrize(("name", "form"), list(kinds()))
 def test_fields_of_the_host(name, form, tmp_path):
-    """Values that transformers takes, makes lists of, or fails at in other words are refused by field in any file."""
+    """Values that transformers accepts, makes lists of or fails at are refused by field in any file."""
     raw, config_class = content(small(name, form).config), get_architecture(name).config_class
     for field, value, allowed in (
         ("num_hidden_layers", 2**62, "allowed are 1 to 4096"),  # a list of them would fill the memory
@@ -163,7 +163,7 @@ def test_damaged_weights(form, tmp_path):
 @hypothesis.settings(max_examples=4000, deadline=None, database=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_any_config(data, tmp_path_factory):
-    """Every field of every kind of file, two at once, with the values above and any others; what is read then runs."""
+    """Any two fields of any kind of file, with the values above and others; a model that is read also runs."""
     name, form = data.draw(st.sampled_from(list(kinds())))
     folder = tmp_path_factory.mktemp("any")
     model = small(name, form)
@@ -197,7 +197,7 @@ def test_any_config(data, tmp_path_factory):
 @hypothesis.settings(max_examples=1500, deadline=None, database=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_any_weights(data, tmp_path_factory):
-    """Bytes cut and changed anywhere, tensors of other shapes and types, swapped, left out and added."""
+    """Bytes removed and changed anywhere; tensors of other shapes and types, swapped, missing and added."""
     name, form = data.draw(st.sampled_from(list(kinds())))
     folder = tmp_path_factory.mktemp("any")
     small(name, form).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The embedded Hub, driven through the real `huggingface_hub` client and nothing else."""
+"""The embedded Hub, tested only through the real `huggingface_hub` client."""
 
 import hashlib
 import io
@@ -36,7 +36,7 @@ MULTIPART = 50_000
 
 @pytest.fixture
 def online(monkeypatch):
-    """The client of this process may use the network, by plain LFS; what it opened is closed afterwards."""
+    """Allow this process's client the network, by plain LFS, and close its session afterwards."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     yield
@@ -140,7 +140,7 @@ def test_private_repositories_and_tokens(hub, api, tmp_path, option):
         assert status_of(error) == (401 if who is anonymous else 403)
     with pytest.raises(HfHubHTTPError, match="Invalid credentials"):
         as_user(hub, "hf_nobody").model_info("alice/tiny")
-    # knowing a sha256 is no way to another's content
+    # a sha256 gives no access to another user's content
     other.create_repo("bob/copy")
     steal = CommitOperationAdd("w.bin", weights)
     steal._is_uploaded, steal._upload_mode = True, "lfs"
@@ -356,7 +356,7 @@ def test_what_is_not_there(api, tmp_path):
         get(api, ".gitattributes", tmp_path, "none")
     with pytest.raises(EntryNotFoundError) as error:
         get(api, "none.txt", tmp_path)
-    assert error.value.response.headers["X-Repo-Commit"] == head  # so that the client remembers it
+    assert error.value.response.headers["X-Repo-Commit"] == head  # the client keeps it
     for repo_id in ("alice/none", "none", "%2e%2e/tiny"):
         with pytest.raises((RepositoryNotFoundError, huggingface_hub.errors.HFValidationError)):
             get(api, "a.txt", tmp_path, repo_id=repo_id)
@@ -546,4 +546,4 @@ def test_transformers_pushes_and_pulls_by_xet_and_by_lfs(tmp_path):
             assert hashlib.sha256(file.read_bytes()).hexdigest() == file.name
         assert not uploads_left(hub)
         assert list(hub.root.glob("*/*/*/xet")), "nothing went by Xet"
-        assert not list(hub.root.glob("*/*/*/xet/*"))  # turned into objects, and gone
+        assert not list(hub.root.glob("*/*/*/xet/*"))  # converted to objects and deleted

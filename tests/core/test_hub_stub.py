@@ -1,4 +1,4 @@
-"""A saved checkpoint finds its code: with the library imported, with it installed only, and says what is missing."""
+"""A saved checkpoint finds its code, with the library imported or only installed, or names a missing package."""
 
 import json
 import os
@@ -27,7 +27,7 @@ sys.meta_path.insert(0, Missing())
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with a checkpoint, and the logits that it must give."""
+    """A folder with a checkpoint, and its expected logits."""
     architecture = hf_archs.get_architecture("mamba")
     model = lively(architecture.causal_lm_class, architecture.tiny_config())
     folder = tmp_path_factory.mktemp("saved")
@@ -38,7 +38,7 @@ def saved(tmp_path_factory):
 
 
 def python(code: str, folder: Path, *, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """Run code in a new interpreter with a module cache of its own, where the ``blocked`` packages are missing."""
+    """Run code in a new interpreter with its own module cache and without the ``blocked`` packages."""
     head = BLOCKED.format(blocked=set(blocked)) if blocked else ""
     names = f"folder = {str(folder)!r}\nmodel_folder = folder + '/model'\n"
     return subprocess.run(
@@ -75,7 +75,7 @@ def test_with_the_import(saved):
 
 
 def test_without_the_import(saved):
-    """The repository's own stub fetches the classes, once the user trusts it; all Auto classes find theirs."""
+    """With trust, the repository's stub imports the classes, for all Auto classes."""
     code = f"""
 import sys
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -96,7 +96,7 @@ model.save_pretrained(folder + "/again")
 
 
 def test_without_trust(saved):
-    """Not trusted and not imported: transformers' own sentence, and no code of the repository has run."""
+    """Without trust or import, transformers' own error is raised, and no code of the repository runs."""
     code = """
 from transformers import AutoModelForCausalLM
 import sys
@@ -114,7 +114,7 @@ assert "hf_archs" not in sys.modules
 
 
 def test_with_the_package_missing(saved):
-    """The error names what to install."""
+    """The error names the package to install."""
     code = """
 from transformers import AutoModelForCausalLM
 try:
@@ -131,7 +131,7 @@ else:
 
 
 def test_with_the_architecture_missing(saved):
-    """The core is there, but the plugin is not: the error names the distribution that brings it."""
+    """With the core but without the plugin, the error names the plugin's distribution."""
     code = """
 import warnings
 warnings.simplefilter("ignore")
@@ -149,7 +149,7 @@ else:
 
 
 def test_register_for_auto_class_changes_nothing(tmp_path):
-    """The method that copies a model's source into its repository would break a package's imports."""
+    """The method would copy a model's source into its repository, which breaks a package's imports."""
     architecture = hf_archs.get_architecture("mamba")
     architecture.config_class.register_for_auto_class()
     architecture.causal_lm_class.register_for_auto_class("AutoModelForCausalLM")

@@ -1,4 +1,4 @@
-"""`import hf_archs` is what a user of the models needs, and no more."""
+"""`import hf_archs` imports only modules that the models need."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ def imported_by(statement: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def ours():
-    """Every module that `import hf_archs` brings, and that its hosts alone do not."""
+    """The modules that `import hf_archs` imports in addition to its hosts."""
     return imported_by("import hf_archs") - imported_by("import transformers, peft.utils.constants")
 
 

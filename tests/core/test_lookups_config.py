@@ -35,7 +35,7 @@ def model(architecture):
 
 
 def test_every_table_knows_our_layer_types(architecture):
-    """The kinds of caches, of masks, and those that a config may have."""
+    """The tables of caches, of masks, and of types that a config may have."""
     config = architecture.tiny_config()
     assert len(config.layer_types) == config.num_hidden_layers
     for table in (
@@ -48,7 +48,7 @@ def test_every_table_knows_our_layer_types(architecture):
 
 
 def test_sequences_that_are_cut_between_processes_are_refused(model):
-    """A recurrent state would begin anew on each: accelerate goes by the layer types, transformers has a switch."""
+    """A recurrent state would restart on each process: accelerate checks the layer types, transformers a switch."""
     assert not model.supports_context_parallel
     if "linear_attention" in model.config.layer_types:
         for prepare in (
@@ -60,7 +60,7 @@ def test_sequences_that_are_cut_between_processes_are_refused(model):
 
 
 def test_forwards_take_every_argument_of_transformers(model):
-    """`TransformersKwargs` names what transformers may hand to any model, a base model or one with a head."""
+    """`TransformersKwargs` names the arguments that transformers may pass to any base model or model with a head."""
     nothing = dict.fromkeys(TransformersKwargs.__optional_keys__)
     ids = tokens(1, 5)
     assert torch.equal(logits(model, ids, **nothing), logits(model, ids))
@@ -69,14 +69,14 @@ def test_forwards_take_every_argument_of_transformers(model):
 
 
 def test_predictions_are_the_logits(model, tmp_path):
-    """The Trainer collects every output that `keys_to_ignore_at_inference` does not name: caches, router logits."""
+    """`keys_to_ignore_at_inference` keeps caches and router logits out of the Trainer's predictions."""
     rows = [{"input_ids": row, "labels": row} for row in tokens(3, 8)]
     found = Trainer(model, TrainingArguments(tmp_path, use_cpu=True, report_to=[])).predict(rows)
     assert found.predictions.shape == (3, 8, 128)
 
 
 def test_quantisers_leave_the_states_alone(model):
-    """By the names in `_keep_in_fp32_modules`, as every quantiser that reads them compares them."""
+    """They compare module names with `_keep_in_fp32_modules`."""
     left_out = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     inside = {name.rpartition(".")[0] for name in state_parameters(model)}
     for name, module in model.named_modules():
@@ -85,7 +85,7 @@ def test_quantisers_leave_the_states_alone(model):
 
 
 def test_every_tuner_has_default_targets(architecture):
-    """In a table of its own, by model type: copies of LoRA's, which PEFT makes when it is imported."""
+    """Each tuner has a table by model type, a copy of LoRA's that PEFT makes on import."""
     with torch.device("meta"):
         model = architecture.causal_lm_class(architecture.tiny_config())
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()} | {"feed_forward_norm"}
@@ -103,7 +103,7 @@ PARTS = [*map(registry.get_mixer, registry.mixers()), *map(registry.get_feed_for
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part.name != "parallel"], ids=lambda part: part.name)
 def test_targets_of_parts(part):
-    """LoRA adapts every linear layer of every mixer and feed-forward, but for those that make a recurrence's parameters
+    """LoRA adapts every linear layer of every mixer and feed-forward, except those that make parameters of a recurrence
     or a gate of one number.
     """
     with torch.device("meta"):
@@ -114,7 +114,7 @@ def test_targets_of_parts(part):
 
 
 def test_default_lora_of_a_hybrid_reaches_every_layer_of_its_mixers():
-    """Those that the mixers' own architectures adapt, whichever mixers they are."""
+    """The layers that the mixers' own architectures adapt, for any mixers."""
     mixers = {name: {"type": name, **registry.get_mixer(name).tiny} for name in ("mamba", "retnet", "hyena")}
     config = registry.get_architecture("hybrid").tiny_config(
         mixers=mixers, layer_pattern=[*mixers], num_hidden_layers=3, feed_forward=None, feed_forward_pattern=None
@@ -134,14 +134,14 @@ TUNERS = ["ADALORA", "BOFT", "FOURIERFT", "IA3", "LN_TUNING", "LOHA", "LOKR", "O
 
 
 def check_tuner(model, tuner, **options):
-    """Its defaults give every parameter of the adapter a gradient, and merged it answers as before."""
+    """Check that with a tuner's defaults all its parameters have gradients, and that merged equals unmerged."""
     ids = tokens(2, 9)
     plain = logits(model, ids)
     config = PEFT_TYPE_TO_CONFIG_MAPPING[tuner](task_type="CAUSAL_LM", **options)
     wrapped = get_peft_model(copy.deepcopy(model), config).train()
     trained = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
     assert trained
-    with torch.no_grad():  # where one of two factors is zero, the other has no gradient
+    with torch.no_grad():  # the gradient of a factor is zero if the other factor is
         for parameter in trained.values():
             parameter.add_(0.05 * torch.randn_like(parameter))
     wrapped(input_ids=ids, labels=ids).loss.backward()
@@ -156,7 +156,7 @@ def check_tuner(model, tuner, **options):
 @quiet
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_tuners_train_and_merge_their_default_targets(tuner, model, monkeypatch):
-    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)  # it would compile an extension
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)  # it compiles an extension
     options = {"total_step": 4, "n_frequency": 8, "vector_length": 4, "num_vectors": 16, "boft_block_size": 4}
     known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[tuner])}
     check_tuner(model, tuner, **{name: value for name, value in options.items() if name in known})
@@ -165,12 +165,12 @@ def test_tuners_train_and_merge_their_default_targets(tuner, model, monkeypatch)
 @quiet
 @pytest.mark.parametrize("tuner", ["C3A", "MISS", "ROAD", "VBLORA"])
 def test_tuners_that_cut_matrices_have_default_targets_that_fit(tuner, architecture):
-    """With their default sizes, as on a Llama of that width: no projection to 80 or 3,352 features is among them."""
+    """With default sizes, as for a Llama of this width: no target has 80 or 3,352 features."""
     check_tuner(lively(architecture.causal_lm_class, architecture.tiny_config(hidden_size=512)), tuner)
 
 
 def test_what_ia3_scales(architecture):
-    """What states, keys and values are made of, at its output, and a feed-forward's inside, at the input."""
+    """It scales the inputs of states, keys and values, and the hidden layer of feed-forwards."""
     scaled = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[architecture.model_type]
     inside = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[architecture.model_type]
     assert set(scaled) <= {"in_proj", "x_proj", "k_proj", "v_proj", "down_proj"}
@@ -178,7 +178,7 @@ def test_what_ia3_scales(architecture):
 
 
 def prefixed(model, tuner):
-    """With a cache of keys and values that PEFT learns and hands to the model."""
+    """The model with a learned cache of keys and values from PEFT."""
     config = PEFT_TYPE_TO_CONFIG_MAPPING[tuner](task_type="CAUSAL_LM", num_virtual_tokens=3)
     return get_peft_model(copy.deepcopy(model), config)
 
@@ -203,7 +203,7 @@ def test_prefixes_of_attention(tuner):
 
 
 def test_shadow_networks(model):
-    """PEFT copies the config, with fewer layers, and writes its `layer_types` anew."""
+    """PEFT copies the config with fewer layers and sets its `layer_types`."""
     wrapped = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING["SHADOW"](task_type="CAUSAL_LM"))
     ids = tokens(2, 9)
     wrapped(input_ids=ids, labels=ids).loss.backward()
@@ -213,13 +213,13 @@ def test_shadow_networks(model):
 
 
 def test_continuous_batching_is_refused(model):
-    """Its cache goes by the layer types, and has pages for keys and values alone; `generate_batch` begins with this."""
+    """Its paged cache has keys and values only; `generate_batch` makes it first."""
     with pytest.raises(ValueError, match="continuous batching"):
         model.init_continuous_batching()
 
 
 def test_layers_that_peft_repeats(architecture):
-    """`layer_replication` finds the layers by the names of attributes, and tells the config how many there are."""
+    """`layer_replication` finds the layers by attribute names, and sets the config's number of layers."""
     if len({architecture.tiny_config().layer_plan(i).mixer for i in range(2)}) > 1:
         return  # a pattern does not know which of its layers was repeated
     model = lively(architecture.causal_lm_class, architecture.tiny_config())

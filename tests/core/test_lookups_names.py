@@ -29,7 +29,7 @@ TABLES = {
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_head_stands_in_its_table(name):
-    """Of class names by model type, which the Trainer, `transformers serve` and the Trainer's model cards read."""
+    """The Trainer, its model cards and `transformers serve` read these tables of class names by model type."""
     architecture = hf_archs.get_architecture(name)
     for auto_class, (_, model_class) in architecture.auto_classes().items():
         if auto_class in TABLES:
@@ -39,11 +39,11 @@ def test_every_head_stands_in_its_table(name):
 
 @pytest.mark.filterwarnings(
     "ignore::hf_archs.model.watching.PlainTrainerWarning"
-)  # of the routers' loss, which is left out
+)  # about the routers' loss, which is omitted
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_label_smoothing_is_of_the_next_token(name, adapted, tmp_path):
-    """The Trainer shifts labels for the class names of its table alone: any other model would learn to copy."""
+    """The Trainer shifts labels only for class names in its table: other models would learn to copy."""
     architecture = hf_archs.get_architecture(name)
     model = lively(architecture.causal_lm_class, architecture.tiny_config())
     if adapted:
@@ -59,7 +59,7 @@ def test_label_smoothing_is_of_the_next_token(name, adapted, tmp_path):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_losses_and_labels_by_class_name(name):
-    """transformers takes the loss, and the Trainer the names of labels, from the end of the class name."""
+    """The end of the class name selects transformers' loss and the Trainer's names of labels."""
     heads = hf_archs.get_architecture(name).auto_classes()
     config = hf_archs.get_architecture(name).tiny_config(num_labels=2)
     for auto_class, (_, model_class) in heads.items():
@@ -76,12 +76,12 @@ def test_losses_and_labels_by_class_name(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_no_name_is_taken_for_another(name):
-    """Libraries look for these inside a model type or the name of a class, to treat a model as one of that family."""
+    """Libraries search model types and class names for these names of families, and treat a match as one of them."""
     megatron = ("megatron-bert", "bert", "gpt2", "t5", "gptj", "llama")
-    families = ("gemma", "inkling", "siglip", "donut", "omni", *megatron)  # parts of a name, in any place
-    unsupported = ("reformer", "minimax", "xlnet", "rwkv", "xlstm")  # whose caches `generate` does not make
+    families = ("gemma", "inkling", "siglip", "donut", "omni", *megatron)  # anywhere in a name
+    unsupported = ("reformer", "minimax", "xlnet", "rwkv", "xlstm")  # `generate` does not make their caches
     architecture = hf_archs.get_architecture(name)
-    assert architecture.model_type.startswith("hf_archs_")  # and equals none that is looked up whole
+    assert architecture.model_type.startswith("hf_archs_")  # so it differs from all names that are compared whole
     names = [architecture.model_type, *(c.__name__ for _, c in architecture.auto_classes().values())]
     for found in names:
         assert not any(family in found.lower() for family in (*families, *unsupported))
@@ -89,7 +89,7 @@ def test_no_name_is_taken_for_another(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_norms_are_known_by_their_class_names(name):
-    """transformers initialises norms, and accelerate's FSDP2 finds the last of them, by that."""
+    """transformers initialises norms by class name, and accelerate's FSDP2 finds the last norm by it."""
     architecture = hf_archs.get_architecture(name)
     model = architecture.causal_lm_class(architecture.tiny_config())
     norms = [module for module in model.modules() if type(module).__name__.endswith("Norm")]
@@ -101,7 +101,7 @@ def test_norms_are_known_by_their_class_names(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_pipelines_know_our_classes(name, word_tokenizer):
-    """They say of a class that is in none of their tables that it is not supported, and go on."""
+    """They warn that a class outside their tables is not supported."""
     architecture = hf_archs.get_architecture(name)
     tasks = {
         "text-generation": architecture.causal_lm_class,
@@ -124,7 +124,7 @@ def test_pipelines_know_our_classes(name, word_tokenizer):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_card_of_the_trainer_names_the_task(name, tmp_path):
-    """It looks for the class name in the tables of the heads."""
+    """The card looks the class name up in the tables of heads."""
     tasks = {
         "text-generation": "AutoModelForCausalLM",
         "fill-mask": "AutoModelForMaskedLM",
@@ -141,7 +141,7 @@ def test_the_card_of_the_trainer_names_the_task(name, tmp_path):
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def folder(request, word_tokenizer, tmp_path_factory):
-    """A saved model with its tokenizer; the class that it is of."""
+    """The folder of a saved model with its tokenizer, and the model's class."""
     path = tmp_path_factory.mktemp(request.param)
     architecture = hf_archs.get_architecture(request.param)
     lively(architecture.causal_lm_class, architecture.tiny_config()).save_pretrained(path)
@@ -150,13 +150,13 @@ def folder(request, word_tokenizer, tmp_path_factory):
 
 
 def test_a_pipeline_of_a_folder(folder):
-    """It looks for `config.architectures` in transformers itself, and has the Auto class of its task beside that."""
+    """It looks for `config.architectures` in transformers, then uses the Auto class of its task."""
     path, model_class = folder
     assert type(pipeline("text-generation", model=path, device="cpu").model) is model_class
 
 
 def test_serving_a_folder(folder):
-    """`transformers serve` looks for `config.architectures` in transformers itself, and for the class in the tables."""
+    """`transformers serve` looks for `config.architectures` in transformers, and for the class in the tables."""
     path, model_class = folder
     manager = ModelManager(device="cpu")
     try:
@@ -168,14 +168,14 @@ def test_serving_a_folder(folder):
 
 
 def test_trl_loads_a_folder(folder):
-    """It looks for `config.architectures` in transformers itself, and then for an Auto class in `auto_map`."""
+    """It looks for `config.architectures` in transformers, then for an Auto class in `auto_map`."""
     utils = pytest.importorskip("trl.trainer.utils")
     path, model_class = folder
     assert type(utils.create_model_from_path(path, dtype="float32", device_map=None)) is model_class
 
 
 def test_peft_finds_the_class_of_an_adapter_without_a_task(folder, tmp_path):
-    """By the name and the module of the class, which the adapter's config holds."""
+    """The adapter's config holds the name and module of the class."""
     path, model_class = folder
     model = model_class.from_pretrained(path)
     get_peft_model(model, LoraConfig(init_lora_weights=False)).save_pretrained(tmp_path)

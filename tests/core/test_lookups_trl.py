@@ -11,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import hf_archs
 from hf_archs.testing.contract.models import enliven
 
-# TRL's, of old names of transformers that it still uses
+# TRL still uses old names of transformers
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 COEFFICIENT = 0.5
@@ -45,7 +45,7 @@ def mixtral(**fields):
 
 
 def first_step(name, model, tokenizer, folder, **options):
-    """The figures that a trainer logs of the first step of a model, which learns nothing in it."""
+    """The figures that a trainer logs for a model's first step, at a learning rate of 0."""
     module, data, own = TRAINERS[name]
     kind = name.partition(" ")[0]
     trainer_class = getattr(importlib.import_module(module), f"{kind}Trainer")
@@ -73,14 +73,14 @@ def test_a_converted_mixtral_trains_as_the_native_one(name, word_tokenizer, tmp_
     expected = first_step(name, native, word_tokenizer, tmp_path)
     found = first_step(name, ours, word_tokenizer, tmp_path)
     assert abs(found["loss"] - expected["loss"]) < 1e-4
-    if "aux_loss" in expected:  # ORPO and CPO add it unseen
+    if "aux_loss" in expected:  # ORPO and CPO do not log it
         assert expected["aux_loss"] > 1
         assert abs(found["aux_loss"] - expected["aux_loss"]) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["mamba", "hybrid"])
 def test_a_model_without_experts_has_no_such_loss(name, word_tokenizer, tmp_path):
-    """It trains, and a coefficient is refused by TRL's own sentence."""
+    """It trains, and TRL refuses a coefficient."""
     architecture = hf_archs.get_architecture(name)
     fields = {} if name == "mamba" else {"feed_forward": None, "feed_forward_pattern": None}
     model = architecture.causal_lm_class(architecture.tiny_config(**fields))
@@ -91,7 +91,7 @@ def test_a_model_without_experts_has_no_such_loss(name, word_tokenizer, tmp_path
 
 @pytest.mark.parametrize("name", ["moe", "hybrid"])
 def test_a_coefficient_of_the_trainer_is_taken(name, word_tokenizer, tmp_path):
-    """Zero trains without the loss, and another one multiplies it."""
+    """A coefficient of 0 omits the loss, and any other multiplies it."""
     architecture = hf_archs.get_architecture(name)
     model = enliven(architecture.causal_lm_class(architecture.tiny_config()))
     losses = {c: first_step("SFT", model, word_tokenizer, tmp_path, router_aux_loss_coef=c) for c in (0.0, 1.0, 2.0)}

@@ -1,4 +1,4 @@
-"""The card that a model gets where nobody wrote one: beside saved weights, and on a Hub; a written one stays."""
+"""The generated card of a model, beside saved weights and on a Hub; it replaces no written card."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def tiny(name="mamba", **fields):
 
 @pytest.mark.parametrize("auto", TASKS)
 def test_beside_saved_weights(auto, tmp_path):
-    """Tags, package and task, and code that runs as it stands."""
+    """It has tags, package and task, and code that runs."""
     architecture = hf_archs.get_architecture("mamba")
     _, model_class = architecture.auto_classes()[auto]
     model = model_class(architecture.tiny_config(bidirectional="MaskedLM" in auto))

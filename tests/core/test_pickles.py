@@ -1,4 +1,4 @@
-"""Weights out of pickles: what is read, what is refused, and that nothing in a file is ever run."""
+"""Weights in pickles: reading and refusals; no code in a file is run."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from hf_archs.native.pickles import read_state_dict
 
 
 class Settings:
-    """An object of a class that is no tensor's."""
+    """An object of a class other than tensors."""
 
     def __init__(self, **fields):
         self.__dict__.update(fields)
@@ -96,7 +96,7 @@ def test_a_file_that_was_cut_off_is_refused_in_one_sentence(keep, zipped, tmp_pa
     (tmp_path / "w.ckpt").write_bytes((tmp_path / "w.ckpt").read_bytes()[:keep])
     with pytest.raises(ValueError, match="cannot be read as weights alone") as refusal:
         read_state_dict(tmp_path / "w.ckpt")
-    assert "weights_only" not in str(refusal.value)  # torch's advice, to read it without that
+    assert "weights_only" not in str(refusal.value)  # torch advises to turn it off
 
 
 def test_no_file_is_an_error_of_the_system(tmp_path):

@@ -1,4 +1,4 @@
-"""The line that lives: a bar on a terminal, lines elsewhere, and it imports nothing of the library."""
+"""The progress line: a bar on a terminal, lines elsewhere; it imports nothing of the library."""
 
 import io
 import subprocess
@@ -11,7 +11,7 @@ from hf_archs.commands import progress
 
 
 def shown(monkeypatch, terminal):
-    """The lines of a console about a job of two parts; it waits until it was told of the half."""
+    """A console's lines for a job of two parts, which waits until the first half is shown."""
     monkeypatch.setattr(progress, "EVERY", 0.01)
     seen = threading.Event()
 
@@ -48,6 +48,6 @@ def test_a_bar_on_a_terminal(monkeypatch):
 
 
 def test_it_shows_the_import_of_the_library():
-    """So it is loaded as a file, before the package."""
+    """It is loaded as a file, before the package."""
     code = f"import runpy, sys; runpy.run_path({progress.__file__!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

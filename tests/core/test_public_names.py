@@ -1,4 +1,4 @@
-"""Every public name imports: those that are written down, which are all that packages and documents name."""
+"""Every public name in the list can be imported; the list has all names of packages and documents."""
 
 import importlib
 import importlib.metadata
@@ -18,13 +18,16 @@ REPOSITORY = Path(hf_archs.__file__).parent.parent
 NAMES = (Path(__file__).parent.parent / "data" / "public_names.txt").read_text().split()
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(REPOSITORY.glob("model_cards/*.md"))]
 PLUGINS = sorted(path.parent.name for path in REPOSITORY.glob("plugins/*/__init__.py"))
-COMMANDS = ["list", "doctor", "init", "train", "generate", "convert", "describe", "inspect", "bench", "quickstart"]
+COMMANDS = [
+    *("list", "doctor", "init", "train", "generate", "convert", "describe"),
+    *("evaluate", "inspect", "bench", "quickstart"),
+]
 
 
 def find(name: str) -> object:
-    """The object of a dotted name: something in a module, or a module."""
+    """The object of a dotted name: a member of a module, or a module."""
     module, _, last = name.rpartition(".")
-    with warnings.catch_warnings():  # what has another place works for a release, and says so
+    with warnings.catch_warnings():  # moved names work for one release, with a warning
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         try:
@@ -62,7 +65,7 @@ def test_the_names_of_a_module_are_written_down(module):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_what_a_document_names_is_written_down(document):
-    """With a dotted path, or in an import; a method goes with its class, and a module with what is in it."""
+    """Names with a dotted path or in an import; methods count as their class, and modules by their members."""
     text = document.read_text(encoding="utf-8")
     named = {match.rstrip(".") for match in re.findall(r"\bhf_archs\w*(?:\.\w+)+", text)} - {registry.ENTRY_POINT_GROUP}
     for module, listed in re.findall(r"from (hf_archs[\w.]*) import ([\w, ]+)", text):
@@ -80,7 +83,7 @@ def test_plugins_come_by_this_group():
 
 
 def test_the_commands():
-    """Those that the help lists, and README."""
+    """The help and README list the same commands."""
     code = "import hf_archs_main; hf_archs_main.main()"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

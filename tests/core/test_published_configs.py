@@ -1,7 +1,7 @@
-"""Every published ``config.json`` at hand is read by one architecture, or refused by name by all of them.
+"""Every published ``config.json`` in the tests is read by one architecture, or refused by name by all.
 
-The files in ``tests/data/configs`` are as they were published, as far as their source shows; tests of the plugins
-compare those that are read with their native classes.
+The files in ``tests/data/configs`` are as published, as far as their source shows; the plugins' tests compare models of
+the readable files with their native classes.
 """
 
 import json
@@ -13,7 +13,7 @@ import hf_archs
 from hf_archs.registry import get_architecture
 
 FILES = sorted((Path(__file__).parents[1] / "data/configs").glob("*.json"))
-# what is read; the refused ones of these families are named by their field, and all others by their type
+# readable families; their refused files are named by a field, and all others by their type
 READ = {
     "mamba": ("state-spaces__mamba-", "tiiuae__falcon-mamba"),
     "mamba2": ("state-spaces__mamba2-", "mistralai__Mamba-Codestral"),

@@ -273,15 +273,15 @@ def test_the_picture(tmp_path, monkeypatch):
 
 def test_bytes_per_token():
     corpus = {"a": "ab ab ab " * 40}
-    tokenizer = text.train_tokenizer(corpus.values(), 258)
+    tokenizer = text.train_tokenizer(corpus.values(), 262)
     rows = text.token_blocks(tokenizer, corpus.values(), 9)
     tokens = sum(len(row) for row in rows["input_ids"])
     assert jobs._bytes_per_token(tokenizer, rows) == pytest.approx(360 / tokens, rel=0.05)
 
 
 def test_encoding_and_measuring_say_how_far_they_are():
-    tokenizer = text.train_tokenizer(["abc"], 257)
-    model = AutoModelForCausalLM.from_config(hf_archs.get_architecture("mamba").tiny_config(vocab_size=257))
+    tokenizer = text.train_tokenizer(["abc"], 261)
+    model = AutoModelForCausalLM.from_config(hf_archs.get_architecture("mamba").tiny_config(vocab_size=261))
     told = []
     text.token_blocks(tokenizer, ["abc", "defgh"], 4, lambda *share: told.append(share))
     assert told == [(3, 8), (8, 8)]
@@ -411,7 +411,7 @@ def test_the_command_shows_that_it_imports(monkeypatch):
     """And its threads do not spin for long: beside other work that costs ten times the time."""
     monkeypatch.setenv("GOMP_SPINCOUNT", "")
     monkeypatch.delenv("GOMP_SPINCOUNT")
-    monkeypatch.setattr(cli, "_only_ours", lambda: None)
+    monkeypatch.setattr(cli, "_silence_libraries", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.delenv("OMP_NUM_THREADS")
     result = CliRunner().invoke(cli.app, ["quickstart", "--task", "proteins", "--size", "tiny"])

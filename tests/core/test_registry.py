@@ -66,7 +66,7 @@ class TestHybrid(ArchitectureContract):
         return replace(hf_archs.get_architecture("hybrid"), tiny={**fields, "feed_forward_pattern": None})
 """
 
-# what costs minutes in all (the Trainer, compilers, length 2,048) is left to the built-in architectures
+# without tests that take minutes (the Trainer, compilers, length 2,048), which built-in architectures run
 TOY_TESTS = (
     "pads or split or token_by_token or saved_and or test_greedy or assisted or forward_gradients or last_document"
     " or tiny or lora or merged or state_parameters or prompt_tuning or CausalLM or dtypes or missing or slopes"
@@ -83,7 +83,7 @@ def toy(tmp_path):
 
 
 def test_a_third_party_plugin_passes_the_contract(toy, tmp_path):
-    """Found through its entry point, it needs nothing but its own folder, and so do hybrids of it and of others."""
+    """It is found through its entry point and needs only its own folder, as do hybrids with its mixer."""
     (tmp_path / "test_toy.py").write_text(TOY_CONTRACT)
     conftest = Path(__file__).parent.parent / "conftest.py"
     (tmp_path / "conftest.py").write_text(conftest.read_text())
@@ -99,7 +99,7 @@ def test_a_third_party_plugin_passes_the_contract(toy, tmp_path):
 
 
 def test_hybrids_take_what_a_plugin_says_of_its_mixer(toy):
-    """Its targets of LoRA, its plan for processes; nothing outside of its folder names it."""
+    """LoRA targets and tensor-parallel plan come from the plugin; no file outside its folder names it."""
     passes(
         """
         import hf_archs
@@ -133,7 +133,7 @@ def test_a_third_party_plugin_has_its_own_name_in_the_stub(toy, tmp_path):
 
 
 def test_a_broken_plugin_is_one_warning(tmp_path):
-    """It names the plugin, its distribution and the cause; the others work, and an unknown name says why it may be."""
+    """The warning names plugin, distribution and cause; other plugins work, and an unknown name mentions it."""
     site = tmp_path / "site"
     distribution(site, "broken-plugin", {"broken": "broken_plugin"})
     (site / "broken_plugin.py").write_text("raise RuntimeError('a shelf fell down')\n")
@@ -162,7 +162,7 @@ def test_a_broken_plugin_is_one_warning(tmp_path):
 
 
 def test_import_orders():
-    """Whatever comes first, all plugins are there afterwards and no warning was given.
+    """After any first import all plugins are loaded, without a warning.
 
     Each order runs in a fork of a process that has imported the host libraries, which takes the time.
     """

@@ -1,4 +1,4 @@
-"""Plans and units of distributed models, as far as one process can tell; tests/test_distributed.py has two."""
+"""Plans and units of distributed models, in one process; tests/test_distributed.py uses two."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_units_of_another_model_are_refused():
 
 
 def test_states_where_a_unit_has_one_group():
-    """As in torch before a unit could have several."""
+    """As in older versions of torch, whose units have one group."""
     holder, other = nn.Linear(1, 1), nn.Linear(1, 1)
 
     def state(*dtypes):

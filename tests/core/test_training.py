@@ -1,4 +1,4 @@
-"""Text, parameter groups, callbacks, saving whole or not at all, and the library side of ``hf-archs train``."""
+"""Text, parameter groups, callbacks, atomic saving, and the library side of ``hf-archs train``."""
 
 import errno
 import hashlib
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments, pipeline
@@ -80,7 +81,7 @@ def test_a_file_is_cut_without_a_loss_and_so_is_a_folder_with_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.json", "a.jsonl", "a.ndjson", "a.parquet", "a.arrow"])
 def test_rows_are_no_text(tmp_path, name):
-    """A file of rows is refused, and a folder that is mostly rows; a table beside more text is text."""
+    """Files of rows, and folders that are mostly rows, are refused; a table beside more text is text."""
     (tmp_path / name).write_text('{"text": "words"}\n' * 9)
     said = "CSV, JSON and Parquet are not read yet"
     with pytest.raises(ValueError, match=f"{name}', which is no plain text; {said}"):
@@ -118,17 +119,17 @@ def test_something_is_always_held_out():
 
 
 def test_the_tokenizer_writes_any_text(tmp_path):
-    tokenizer = text.train_tokenizer(["hello hello hello"], 260)
+    tokenizer = text.train_tokenizer(["hello hello hello"], 264)
     for sample in ("hello", " tab\t\n  two", "日本 ☃ é \x00", "x" * 50):
         assert tokenizer.decode(text.encode(tokenizer, sample)) == sample
-    assert len(tokenizer) <= 260
+    assert len(tokenizer) <= 264
     assert text.start_token(tokenizer) == 0
-    with pytest.raises(ValueError, match="vocab_size is 256; allowed are 257"):
-        text.train_tokenizer(["a"], 256)
+    with pytest.raises(ValueError, match="vocab_size is 260; allowed are 261"):
+        text.train_tokenizer(["a"], 260)
 
 
 def test_a_prompt_begins_as_a_document_does(tmp_path):
-    """By any caller (a pipeline, a server, README): the start token stands before the text, once."""
+    """For any caller (a pipeline, a server, README), one start token precedes the text."""
     text.train_tokenizer(["some words"], 300).save_pretrained(tmp_path)
     tokenizer = loading.load_tokenizer(str(tmp_path))
     own = text.encode(tokenizer, "some words")
@@ -143,10 +144,43 @@ def test_a_prompt_begins_as_a_document_does(tmp_path):
     assert generator("some words", **greedy)[0]["generated_text"] == tokenizer.decode(
         expected, skip_special_tokens=True
     )
+    messages = [{"role": "user", "content": "some words"}]
+    expected = model.generate(torch.tensor([[0, 3, *own, 4]]), **greedy)[0, len(own) + 3 :]
+    assert generator(messages, **greedy)[0]["generated_text"][-1] == {
+        "role": "assistant",
+        "content": tokenizer.decode(expected, skip_special_tokens=True),
+    }
+
+
+def test_a_conversation():
+    """Each answer ends with the end of text, which is no pad; a conversation begins with what was said before."""
+    tokenizer = text.train_tokenizer(["some words and more"], 300)
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    messages = [
+        {"role": "system", "content": "\nBe short. "},
+        {"role": "user", "content": " some words?"},
+        {"role": "assistant", "content": "\nmore words"},
+        {"role": "user", "content": "and"},
+        {"role": "assistant", "content": ""},
+    ]
+    expected, answers = [0], []
+    for message in messages:
+        expected += [2 + text.ROLES.index(message["role"]), *text.encode(tokenizer, message["content"])]
+        if message["role"] == "assistant":
+            expected.append(0)
+            answers += [len(expected) - 1 - i for i in range(len(text.encode(tokenizer, message["content"])) + 1)]
+    made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert made["input_ids"] == expected
+    assert [i for i, marked in enumerate(made["assistant_masks"]) if marked] == sorted(answers)
+    prompt = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert prompt == expected[: len(prompt)]
+    assert prompt[-1] == 4
+    with pytest.raises(TemplateError, match="role is tool; allowed are system, user and assistant"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": ""}])
 
 
 def test_blocks_are_one_stream_with_a_start_before_every_document():
-    tokenizer = text.train_tokenizer(["ab"], 257)
+    tokenizer = text.train_tokenizer(["ab"], 261)
     a, b = text.encode(tokenizer, "ab")
     rows = text.token_blocks(tokenizer, ["ab", "b", "aab"], 3)["input_ids"][:]
     assert rows == [[0, a, b], [0, b, 0], [a, a, b]]
@@ -197,7 +231,7 @@ def test_only_matrices_decay(name):
 def test_frozen_parameters_are_in_no_group():
     model = training.add_lora(tiny())
     parameters = [p for group in training.parameter_groups(model) for p in group["params"]]
-    assert len(parameters) == 2 * 2 * 4  # A and B for four layers in each of two blocks
+    assert len(parameters) == 2 * 2 * 4  # A and B of four layers in each of two blocks
     assert all(p.requires_grad for p in parameters)
 
 
@@ -256,7 +290,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path):
 
 
 def test_a_folder_that_is_there_is_written_within(tmp_path):
-    """It may be a disk of its own, to which no file can be renamed, or stand where nothing else may be written."""
+    """It may be a separate disk, to which files cannot be renamed, or its parent may be read-only."""
     with disk.replacing(tmp_path) as partial:
         assert partial.parent == tmp_path
         (partial / "config.json").write_text("{}")
@@ -351,7 +385,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Data, a model ``m`` with a tokenizer, and runs of two saved steps: of the whole model, and of an adapter."""
+    """Data, a model ``m`` with a tokenizer, and two runs of two saved steps: the whole model and an adapter."""
     folder = tmp_path_factory.mktemp("runs")
     data = corpus_folder(folder / "data")
     tiny().save_pretrained(folder / "m")
@@ -363,14 +397,14 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def runs(trained, tmp_path):
-    """The same, for a test to spoil."""
+    """A copy of ``trained`` that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "runs"))
 
 
 @pytest.mark.parametrize("goal", [("--max_steps", "2"), ("--max_steps", "1"), ("--num_train_epochs", "0.01")])
 @pytest.mark.parametrize("name", ["whole", "adapter"])
 def test_what_is_finished_trains_no_further(runs, name, goal):
-    """Not a step more with the same command; a model whose writing failed is written from the last checkpoint."""
+    """The same command runs no further step; an unwritten model is written from the last checkpoint."""
     output, lora = runs / name, ["--lora"] if name == "adapter" else []
     found = standing(output, *goal)
     assert found.finished
@@ -397,7 +431,7 @@ def test_a_larger_goal_goes_on_and_a_push_is_made_again(runs):
         assert found == train.Standing(str(runs / "whole" / "checkpoint-2"), (), 2)
     found = standing(runs / "whole", "--max_steps", "2", "--push_to_hub", "true")
     assert (found.reached, found.finished) == (True, False)
-    earlier = str(runs / "whole" / "checkpoint-1")  # asked for, so it is where training goes on
+    earlier = str(runs / "whole" / "checkpoint-1")  # training resumes from the given checkpoint
     assert standing(runs / "whole", "--max_steps", "2", "--resume_from_checkpoint", earlier).checkpoint == earlier
     assert not standing(runs / "whole", "--max_steps", "2", "--resume_from_checkpoint", earlier).reached
 
@@ -415,7 +449,7 @@ def test_a_larger_goal_goes_on_and_a_push_is_made_again(runs):
     ],
 )
 def test_the_newest_whole_checkpoint_is_taken(runs, file, kept, said):
-    """An interrupted save leaves a folder that is passed over, with its reason; the one before it goes on."""
+    """The folder of an interrupted save is skipped, with a reason, and the one before it is resumed."""
     output = runs / "whole"
     uninterrupted = contents(output / "checkpoint-2")["model.safetensors"]
     broken = output / "checkpoint-2" / file
@@ -423,7 +457,7 @@ def test_the_newest_whole_checkpoint_is_taken(runs, file, kept, said):
         broken.unlink()
     else:
         broken.write_bytes(broken.read_bytes()[: int(kept * broken.stat().st_size)])
-    (output / "trainer_state.json").unlink()  # it did not come to its end
+    (output / "trainer_state.json").unlink()  # the run is not finished
     found = standing(output, "--max_steps", "2")
     assert found.checkpoint == str(output / "checkpoint-1")
     assert (found.steps, found.reached) == (1, False)
@@ -432,7 +466,7 @@ def test_the_newest_whole_checkpoint_is_taken(runs, file, kept, said):
     assert said in found.skipped[0]
     with pytest.raises(OSError, match=r"resume_from_checkpoint is .*checkpoint-2', which is not whole"):
         standing(output, "--resume_from_checkpoint", str(output / "checkpoint-2"))
-    if kept != 0.9:  # two are enough
+    if kept != 0.9:  # two cases are enough
         return
     run(runs / "m", runs / "data", output, "--max_steps", "2", "--save_steps", "1")
     assert contents(output / "checkpoint-2")["model.safetensors"] == uninterrupted
@@ -454,7 +488,7 @@ def test_a_model_in_the_folder_is_not_trained_over(runs):
 
 
 def test_room_is_looked_for_before_anything_is_read(runs, monkeypatch):
-    """The model, and as many checkpoints with AdamW's states as will be kept at once."""
+    """It must hold the model, and all checkpoints with AdamW's states that are kept at once."""
     model = loading.load_model(str(runs / "m"))
     size = 4 * model.num_parameters()
 
@@ -485,7 +519,7 @@ def test_room_is_looked_for_before_anything_is_read(runs, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no device that is always full")
 def test_a_full_disk_is_said_in_a_sentence_and_the_run_goes_on(runs):
-    """PyTorch's own failure: the optimizer's states go to a device that is always full."""
+    """The optimizer's states are written to a device that is always full, so that PyTorch fails."""
     output = runs / "full"
     (output / "checkpoint-1").mkdir(parents=True)
     (output / "checkpoint-1" / "optimizer.pt").symlink_to("/dev/full")
@@ -547,7 +581,7 @@ def test_an_adapter_is_trained_on_a_trained_model(tmp_path):
     before = model(tokens).logits
     adapted = loading.load_adapter(model, str(tmp_path / "a"))
     assert set(adapted.active_peft_config.target_modules) == {"in_proj", "out_proj"}
-    assert "base_model" not in ModelCard.load(tmp_path / "a" / "README.md").data.to_dict()  # the Hub refuses a path
+    assert "base_model" not in ModelCard.load(tmp_path / "a" / "README.md").data.to_dict()  # the Hub refuses paths
     assert not torch.allclose(adapted(tokens).logits, before)
 
 

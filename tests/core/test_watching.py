@@ -1,4 +1,4 @@
-"""A plain Trainer is watched, and `ArchTrainer` does what it does not."""
+"""A plain Trainer is watched; `ArchTrainer` handles what it does not."""
 
 import warnings
 
@@ -47,7 +47,7 @@ def test_nothing_is_said_where_nothing_is_wrong(tmp_path):
 
 @pytest.mark.parametrize("name", ["moe", "hybrid"])
 def test_the_routers_loss_stands_beside_a_smoothed_one(name, tmp_path):
-    """With the Trainer's count of predicted tokens too: of twice as many as there are, it is half of the loss."""
+    """Also with the Trainer's count of predicted tokens: doubling the count halves the loss."""
     model, ids = model_of(name), tokens(4, 12)
     trainer = ArchTrainer(model, arguments(tmp_path, label_smoothing_factor=0.1))
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Files that an earlier version wrote say the same: checkpoints, adapters, caches, and the stub without the library.
+"""Files of an earlier version give the same results: checkpoints, adapters, caches, and the stub without the library.
 
-Weights are what they were to the bit, and so are answers on the kind of machine that wrote them; another one adds in
-another order.
+Weights are equal bit for bit, and so are logits on the kind of machine that wrote the files; others add in another
+order.
 """
 
 import importlib.util
@@ -67,7 +67,7 @@ def test_with_the_import(name):
     if name in make.ADAPTED:
         found |= {f"adapted.{key}": value for key, value in make.answers(make.adapted(model, name), name).items()}
     compare(found, name)
-    if name not in ("hybrid", "moe"):  # in whose files every expert stands alone
+    if name not in ("hybrid", "moe"):  # their files have one tensor per expert
         assert all(torch.equal(loaded[key], value) for key, value in stored.items())
 
 

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_archs.kernels import causal_conv1d, conv_portable
 from hf_archs.kernels.backend import use_backend
-from hf_archs.kernels.conv import causal_conv1d_reference
+from hf_archs.kernels.conv import _reach, causal_conv1d_reference
 from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -98,12 +98,28 @@ def test_a_packed_row_is_its_documents_alone(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("length", [1, 2, 17, 64, 65, 130])
-def test_portable(length, option, dtype, monkeypatch):
-    monkeypatch.setattr(conv_portable, "BLOCK_ELEMENTS", 20000)  # several blocks, the last one short
+def test_portable(length, option, dtype):
     for width, (bias, state) in zip((4, 2, 7), ((True, True), (False, False), (True, False))):
         tensors = inputs(length, width, batch=4, channels=256, dtype=dtype, bias=bias, state=state)
         with use_backend("portable"):
             check(tensors, options(option, length, batch=4))
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("block", [1, 1000, 72 * 130 * 2])
+def test_portable_in_blocks(block, packed, silu):
+    """Of one position after the first block, of several with a last one that is short, and of all."""
+    tensors = [*inputs(130, dtype=torch.float64).values(), _reach(documents(130), 3) if packed else None, silu]
+    grad_y = torch.randn(2, 130, 72, dtype=torch.float64)
+    whole, parts = (
+        (
+            conv_portable.causal_conv1d_fwd(*tensors, **chosen),
+            *conv_portable.causal_conv1d_bwd(grad_y, *tensors, **chosen),
+        )
+        for chosen in ({}, {"block": block})
+    )
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

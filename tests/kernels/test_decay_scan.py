@@ -24,7 +24,7 @@ def on(backend):
 portable = on("portable")
 
 
-def make(b=2, l=65, g=2, h=4, n=8, p=12, dtype=torch.float32, scale=True, state=True, decay=1.0):
+def make(b=2, l=65, g=2, h=4, n=8, p=12, dtype=torch.float32, scale=True, state=True, decay=1.0, skip=True):
     """Tensors as a mixed-precision model hands them over: decays and steps are in float32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
     return {
@@ -33,6 +33,7 @@ def make(b=2, l=65, g=2, h=4, n=8, p=12, dtype=torch.float32, scale=True, state=
         "v": torch.randn(b, l, h, p, dtype=dtype),
         "log_decay": -decay * torch.rand(b, l, h, dtype=wide) ** 3,  # many close to 0, some strong
         "scale": torch.rand(b, l, h, dtype=wide) if scale else None,
+        "skip": torch.randn(h, dtype=wide) if skip else None,
         "initial_state": torch.randn(b, h, p, n, dtype=wide) if state else None,
     }
 
@@ -42,7 +43,7 @@ def some_documents(b, l):
     return (torch.rand(b, l) < 0.06).cumsum(1) % 3
 
 
-def parallel(q, k, v, log_decay, scale=None, initial_state=None, seq_idx=None, lengths=None):
+def parallel(q, k, v, log_decay, scale=None, skip=None, initial_state=None, seq_idx=None, lengths=None):
     """All pairs of tokens at once, decays as sums over masked steps: independent of any recurrence."""
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     q, k = (t.repeat_interleave(h // g, 2) for t in (q, k))
@@ -62,6 +63,7 @@ def parallel(q, k, v, log_decay, scale=None, initial_state=None, seq_idx=None, l
     weight = torch.einsum("bihn,bjhn->bhij", q, k) * decay[:, :, 1:, 1:]
     y = torch.einsum("bhij,bjhp->bihp", weight, write)
     y = y + torch.einsum("bhi,bhpn,bihn->bihp", decay[:, :, 1:, 0], initial, q)
+    y = y if skip is None else y + skip[:, None] * v
     final = torch.einsum("bhj,bjhp,bjhn->bhpn", decay[:, :, -1, 1:], write, k)
     return y, final + decay[:, :, -1, 0, None, None] * initial
 
@@ -115,17 +117,26 @@ def test_triton_is_the_reference(case, dtype, nan_filled_memory):
 
 
 @pytest.mark.parametrize(
-    ("config", "programs", "key_dim", "value_dim"), [(0, 1, 40, 70), (0, 512, 70, 8), (1, 512, 40, 20)]
+    ("config", "programs", "key_dim", "value_dim"), [(0, 1, 300, 140), (0, 512, 70, 8), (1, 512, 40, 70)]
 )
 def test_every_triton_config(config, programs, key_dim, value_dim, monkeypatch, nan_filled_memory):
     """Over several tiles that the dimensions do not fill, heads in turn in one program or split among several."""
     monkeypatch.setattr(decay_scan_triton, "PROGRAMS", programs)
     for name in ("decay_scan_fwd", "decay_scan_bwd"):
         real = getattr(decay_scan_triton, name)
-        monkeypatch.setattr(decay_scan_triton, name, functools.partial(real, config=decay_scan_triton.CONFIGS[config]))
-    assert len(decay_scan_triton.CONFIGS) == 2
+        monkeypatch.setattr(decay_scan_triton, name, functools.partial(real, config=config))
+    for table in ("STATE_CONFIGS", "OUTPUT_CONFIGS", "SCORE_CONFIGS", "KEY_CONFIGS"):
+        assert len(getattr(decay_scan_triton, table)) == 2
     case = (135, 1, 2, key_dim, value_dim, True, True, 1.0, True, [135, 130])
     check_op(on("triton"), decay_scan_reference, *arguments(case, torch.float32))
+
+
+def test_triton_says_how_long_a_row_may_be(monkeypatch):
+    """As many chunks as a grid has places in its second dimension; here two."""
+    assert decay_scan_triton.MOST_CHUNKS == 2**16 - 1
+    monkeypatch.setattr(decay_scan_triton, "MOST_CHUNKS", 2)
+    with pytest.raises(ValueError, match=r"length must be at most 256 on a GPU, not 257; .* initial_state"):
+        on("triton")(**make(b=1, l=257, g=1, h=1))
 
 
 def test_triton_hands_float64_on():
@@ -171,11 +182,18 @@ def test_constant_decays_are_the_reference(l, state, strength, dtype, monkeypatc
         monkeypatch.setattr(
             decay_scan_portable, name, lambda *a, real=real, name=name: (asked.append(name), real(*a))[1]
         )
-    tensors = make(l=l, g=3, h=3, dtype=dtype, scale=False, state=state)
+    tensors = make(l=l, g=3, h=3, dtype=dtype, scale=False, state=state, skip=False)
     del tensors["log_decay"]
     decay = -strength * torch.rand(3, dtype=torch.float64)
     check_op(constant(portable, decay), constant(decay_scan_reference, decay), tensors)
     assert asked == ["_constant_fwd", "_constant_bwd"]
+
+
+def test_constant_decays_beside_a_skip():
+    tensors = make(g=3, h=3, scale=False)
+    del tensors["log_decay"]
+    decay = -torch.rand(3, dtype=torch.float64)
+    check_op(constant(portable, decay), constant(decay_scan_reference, decay), tensors)
 
 
 @pytest.mark.parametrize(
@@ -245,17 +263,17 @@ def test_gradient_into_one_output_alone(output):
 @pytest.mark.parametrize("at", [1, 63, 64, 99])
 def test_split_and_continued_is_the_whole(at):
     tensors = make(l=100, dtype=torch.float64)
-    state = tensors.pop("initial_state")
-    whole, final = portable(**tensors, initial_state=state)
-    left, middle = portable(**{n: t[:, :at] for n, t in tensors.items()}, initial_state=state)
-    right, end = portable(**{n: t[:, at:] for n, t in tensors.items()}, initial_state=middle)
+    state, skip = tensors.pop("initial_state"), tensors.pop("skip")
+    whole, final = portable(**tensors, skip=skip, initial_state=state)
+    left, middle = portable(**{n: t[:, :at] for n, t in tensors.items()}, skip=skip, initial_state=state)
+    right, end = portable(**{n: t[:, at:] for n, t in tensors.items()}, skip=skip, initial_state=middle)
     torch.testing.assert_close(torch.cat([left, right], 1), whole)
     torch.testing.assert_close(end, final)
 
 
 def test_packed_documents_are_each_alone():
     sizes = [3, 61, 1, 70, 64]
-    tensors = make(b=1, l=sum(sizes), dtype=torch.float64, state=False)
+    tensors = make(b=1, l=sum(sizes), dtype=torch.float64, state=False, skip=False)
     seq_idx = torch.repeat_interleave(torch.arange(len(sizes)) % 2, torch.tensor(sizes))[None]
     leaves = {n: t.requires_grad_() for n, t in tensors.items() if t is not None}
     packed, final = portable(**leaves, seq_idx=seq_idx)
@@ -279,7 +297,8 @@ def test_pads_leave_the_state_alone():
         tensors[name][1, 70:] = torch.nan
     y, final = portable(**tensors, seq_idx=seq_idx, lengths=lengths)
     assert torch.equal(final[0], tensors["initial_state"][0])
-    alone = {n: t[1:] if n == "initial_state" else t[1:, :70] for n, t in tensors.items()}
+    whole = {"initial_state": tensors["initial_state"][1:], "skip": tensors["skip"]}
+    alone = {n: t[1:, :70] for n, t in tensors.items() if n not in whole} | whole
     expected_y, expected = portable(**alone, seq_idx=seq_idx[1:, :70])
     torch.testing.assert_close(final[1:], expected)
     torch.testing.assert_close(y[1:, :70], expected_y)
@@ -325,7 +344,7 @@ def test_autocast_changes_nothing():
 def test_a_step_is_a_handful_of_operators():
     tensors = make(b=1, l=1)
     found = operators(lambda: portable(**tensors))
-    assert len(found) <= 9, found  # two of them give every head its group's q and k
+    assert len(found) <= 10, found  # two of them give every head its group's q and k
 
 
 def test_states_are_kept_for_a_backward_only(monkeypatch):
@@ -333,7 +352,7 @@ def test_states_are_kept_for_a_backward_only(monkeypatch):
     real = decay_scan_portable.decay_scan_fwd
 
     def spy(*args):
-        asked.append((args[7], result := real(*args)))
+        asked.append((args[8], result := real(*args)))
         return result
 
     monkeypatch.setattr(decay_scan_portable, "decay_scan_fwd", spy)
@@ -397,16 +416,15 @@ def test_opcheck(grad, everything):
 
 def test_export_knows_no_custom_op():
     class Scan(torch.nn.Module):
-        def forward(self, q, k, v, log_decay, scale, initial_state, seq_idx):
-            return portable(
-                q=q, k=k, v=v, log_decay=log_decay, scale=scale, initial_state=initial_state, seq_idx=seq_idx
-            )
+        def forward(self, q, k, v, log_decay, scale, skip, initial_state, seq_idx):
+            optional = {"scale": scale, "skip": skip, "initial_state": initial_state, "seq_idx": seq_idx}
+            return portable(q=q, k=k, v=v, log_decay=log_decay, **optional)
 
     def inputs(l):
         return (*make(l=l).values(), some_documents(2, l))
 
     length = torch.export.Dim("length", min=2, max=4096)
-    shapes = (*[{1: length}] * 5, None, {1: length})
+    shapes = (*[{1: length}] * 5, None, None, {1: length})
     program = torch.export.export(Scan(), inputs(100), dynamic_shapes=shapes)
     assert "hf_archs" not in program.graph_module.code
     for l in (30, 64, 300):
@@ -422,6 +440,7 @@ def test_export_knows_no_custom_op():
         ("v", torch.zeros(2, 65, 3, 12)),
         ("log_decay", torch.zeros(2, 64, 4)),
         ("scale", torch.zeros(2, 65)),
+        ("skip", torch.zeros(3)),
         ("initial_state", torch.zeros(2, 4, 8, 12)),
         ("seq_idx", torch.zeros(65, dtype=torch.long)),
         ("lengths", torch.zeros(3, dtype=torch.long)),

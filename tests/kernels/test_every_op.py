@@ -1,5 +1,6 @@
 """Every op of the library, found by asking torch, on the ``cases`` that stand beside it."""
 
+import importlib.util
 import inspect
 import sys
 
@@ -13,6 +14,7 @@ import hf_archs
 from hf_archs.kernels import library
 from hf_archs.kernels.backend import use_backend
 from hf_archs.kernels.numerics import allowed
+from hf_archs.testing.ops import ops_with_cases
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 assert hf_archs  # which loads the plugins, and they their ops
@@ -104,6 +106,11 @@ def test_every_op_is_wrapped_by_the_helper_and_has_cases():
     assert OPS
     for name in OPS:
         assert cases(name)
+    # the list of the tests on a GPU; some functions there are made of other ops
+    listed = {op.name: op for op in ops_with_cases()}
+    assert listed.keys() == {*(name.removeprefix("hf_archs::") for name in OPS), "retention", "ssd_scan"}
+    for op in listed.values():
+        assert op.cases("cpu", torch.float32, **op.model_sizes | {"length": 1})
 
 
 @every_form
@@ -148,8 +155,9 @@ class Work(TorchDispatchMode):
         return results
 
 
+@every_form
 @every_op
-def test_gradients_that_nobody_needs_are_not_formed(name, monkeypatch):
+def test_gradients_that_nobody_needs_are_not_formed(name, backend, monkeypatch):
     work = {}
     for number, case in enumerate(cases(name)):
         op, arguments = call_of(name, case, monkeypatch)
@@ -161,7 +169,7 @@ def test_gradients_that_nobody_needs_are_not_formed(name, monkeypatch):
             work[tuple(given[-1])] = counting.elements
             return gradients
 
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, use_backend(backend):
             patch.setattr(op, "backward", counted)
             _, everything = results_of(by_place(op), arguments)
             whole = max(work.values())
@@ -173,6 +181,19 @@ def test_gradients_that_nobody_needs_are_not_formed(name, monkeypatch):
                 assert [op.learnt[i] for i, asked in enumerate(wanted) if asked] == [int(place)]
                 assert work[wanted] < whole, (number, place)
             work.clear()
+
+
+@every_op
+def test_a_grid_has_room_for_any_number_of_rows(name, monkeypatch):
+    """CUDA takes 2^31 - 1 programs in a grid's first dimension, and 65,535 in the others. Nothing is launched here."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    grids = []
+    monkeypatch.setattr(jit.KernelInterface, "__getitem__", lambda kernel, grid: lambda *_, **__: grids.append(grid))
+    with use_backend("triton"):
+        for case in cases(name, batch=70_000, length=2):
+            results_of(function(name), case)
+    assert grids or importlib.util.find_spec(f"{module(name).__name__}_triton") is None
+    assert max((size for grid in grids for size in grid[1:]), default=0) < 65_536
 
 
 class Fails(TorchFunctionMode):

@@ -50,8 +50,7 @@ def test_reference_is_the_formula():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group_size", [None, 32, 1])
 @pytest.mark.parametrize("shape", [(2, 17, 96), (1, 2, 96), (130, 96), (2, 1, 96), (96,)])
-def test_portable(shape, group_size, dtype, monkeypatch):
-    monkeypatch.setattr(rms_norm_gated_portable, "BLOCK_ELEMENTS", 1000)  # several blocks, the last one short
+def test_portable(shape, group_size, dtype):
     with use_backend("portable"):
         check_op(
             rms_norm_gated,
@@ -59,6 +58,21 @@ def test_portable(shape, group_size, dtype, monkeypatch):
             inputs(*shape, dtype=dtype),
             {"eps": 1e-5, "group_size": group_size},
         )
+
+
+@pytest.mark.parametrize("block", [1, 1000, 96 * 34])
+def test_portable_in_blocks(block):
+    """Of one row, of several with a last one that is short, and of all rows."""
+    x, weight, z = inputs(2, 17, 96, dtype=torch.float64).values()
+    grad_y = torch.randn_like(x)
+    whole, parts = (
+        (
+            rms_norm_gated_portable.rms_norm_gated_fwd(x, weight, z, 1e-5, 32, **chosen),
+            *rms_norm_gated_portable.rms_norm_gated_bwd(grad_y, x, weight, z, 1e-5, 32, **chosen),
+        )
+        for chosen in ({}, {"block": block})
+    )
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -77,16 +91,20 @@ def test_triton(shape, group_size, dtype):
 
 
 def test_every_triton_config():
-    """Tiles of many rows, of few, and of one, with few and with many warps."""
+    """Many rows, few, and one; a group in one tile and in several; few and many warps."""
     from hf_archs.kernels import rms_norm_gated_triton as triton_form
 
     configs = set()
-    for group_size in (64, 200, 700, 2500):
-        configs.add(tuple(triton_form._config(group_size).items()))
+    for group_size in (64, 200, 600, 1536, 2500, 4500):
+        configs.add(tuple(triton_form._config(group_size, backward=True).items()))
         tensors = inputs(18, 2 * group_size)
         with use_backend("triton"):
             check_op(rms_norm_gated, rms_norm_gated_reference, tensors, {"eps": 1e-5, "group_size": group_size})
-    assert len(configs) == 4
+    assert len(configs) == 6
+    for group_size in (1536, 2560, 4096, 5120, 8192):  # of published models
+        for backward in (False, True):
+            config = triton_form._config(group_size, backward)
+            assert config["TILES"] * config["BLOCK"] == group_size  # no lane is idle
 
 
 @pytest.mark.parametrize("backend", ["portable", "triton"])

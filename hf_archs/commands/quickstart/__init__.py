@@ -1,7 +1,7 @@
 """The library's main job in one run: pretrain, adapt with LoRA, generate, push, pull, and check every step.
 
-Everything goes through the host libraries as a user would call them: `transformers.Trainer`, `peft`, the Auto
-classes and the client of huggingface_hub.
+All steps use the host libraries as a user would: `transformers.Trainer`, `peft`, the Auto classes and the client of
+huggingface_hub.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ __all__ = ["GenomeOptions", "TextOptions", "make_options", "quickstart"]
 
 
 def quickstart(options: Options, console: Console | None = None) -> dict[str, Any]:
-    """Run the job of these options, `run_text` or `run_genome`, and give its summary, which ``summary.json`` has too.
+    """Run the job of these options, `run_text` or `run_genome`, and return its summary, which is also ``summary.json``.
 
     Raises:
-        ValueError, OSError: for a wrong option, before anything is trained, and where the Hub refuses.
-        CheckFailed: where a model pulled from the Hub differs from what was pushed, or a merged model from its parts.
+        ValueError, OSError: for a wrong option, before any training, and if the Hub refuses.
+        CheckFailed: if a model pulled from the Hub differs from the pushed one, or a merged model from the unmerged.
     """
     jobs: dict[type[Options], Callable[[Any, Console], dict[str, Any]]] = {
         TextOptions: run_text,

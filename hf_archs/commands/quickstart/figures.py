@@ -1,4 +1,4 @@
-"""The figures of a run, for people: cards, tables, a picture, and where it ran."""
+"""The presentation of a run's figures: cards, tables, a picture, the machine."""
 
 import math
 import platform
@@ -21,9 +21,10 @@ _YES = {True: "[green]yes", False: "[red]no"}
 
 
 def command_of(options: Options) -> str:
-    """The command that does this, and where it ran."""
-    told = ("output", "hub", "public", "overrides", "learning_rate", "lora_learning_rate")  # elsewhere, or no flags
-    names = [f.name for f in fields(options) if f.name not in told and getattr(options, f.name) != f.default]
+    """The command that repeats this run, and the machine."""
+    # these change no model, are written separately, or are no flags
+    others = ("output", "hub", "public", "overrides", "learning_rate", "lora_learning_rate")
+    names = [f.name for f in fields(options) if f.name not in others and getattr(options, f.name) != f.default]
     words = [] if isinstance(options, TextOptions) else [f"--task {options.task}"]
     flags = {name: f"--{name.replace('_', '-')}" for name in names}
     words += [
@@ -35,7 +36,7 @@ def command_of(options: Options) -> str:
 
 
 def prompts_of(options: TextOptions) -> tuple[str, str]:
-    """The beginnings of the text that is generated here, and of that in the card; empty for data that is not ours."""
+    """The prompts of the generated text, and of the example in the card; empty for data other than ``stdlib``."""
     return (CODE_PROMPT, "import ") if options.data == "stdlib" else ("", "")
 
 
@@ -43,7 +44,7 @@ def text_cards(
     options: TextOptions, bits: Mapping[str, Mapping[str, float]], characters: Mapping[str, Mapping[str, int]]
 ) -> dict[str, dict[str, Any]]:
     """The cards of model and adapter, as arguments of `hf_archs.native.model_card.model_card`."""
-    ours = options.data == "stdlib"  # of other data nobody said under which licence its model may go on
+    ours = options.data == "stdlib"  # the licence of a model on other data is unknown
     corpus = "the source of Python's standard library" if ours else f"`{options.data}`"
     license = "apache-2.0" if ours else None
     code, english = bits["code"], bits["english"]
@@ -77,12 +78,12 @@ def text_cards(
 
 
 def in_bits(losses: list[float], size: float) -> list[float]:
-    """Nats per token as bits for each unit of the data, of which a token has ``size``."""
+    """Convert nats per token to bits per unit of the data; ``size`` is the number of units in a token."""
     return [loss / math.log(2) / size for loss in losses]
 
 
 def where_it_ran() -> dict[str, Any]:
-    """Where it ran, and with what."""
+    """The machine and the versions of a run."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     installed = {library.name: library.found for library in versions.compare() if library.found}
     return {
@@ -92,7 +93,7 @@ def where_it_ran() -> dict[str, Any]:
 
 
 def draw(curves: Mapping[str, list[float]], unit: str, folder: Path) -> None:
-    """``loss.png``: the training loss of every step, in bits for each ``unit`` of the data."""
+    """Draw ``loss.png``: the training loss of every step, in bits per ``unit`` of the data."""
     with working("drawing the losses"):
         import matplotlib
 
@@ -117,7 +118,7 @@ def draw(curves: Mapping[str, list[float]], unit: str, folder: Path) -> None:
 
 
 def text_table(summary: Mapping[str, Any]) -> Table:
-    """The summary of `run_text`."""
+    """The summary of `run_text` as a table."""
     table = Table(title=f"{summary['arch']}, {summary['parameters']:,} parameters: bits per byte of held-out text")
     table.caption = "; ".join(
         f"{'English' if name == 'english' else label_of(summary['data'])}: {sizes['measured']:,} of "
@@ -141,7 +142,7 @@ def text_table(summary: Mapping[str, Any]) -> Table:
 
 
 def genome_table(summary: Mapping[str, Any]) -> Table:
-    """The summary of `run_genome`."""
+    """The summary of `run_genome` as a table."""
     bits = summary["bits_per_base"]
     table = Table(title=f"{summary['arch']}, {summary['parameters']:,} parameters: bits per base of held-out DNA")
     table.add_column("model")

@@ -1,4 +1,4 @@
-"""The jobs on text and on DNA."""
+"""The quickstart jobs on text and on DNA."""
 
 import json
 import math
@@ -31,19 +31,19 @@ from hf_archs.commands.quickstart.training import train_rows
 from hf_archs.data import dna, text
 from hf_archs.training import add_lora
 
-MERGE_TOLERANCE = 1e-4  # of the largest logit: float32 rounds W x + B A x and (W + B A) x differently
+MERGE_TOLERANCE = 1e-4  # relative to the largest logit: float32 rounds W x + B A x and (W + B A) x differently
 ENGLISH_PROMPT = "The function returns"
-SAMPLE = 2**17  # characters of each held-out text that are measured
+SAMPLE = 2**17  # characters measured of each held-out text
 
 
 def run_text(options: TextOptions, console: Console) -> dict[str, Any]:
-    """Run the main job and give its summary, which is also in ``summary.json``.
+    """Run the main job and return its summary, which is also ``summary.json``.
 
     1. A tokenizer and a small model are trained on the corpus; held-out documents are never trained on.
     2. A LoRA adapter is trained on English, the topics of Python's ``help()``.
     3. Text is generated from both.
     4. Model, tokenizer, adapter and cards are pushed to a Hub.
-    5. They are pulled into an empty cache, and their logits compared with those of what was pushed.
+    5. They are pulled into an empty cache, and their logits compared with those of the pushed models.
     6. A table is printed; ``loss.png``, ``model/`` (before LoRA), ``adapter/`` and ``summary.json`` are written.
     """
     config, parameters, repository = prepare(options, {})
@@ -67,7 +67,7 @@ def run_text(options: TextOptions, console: Console) -> dict[str, Any]:
 
         def train(stage: str, model: Any, texts: Mapping[str, str], steps: int, rate: float) -> dict[str, Any]:
             with working(f"encoding the text for {stage}") as bar:
-                # no more than a multiple of what the steps will see
+                # encode only a multiple of the tokens that the steps will read
                 enough = text.sample(texts, 16 * steps * options.batch * options.block, longest=_size(texts))
                 rows = text.token_blocks(tokenizer, enough.values(), options.block, bar)
             trained = train_rows(run.folder / stage, options, model, tokenizer, rows, steps, rate)
@@ -107,7 +107,7 @@ def run_text(options: TextOptions, console: Console) -> dict[str, Any]:
             trained = train("LoRA", adapted, english, options.lora_steps, options.lora_learning_rate)
             save(run.folder / "adapter", adapted)
             about = run.folder / "adapter" / "adapter_config.json"
-            base = {"base_model_name_or_path": str((run.output / "model").resolve())}  # where it will be
+            base = {"base_model_name_or_path": str((run.output / "model").resolve())}  # the final folder
             about.write_text(json.dumps(json.loads(about.read_text()) | base, indent=2), encoding="utf-8")
             return trained
 
@@ -159,7 +159,7 @@ def _size(texts: Mapping[str, str]) -> int:
 
 
 def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, rows: Any) -> float:
-    """The mean over some of the rows, from all over them."""
+    """The mean over at most 256 rows, evenly spaced."""
     some = [rows[i]["input_ids"] for i in range(0, len(rows), math.ceil(len(rows) / 256))]
     size = sum(len(str(tokenizer.decode(row, skip_special_tokens=True)).encode()) for row in some)
     return size / sum(map(len, some))
@@ -168,8 +168,8 @@ def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, rows: Any) -> float:
 def run_genome(options: GenomeOptions, console: Console) -> dict[str, Any]:
     """Train on DNA, and compare with Markov models fitted on the same bases.
 
-    The first nine tenths of the bases are trained on, on both strands; all of the rest is scored, every window from an
-    empty context. The model is pushed to a Hub, pulled into an empty cache, and its logits compared.
+    The model is trained on the first nine tenths of the bases, on both strands, and measured on all of the rest, each
+    window from an empty context. It is pushed to a Hub, pulled into an empty cache, and its logits are compared.
     """
     tokenizer = dna.dna_tokenizer(add_bos=True)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}

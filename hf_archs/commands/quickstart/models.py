@@ -1,4 +1,4 @@
-"""The model of a run: whether it fits, made new, saved, generating, shared."""
+"""The model of a run: checked for memory, initialised, saved, sampled, pushed and pulled."""
 
 import tempfile
 from collections.abc import Mapping
@@ -19,21 +19,21 @@ from hf_archs.errors import needs
 from hf_archs.native import disk
 from hf_archs.registry import get_architecture
 
-NEW_TOKENS = 60  # of a generated text
+NEW_TOKENS = 60  # in a generated text
 
 
 def embedded_hub() -> Any:
-    """The class of the embedded Hub; an ImportError names the extra that brings what it needs."""
+    """The class of the embedded Hub. Raises an `ImportError` that names the extra to install."""
     return needs("hf_archs.testing.hub", "the embedded Hub", "quickstart").EmbeddedHub
 
 
 def prepare(options: Options, overrides: Mapping[str, Any]) -> tuple[Any, int, str]:
-    """The config, its number of parameters and the repository's name; and what is missing is better known now."""
+    """The config, its number of parameters and the repository's name. A missing package or Hub is an error here."""
     architecture = get_architecture(options.arch)
     size = options.task if options.size is None and options.task in architecture.sizes else options.size
     config = loading.sized_config(architecture, size, {**overrides, **options.overrides})
     parameters = loading.check_memory(config, copies=4)
-    # the model, and for a moment two checkpoints with AdamW's two moments
+    # the model, and during a save two checkpoints with AdamW's two moments
     loading.check_output(options.output, parameters * 4 * (1 + 2 * 3))
     repository = f"hf-archs-quickstart-{options.arch}"
     with working("looking for matplotlib and a Hub"):
@@ -46,30 +46,30 @@ def prepare(options: Options, overrides: Mapping[str, Any]) -> tuple[Any, int, s
 
 
 def to_device(model: Any) -> Any:
-    """The model, on the accelerator where there is one."""
+    """The model, moved to the accelerator if there is one."""
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return model
 
 
 def new_model(config: Any, seed: int) -> Any:
-    """A model with the initial weights of this seed."""
+    """A model with initial weights of this seed."""
     set_seed(seed)
     return to_device(AutoModelForCausalLM.from_config(config))
 
 
 def save(folder: Path, *parts: Any) -> None:
-    """Save a model, a tokenizer or both into ``folder``, at once or not at all."""
+    """Save a model, a tokenizer or both into ``folder``, completely or not at all."""
     with disk.replacing(folder) as partial:
         for part in parts:
             part.save_pretrained(partial)
 
 
 class _Tokens(BaseStreamer):
-    """The bar of a generation."""
+    """The progress bar of a generation."""
 
     def __init__(self, bar: Bar) -> None:
-        self.bar, self.count = bar, -1  # the prompt comes first
+        self.bar, self.count = bar, -1  # the first `put` has the prompt
 
     def put(self, value: Any) -> None:
         self.count += 1
@@ -80,7 +80,7 @@ class _Tokens(BaseStreamer):
 
 
 def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, seed: int) -> str:
-    """A sample that continues ``prompt``."""
+    """``prompt`` and a sampled continuation."""
     set_seed(seed)
     start = [text.start_token(tokenizer), *text.encode(tokenizer, prompt)]
     with working("generating") as bar:
@@ -104,7 +104,7 @@ def share(
     pushed: Mapping[str, torch.Tensor],
     cards: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Push, pull into an empty cache, compare."""
+    """Push the models, pull them into an empty cache, and compare their logits."""
     hub = "the Hub" if run.options.hub else "an embedded Hub"
     run.console.print(f"[bold]4[/] push to {hub}, [bold]5[/] and pull")
     with tempfile.TemporaryDirectory() as scratch:

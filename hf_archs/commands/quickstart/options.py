@@ -1,4 +1,4 @@
-"""The options of each task."""
+"""The quickstart options of each task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,17 +14,17 @@ class Options:
 
     Attributes:
         arch: name of the architecture.
-        size: one of its sizes; None takes the one with the task's name, or the first.
+        size: a size of the architecture; None takes the size with the task's name, or else the first.
         overrides: config fields that differ from the size.
-        output: folder for ``model/``, ``loss.png`` and ``summary.json``; until they are there, finished stages lie in
-            its ``unfinished/``, from where the same options go on after an interruption.
-        hub: push to huggingface.co (``HF_ENDPOINT``) instead of to an embedded Hub.
-        public: whether the repositories can be seen by everybody.
-        data: what to pretrain on.
+        output: folder for ``model/``, ``loss.png`` and ``summary.json``. Until the run ends, finished stages are in
+            ``unfinished/`` there; after an interruption, a run with the same options continues from them.
+        hub: push to huggingface.co (``HF_ENDPOINT``) and not to an embedded Hub.
+        public: make the repositories public.
+        data: source of the pretraining data.
         steps: optimizer steps of the pretraining.
-        batch, block: rows of a step, and tokens of a row.
-        seed: of the initial weights and the order of the data.
-        learning_rate: of the pretraining.
+        batch, block: rows in a batch, and tokens in a row.
+        seed: seed of the initial weights and the order of the data.
+        learning_rate: learning rate of the pretraining.
     """
 
     task: ClassVar[str]
@@ -53,12 +53,12 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(Options):
-    """Pretrain on text, adapt with LoRA to English.
+    """Pretrain on text, and adapt to English with LoRA.
 
     Attributes:
-        data: see `hf_archs.data.text.read_corpus`; the standard library's source, unless something else is named.
-        lora_steps, lora_learning_rate: optimizer steps of LoRA, and their rate; the adapter goes to ``adapter/``.
-        full: measure with all held-out text, not with `SAMPLE` characters of each (`hf_archs.data.text.sample`).
+        data: see `hf_archs.data.text.read_corpus`; by default the standard library's source.
+        lora_steps, lora_learning_rate: optimizer steps and learning rate of LoRA; the adapter is saved in ``adapter/``.
+        full: measure all held-out text, not `SAMPLE` characters of each (`hf_archs.data.text.sample`).
     """
 
     task = "text"
@@ -77,7 +77,7 @@ class TextOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class GenomeOptions(Options):
-    """Pretrain on DNA, compare with Markov models.
+    """Pretrain on DNA, and compare with Markov models.
 
     Attributes:
         data: a FASTA file.
@@ -94,10 +94,10 @@ TASKS: dict[str, type[Options]] = {options.task: options for options in (TextOpt
 
 
 def make_options(task: str, **given: Any) -> Options:
-    """The options of a task; None stands for what nobody gave.
+    """The options of a task; None stands for an option that was not given.
 
     Raises:
-        ValueError: for an unknown task, an option that it does not have, or a value out of range.
+        ValueError: for an unknown task, an option that the task does not have, or a value out of range.
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; allowed are {' and '.join(TASKS)}")
@@ -108,6 +108,6 @@ def make_options(task: str, **given: Any) -> Options:
 
 
 def label_of(data: str) -> str:
-    """A word for the data."""
+    """A short name of the data."""
     known = {"stdlib": "code", "topics": "English"}
     return known.get(data) or (Path(data).expanduser().resolve().name if Path(data).expanduser().exists() else data)

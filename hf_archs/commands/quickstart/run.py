@@ -1,4 +1,4 @@
-"""The finished stages of a run, so that an interrupted one can go on."""
+"""The finished stages of a run, from which an interrupted run continues."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 
 class Run:
-    """The finished stages of a run, kept in ``unfinished/`` of its output folder until it ends, so that it can go on.
+    """A quickstart run, whose finished stages are kept in ``unfinished/`` of the output folder until it succeeds.
 
-    ``state.json`` there holds the options and the figures of every stage that is done; beside it lie the models, the
-    tokenizer and checkpoints. `going_on` opens it.
+    ``state.json`` in that folder holds the options and the figures of every finished stage; beside it are the models,
+    the tokenizer and checkpoints. `going_on` opens a run.
     """
 
     def __init__(self, options: Options, data: bytes, console: Console) -> None:
@@ -33,8 +33,8 @@ class Run:
         self.output = Path(options.output).expanduser()
         self.folder = self.output / "unfinished"
         self.began = time.perf_counter()
-        elsewhere = ("output", "hub", "public")  # none of them changes a model
-        given = {name: value for name, value in asdict(options).items() if name not in elsewhere}
+        others = ("output", "hub", "public")  # these change no model
+        given = {name: value for name, value in asdict(options).items() if name not in others}
         given |= {"task": options.task, "data": f"{options.data}, sha256 {hashlib.sha256(data).hexdigest()}"}
         self.state: dict[str, Any] = {"made_by": json.loads(json.dumps(given)), "seconds": 0.0, "done": {}}
         if self.folder.exists():
@@ -54,13 +54,13 @@ class Run:
             if found["done"]:
                 self.say(f"going on from {self.folder}: {self.kept()}")
             return
-        differ = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
-        told = (f"{name} was {theirs.get(name)}, and is {ours.get(name)} now" for name in sorted(differ))
-        self.say(f"{self.folder} was made with other options ({'; '.join(told)}): starting anew")
+        changed = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+        changes = (f"{name} was {theirs.get(name)}, and is {ours.get(name)} now" for name in sorted(changed))
+        self.say(f"{self.folder} was made with other options ({'; '.join(changes)}): starting anew")
         shutil.rmtree(self.folder)
 
     def write(self) -> None:
-        """Keep the figures and the time so far."""
+        """Save the figures and the time so far."""
         now = time.perf_counter()
         self.state["seconds"] += now - self.began
         self.began = now
@@ -68,22 +68,25 @@ class Run:
             (folder / "state.json").write_text(json.dumps(self.state), encoding="utf-8")
 
     def say(self, sentence: str) -> None:
-        """Print a line as it is."""
+        """Print a line without wrapping and without reading brackets as markup."""
         self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def kept(self) -> str:
-        """The stages that are done, and how far a training is, in words."""
+        """The finished stages, and the steps of an interrupted training, in words."""
         stages = {place: newest_of(place) for place in self.folder.glob("*") if place.is_dir()}
         steps = [f"{stage.name} up to step {step}" for stage, (_, step) in stages.items() if step]
         return ", ".join([*self.state["done"], *steps])
 
     @property
     def seconds(self) -> float:
-        """Of all its parts."""
+        """The time of the run, earlier attempts included."""
         return self.state["seconds"] + time.perf_counter() - self.began
 
     def once(self, stage: str, compute: Callable[[], T]) -> T:
-        """The figures of a stage, as JSON keeps them: computed, unless an interrupted run came so far."""
+        """The figures of a stage: the saved ones if an earlier attempt finished it, else those of ``compute``.
+
+        They consist of dicts, lists, strings and numbers, which JSON returns unchanged.
+        """
         done = self.state["done"]
         if stage not in done:
             done[stage] = compute()
@@ -91,10 +94,10 @@ class Run:
         return done[stage]
 
     def finish(self, summary: dict[str, Any], table: Callable[[Mapping[str, Any]], Table]) -> dict[str, Any]:
-        """Move what was made into the output folder, and write and print the summary.
+        """Move the models and the picture into the output folder, and write and print the summary.
 
         Raises:
-            CheckFailed: where one of its checks failed.
+            CheckFailed: if a check in the summary failed.
         """
         summary["seconds"] = self.seconds
         with disk.replacing(self.output) as folder:
@@ -113,12 +116,12 @@ class Run:
 
 @contextmanager
 def going_on(options: Options, data: bytes, console: Console) -> Iterator[Run]:
-    """A run; where it is interrupted, it says what is kept."""
+    """Context manager: a run, which prints its finished stages if it is interrupted."""
     run = Run(options, data, console)
     try:
         yield run
     except BaseException:
-        if run.folder.exists():  # else it came to its end, and a check failed
+        if run.folder.exists():  # `finish` has removed the folder if one of its checks failed
             with suppress(OSError):
                 run.write()
             kept = run.kept() or "nothing yet"

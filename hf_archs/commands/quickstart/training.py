@@ -1,4 +1,4 @@
-"""A training that goes on from its last checkpoint."""
+"""Training that continues from its last checkpoint."""
 
 import math
 import shutil
@@ -32,7 +32,7 @@ def train_rows(
     steps: int,
     rate: float,
 ) -> dict[str, Any]:
-    """Train on rows of ``input_ids`` and ``labels``, from the last checkpoint in ``scratch`` on where there is one.
+    """Train on rows of ``input_ids`` and ``labels``, from the last checkpoint in ``scratch`` if there is one.
 
     Returns:
         ``losses``, in nats per token at every step, and ``tokens_per_second``.
@@ -48,7 +48,7 @@ def train_rows(
         adam_beta2=0.95,
         logging_steps=1,
         logging_strategy="steps",
-        save_strategy="no",  # `Steps` says when
+        save_strategy="no",  # `Steps` requests the checkpoints
         save_total_limit=1,
         disable_tqdm=True,
         report_to="none",
@@ -76,31 +76,31 @@ def train_rows(
 
 
 def newest_of(stage: Path) -> tuple[str | None, int]:
-    """The newest whole checkpoint of a stage, and the steps behind it; None and 0 where there is none."""
+    """The newest whole checkpoint of a stage, and its steps; None and 0 if there is none."""
     steps = checkpoint_folders(stage)
     newest, _ = newest_whole(steps)
     return (None, 0) if newest is None else (str(newest), steps[newest])
 
 
 class Steps(TrainerCallback):
-    """The bar of a training, and checkpoints now and then."""
+    """The progress bar of a training, and checkpoints at intervals of time."""
 
     def __init__(self, bar: Bar) -> None:
         self.bar = bar
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The time of the first checkpoint is counted from here."""
+        """Start the time of the first checkpoint."""
         self.saved = time.perf_counter()
         self.bar(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint where the last one is `SAVE_EVERY` seconds old."""
+        """Request a checkpoint if the last one is older than `SAVE_EVERY` seconds."""
         # after the last step the model itself is saved
         if time.perf_counter() - self.saved > SAVE_EVERY and state.global_step < state.max_steps:
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The time of the next checkpoint is counted from here."""
+        """Start the time of the next checkpoint."""
         self.saved = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

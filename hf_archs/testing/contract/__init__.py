@@ -1,4 +1,4 @@
-"""What every architecture promises, as tests: a plugin author inherits all of them with four lines.
+"""The promises of every architecture, as tests. A plugin inherits all of them in a few lines:
 
 ::
 
@@ -10,8 +10,8 @@
         def architecture(cls):
             return hf_archs.get_architecture("mine")
 
-The models under test are tiny, but not at their initial weights: there the recurrence hardly shows in the logits, and
-a test that cannot see a state passes whatever happens to it. See `hf_archs.testing.contract.models`.
+The models under test are tiny, but do not have their initial weights: with these a state hardly changes the logits, so
+that tests would not notice its loss. See `hf_archs.testing.contract.models`.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""PEFT: adapters reach every linear layer, merge, stack and generate; the states' parameters train beside them."""
+"""PEFT: adapters reach every linear layer, merge, stack and generate; the states' parameters train with them."""
 
 import copy
 from pathlib import Path
@@ -31,13 +31,13 @@ def linear_names(model: nn.Module) -> set[str]:
 
 
 def adapted(model: nn.Module) -> set[str]:
-    """The full names of the layers that carry an adapter."""
+    """The full names of the layers with an adapter."""
     parts = {n.partition(".lora_A")[0] for n, _ in model.named_parameters() if ".lora_A." in n}
     return {name.removeprefix("base_model.model.") for name in parts}
 
 
 def lora(**options: Any) -> LoraConfig:
-    """A LoRA whose second factor is not zero: it changes the model, and both factors have gradients."""
+    """A LoRA whose second factor is not zero, so that it changes the model and both factors have gradients."""
     return LoraConfig(r=4, lora_alpha=16, task_type=TaskType.CAUSAL_LM, init_lora_weights=False, **options)
 
 
@@ -46,7 +46,7 @@ class AdapterContract(Contract):
 
     @pytest.mark.parametrize("route", ["portable", "triton"])
     def test_lora_on_every_linear_layer(self, architecture: Architecture, route: str) -> None:
-        """In training mode, on both routes, each factor of each adapter gets a gradient that is not zero."""
+        """In training mode and on both backends, both factors of every adapter have a gradient that is not zero."""
         model = lively(architecture.causal_lm_class, architecture.tiny_config(hidden_size=32, num_hidden_layers=1))
         names = linear_names(model)
         wrapped = get_peft_model(model, lora(target_modules="all-linear")).train()
@@ -58,7 +58,7 @@ class AdapterContract(Contract):
             assert gradient.abs().max() > 1e-6, f"{name}: {gradient.abs().max():.1e} on the {route} route"
 
     def test_default_targets(self, model: Any, architecture: Architecture) -> None:
-        """With no targets named, LoRA adapts the layers that the model's mixers and feed-forwards name."""
+        """Without ``target_modules``, LoRA adapts the layers that the model's mixers and feed-forwards name."""
         plans = model.config.layer_plans()
         mixers = [entry for plan in plans for entry, _ in plan.mixers()]
         feed_forwards = [get_feed_forward(plan.feed_forward) for plan in plans if plan.feed_forward is not None]
@@ -79,7 +79,7 @@ class AdapterContract(Contract):
             assert change > 1e-3, f"{name}: {change:.1e}"
 
     def test_merged_equals_unmerged(self, model: Any, tmp_path: Path) -> None:
-        """In float64: a model whose every weight is random twice over may amplify what float32 rounds."""
+        """In float64, since large random weights and adapters amplify float32's rounding errors."""
         model.double()
         ids = tokens(2, 19)
         plain = logits(model, ids)
@@ -118,10 +118,10 @@ class AdapterContract(Contract):
         assert torch.equal(logits(wrapped.unload(), ids), plain)
 
     def test_state_parameters_beside_lora(self, model: Any, tmp_path: Path) -> None:
-        """``modules_to_save`` with the submodule's name trains the states' own parameters, and saves them."""
+        """``modules_to_save`` with the submodule's name trains and saves the states' own parameters."""
         state = state_parameters(model)
         if not state:
-            return  # an architecture whose decays are fixed
+            return  # the architecture's decays are fixed
         base = copy.deepcopy(model)
         wrapped = get_peft_model(model, lora(modules_to_save=[STATE_MODULE])).train()
         ids = tokens(2, 19)

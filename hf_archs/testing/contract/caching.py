@@ -1,5 +1,6 @@
-"""The cache: continued at any split it gives what one pass gives, its size does not grow, and it can be kept."""
+"""The cache: any split of the input gives the logits of one pass; its size is constant; it can be saved."""
 
+import copy
 import itertools
 import random
 from pathlib import Path
@@ -7,22 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 
-from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache
+from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache, StateCache
 from hf_archs.registry import Architecture
 from hf_archs.testing.contract.models import Contract, assert_close, forward, logits, tokens
 
 
 def growing(config: Any) -> bool:
-    """Whether the cache of such a model grows with the sequence."""
+    """Whether the cache of a model with this config grows with the sequence."""
     states = [spec for i in range(config.num_hidden_layers) for spec in config.layer_plan(i).states().values()]
     return not set(config.layer_types) <= {"linear_attention", "conv"} or any(spec.grows for spec in states)
 
 
 def continued(model: Any, ids: torch.Tensor, sizes: list[int], cache: Any = None) -> torch.Tensor:
-    """The logits of ``ids`` fed in pieces of these sizes, with one cache."""
+    """The logits of ``ids`` in pieces of these sizes, with one cache."""
     found = []
     for piece in ids.split(sizes, dim=1):
         out = forward(model, piece, past_key_values=cache, use_cache=True)
@@ -32,7 +34,7 @@ def continued(model: Any, ids: torch.Tensor, sizes: list[int], cache: Any = None
 
 
 def caches(config: Any) -> dict[str, Any]:
-    """An empty cache of every kind that a model may be handed."""
+    """An empty cache of every class that a model accepts."""
     return {
         "dynamic": ArchDynamicCache(config),
         "static": ArchStaticCache(config, max_cache_len=200),
@@ -57,7 +59,7 @@ class CacheContract(Contract):
     @pytest.mark.parametrize("kind", [ArchDynamicCache, ArchStaticCache], ids=lambda kind: kind.__name__)
     @pytest.mark.parametrize("start", [4, 5])
     def test_documents_are_taken_back(self, model: Any, kind: Any, start: int) -> None:
-        """The last of seven tokens, whether a document begins before what is kept to do so or with it."""
+        """The last of seven tokens, if its document begins before the recorded tokens or with the first of them."""
         ids = tokens(1, 9)
         cache = kind(model.config, 20) if kind is ArchStaticCache else kind(model.config)
         cache.activate_past_recording()
@@ -76,7 +78,7 @@ class CacheContract(Contract):
         assert_close(logits(model, ids, past_key_values=cache), logits(model, ids), "from the beginning")
 
     def test_pieces_longer_and_shorter_than_any_chunk(self, model: Any) -> None:
-        """Chunked forms cut at 64 or 128: pieces end one before, at and one after those, and at random places."""
+        """Chunked forms cut at 64 or 128: pieces end there, one token before and after, and at random places."""
         ids = tokens(2, 150)
         whole = logits(model, ids, use_cache=False)
         cuts = [[c, 150 - c] for c in (1, 63, 64, 65, 127, 128, 129, 149)]
@@ -101,9 +103,9 @@ class CacheContract(Contract):
         """Compiled steps and CUDA graphs write to fixed addresses."""
         cache = ArchStaticCache(model.config, max_cache_len=50)
         continued(model, tokens(2, 5), [5], cache)
-        where = {name: tensor.data_ptr() for name, tensor in cache.held()}
+        addresses = {name: tensor.data_ptr() for name, tensor in cache.held()}
         continued(model, tokens(2, 5), [1, 4], cache)
-        assert {name: tensor.data_ptr() for name, tensor in cache.held()} == where
+        assert {name: tensor.data_ptr() for name, tensor in cache.held()} == addresses
 
     def test_no_cache_unless_asked_for(self, model: Any) -> None:
         assert model(tokens(1, 4), use_cache=False).past_key_values is None
@@ -122,7 +124,7 @@ class CacheContract(Contract):
 
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
     def test_states_saved_and_loaded(self, model: Any, kind: str, tmp_path: Path) -> None:
-        """Through a file, into a new cache of either kind, bit for bit; the saved copy does not change afterwards."""
+        """Through a file, into a new cache of either kind, bit for bit; the saved copy does not change later."""
         ids = tokens(2, 20)
         whole = logits(model, ids, use_cache=False)
         cache = caches(model.config)[kind]
@@ -139,8 +141,44 @@ class CacheContract(Contract):
             assert int(other.get_seq_length()) == 9
             found = continued(model, ids[:, 9:], [1, 10], other)
             assert_close(found, expected, f"{kind} into {target}")
-            # sums over a buffer of another length may be taken in another order
+            # a buffer of another length may be summed in another order
             assert torch.equal(found, expected) or (growing(model.config) and target != kind), f"{kind} into {target}"
+
+    def test_a_cache_as_a_file(self, architecture: Architecture, model: Any, tmp_path: Path) -> None:
+        """Continued by this model and by its copies in other precisions; refused by a model with other weights."""
+        ids, path = tokens(2, 20), tmp_path / "state.safetensors"
+        cache = forward(model, ids[:, :9], use_cache=True).past_key_values
+        cache.save(path, model)
+        expected = continued(model, ids[:, 9:], [1, 10], cache)
+        found = continued(model, ids[:, 9:], [1, 10], ArchDynamicCache.load(path, model))
+        assert torch.equal(found, expected)
+        found = continued(model, ids[:, 9:], [1, 10], ArchStaticCache.load(path, model, 50))
+        assert_close(found, expected, "in a static cache")
+        for dtype in (torch.bfloat16, torch.float64):
+            other = copy.deepcopy(model).to(dtype)
+            alone = forward(other, ids[:, :9], use_cache=True).past_key_values
+            loaded = ArchDynamicCache.load(path, other)
+            assert {n: t.dtype for n, t in loaded.tensors()} == {n: t.dtype for n, t in alone.tensors()}
+            found = continued(other, ids[:, 9:], [1, 10], loaded)
+        assert_close(found.float(), expected, "in float64")  # in bf16 a router may choose other experts
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM"))
+        with pytest.raises(ValueError, match=r"state\.safetensors is of a model with other weights"):
+            ArchDynamicCache.load(path, adapted)
+
+    def test_prefix_cache(self, model: Any) -> None:
+        """A prompt that begins as others did is read from there on, and where two prompts parted as well."""
+        read: list[int] = []
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+        states = StateCache(model, 2**24)
+        first = tokens(1, 20)
+        second, third = (torch.cat([first[:, :12], tokens(1, n, seed=n)], 1) for n in (9, 3))
+        for ids, expected in ((first, 19), (first, 0), (second, 20), (third, 2)):
+            read.clear()
+            cache = states.read(ids)
+            assert sum(read) == expected
+            assert_close(
+                logits(model, ids[:, -1:], past_key_values=cache), logits(model, ids)[:, -1:], "the last token"
+            )
 
     def test_states_of_another_model_are_refused(self, model: Any, architecture: Architecture) -> None:
         wider = architecture.causal_lm_class(architecture.tiny_config(hidden_size=128))

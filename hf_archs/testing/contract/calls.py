@@ -1,4 +1,4 @@
-"""Calls: what a forward takes and gives by name, and that nothing of a call outlives it."""
+"""Calls: arguments and outputs of a forward by name; a call leaves nothing behind."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ from hf_archs.testing.contract.padding import padded
 
 
 def attributes(model: nn.Module) -> dict[str, Any]:
-    """Every attribute of every module, tensors as copies."""
+    """Every attribute of every module, with copies of tensors."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
@@ -47,7 +47,7 @@ class CallContract(Contract):
     """Promises about the arguments, outputs and traces of a call."""
 
     def test_an_argument_that_nobody_knows(self, architecture: Architecture, model: Any) -> None:
-        """A misspelt one would do nothing, and nobody would know."""
+        """A misspelt argument is refused: it would silently do nothing."""
         ids = tokens(2, 5)
         heads = [cls(architecture.tiny_config()) for _, cls in architecture.auto_classes().values()]
         adapted = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM"))
@@ -56,7 +56,7 @@ class CallContract(Contract):
                 each(input_ids=ids, attention_maks=torch.ones_like(ids))
 
     def test_what_hosts_hand_to_every_model(self, model: Any) -> None:
-        """The Trainer, collators and tokenizers do."""
+        """Arguments of the Trainer, collators and tokenizers are accepted."""
         ids = tokens(1, 6)
         bounds = torch.tensor([0, 6], dtype=torch.int32)
         handed = {
@@ -71,13 +71,13 @@ class CallContract(Contract):
             "token_type_ids": torch.zeros_like(ids),
         }
         assert_close(model(ids, labels=ids, **handed).logits, logits(model, ids), "logits")
-        found = generate(model, ids, tokenizer=object())  # as for `stop_strings`
+        found = generate(model, ids, tokenizer=object())  # an argument of `stop_strings`
         assert torch.equal(found, greedy(model, ids))
         with pytest.raises(ValueError, match=r"is_causal is False, .*; allowed is a model that was made for that"):
             model(ids, is_causal=False)
 
     def test_a_cache_has_two_names(self, model: Any) -> None:
-        """transformers called it ``past_key_values`` to 5.23 and calls it ``cache`` since; users have code of both."""
+        """transformers named it ``past_key_values`` up to 5.23 and ``cache`` since; both work."""
         ids = tokens(1, 9)
         with torch.no_grad():
             for part in (model, model.model):
@@ -96,13 +96,13 @@ class CallContract(Contract):
             assert torch.equal(generate(model, ids, **{name: cache}), greedy(model, ids))
 
     def test_generate_says_nothing(self, model: Any, recwarn: pytest.WarningsRecorder) -> None:
-        """Warnings would stand in the text that is streamed."""
+        """`generate` gives no warnings, which would appear within streamed text."""
         warnings.simplefilter("always")
         generate(model, tokens(1, 5), max_new_tokens=3)
         assert not [str(warning.message) for warning in recwarn]
 
     def test_training_makes_no_cache(self, model: Any) -> None:
-        """A layer that is run again in the backward would continue its own states."""
+        """A layer that is recomputed in the backward would continue from its own states."""
         ids = tokens(2, 9)
         assert model.train()(ids).cache is None
         assert model(ids, use_cache=True).cache is not None
@@ -110,7 +110,7 @@ class CallContract(Contract):
 
     @pytest.mark.parametrize("kind", [*CheckpointImpl])
     def test_activation_checkpointing_by_others(self, model: Any, kind: CheckpointImpl) -> None:
-        """torch's own wrappers, which FSDP's users put around blocks."""
+        """torch's own wrappers, which users of FSDP put around blocks, give the same gradients."""
         model.train()
         model.enable_input_require_grads()
         ids, block = tokens(2, 24), type(model.model.layers[0])
@@ -131,7 +131,7 @@ class CallContract(Contract):
             model(tokens(1, 4), cache=cache)
 
     def test_the_weights_may_change_under_a_cache(self, model: Any) -> None:
-        """An optimizer's step, or another adapter: the states are the old ones, and nothing else is."""
+        """After an optimizer's step or a change of adapters, a cache keeps the old states and nothing else."""
         with torch.no_grad():
             out = model.generate(tokens(1, 9), max_new_tokens=2, return_dict_in_generate=True)
             cache = getattr(out, "cache", None) or out.past_key_values
@@ -145,7 +145,7 @@ class CallContract(Contract):
             )
 
     def test_a_snapshot_is_nobodys(self, model: Any) -> None:
-        """Two caches that are made of one share nothing, and leave it as it is."""
+        """Caches loaded from one state dict share nothing, and do not change it."""
         snapshot = forward(model, tokens(1, 9), use_cache=True).cache.state_dict()
         kept = {name: tensor.clone() for name, tensor in snapshot.items()}
         one, two, three = (ArchDynamicCache(model.config) for _ in range(3))
@@ -157,7 +157,7 @@ class CallContract(Contract):
         assert all(torch.equal(tensor, kept[name]) for name, tensor in snapshot.items())
 
     def test_recording_ends_with_assisted_decoding(self, model: Any) -> None:
-        """The cache that comes back would keep the inputs of all that follows."""
+        """The returned cache would otherwise keep the inputs of all later calls."""
         ids = tokens(1, 9)
         mine = ArchDynamicCache(model.config)
         generate(model, ids, prompt_lookup_num_tokens=3, cache=mine)
@@ -167,7 +167,7 @@ class CallContract(Contract):
             assert not cache.segments
 
     def test_a_draft_by_the_first_layers(self, architecture: Architecture) -> None:
-        """``assistant_early_exit``: transformers lowers the config's number of layers for a while."""
+        """``assistant_early_exit``: transformers lowers the config's number of layers during the draft."""
         model = lively(architecture.causal_lm_class, architecture.tiny_config(num_hidden_layers=4))
         ids, before = tokens(1, 9), model.config.to_dict()
         assert torch.equal(generate(model, ids, assistant_early_exit=1), greedy(model, ids))
@@ -181,7 +181,7 @@ class CallContract(Contract):
 
     @pytest.mark.parametrize("kind", [ArchDynamicCache, ArchStaticCache, DynamicCache], ids=lambda kind: kind.__name__)
     def test_no_rows(self, architecture: Architecture, model: Any, kind: Any) -> None:
-        """Empty logits, with a mask, with embeddings, and with a cache that goes on; zeros for gradients of all."""
+        """No rows give empty logits, with a mask, embeddings or a cache, and gradients of 0 for all parameters."""
         none, more = tokens(2, 5)[:0], tokens(2, 1)[:0]
         cache = kind(model.config, 20) if kind is ArchStaticCache else kind(config=model.config)
         out = model(none, cache=cache, attention_mask=none, output_hidden_states=True, output_router_logits=None)
@@ -202,20 +202,20 @@ class CallContract(Contract):
             model(tokens(2, 0))
 
     def test_threads(self, model: Any) -> None:
-        """Four at once generate the tokens that each generates alone."""
+        """Four threads at once generate the tokens that each generates alone."""
         prompts = [tokens(1, 5 + i, seed=i) for i in range(4)]
         expected = [generate(model, prompt) for prompt in prompts]
         for i, found in enumerate(generate_in_threads(model, prompts, 3)):
             assert all(torch.equal(one, expected[i]) for one in found), f"thread {i}"
 
     def test_a_forward_that_fails_leaves_nothing(self, model: Any) -> None:
-        """A value that a module kept of a call would be found by the next one."""
+        """A module must not keep a value of a failed call, which the next call would find."""
         ids = tokens(2, 7)
         model.set_attn_implementation("eager")
         asked = {"output_hidden_states": True, "output_attentions": True}
         expected = model(ids, **asked).logits
         before = attributes(model)
-        other, mask = padded([tokens(1, n, seed=n)[0] for n in (9, 4, 1)], "left", 9)  # of another kind in every way
+        other, mask = padded([tokens(1, n, seed=n)[0] for n in (9, 4, 1)], "left", 9)  # differs in every respect
         for place in (model.model.layers[-1], *model.model.layers[-1].children()):
             for fail in (place.register_forward_pre_hook, place.register_forward_hook):
                 hook = fail(lambda *_: 1 / 0)

@@ -17,7 +17,7 @@ from hf_archs.testing.contract.padding import padded
 
 
 def counted(name: str) -> tuple[list[Any], Callable[..., Any]]:
-    """A backend of torch.compile that collects the graphs which it is given. (A function: configs are copied.)"""
+    """A backend of torch.compile that collects its graphs; a function, since configs are copied."""
     graphs: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -38,12 +38,12 @@ class CompileContract(Contract):
 
     @pytest.fixture
     def small(self, architecture: Architecture) -> Any:
-        """One layer: compilers are slow, and all layers are alike to them."""
+        """A model of one layer, since compilers are slow and treat all layers alike."""
         return lively(architecture.causal_lm_class, architecture.tiny_config(num_hidden_layers=1))
 
     @pytest.mark.parametrize("batches", ["plain", "padded"])
     def test_one_graph_trains_at_every_length(self, small: Any, batches: str) -> None:
-        """Loss and gradients are the eager ones, and the second and third length compile nothing."""
+        """Loss and gradients equal the eager model's, and the second and third length compile nothing."""
         small.train()
         eager = copy.deepcopy(small)
         graphs, backend = counted("aot_eager")
@@ -58,9 +58,9 @@ class CompileContract(Contract):
             compiled.append(len(graphs))  # dynamo may trace one graph twice, so the first is 1 or 2
         assert 0 < compiled[0] == compiled[-1], f"{compiled} graphs after each length"
 
-    @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at the first dual number
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, on first use of jvp
     def test_a_compiled_slope(self, small: Any) -> None:
-        """`jvp` compiled: an op that knows no tangents would lose them without a word."""
+        """`jvp` under torch.compile: an op without a tangent rule would drop tangents silently."""
         fixed = {name: parameter.detach() for name, parameter in small.named_parameters()}
         ids, forwards = tokens(1, 9), cast(Any, jvp)
 
@@ -73,7 +73,7 @@ class CompileContract(Contract):
         assert_close(torch.compile(slopes, backend="eager")(fixed), slopes(fixed), "slope")
 
     def test_compiled_static_decoding(self, small: Any) -> None:
-        """`generate` with a static cache compiles its step once, for any number of tokens and a second call."""
+        """`generate` with a static cache compiles its step once, for any number of tokens and for later calls."""
         graphs, backend = counted("inductor")
         compiled: Any = CompileConfig(fullgraph=True, backend=backend, mode=None)  # type: ignore[arg-type]
         compiled._compile_all_devices = True

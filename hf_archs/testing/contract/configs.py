@@ -19,12 +19,12 @@ from hf_archs.registry import Architecture
 from hf_archs.testing.contract.models import Contract, enliven, forward, logits, tokens
 from hf_archs.training import callbacks
 
-# how a config refuses a value
+# errors of a config that refuses a value
 REFUSED = (ValueError, StrictDataclassError)
 
 
 def own_fields(config_class: type) -> dict[str, Any]:
-    """The fields that the architecture and the core declare, with their types (transformers' own are its affair)."""
+    """The fields that the architecture and the core declare, without transformers' own, and their types."""
     declared = {
         name
         for base in config_class.__mro__
@@ -35,7 +35,7 @@ def own_fields(config_class: type) -> dict[str, Any]:
 
 
 def modes(config: Any) -> list[dict[str, Any]]:
-    """Settings of the other fields in which a field may matter: none, and every switch in another position."""
+    """Settings of other fields that may be needed for a field to matter: none, and another value of every switch."""
     found: list[dict[str, Any]] = [{}]
     for field, hint in own_fields(type(config)).items():
         switches = [option for listed in options_of(hint) for option in (listed, *typing.get_args(listed)[:1])]
@@ -54,7 +54,7 @@ def options_of(hint: Any) -> list[Any]:
 
 
 def other_values(value: Any, hint: Any) -> list[Any]:
-    """Values unlike ``value`` that the field might allow, small changes first."""
+    """Values other than ``value`` that the field may allow, small changes first."""
     found: list[Any] = []
     for option in options_of(hint):
         if typing.get_origin(option) is typing.Literal:
@@ -68,14 +68,14 @@ def other_values(value: Any, hint: Any) -> list[Any]:
             start = value if isinstance(value, float) and math.isfinite(value) else 1.0
             found += [start * 2, start / 2, start * 100, start / 100, 0.0, 1.0]
         elif option is str and value is None:
-            found += ["none"]  # a pattern without anything
+            found += ["none"]  # an empty pattern
         elif option is type(None):
             found += [None]
         elif option is str and isinstance(value, str):
-            words = value.replace("+", " ").split()  # of a pattern of layers, or the name of an activation
+            words = value.replace("+", " ").split()  # of a layer pattern, or the name of an activation
             found += [" ".join(reversed(words)), words[0], "relu"]
         elif typing.get_origin(option) is dict and isinstance(value, dict):
-            # of named instances: another value somewhere inside
+            # named instances: change one value inside
             for key, item in value.items():
                 inner = dict[str, Any] if isinstance(item, dict) else type(item)
                 found += [{**value, key: other} for other in other_values(item, inner)]
@@ -89,7 +89,7 @@ def other_values(value: Any, hint: Any) -> list[Any]:
 
 
 def wrong_values(hint: Any) -> list[Any]:
-    """Values that no field of this type may take."""
+    """Values that no field of this type accepts."""
     options = options_of(hint)
     found: list[Any] = [object()]
     if str not in options:
@@ -107,10 +107,7 @@ class ConfigContract(Contract):
     """Promises about configs."""
 
     def test_every_field_is_read(self, architecture: Architecture) -> None:
-        """Some other value of each field changes the model: its tensors, its answer in float32 or bf16, or generation.
-
-        A field that nothing reads is a promise to the user that nothing keeps.
-        """
+        """Another value of each field changes the model: its tensors, its logits in float32 or bf16, or generation."""
         config = architecture.tiny_config()
         unread = own_fields(type(config))
         for mode in modes(config):
@@ -135,7 +132,7 @@ class ConfigContract(Contract):
 
     @staticmethod
     def _fingerprint(architecture: Architecture, fields: dict[str, Any]) -> list[Any]:
-        """Everything that a config can change, in a form that compares."""
+        """All results that a config can change, in a form that can be compared."""
         prints: list[Any] = []
         for model_class in (architecture.causal_lm_class, architecture.sequence_classification_class):
             torch.manual_seed(0)
@@ -149,11 +146,11 @@ class ConfigContract(Contract):
             if model.can_generate():
                 prints.append(sorted((k, str(v)) for k, v in model.generation_config.to_dict().items()))
             ids = tokens(1, 20) % min(model.config.vocab_size, 128)
-            ids[0, -3:] = 1  # what might be a pad
+            ids[0, -3:] = 1  # possible pads
             torch.manual_seed(0)
             out = forward(enliven(model), ids)
             prints.append([out.logits.double().sum().item(), sorted(out.keys())])
-            # what acts in training alone: losses beside the predictions', noise, and what moves between the steps
+            # effects in training only: additional losses, noise, and updates between steps
             labels = {} if out.logits.ndim < 3 else {"labels": ids}
             torch.manual_seed(0)
             prints.append(model.train()(ids, **labels).get("loss", torch.zeros(())).double().sum().item())
@@ -165,7 +162,7 @@ class ConfigContract(Contract):
         return prints
 
     def test_every_field_is_validated(self, architecture: Architecture) -> None:
-        """A value of the wrong type or out of all range is an error that names the field and the value."""
+        """A value of the wrong type or far out of range is an error that names the field and the value."""
         for field, hint in own_fields(architecture.config_class).items():
             assert not isinstance(hint, str), f"{field}: its type is a string, which `strict` checks nothing against"
             for value in wrong_values(hint):
@@ -181,7 +178,7 @@ class ConfigContract(Contract):
 
     @pytest.mark.parametrize("name", ["hiden_size", "hidden_sizes", "num_layers", "rms_norm_eps", "tie_embeddings"])
     def test_a_misspelt_field(self, architecture: Architecture, name: str, tmp_path: Path) -> None:
-        """Nobody would know that it has no effect; it is refused in a file too."""
+        """A misspelt field is refused, in a file too: it would silently have no effect."""
         with pytest.raises(
             ValueError, match=f"{architecture.config_class.__name__} has no field '{name}'; did you mean"
         ):
@@ -195,7 +192,7 @@ class ConfigContract(Contract):
     def test_a_misspelt_attribute(
         self, architecture: Architecture, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Set on a config it is not saved, so that the model of an hour's training can be read; and that is said."""
+        """It is not saved, so that a trained model can be loaded again, and a warning names it."""
         config = architecture.tiny_config()
         config.hidden_sizes, config.task_tag = 3, "a"
         config.save_pretrained(tmp_path)
@@ -207,7 +204,7 @@ class ConfigContract(Contract):
     def test_fields_of_others_are_kept(
         self, architecture: Architecture, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Tools write fields of their own. Those of a newer release of this library are said to be unknown."""
+        """Fields of other tools are kept. Unknown fields of a newer release of this library give a warning."""
         theirs: dict[str, Any] = {"unsloth_version": "2026.1", "max_position_embeddings": 4096, "task_tag": {"a": [1]}}
         architecture.tiny_config(**theirs).save_pretrained(tmp_path)
         found = AutoConfig.from_pretrained(tmp_path)
@@ -221,7 +218,7 @@ class ConfigContract(Contract):
         assert ["hf-archs 99.0 wrote this" in said and "hidden_sizes" in said for said in caplog.messages] == [True]
 
     def test_saved_and_loaded(self, architecture: Architecture, tmp_path: Path) -> None:
-        """Every field comes back, from the other values too."""
+        """Every field is read as it was saved, also with another value."""
         for field, hint in own_fields(architecture.config_class).items():
             for value in other_values(getattr(architecture.tiny_config(), field), hint):
                 try:
@@ -237,7 +234,7 @@ class ConfigContract(Contract):
 
     @pytest.mark.parametrize("field", ["pad_token_id", "bos_token_id", "eos_token_id"])
     def test_token_ids(self, architecture: Architecture, field: str, tmp_path: Path) -> None:
-        """Wrong ones are refused when they are set, or before anything of the model is written."""
+        """Wrong token ids are refused when they are set, or before any file of the model is written."""
         model = architecture.causal_lm_class(architecture.tiny_config())
         values: list[Any] = [-1] if field != "eos_token_id" else [-2, [3, -1]]
         for value in values:
@@ -247,7 +244,7 @@ class ConfigContract(Contract):
         with pytest.raises(REFUSED, match=rf"{field} is 128; allowed are 0 to vocab_size - 1 = 127, and None"):
             model.save_pretrained(tmp_path)
         assert not list(tmp_path.iterdir())
-        setattr(model.config, field, None if field != "eos_token_id" else -1)  # the host's word for never
+        setattr(model.config, field, None if field != "eos_token_id" else -1)  # -1: never, in transformers
         model.save_pretrained(tmp_path)
         assert getattr(AutoConfig.from_pretrained(tmp_path), field) == getattr(model.config, field)
 
@@ -263,7 +260,7 @@ class ConfigContract(Contract):
         ids=str,
     )
     def test_tiny_config(self, architecture: Architecture, fields: dict[str, int]) -> None:
-        """Small enough for tests; one of the three sizes alone can be changed."""
+        """It is small enough for tests, and each of its three sizes can be changed alone."""
         config = architecture.tiny_config(**fields)
         assert config.vocab_size == fields.get("vocab_size", 128)
         assert config.hidden_size == fields.get("hidden_size", 64)
@@ -273,7 +270,7 @@ class ConfigContract(Contract):
         assert logits(model, tokens(1, 5) % config.vocab_size).isfinite().all()
 
     def test_named_sizes(self, architecture: Architecture) -> None:
-        """Every size that ``hf-archs init`` offers is a sound config, and a model can be built of it."""
+        """Every size that ``hf-archs init`` offers is a valid config, and its model can be built."""
         for name, fields in architecture.sizes.items():
             with torch.device("meta"):
                 model = architecture.causal_lm_class(architecture.config_class(**fields))

@@ -1,4 +1,4 @@
-"""Generation: every way of decoding that transformers offers gives the tokens that the bare model gives."""
+"""Generation: every decoding method of transformers gives the tokens of the model without a cache."""
 
 import copy
 import threading
@@ -18,19 +18,19 @@ NEW = 24
 def generate(model: Any, ids: torch.Tensor, **options: Any) -> Any:
     """``model.generate`` for `NEW` tokens, greedily unless the options say otherwise."""
     defaults: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    defaults["attention_mask"] = torch.ones_like(ids)  # else a token 0 that the model said is taken for a pad
+    defaults["attention_mask"] = torch.ones_like(ids)  # else a generated token 0 counts as a pad
     return model.generate(input_ids=ids, **{**defaults, **options})
 
 
 def greedy(model: Any, ids: torch.Tensor, new: int = NEW) -> torch.Tensor:
-    """What `generate` must give: the likeliest token, again and again, from whole forwards without a cache."""
+    """The expected tokens of `generate`: greedy decoding by whole forwards, without a cache."""
     for _ in range(new):
         ids = torch.cat([ids, logits(model, ids, use_cache=False)[:, -1:].argmax(-1)], 1)
     return ids
 
 
 def generate_in_threads(model: Any, prompts: list[torch.Tensor], times: int) -> list[list[torch.Tensor]]:
-    """The tokens of `generate` for each prompt, so many times, while the others run."""
+    """The tokens of ``times`` calls of `generate` for each prompt, with a thread for each prompt."""
     found: dict[int, list[torch.Tensor]] = {}
 
     def run(i: int) -> None:
@@ -61,9 +61,7 @@ class GenerationContract(Contract):
     @pytest.fixture(scope="class")
     @classmethod
     def prompt(cls, shared_model: Any) -> torch.Tensor:
-        """One that the greedy tokens after it are varied for, or nothing here would show a mistake; and none is 0, at
-        which a drafter ends.
-        """
+        """A prompt whose greedy tokens vary, so that mistakes show, and have no 0, at which drafters end."""
         for seed in range(80):
             found = greedy(shared_model, tokens(2, 11, seed))[:, 11:]
             if all(len(set(row.tolist())) >= NEW // 8 and 0 not in row for row in found):
@@ -92,7 +90,7 @@ class GenerationContract(Contract):
         assert torch.equal(generate(model, prompt, **options), expected)
 
     def test_one_pass_a_token(self, model: Any, prompt: torch.Tensor) -> None:
-        """With a cache, each pass after the first is handed one token."""
+        """With a cache, each pass after the first has one token."""
         lengths: list[int] = []
         model.model.embed_tokens.register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
         generate(model, prompt)
@@ -104,7 +102,7 @@ class GenerationContract(Contract):
         assert torch.equal(generate(model, prompt, past_key_values=cache), expected)
 
     def test_continued_from_a_returned_cache(self, model: Any, prompt: torch.Tensor) -> None:
-        """A chat: the cache of one call, and the next user's turn of several tokens."""
+        """A chat: a returned cache is continued with the next user's turn of several tokens."""
         first = generate(model, prompt, max_new_tokens=8, return_dict_in_generate=True)
         turn = torch.cat([first.sequences, tokens(2, 5, seed=3)], 1)
         second = generate(model, turn, max_new_tokens=8, past_key_values=first.past_key_values)
@@ -149,7 +147,7 @@ class GenerationContract(Contract):
         drafter._forward_hooks.clear()
         assert torch.equal(generate(model, prompt[:1], assistant_model=drafter), expected[:1])
         assert passes.count <= NEW // 2
-        # a drafter that never doubts itself drafts long, and is right every time
+        # a drafter without a confidence threshold drafts many tokens, all of them right
         passes.count, drafter.generation_config.assistant_confidence_threshold = 0, 0.0
         assert torch.equal(generate(model, prompt[:1], assistant_model=drafter), expected[:1])
         assert passes.count <= NEW // 4
@@ -157,7 +155,7 @@ class GenerationContract(Contract):
     def test_assisted_by_a_poor_drafter(
         self, model: Any, architecture: Architecture, prompt: torch.Tensor, expected: torch.Tensor
     ) -> None:
-        """Most drafts are wrong, so the cache is rolled back at almost every pass, by varying numbers of tokens."""
+        """Most drafts are wrong, so that almost every pass rolls the cache back, by varying numbers of tokens."""
         stranger = lively(architecture.causal_lm_class, architecture.tiny_config(num_hidden_layers=1), seed=7)
         relative = copy.deepcopy(model)
         with torch.no_grad():
@@ -177,13 +175,13 @@ class GenerationContract(Contract):
         assert torch.equal(found[:, 15:], greedy(model, prompt[:1])[:, 11:])
 
     def test_assisted_sampling(self, model: Any, prompt: torch.Tensor) -> None:
-        """Runs, and keeps the prompt; which tokens come out is the drafter's chance as well."""
+        """It runs and keeps the prompt; the tokens depend on the drafter's random numbers too."""
         found = generate(model, prompt[:1], assistant_model=copy.deepcopy(model), do_sample=True)
         assert found.shape == (1, 11 + NEW)
         assert torch.equal(found[:, :11], prompt[:1])
 
     def test_prompt_lookup(self, model: Any, prompt: torch.Tensor, expected: torch.Tensor) -> None:
-        """The prompt repeats itself, so that there is something to look up, mostly wrong."""
+        """The prompt repeats itself, so that lookups find candidates, most of them wrong."""
         assert torch.equal(generate(model, prompt[:1], prompt_lookup_num_tokens=4), expected[:1])
         repeated = torch.cat([expected[:1], expected[:1, :20]], 1)
         wanted = greedy(model, repeated)

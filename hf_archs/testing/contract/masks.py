@@ -1,4 +1,4 @@
-"""Masks: every form in which hosts have them is read, or refused in a sentence that names the shape or the value."""
+"""Masks: every form that other libraries use is read, or refused by an error that names the shape or the value."""
 
 from typing import Any
 
@@ -25,8 +25,9 @@ LENGTHS = (5, 1, 8)
 
 
 def numbered() -> tuple[torch.Tensor, torch.Tensor]:
-    """Documents of `LENGTHS` with pads before, between and after them: numbers (2, 20), and which of the row's tokens
-    are whose; the second row has the documents in another order, and no pads between.
+    """Token ids (2, 20), and their documents' numbers (2, 20), 0 for pads before, between and after the documents.
+
+    The second row has documents in another order, and pads at its end only.
     """
     first = [0, 0, *[1] * 5, 2, 0, *[3] * 8, 0, 0, 0]
     second = [*[4] * 8, *[2] * 5, 7, *[0] * 6]
@@ -35,13 +36,13 @@ def numbered() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def follows_pairs(model: Any) -> bool:
-    """Whether every layer can follow a mask of four dimensions."""
+    """Whether every layer accepts a mask of four dimensions."""
     mixers = [mixer for plan in model.config.layer_plans() for mixer in plan.mixers()]
     return all(entry.follows_pairs(config) for entry, config in mixers)
 
 
 def apart(numbers: torch.Tensor) -> torch.Tensor:
-    """The mask of four dimensions that shows every token those before it in its document, and pads nothing."""
+    """The four-dimensional mask that is causal within documents and shows nothing to pads."""
     same = (numbers[:, None, :, None] == numbers[:, None, None]) & (numbers != 0)[:, None, None]
     return same & torch.ones(same.shape[2:], dtype=torch.bool).tril()
 
@@ -51,8 +52,8 @@ class MaskContract(Contract):
 
     @pytest.mark.parametrize("signal", ["numbers", "pairs"])
     def test_documents(self, model: Any, architecture: Architecture, signal: str) -> None:
-        """Numbered by the mask, or told apart by one of four dimensions, each is as alone: forward and gradients, and
-        in both directions of an encoder.
+        """Documents numbered by the mask, or separated by one of four dimensions, give the logits and gradients of each
+        alone, in an encoder too.
         """
         if signal == "pairs" and not follows_pairs(model):
             return
@@ -72,7 +73,7 @@ class MaskContract(Contract):
             assert_all_close(gradients(reader, found), gradients(reader, expected), "gradient", 1e-9)
 
     def test_the_cache_holds_the_last_numbered_document(self, model: Any) -> None:
-        """`generate` appends ones to the mask, whatever the number of the document that goes on."""
+        """`generate` appends ones to the mask, for any number of the document that it continues."""
         ids = tokens(1, 14)
         numbers = torch.tensor([[1] * 5 + [2] * 9])
         found = generate(model, ids, attention_mask=numbers, max_new_tokens=6)
@@ -111,8 +112,8 @@ class MaskContract(Contract):
 
     @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
     def test_pairs(self, model: Any, implementation: str) -> None:
-        """Bool, additive, with its least value for infinity, and of one row for all: in one piece and in pieces, with
-        every cache; or a sentence that names the layer.
+        """Masks of four dimensions work: bool, additive with infinity or the least value, one row for all; in one pass
+        and in pieces, with every cache. Or else an error names the layer.
         """
         ids, mask = tokens(2, 13), torch.ones(2, 1, 13, 13, dtype=torch.bool).tril()
         if not follows_pairs(model):
@@ -124,7 +125,7 @@ class MaskContract(Contract):
         model.set_attn_implementation(implementation)
         plain = logits(model, ids)
         assert_close(logits(model, ids, attention_mask=mask), plain, "all that is before")
-        mask[:, :, 9:, :4] = False  # the last tokens do not see the first ones
+        mask[:, :, 9:, :4] = False  # hide the first tokens from the last
         mask[1, :, 6, 2] = False
         expected = logits(model, ids, attention_mask=mask)
         assert (expected - plain)[:, :6].abs().max() == 0
@@ -142,14 +143,14 @@ class MaskContract(Contract):
             found = []
             for start, end in ((0, 4), (4, 5), (5, 10), (10, 11), (11, 13)):
                 piece = mask[:, :, start:end, : 20 if static and start == 5 else end]
-                if static and start == 5:  # as many columns as there is room for
+                if static and start == 5:  # one column for each place of the cache
                     piece = torch.nn.functional.pad(mask[:, :, start:end], (0, 7))
                 found.append(logits(model, ids[:, start:end], attention_mask=piece, cache=cache))
             assert_close(torch.cat(found, 1), expected, "in pieces")
 
     @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
     def test_pairs_that_are_no_chain(self, model: Any, implementation: str) -> None:
-        """Two answers to one prompt in one row, each at its own positions; and a prompt that sees itself whole."""
+        """Two answers to one prompt in one row, each with its own positions; and a prompt without a causal mask."""
         if not follows_pairs(model):
             return
         model.set_attn_implementation(implementation)

@@ -1,8 +1,8 @@
-"""The models that the contract tests, and how far apart two results may be.
+"""The models that the contract tests, and the tolerance between two results.
 
-At its initial weights a model of width 64 answers nearly from the last token alone, so that a lost state, a pad that
-leaks or a boundary that is ignored changes its logits by less than any tolerance. `enliven` gives every parameter
-large random values instead, and `assert_remembers` holds that the first token still shows thirty tokens later.
+With its initial weights, the logits of a model of width 64 depend on little but the last token: a lost state, a leaking
+pad or an ignored boundary changes them by less than any tolerance. `enliven` gives every parameter large random values,
+and `assert_remembers` checks that the first token still changes the logits thirty tokens later.
 """
 
 import copy
@@ -16,25 +16,25 @@ from torch import nn
 
 from hf_archs.registry import Architecture
 
-# largest |difference| over largest |value|, for float32 results that are equal but for the order of additions
+# largest |difference| over largest |value|, for float32 results that differ in the order of additions only
 TOLERANCE = 1e-5
 
-# where every mixer keeps the parameters of its states: they stay in float32, and `modules_to_save` names them
+# the submodule of every mixer that holds the parameters of its states, in float32 and for `modules_to_save`
 STATE_MODULE = "ssm"
 
 
 def state_parameters(model: nn.Module) -> set[str]:
-    """The full names of the states' own parameters; empty for an architecture whose decays are fixed."""
+    """The full names of the states' own parameters; empty if the architecture's decays are fixed."""
     return {name for name, _ in model.named_parameters() if STATE_MODULE in name.split(".")}
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids ``(batch, length)`` without the special ones (0, 1, 2)."""
+    """Random token ids ``(batch, length)``, without the special tokens 0, 1 and 2."""
     return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give all that is stored large random values, in place: what the model carries along must show in what it says."""
+    """Give all saved tensors large random values, in place, so that the states change the logits."""
     generator = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
     with torch.no_grad():
@@ -47,7 +47,7 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
                 if isinstance(module, nn.Linear) and parameter.ndim == 2:
                     parameter.copy_(1.5 / math.sqrt(parameter.shape[1]) * noise)
                 elif isinstance(module, nn.Embedding):
-                    # small beside what the layers add: a tied head would only repeat its input otherwise
+                    # small compared with the layers' outputs: else a tied head would only repeat its input
                     parameter.copy_(0.3 * noise)
                 else:  # norms, biases, convolutions, decays: around their initial values
                     parameter.add_(0.3 * noise)
@@ -59,7 +59,7 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def lively(model_class: type[Any], config: Any, seed: int = 0) -> Any:
-    """A model of that class with large random weights, in evaluation mode."""
+    """A model of this class with large random weights, in evaluation mode."""
     torch.manual_seed(seed)
     return enliven(model_class(config), seed).eval()
 
@@ -76,7 +76,7 @@ def logits(model: Any, input_ids: torch.Tensor, **arguments: Any) -> torch.Tenso
 
 
 def assert_remembers(model: Any) -> None:
-    """Hold that the model is fit to test with: its first token still shows in the logits thirty tokens later."""
+    """Check that the model is fit for tests: its first token still changes the logits thirty tokens later."""
     ids = tokens(1, 32)
     other = ids.clone()
     other[0, 0] = ids[0, 0] - 1 if ids[0, 0] > 3 else 4
@@ -94,7 +94,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float = TOLERANCE) -> None:
-    """Hold that two results are equal within the tolerance."""
+    """Check that two results are equal within the tolerance."""
     far = distance(found, expected)
     assert far < tolerance, f"{what}: {far:.1e} apart, allowed {tolerance:.0e}"
 
@@ -112,10 +112,10 @@ def assert_all_close(
 
 
 def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The gradient of every trainable parameter by name; the model is left without any.
+    """The gradient of every trainable parameter by name; the model's own are cleared.
 
     Raises:
-        AssertionError: for a parameter that gets none.
+        AssertionError: for a parameter without a gradient.
     """
     model.zero_grad()
     loss.backward()
@@ -129,34 +129,34 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def weighed(logits: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """A loss that every logit takes part in: the inner product with fixed random weights."""
+    """A loss that depends on every logit: the mean product with fixed random weights."""
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (logits * weights.to(logits.dtype)).mean()
 
 
 def total(losses: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The sum of some losses."""
+    """The sum of the losses."""
     return torch.stack(list(losses)).sum()
 
 
 class Contract:
-    """The models that all parts of the contract share. A user of it overrides the fixture ``architecture``."""
+    """The models that all parts of the contract share. A subclass overrides the fixture ``architecture``."""
 
     @pytest.fixture(scope="class")
     @classmethod
     def architecture(cls) -> Architecture:
-        """The architecture that is held to the contract; to be overridden."""
+        """The architecture under test; to be overridden."""
         raise NotImplementedError("override the fixture `architecture` with your own")
 
     @pytest.fixture(scope="class")
     @classmethod
     def shared_model(cls, architecture: Architecture) -> Any:
-        """A causal model that tests may not change."""
+        """A causal model that tests must not change."""
         model = lively(architecture.causal_lm_class, architecture.tiny_config())
         assert_remembers(model)
         return model
 
     @pytest.fixture
     def model(self, shared_model: Any) -> Any:
-        """A causal model that the test may do anything to."""
+        """A causal model that the test may change."""
         return copy.deepcopy(shared_model)

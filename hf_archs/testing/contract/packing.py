@@ -1,4 +1,4 @@
-"""Packing: several documents in one row are each as alone, by each of the three signals that a collator can give."""
+"""Packing: documents in one row give the results of each alone, with each of the three signals of a collator."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ SIGNALS = {
     "seq_idx": ("seq_idx",),
     "cu_seq_lens": ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 }
-# one token alone, at the start and inside; documents across the chunks of 64 and 128, and ending exactly there
+# documents of one token, at the start and inside; documents across the ends of chunks at 64 and 128, and ending there
 LENGTHS = (1, 5, 70, 1, 51, 12)
 
 
@@ -35,7 +35,7 @@ def documents(lengths: tuple[int, ...]) -> list[torch.Tensor]:
 
 
 def collated(rows: list[torch.Tensor], signal: str) -> dict[str, Any]:
-    """One packed row as transformers' collator gives it: ``input_ids``, ``labels`` and this signal alone."""
+    """One packed row from transformers' collator: ``input_ids``, ``labels`` and only this signal."""
     collator = DataCollatorWithFlattening(return_position_ids=True, return_seq_idx=True, return_flash_attn_kwargs=True)
     batch = collator([{"input_ids": row.tolist()} for row in rows])
     missing = set(SIGNALS[signal]) - batch.keys()
@@ -50,7 +50,7 @@ class PackingContract(Contract):
     def test_forward_gradients_and_loss(self, model: Any, signal: str) -> None:
         rows = documents(LENGTHS)
         batch = collated(rows, signal)
-        # routers balance a batch, and their loss is no mean over its documents
+        # the routers' loss balances a batch and is not a mean over its documents
         options = {"output_router_logits": False} if model.model.has_routers else {}
         out = model(**batch, **options)
         alone = [model(row[None]).logits[0] for row in rows]
@@ -61,7 +61,7 @@ class PackingContract(Contract):
         losses = [forward(model, row, labels=row, **options).loss * n for row, n in pairs]
         assert abs(out.loss.item() - sum(losses).item() / predicted) < TOLERANCE * out.loss.item()
 
-        # gradients in float64: those of large random weights add up what float32 rounds, in any order
+        # gradients in float64, since large random weights amplify float32's rounding errors
         model.double()
         packed = model(**batch).logits[0].split(LENGTHS)
         found = gradients(model, total(weighed(part, i) for i, part in enumerate(packed)))
@@ -79,7 +79,7 @@ class PackingContract(Contract):
         assert_close(found, logits(model, torch.cat([rows[-1][None], more], 1))[:, 6:], "continued")
 
     def test_a_short_last_document(self, model: Any) -> None:
-        """Shorter than a convolution's window, which must not reach into the document before."""
+        """It is shorter than a convolution's window, which must not reach into the document before."""
         rows = documents((9, 1))
         batch = collated(rows, "seq_idx")
         cache = forward(model, batch["input_ids"], seq_idx=batch["seq_idx"], use_cache=True).past_key_values
@@ -106,7 +106,7 @@ class PackingContract(Contract):
         assert_close(found[:, 8:], logits(model, ids[:, 8:]), "second documents")
 
     def test_packed_and_padded(self, model: Any) -> None:
-        """Documents by ``seq_idx`` and pads by the mask, wherever they stand."""
+        """Documents by ``seq_idx``, with pads anywhere by the mask."""
         rows = documents((6, 9))
         ids, mask = padded([torch.cat(rows)], "interior", 20)
         real = mask[0].bool()
@@ -118,14 +118,14 @@ class PackingContract(Contract):
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_mask_outranks_positions(self, model: Any, kind: str) -> None:
-        """`generate` passes both, and positions around pads restart as those of packed documents do."""
+        """`generate` passes both, and positions restart at pads as they do at packed documents."""
         ids, mask = padded([tokens(1, 9)[0], tokens(1, 14)[0]], kind, 16)
         positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
         expected = logits(model, ids, attention_mask=mask)
         assert torch.equal(logits(model, ids, attention_mask=mask, position_ids=positions), expected)
 
     def test_positions_of_a_continuation(self, model: Any) -> None:
-        """With a cache that holds tokens, positions say where the text goes on, and mark no documents."""
+        """With a cache that holds tokens, positions do not mark documents."""
         ids = tokens(1, 14)
         expected = logits(model, ids)
         for positions in (torch.arange(6, 14)[None], torch.tensor([[6, 7, 8, 0, 1, 2, 3, 4]])):

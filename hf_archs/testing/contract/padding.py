@@ -1,4 +1,4 @@
-"""Padding: left, right and interior pads leave the real tokens' answer, and the cache left behind, as they were."""
+"""Padding: left, right and interior pads change neither the logits of real tokens nor the cache."""
 
 from typing import Any
 
@@ -21,14 +21,14 @@ KINDS = ("left", "right", "interior")
 
 
 def mask_of(kind: str, real: int, length: int) -> torch.Tensor:
-    """A mask ``(length,)`` with ``real`` ones, the zeros to the left, to the right or in between."""
+    """A mask ``(length,)`` with ``real`` ones, and the zeros on the left, on the right or inside."""
     mask = torch.ones(length, dtype=torch.long)
     pads = length - real
     if kind == "left":
         mask[:pads] = 0
     elif kind == "right":
         mask[real:] = 0
-    else:  # two holes with real tokens before, between and after
+    else:  # two gaps, with real tokens before, between and after
         first = pads // 2
         mask[2 : 2 + first] = 0
         mask[first + 3 : first + 3 + pads - first] = 0
@@ -36,7 +36,7 @@ def mask_of(kind: str, real: int, length: int) -> torch.Tensor:
 
 
 def padded(rows: list[torch.Tensor], kind: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch ``(rows, length)`` and its mask. Pads hold arbitrary tokens: nothing may look at them."""
+    """A batch ``(rows, length)`` and its mask. Pads are arbitrary tokens, which must have no effect."""
     ids = tokens(len(rows), length, seed=99)
     mask = torch.stack([mask_of(kind, row.numel(), length) for row in rows])
     for row, target, real in zip(rows, ids, mask):
@@ -50,7 +50,7 @@ class PaddingContract(Contract):
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("lengths", [(12,), (19, 7, 12), (150, 65)], ids=str)
     def test_pads_change_nothing(self, model: Any, kind: str, lengths: tuple[int, ...]) -> None:
-        """Forward, hidden states, and a cache that goes on with one token and with several."""
+        """In the forward, the hidden states, and a cache that is continued with one token and with several."""
         rows = [tokens(1, n, seed=n)[0] for n in lengths]
         more = tokens(len(rows), 6, seed=5)
         ids, mask = padded(rows, kind, max(lengths) + 5)
@@ -70,7 +70,7 @@ class PaddingContract(Contract):
             expected = {name: tensor[0] for name, tensor in alone.past_key_values.tensors()}
             found = {name: tensor[i] for name, tensor in states.items()}
             for name, tensor in found.items():
-                # a state that grows has a column for each pad too: zeros, before those of the row's tokens
+                # a growing state has a column of zeros for each pad, before those of the row's tokens
                 pads = tensor.shape[-1] - expected[name].shape[-1]
                 assert not tensor[..., :pads].any(), f"row {i}, {name}"
                 found[name] = tensor[..., pads:]
@@ -79,7 +79,7 @@ class PaddingContract(Contract):
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_pads_in_a_continuation(self, model: Any, kind: str) -> None:
-        """The second call is padded too, and one row of it has no real token at all."""
+        """The second call is padded too, and one of its rows has no real token."""
         first, second = [tokens(1, n, seed=n)[0] for n in (9, 5, 7)], [tokens(1, n, seed=n)[0] for n in (4, 8, 0)]
         ids, mask = padded(first, kind, 10)
         cache = forward(model, ids, attention_mask=mask, use_cache=True).past_key_values
@@ -94,7 +94,7 @@ class PaddingContract(Contract):
             assert_close(end[i], whole[-2:], f"row {i}, the end")
 
     def test_prefill_in_chunks_that_are_all_pads(self, model: Any) -> None:
-        """A left-padded batch comes in chunks, as `prefill_chunk_size` cuts it; a row's first chunks are pads only."""
+        """A left-padded batch in chunks, as of `prefill_chunk_size`; the first chunks of a row are only pads."""
         rows = [tokens(1, n, seed=n)[0] for n in (17, 3)]
         ids, mask = padded(rows, "left", 17)
         cache, found = None, []
@@ -107,7 +107,7 @@ class PaddingContract(Contract):
             assert_close(torch.cat(found, 1)[i, -row.numel() :], logits(model, row[None])[0], f"row {i}")
 
     def test_forms_of_the_mask(self, model: Any) -> None:
-        """Booleans and floats mean what integers mean; a mask over the whole past is cut to the new tokens."""
+        """Booleans and floats equal integers; a mask over the whole past is cut to the new tokens."""
         ids, mask = padded([tokens(1, 6)[0], tokens(1, 9)[0]], "interior", 12)
         expected = logits(model, ids, attention_mask=mask)
         for form in (mask.bool(), mask.float(), torch.cat([1 - mask, mask], 1)):
@@ -115,7 +115,7 @@ class PaddingContract(Contract):
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_gradients_come_from_real_tokens_alone(self, model: Any, kind: str) -> None:
-        """In float64: large random weights may amplify what float32 rounds."""
+        """In float64, since large random weights amplify float32's rounding errors."""
         model.double()
         rows = [tokens(1, n, seed=n)[0] for n in (14, 6)]
         ids, mask = padded(rows, kind, 18)

@@ -13,7 +13,7 @@ from hf_archs.testing.contract.models import Contract, forward, logits, tokens
 
 
 class PlacementContract(Contract):
-    """Promises about where a model lies."""
+    """Promises about the placement of a model."""
 
     def test_device_map_auto(self, model: Any, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
@@ -23,7 +23,7 @@ class PlacementContract(Contract):
 
     @pytest.mark.parametrize("everything", [False, True], ids=["one layer", "all layers"])
     def test_disk_offload(self, model: Any, tmp_path: Path, everything: bool) -> None:
-        """Layers that lie on the disk are loaded as they run: the same logits and the same tokens."""
+        """Layers on the disk are loaded when they run, and give the same logits and tokens."""
         model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
         names = [name for name, _ in model.named_children() if name != "model"]
         names += [f"model.{name}" for name, _ in model.model.named_children() if name != "layers"]
@@ -40,7 +40,7 @@ class PlacementContract(Contract):
         assert torch.equal(generate(found, ids, max_new_tokens=3), generate(model, ids, max_new_tokens=3))
 
     def test_cpu_offload(self, model: Any) -> None:
-        """Every module's weights come when it is called and go afterwards: none may be read behind its back."""
+        """A module's weights exist during its call only, so no weight may be read outside it."""
         ids = tokens(2, 9)
         expected, sequence = logits(model, ids), generate(model, ids, max_new_tokens=3)
         cpu_offload(model, execution_device=torch.device("cpu"))
@@ -49,7 +49,7 @@ class PlacementContract(Contract):
         assert torch.equal(generate(model, ids, max_new_tokens=3), sequence)
 
     def test_hidden_states_follow_the_layers(self, model: Any) -> None:
-        """Recorded hidden states: the embeddings, then one for each layer."""
+        """Recorded hidden states are the embeddings, then one for each layer."""
         out = forward(model, tokens(1, 9), output_hidden_states=True)
         assert len(out.hidden_states) == model.config.num_hidden_layers + 1
         assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(tokens(1, 9)))

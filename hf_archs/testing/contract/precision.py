@@ -1,4 +1,4 @@
-"""Precision: mixed precision trains, half-precision weights stay as exact as they are, states stay wide."""
+"""Precision: mixed precision trains, errors of half-precision weights do not grow with length, states stay float32."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def specified(config: Any, activations: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype of every state by its name in the cache, from what each mixer declares."""
+    """The dtype that mixers declare for every state, by its name in the cache."""
     return {
         f"layers.{i}.{name}": spec.dtype or activations
         for i in range(config.num_hidden_layers)
@@ -22,7 +22,7 @@ def specified(config: Any, activations: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def follow(leader: Any, follower: Any) -> None:
-    """Let every router of ``follower`` give what the same one of ``leader`` gave last."""
+    """Make every router of ``follower`` return the last output of the same router of ``leader``."""
     for first, second in zip(leader.model.routers().values(), follower.model.routers().values(), strict=True):
         given: list[Any] = []
         first.gate.register_forward_hook(lambda *call, given=given: given.append(call[-1]))
@@ -34,7 +34,7 @@ class PrecisionContract(Contract):
 
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     def test_trains_under_autocast(self, model: Any, dtype: torch.dtype) -> None:
-        """In fp16 with loss scaling: no step is skipped, every gradient is finite, and the loss falls."""
+        """Every gradient is finite, and the loss falls; in fp16 with loss scaling, no step is skipped."""
         model.train()
         ids = tokens(2, 16)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -62,7 +62,7 @@ class PrecisionContract(Contract):
 
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     def test_dtypes_of_the_states(self, model: Any, dtype: torch.dtype) -> None:
-        """What each mixer declares, with weights in half precision and under autocast; the recurrence's are wide."""
+        """Each mixer's declared dtypes, with half-precision weights and under autocast; recurrences stay float32."""
         ids = tokens(1, 9)
         for name, tensor in model(ids, use_cache=True).past_key_values.tensors():
             assert tensor.dtype == specified(model.config, torch.float32)[name], name
@@ -79,16 +79,16 @@ class PrecisionContract(Contract):
 
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     def test_states_of_a_model_made_in_half(self, architecture: Architecture, dtype: torch.dtype) -> None:
-        """Their parameters are wide as those of a loaded one are."""
+        """The states' parameters are float32, as in a loaded model."""
         model = AutoModelForCausalLM.from_config(architecture.tiny_config(), dtype=dtype)
         for name, parameter in model.named_parameters():
             assert parameter.dtype == (torch.float32 if name in state_parameters(model) else dtype), name
 
     def test_bf16_weights_at_length_2048(self, model: Any, tmp_path: Any) -> None:
-        """The error of bf16 arithmetic does not grow with the length, and a state carried along adds nothing.
+        """The error of bf16 arithmetic does not grow with the length, since states do not accumulate it.
 
-        The peer is the float32 model with the same, rounded weights, and with the same choices of its routers: a token
-        close to a tie may go to other experts, which is no error of arithmetic.
+        The reference is the float32 model with the same rounded weights and the same experts: a token close to a tie
+        may go to other experts, which is not an error of arithmetic.
         """
         ids = tokens(1, 2048)
         model.save_pretrained(tmp_path)

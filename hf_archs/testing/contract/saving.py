@@ -1,4 +1,4 @@
-"""Saving and loading: every bit comes back, whatever the form of the checkpoint, for every head."""
+"""Saving and loading: bit for bit, in every form of checkpoint, for every head."""
 
 import json
 import re
@@ -26,14 +26,14 @@ HEADS = (
 
 
 def assert_same_bits(found: Any, expected: Any) -> None:
-    """Hold that two models have the same tensors, and say the same of the same tokens."""
+    """Check that two models have the same tensors and the same outputs."""
     ours, theirs = expected.state_dict(), found.state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert theirs[name].dtype == tensor.dtype, name
         assert torch.equal(theirs[name], tensor), name
     buffers = dict(expected.named_buffers())
-    for name, buffer in found.named_buffers():  # those that are in no file as well
+    for name, buffer in found.named_buffers():  # including those in no file
         assert torch.equal(buffer, buffers[name]), name
     ids = tokens(2, 9)
     for a, b in zip(forward(found, ids).to_tuple(), forward(expected, ids).to_tuple()):
@@ -70,7 +70,7 @@ class SavingContract(Contract):
 
     @pytest.mark.parametrize("auto_class", HEADS[1:])
     def test_every_head_has_a_loss(self, architecture: Architecture, auto_class: str) -> None:
-        """Its loss is finite, and every parameter has a share in it."""
+        """Its loss is finite and depends on every parameter."""
         _, model_class = architecture.auto_classes()[auto_class]
         model = lively(model_class, architecture.tiny_config(num_labels=2)).train()
         ids = tokens(2, 9)
@@ -86,7 +86,7 @@ class SavingContract(Contract):
         assert loss.isfinite()
         for name, gradient in gradients(model, loss).items():
             assert gradient.isfinite().all(), name
-            # a softmax over positions does not notice what is added to all of them
+            # a softmax over positions does not depend on a constant added to all of them
             assert name == "qa_outputs.bias" or gradient.abs().max() > 0, name
 
     @pytest.mark.parametrize("tied", [True, False])
@@ -109,7 +109,7 @@ class SavingContract(Contract):
         assert_same_bits(AutoModelForCausalLM.from_pretrained(tmp_path, **options), model)
 
     def test_bf16(self, model: Any, tmp_path: Path) -> None:
-        """Loaded in bf16, a model keeps its states' parameters in float32, and comes back bit for bit from there."""
+        """Loaded in bf16, a model keeps its states' parameters in float32, and is saved and loaded bit for bit."""
         model.save_pretrained(tmp_path / "float32")
         half = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
         exact = dict(model.named_parameters())
@@ -122,23 +122,23 @@ class SavingContract(Contract):
         assert_same_bits(AutoModelForCausalLM.from_pretrained(tmp_path / "bf16"), half)
 
     def test_only_what_is_missing_is_initialised(self, model: Any, tmp_path: Path) -> None:
-        """A file without one of the tensors is refused by its name; where a caller hands over the others, that one is
-        made anew, at its initial value, and no other.
+        """A file without one of the tensors is refused with its name. If a caller passes the other tensors instead,
+        that one and no other is initialised.
         """
         exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         model.save_pretrained(tmp_path)
         file = tmp_path / "model.safetensors"
         stored = load_file(file)
         for missing in sorted({re.sub(r"\.experts\..*", ".experts.", name) for name in stored}):
-            # a layer's experts are one tensor in memory and many in a file
+            # a layer's experts are one tensor in memory and one per expert in a file
             left = {k: v for k, v in stored.items() if k != missing and not k.startswith(missing)}
-            if missing != "lm_head.weight":  # a head may be a new one
+            if missing != "lm_head.weight":  # a head may be new
                 save_file(left, file, metadata={"format": "pt"})
                 with pytest.raises(
                     CheckpointMismatch, match=rf"{re.escape(missing)}.* is missing|the parts of .*experts"
                 ):
                     type(model).from_pretrained(tmp_path)
-                if not missing.endswith(".experts."):  # the caller who asks for the list decides
+                if not missing.endswith(".experts."):  # a caller who asks for the list is not refused
                     _, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
                     assert missing in info["missing_keys"]
             with torch.random.fork_rng():
@@ -159,7 +159,7 @@ class SavingContract(Contract):
         assert all(torch.equal(tensor, ours[name]) for name, tensor in found.model.state_dict().items())
 
     def test_every_parameter_is_initialised(self, architecture: Architecture) -> None:
-        """Fresh memory is full of not-a-number here; the same seed gives the same model, built on meta or not."""
+        """Uninitialised memory is filled with not-a-number here, and no tensor may have one."""
         deterministic: Any = torch.utils.deterministic
         before = deterministic.fill_uninitialized_memory
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -173,7 +173,7 @@ class SavingContract(Contract):
             torch.use_deterministic_algorithms(False)
 
     def test_saved_again_and_again(self, model: Any, tmp_path: Path) -> None:
-        """What is saved does not change by being loaded and saved: neither the config nor the stub nor a weight."""
+        """Loading and saving again changes no file: config, stub or weights."""
         model.save_pretrained(tmp_path / "0")
         for i in range(2):
             AutoModelForCausalLM.from_pretrained(tmp_path / str(i)).save_pretrained(tmp_path / str(i + 1))
@@ -185,7 +185,7 @@ class SavingContract(Contract):
         assert all((tmp_path / "2" / f"{module}.py").is_file() for module in stub)
 
     def test_moved_to_float64_and_back(self, model: Any) -> None:
-        """Casting touches nothing: a float64 model agrees with the float32 one as well as float32 can."""
+        """Casting to float64 and back changes nothing."""
         ids = tokens(1, 20)
         single = logits(model, ids)
         double = logits(model.double(), ids)

@@ -57,13 +57,13 @@ def examples(lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def trained(trainer: Trainer) -> nn.Module:
-    """The model of a trainer."""
+    """The trainer's model."""
     assert trainer.model is not None
     return trainer.model
 
 
 def losses(trainer: Trainer) -> list[float]:
-    """The losses that a trainer logged, in their order."""
+    """The losses that a trainer logged, in order."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -71,7 +71,7 @@ class TrainingContract(Contract):
     """Promises about training."""
 
     def test_gradients_are_the_slopes(self, model: Any) -> None:
-        """In float64, along a random direction of each parameter: autograd against a finite difference."""
+        """In float64, autograd equals a finite difference along a random direction of each parameter."""
         model.double().train()
         ids, mask = padded([tokens(1, 9)[0], tokens(1, 5)[0]], "interior", 10)
 
@@ -93,24 +93,24 @@ class TrainingContract(Contract):
             assert (slope - expected).abs() < 1e-5 * scale, f"{name}: autograd {expected}, difference {slope}"
 
     def test_every_parameter_has_a_gradient(self, architecture: Architecture) -> None:
-        """Of every head, whatever the tokens and with no loss of the model's own: processes that share out rows wait
-        for each.
+        """For every head and any tokens, and without the model's own loss: data-parallel processes wait for every
+        gradient.
         """
         batches: dict[str, Any] = {"tokens": (tokens(2, 9), None), "one token": (tokens(2, 1), None)}
         batches |= {"pads": (tokens(2, 9), torch.zeros(2, 9)), "no rows": (tokens(2, 9)[:0], None)}
         for name, (_, model_class) in architecture.auto_classes().items():
             model = lively(model_class, architecture.tiny_config(num_labels=2)).train()
-            for what, (ids, mask) in batches.items():
+            for kind, (ids, mask) in batches.items():
                 outputs = model(ids, attention_mask=mask)
                 values = [value for value in outputs.to_tuple() if isinstance(value, torch.Tensor)]
                 gradients(model, total(value.sum() for value in values[:1]))
-                if what == "tokens" and name == "AutoModelForCausalLM" and model.model.has_routers:
+                if kind == "tokens" and name == "AutoModelForCausalLM" and model.model.has_routers:
                     gradients(model, model(ids, labels=ids, output_router_logits=False).loss)
 
     def test_per_sample_gradients(self, model: Any) -> None:
-        """`vmap` of `grad`, with pads in some rows: for each row what it has alone, and routers have counted all.
+        """`vmap` of `grad`, with pads in some rows, gives the gradients of each row alone, and routers count all rows.
 
-        (The loss is computed in float32.)
+        The loss is computed in float32.
         """
         model.double().train()
         ids, mask = padded([tokens(1, n, seed=n)[0] for n in (9, 5, 4)], "left", 9)
@@ -132,10 +132,10 @@ class TrainingContract(Contract):
         for again, count in zip(counted, counts):
             assert_close(again, count, "what the routers counted")
 
-    @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at the first dual number
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, on first use of jvp
     def test_second_derivatives(self, model: Any) -> None:
-        """Along a direction of all parameters: `torch.func` gives the slopes of the loss and of its gradient; the ops
-        themselves can be differentiated once, and say so.
+        """`torch.func` gives the slopes of the loss and of its gradient along a direction of all parameters; the ops
+        themselves can be differentiated once, and their error says so.
         """
         model.double()
         ids = tokens(1, 9)
@@ -145,7 +145,7 @@ class TrainingContract(Contract):
         def loss(parameters: Any) -> torch.Tensor:
             return weighed(functional_call(model, parameters, (ids,)).logits)
 
-        forwards: Any = jvp  # whose type knows of no dicts
+        forwards: Any = jvp  # its type does not allow dicts
         gradient, curvature = forwards(grad(loss), (fixed,), (along,))
         plain = gradients(model, weighed(model(ids).logits))
         assert_all_close(gradient, plain, "gradient", 1e-9)
@@ -169,7 +169,7 @@ class TrainingContract(Contract):
             total(part.square().sum() for part in first).backward()
 
     def test_routes_agree(self, architecture: Architecture) -> None:
-        """Reference, portable and Triton: the same logits, states and gradients of a padded and packed batch."""
+        """Reference, portable and Triton give the same logits, states and gradients of a padded and packed batch."""
         model = lively(architecture.causal_lm_class, architecture.tiny_config(hidden_size=32, num_hidden_layers=1))
         ids, mask = padded([tokens(1, 9)[0], tokens(1, 5)[0]], "left", 10)
         seq_idx = (torch.arange(10) >= 7).int().expand(2, -1)
@@ -188,7 +188,7 @@ class TrainingContract(Contract):
             assert_all_close(found[route][3], found["reference"][3], f"{route}, gradients", 3e-5)
 
     def test_every_module_is_called(self, model: Any) -> None:
-        """A parameter that is read past its module's forward is lost on adapters, offloading, sharding, quantisers."""
+        """A parameter that is read outside its module's forward escapes adapters, offloading, sharding, quantisers."""
         called: set[nn.Module] = set()
         owners = {m: name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
         for module in owners:
@@ -228,7 +228,7 @@ class TrainingContract(Contract):
         assert_all_close(again, plain, "gradient")
 
     def test_it_learns(self, model: Any, tmp_path: Path) -> None:
-        """The Trainer trains it, evaluates it, and saves what it trained."""
+        """The Trainer trains, evaluates and saves the model."""
         rows = examples([12] * 8)
         trainer = Trainer(
             model,
@@ -260,10 +260,10 @@ class TrainingContract(Contract):
             assert torch.equal(tensor, ours[name]), name
 
     def test_gradient_accumulation(self, model: Any, tmp_path: Path) -> None:
-        """Four rows at once, or one at a time: the same step, though the rows have 11, 1, 4 and 7 predicted tokens."""
+        """Four rows at once, or one at a time, make the same step, though they have 11, 1, 4 and 7 predicted tokens."""
         rows = examples([12, 2, 5, 8])
         for router in model.model.routers().values():
-            router.config.router_aux_loss_coef = 0.0  # balances a batch, and is no mean over its rows
+            router.config.router_aux_loss_coef = 0.0  # balances a batch, and is not a mean over rows
         found = []
         for batch in (4, 1):
             trainer = Trainer(
@@ -282,12 +282,12 @@ class TrainingContract(Contract):
             start = dict(model.named_parameters())
             found.append(({n: p - start[n] for n, p in trained(trainer).named_parameters()}, losses(trainer)[0]))
         assert abs(found[0][1] - found[1][1]) < 1e-4 * found[0][1]
-        # a step is a small difference of large numbers: the last bits of the parameters show in it
+        # a step is a small difference of large numbers, in which their rounding shows
         assert_all_close(found[1][0], found[0][0], "step", 1e-3)
 
     @pytest.mark.parametrize("head", ["AutoModelForCausalLM", "AutoModelForMaskedLM"])
     def test_accumulated_losses_of_routers(self, architecture: Architecture, head: str, tmp_path: Path) -> None:
-        """They count once in a step, in however many pieces it comes: four times one row, as they balance batches."""
+        """They count once per step, however many batches it accumulates; rows are equal, as they balance batches."""
         _, model_class = architecture.auto_classes()[head]
         rows, found = examples([9]) * 4, []
         for batch in (4, 1):

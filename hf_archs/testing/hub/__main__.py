@@ -12,13 +12,11 @@ from hf_archs.testing.hub import EmbeddedHub
 
 
 def main() -> None:
-    """Serve until the signal of Ctrl-C, or the end of the input where that is asked for."""
+    """Serve until Ctrl-C, or with ``--until-eof`` until standard input ends."""
     parser = argparse.ArgumentParser(description="Serve an embedded Hub on 127.0.0.1; its endpoint is the first line.")
-    parser.add_argument("--root", type=Path, required=True, help="the folder of the repositories")
+    parser.add_argument("--root", type=Path, required=True, help="folder of the repositories")
     parser.add_argument("--port", type=int, default=0, help="0 (the default) takes any free port")
-    parser.add_argument(
-        "--until-eof", action="store_true", help="stop when standard input ends, as it does with whoever holds its pipe"
-    )
+    parser.add_argument("--until-eof", action="store_true", help="stop when standard input (a parent's pipe) ends")
     options = parser.parse_args()
     hub = EmbeddedHub(options.root, port=options.port)
     print(hub.endpoint, flush=True)

@@ -1,4 +1,4 @@
-"""Who asks, and for which repository."""
+"""The caller of a request, the repository in its URL, and the right to use it."""
 
 import re
 from collections.abc import Mapping
@@ -14,27 +14,27 @@ KINDS = ("models", "datasets", "spaces")
 
 
 class Access:
-    """The ground of all endpoints. None awaits between reading a repository and saving it: they cannot interleave."""
+    """Base class of all endpoints; none awaits between reading and saving a repository, so they cannot interleave."""
 
     def __init__(self, root: Path, users: Mapping[str, tuple[str, str]]) -> None:
         self.root = root.resolve()
         self.users = users
 
     def caller(self, request: Request) -> tuple[str | None, str]:
-        """(user, role) of the request's token; (None, "none") without one."""
+        """The (user, role) of the request's token; (None, "none") without a token."""
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
         if token and token not in self.users:
             raise HubError(401, "Invalid credentials in Authorization header")
         return self.users[token] if token else (None, "none")
 
     def folder(self, kind: str, repo_id: str) -> Path | None:
-        """Where a repository lies or would lie; None for an id that cannot be one."""
+        """The folder of a repository, whether or not it exists; None for an invalid id."""
         owner, _, name = repo_id.partition("/")
         fits = kind in KINDS and all(re.fullmatch(r"(?!\.)[\w.-]{1,96}", part) for part in (owner, name))
         return self.root / kind / owner / name if fits else None
 
     def open(self, request: Request, need: str = "read") -> Repository:
-        """The repository of the URL, for a caller who may ``read`` it, ``propose`` a change or ``write``."""
+        """The repository in the URL, if the caller may ``read`` it, ``propose`` a change or ``write``, as needed."""
         place = request.path_params
         kind, repo_id = place.get("kind", "models"), "/".join(place[k] for k in ("owner", "name") if k in place)
         user, role = self.caller(request)
@@ -53,7 +53,7 @@ class Access:
         return repo
 
     def owner(self, request: Request, repo_id: str) -> Path:
-        """The folder of a repository that the caller owns and may create or delete."""
+        """The folder of a repository, if the caller may create or delete it."""
         user, role = self.caller(request)
         folder = self.folder("models", repo_id)
         if folder is None:
@@ -65,5 +65,5 @@ class Access:
         return folder
 
     def commit_of(self, request: Request, repo: Repository) -> dict[str, Any]:
-        """The commit at the revision of the URL, main without one."""
+        """The commit at the revision in the URL, by default main."""
         return repo.at(unquote(request.path_params.get("revision", "main")))

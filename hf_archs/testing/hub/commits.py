@@ -1,4 +1,4 @@
-"""Commits, and their names: branches, tags, pull requests."""
+"""Commits, the references to them (branches, tags, pull requests), and discussions."""
 
 import base64
 import json
@@ -14,10 +14,10 @@ from hf_archs.testing.hub.uploads import take_from_xet
 
 
 class Commits(Access):
-    """The endpoint of commits and of pull requests with changes."""
+    """The endpoint for commits and for pull requests with changes."""
 
     async def commit(self, request: Request) -> Response:
-        """Apply the lines of a commit, all or none, and move the branch to it."""
+        """Apply all lines of a commit, or none, and move the branch to it."""
         proposed = "create_pr" in request.query_params
         lines = [json.loads(line) for line in (await request.body()).splitlines()]
         repo = self.open(request, "propose" if proposed else "write")
@@ -72,8 +72,8 @@ def _apply(repo: Repository, files: Files, key: str, value: dict[str, Any]) -> N
     elif key in ("deletedFile", "deletedFolder"):
         gone = [p for p in files if p == path or (key == "deletedFolder" and p.startswith(f"{path}/"))]
         if not gone:
-            what = "file" if key == "deletedFile" else "folder"
-            raise HubError(404, f"A {what} with this name doesn't exist: {path}", "EntryNotFound")
+            kind = "file" if key == "deletedFile" else "folder"
+            raise HubError(404, f"A {kind} with this name doesn't exist: {path}", "EntryNotFound")
         for name in gone:
             del files[name]
     else:
@@ -87,10 +87,10 @@ def _checked_path(path: str) -> str:
 
 
 class References(Access):
-    """The endpoints of the names of commits, and of discussions."""
+    """The endpoints for references, history and discussions."""
 
     async def list_refs(self, request: Request) -> Response:
-        """All branches, tags and pull requests."""
+        """List all branches, tags and pull requests."""
         repo = self.open(request)
 
         def under(prefix: str) -> list[dict[str, str]]:
@@ -101,7 +101,7 @@ class References(Access):
         return JSONResponse(answer | {"pullRequests": under("refs/pr/")})
 
     async def commits(self, request: Request) -> Response:
-        """The history of a revision."""
+        """List the commits of a revision's history."""
         repo = self.open(request)
         history = repo.history(unquote(request.path_params["revision"]))
         rows = [
@@ -127,7 +127,7 @@ class References(Access):
         return JSONResponse({})
 
     async def create_branch(self, request: Request) -> Response:
-        """Make a branch."""
+        """Create a branch."""
         start = (await request.json()).get("startingPoint", "main")
         repo = self.open(request, "write")
         return self._create_ref(repo, f"refs/heads/{unquote(request.path_params['ref'])}", start)
@@ -137,7 +137,7 @@ class References(Access):
         return self._delete_ref(self.open(request, "write"), f"refs/heads/{unquote(request.path_params['ref'])}")
 
     async def create_tag(self, request: Request) -> Response:
-        """Make a tag."""
+        """Create a tag."""
         tag = (await request.json())["tag"]
         repo = self.open(request, "write")
         return self._create_ref(repo, f"refs/tags/{tag}", unquote(request.path_params["revision"]))
@@ -157,7 +157,7 @@ class References(Access):
         return JSONResponse(discussion)
 
     async def discussion(self, request: Request) -> Response:
-        """One discussion."""
+        """Return a discussion."""
         discussions = self.open(request).meta["discussions"]
         num = request.path_params["num"]
         if not 1 <= num <= len(discussions):

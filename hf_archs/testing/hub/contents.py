@@ -1,4 +1,4 @@
-"""Repositories, their files at a revision, and their cards' metadata."""
+"""Endpoints of the embedded Hub for repositories, their files at a revision, and the metadata of their cards."""
 
 import contextlib
 import re
@@ -16,7 +16,7 @@ from hf_archs.testing.hub.repository import HubError, Repository, below, file_ro
 
 
 def card_metadata(card: str) -> dict[str, Any]:
-    """The YAML block at a card's head, empty where there is none; ValueError for one that the Hub would refuse."""
+    """The YAML block at the head of a card; empty if there is none. Raises `ValueError` if the Hub would refuse it."""
     block = re.match(r"\s*---\r?\n(.*?\n)??---\s*(\n|$)", card, re.DOTALL)
     try:
         metadata = yaml.safe_load(block[1] or "") if block else None
@@ -38,10 +38,10 @@ def card_metadata(card: str) -> dict[str, Any]:
 
 
 class Repositories(Access):
-    """The endpoints of the account and of whole repositories."""
+    """The endpoints for the account and for whole repositories."""
 
     async def whoami(self, request: Request) -> Response:
-        """The account of the token."""
+        """Return the account of the token."""
         user, role = self.caller(request)
         if user is None:
             raise HubError(401, "Invalid username or password.")
@@ -49,7 +49,7 @@ class Repositories(Access):
         return JSONResponse({"type": "user", "id": user, "name": user, "fullname": user, "orgs": [], "auth": auth})
 
     async def validate_yaml(self, request: Request) -> Response:
-        """Whether the Hub would take a card."""
+        """Check whether the Hub would accept a card."""
         try:
             metadata = card_metadata((await request.json())["content"])
         except ValueError as error:
@@ -58,7 +58,7 @@ class Repositories(Access):
         return JSONResponse({"errors": [], "warnings": [] if metadata else [warning]})
 
     async def _named(self, request: Request) -> tuple[dict[str, Any], Path, str]:
-        """(body, folder, URL) of the repository in the body of a create or delete."""
+        """The body of a create or delete request, and the folder and the URL of the repository that it names."""
         body = await request.json()
         repo_id = f"{body.get('organization') or self.caller(request)[0]}/{body['name']}"
         kind = f"{body.get('type') or 'model'}s"
@@ -68,7 +68,7 @@ class Repositories(Access):
         return body, folder, f"{request.base_url}{'' if kind == 'models' else f'{kind}/'}{repo_id}"
 
     async def create(self, request: Request) -> Response:
-        """Make a repository."""
+        """Create a repository."""
         body, folder, url = await self._named(request)
         if folder.exists():
             raise HubError(409, f"You already created this {folder.parts[-3][:-1]} repo", url=url)
@@ -76,7 +76,7 @@ class Repositories(Access):
         return JSONResponse({"url": url, "name": repo.id, "id": repo.id})
 
     async def delete(self, request: Request) -> Response:
-        """Delete a repository with all that it holds."""
+        """Delete a repository with its contents."""
         _, folder, _ = await self._named(request)
         if not folder.exists():
             raise HubError(404, "Repository not found", "RepoNotFound")
@@ -93,7 +93,7 @@ class Contents(Access):
             return repo.object(entry["sha256"]).read_text("utf-8", "replace") if entry else ""
 
         card: dict[str, Any] = {}
-        with contextlib.suppress(ValueError):  # a card that the Hub cannot read is shown without its metadata
+        with contextlib.suppress(ValueError):  # a card with invalid metadata counts as a card without any
             card = card_metadata(text_of("README.md"))
         tags = card.get("tags") or []
         return {
@@ -116,7 +116,7 @@ class Contents(Access):
         }
 
     async def info(self, request: Request) -> Response:
-        """A repository at a revision: its card, its files."""
+        """Return the card's metadata and the file names of a repository at a revision."""
         repo = self.open(request)
         commit = self.commit_of(request, repo)
         info = self._info(repo, commit)
@@ -129,7 +129,7 @@ class Contents(Access):
         return JSONResponse(info)
 
     async def tree(self, request: Request) -> Response:
-        """The files and folders in a folder."""
+        """List the files and folders in a folder."""
         repo = self.open(request)
         commit = self.commit_of(request, repo)
         files = commit["files"]
@@ -146,7 +146,7 @@ class Contents(Access):
         return JSONResponse(folders + [file_row(path, entry) for path, entry in files.items() if is_listed(path)])
 
     async def paths_info(self, request: Request) -> Response:
-        """The files and folders with these paths."""
+        """List the files and folders with these paths."""
         repo = self.open(request)
         files = self.commit_of(request, repo)["files"]
         paths = [path.rstrip("/") for path in parse_qs((await request.body()).decode()).get("paths", [])]
@@ -154,7 +154,7 @@ class Contents(Access):
         return JSONResponse(rows + [folder_row(path, files) for path in paths if below(files, path)])
 
     async def resolve(self, request: Request) -> Response:
-        """The content of a file."""
+        """Return the content of a file."""
         repo = self.open(request)
         commit = self.commit_of(request, repo)
         path = unquote(request.path_params["path"])
@@ -165,7 +165,7 @@ class Contents(Access):
         if entry["lfs"]:
             headers["ETag"] = headers["X-Linked-Etag"] = f'"{entry["sha256"]}"'
             headers["X-Linked-Size"] = str(entry["size"])
-        # FileResponse answers HEAD and Range; an LFS file is served here and not by a redirect, after which the
-        # client would look for X-Repo-Commit in vain
+        # FileResponse answers HEAD and Range. LFS files are served without a redirect, whose target would lack
+        # X-Repo-Commit.
         file, name = repo.object(entry["sha256"]), path.rpartition("/")[2]
         return FileResponse(file, headers=headers, media_type="application/octet-stream", filename=name)

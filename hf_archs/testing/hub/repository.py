@@ -17,7 +17,7 @@ GIT_ATTRIBUTES = "".join(f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for
 
 
 class HubError(Exception):
-    """A refusal: the status, the sentence for ``X-Error-Message`` and what else the client reads."""
+    """A refusal: the status, the sentence for ``X-Error-Message``, and the other headers and fields of the answer."""
 
     def __init__(
         self, status: int, message: str, code: str | None = None, commit: str | None = None, **body: Any
@@ -32,12 +32,12 @@ class HubError(Exception):
 
 
 def git_oid(kind: str, content: bytes) -> str:
-    """Git's id of an object; ``kind`` is blob, tree or commit."""
+    """The git id of an object; ``kind`` is blob, tree or commit."""
     return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
 
 def pointer(sha256: str, size: int) -> bytes:
-    """The file that git holds in place of an LFS object."""
+    """The pointer file that git stores in place of an LFS object."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
@@ -47,8 +47,8 @@ def lfs_entry(sha256: str, size: int) -> dict[str, Any]:
 
 
 def tree_oid(files: Files) -> str:
-    """Git's id of a folder with these files."""
-    leaves: list[tuple[str, str, str]] = []  # (name that git sorts by, mode, id)
+    """The git id of a folder with these files."""
+    leaves: list[tuple[str, str, str]] = []  # (name by which git sorts, mode, id)
     folders: dict[str, Files] = {}
     for path, entry in files.items():
         head, slash, rest = path.partition("/")
@@ -62,12 +62,12 @@ def tree_oid(files: Files) -> str:
 
 
 def below(files: Files, folder: str) -> Files:
-    """The files below a folder, by their paths in it."""
+    """The files below a folder, by path relative to it."""
     return {path[len(folder) + 1 :]: entry for path, entry in files.items() if path.startswith(f"{folder}/")}
 
 
 def file_row(path: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """A file as the client reads it."""
+    """The description of a file that the client reads."""
     row = {"type": "file", "oid": entry["oid"], "size": entry["size"], "path": path}
     if entry["lfs"]:
         pointer_size = len(pointer(entry["sha256"], entry["size"]))
@@ -76,17 +76,17 @@ def file_row(path: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def folder_row(path: str, files: Files) -> dict[str, Any]:
-    """A folder as the client reads it."""
+    """The description of a folder that the client reads."""
     return {"type": "directory", "oid": tree_oid(below(files, path)), "size": 0, "path": path}
 
 
 def folders_of(paths: Iterable[str]) -> set[str]:
-    """Every folder above one of these paths."""
+    """All folders above these paths."""
     return {path[:i] for path in paths for i, letter in enumerate(path) if letter == "/"}
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # the one form that the client reads
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # the only form that the client reads
 
 
 def _sha256_and_size(path: Path) -> tuple[str, int]:
@@ -95,7 +95,7 @@ def _sha256_and_size(path: Path) -> tuple[str, int]:
 
 
 class Repository:
-    """One repository on disk; the docstring of `hf_archs.testing.hub` has the layout."""
+    """One repository on disk, in the layout described in `hf_archs.testing.hub`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -106,7 +106,7 @@ class Repository:
 
     @classmethod
     def create(cls, folder: Path, private: bool) -> Repository:
-        """A new repository with its first commit, which says which files are LFS."""
+        """Create a repository with a first commit, whose ``.gitattributes`` names the LFS files."""
         for name in ("commits", "objects", "incoming"):
             (folder / name).mkdir(parents=True)
         meta = {"private": private, "created": _now(), "refs": {}, "discussions": []}
@@ -117,25 +117,25 @@ class Repository:
         return repo
 
     def save(self) -> None:
-        """Write ``repo.json``, at once or not at all."""
+        """Write ``repo.json`` atomically."""
         new = self.folder / "repo.json.new"
         new.write_text(json.dumps(self.meta, indent=1))
         new.replace(self.folder / "repo.json")
 
     def object(self, sha256: str) -> Path:
-        """Where the content of this sha256 lies or would lie."""
+        """The file for the content of this sha256, whether or not it exists."""
         if not re.fullmatch("[0-9a-f]{64}", sha256):
             raise HubError(400, f"not a sha256: {sha256!r}")
         return self.folder / "objects" / sha256
 
     def store(self, content: bytes) -> dict[str, Any]:
-        """Keep a small file and return its entry."""
+        """Store a small file and return its entry."""
         sha256 = hashlib.sha256(content).hexdigest()
         self.object(sha256).write_bytes(content)
         return {"oid": git_oid("blob", content), "size": len(content), "sha256": sha256, "lfs": False}
 
     def adopt(self, file: Path, sha256: str, size: int, found: tuple[str, int] | None = None) -> None:
-        """Move an uploaded ``file`` to the objects, or delete it and refuse where it is not what was promised."""
+        """Move an uploaded ``file`` to the objects. A file of another sha256 or size is deleted and refused."""
         found = found or _sha256_and_size(file)
         if found != (sha256, size):
             file.unlink()
@@ -156,7 +156,7 @@ class Repository:
         return oid
 
     def ref_of(self, revision: str) -> str | None:
-        """The full name of a branch, tag or pull request; None for anything else."""
+        """The full name of a branch, tag or pull request; None for any other revision."""
         candidates = (f"refs/heads/{revision}", f"refs/tags/{revision}", revision)
         return next((ref for ref in candidates if ref in self.refs), None)
 
@@ -169,7 +169,7 @@ class Repository:
         return json.loads(file.read_text())
 
     def history(self, revision: str) -> Iterator[dict[str, Any]]:
-        """A commit and those before it, the newest first."""
+        """The commit of a revision and its ancestors, newest first."""
         oid: str | None = revision
         while oid:
             commit = self.at(oid)

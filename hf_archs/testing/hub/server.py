@@ -1,4 +1,4 @@
-"""The server on loopback, and the table of all its endpoints."""
+"""The server on loopback, and the table of its endpoints."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ async def refuse(request: Request, error: Exception) -> Response:
 
 async def gone(request: Request, error: Exception) -> Response:
     """The answer to a client that hung up."""
-    return Response(status_code=499)  # nobody is there to read it
+    return Response(status_code=499)  # the client does not read it
 
 
 async def malformed(request: Request, error: Exception) -> Response:
-    """The answer to a request without a field that it needs, or with a wrong value."""
+    """The answer to a request with a missing field or a wrong value."""
     return await refuse(request, HubError(400, f"malformed request: {type(error).__name__}: {error}"))
 
 
 def application(root: Path, users: Mapping[str, tuple[str, str]], multipart_threshold: int) -> ASGIApp:
-    """The Hub of the repositories below ``root``; for the arguments see `EmbeddedHub`."""
+    """The ASGI application of a Hub with the repositories below ``root``; see `EmbeddedHub` for the arguments."""
     repositories, contents, references = Repositories(root, users), Contents(root, users), References(root, users)
     uploads, commits = Uploads(root, users, multipart_threshold), Commits(root, users)
     api, repo, page = "/api/{kind}/{owner}/{name}", "{kind}/{owner}/{name}", "{owner}/{name}"
@@ -91,25 +91,25 @@ def application(root: Path, users: Mapping[str, tuple[str, str]], multipart_thre
     )
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        # Routing must see the path undecoded: a revision's slashes come as %2F and are no separators.
+        # Routing needs the undecoded path: the slashes of a revision come as %2F and are no separators.
         await starlette({**scope, "path": scope["raw_path"].decode("ascii")}, receive, send)
 
     return app
 
 
 class EmbeddedHub:
-    """A Hub on 127.0.0.1 for as long as the ``with`` block lasts, served from a thread of this process.
+    """A Hub on 127.0.0.1 during a ``with`` block, served from a thread of this process.
 
     Args:
-        root: where the repositories lie, kept afterwards; a temporary folder, deleted afterwards, without it.
+        root: folder of the repositories, which is kept; None makes a temporary folder, which is deleted.
         users: token -> (user name, "read" or "write").
-        multipart_threshold: bytes; an LFS object above it must be uploaded in parts of this size.
-        port: 0 for any free one.
+        multipart_threshold: bytes; a larger LFS object must be uploaded in parts of this size.
+        port: port to listen on; 0 takes any free port.
 
     Attributes:
-        endpoint: the URL to give to the client, ``http://127.0.0.1:<port>``.
-        token: the first of the tokens that may write.
-        server: uvicorn's, whose ``should_exit`` ends it.
+        endpoint: the URL for the client, ``http://127.0.0.1:<port>``.
+        token: the first token that may write.
+        server: the uvicorn server, which ends when its ``should_exit`` is set.
     """
 
     def __init__(
@@ -128,9 +128,9 @@ class EmbeddedHub:
         self._temporary = tempfile.TemporaryDirectory(prefix="hf-archs-hub-") if root is None else None
         self.root = Path(self._temporary.name if self._temporary else str(root))
         self.token = next((token for token, (_, role) in users.items() if role == "write"), "")
-        # Listening before the server runs: a client that comes early waits in the backlog.
+        # The socket listens before the server runs, so that an early client waits in the backlog.
         self._socket = socket.create_server(("127.0.0.1", port))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # 40 ms an answer without it
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # without it an answer takes 40 ms
         self.endpoint = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         app = application(self.root, users, multipart_threshold)
         config = uvicorn.Config(
@@ -143,7 +143,7 @@ class EmbeddedHub:
         self.server.run(sockets=[self._socket])
 
     def environment(self, home: Path | str) -> dict[str, str]:
-        """The variables that point a new process's client to this Hub, with its caches under ``home``."""
+        """The environment variables that point the client of a new process to this Hub, with its caches in ``home``."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_TOKEN": self.token,

@@ -1,4 +1,4 @@
-"""Large files on their way: LFS, whole or in parts, and Xet."""
+"""Uploads of large files: by LFS, whole or in parts, and by Xet."""
 
 import base64
 import fnmatch
@@ -21,22 +21,22 @@ from starlette.responses import JSONResponse, Response
 from hf_archs.testing.hub.access import Access
 from hf_archs.testing.hub.repository import HubError, Repository, folders_of
 
-LARGE_FILE = 10 * 2**20  # bytes; above it a file is LFS whatever its name
+LARGE_FILE = 10 * 2**20  # bytes; a larger file is LFS regardless of its name
 
 
 @dataclass
 class _Upload:
-    """The promise for one LFS object; its ticket in the URL is the permission, as with a signed URL."""
+    """The announced upload of one LFS object. The ticket in its URL is the permission, as in a signed URL."""
 
     repo: Repository
     sha256: str
     size: int
-    chunk: int  # bytes of a part; 0 where the object comes whole
-    etags: list[str | None]  # of the parts that have arrived
+    chunk: int  # bytes of a part; 0 if the object comes whole
+    etags: list[str | None]  # of each part; None until it has arrived
 
 
 class Uploads(Access):
-    """The endpoints of what goes before a commit."""
+    """The endpoints for uploads before a commit."""
 
     def __init__(self, root: Path, users: Mapping[str, tuple[str, str]], multipart_threshold: int) -> None:
         super().__init__(root, users)
@@ -44,7 +44,7 @@ class Uploads(Access):
         self.uploads: dict[str, _Upload] = {}
 
     async def preupload(self, request: Request) -> Response:
-        """Which files are LFS, which are ignored, and which are there already."""
+        """Return which files are LFS, which are ignored, and which exist already."""
         repo = self.open(request, "propose" if "create_pr" in request.query_params else "write")
         body = await request.json()
         files = self.commit_of(request, repo)["files"]
@@ -60,25 +60,25 @@ class Uploads(Access):
             large = binary or file["size"] > LARGE_FILE or any(_matches(path, pattern) for pattern in lfs)
             mode = "lfs" if large else "regular"
             row = {"path": path, "uploadMode": mode, "shouldIgnore": _is_ignored(path, gitignore)}
-            if path in files:  # lets the client leave out what has not changed
+            if path in files:  # lets the client omit unchanged files
                 row["oid"] = files[path]["sha256" if files[path]["lfs"] else "oid"]
             return row
 
         return JSONResponse({"files": [answer(file) for file in body["files"]]})
 
     async def xet_token(self, request: Request) -> Response:
-        """A ``local://`` store to upload into by Xet."""
+        """Return a ``local://`` store for an upload by Xet."""
         repo = self.open(request, "propose" if "create_pr" in request.query_params else "write")
-        # A folder of its own for every upload, because hf_xet locks a store for as long as its process lives.
+        # Every upload gets its own folder, because hf_xet locks a store as long as its process lives.
         url, expires = f"local://{repo.folder}/xet/{secrets.token_hex(8)}", int(time.time()) + 3600
         Path(url.removeprefix("local://")).mkdir(parents=True)
         headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "local", "X-Xet-Token-Expiration": str(expires)}
         return JSONResponse({"casUrl": url, "accessToken": "local", "exp": expires}, headers=headers)
 
     async def lfs_batch(self, request: Request) -> Response:
-        """Where each of these LFS objects is to be uploaded."""
+        """Return the upload URLs of LFS objects."""
         body = await request.json()
-        # an upload for a pull request carries no ref, and may come from anyone who can open one
+        # an upload for a pull request has no ref, and needs only the right to propose
         repo = self.open(request, "write" if "ref" in body else "propose")
         return JSONResponse({"objects": [self._instruct(request, repo, promised) for promised in body["objects"]]})
 
@@ -105,7 +105,7 @@ class Uploads(Access):
         return ticket, self.uploads[ticket]
 
     async def upload(self, request: Request) -> Response:
-        """One whole object, or one part of it."""
+        """Receive a whole object, or one part of it."""
         ticket, upload = self._upload_of(request)
         part = request.path_params.get("part")
         if (part is None) != (upload.chunk == 0) or not 1 <= (part or 1) <= max(1, len(upload.etags)):
@@ -143,7 +143,7 @@ class Uploads(Access):
         return JSONResponse({"success": True})
 
     async def lfs_verify(self, request: Request) -> Response:
-        """Whether an object arrived."""
+        """Check that an object has arrived."""
         repo = self.open(request, "propose")
         body = await request.json()
         file = repo.object(body["oid"])
@@ -153,7 +153,7 @@ class Uploads(Access):
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Whether a line of ``.gitignore`` or ``.gitattributes`` names ``path`` or a folder above it."""
+    """Whether a pattern of ``.gitignore`` or ``.gitattributes`` matches ``path`` or a folder above it."""
     pattern = pattern.strip().rstrip("/")
     levels = [path, *folders_of([path])]
     if "/" not in pattern:
@@ -170,7 +170,7 @@ def _is_ignored(path: str, gitignore: str) -> bool:
 
 
 async def _receive(stream: AsyncIterator[bytes], file: Path, limit: int) -> tuple[str, str, int]:
-    """Write a request's body to ``file``; (sha256, md5, size). Nothing is left of one above ``limit`` or cut short."""
+    """Write a request's body to ``file``, or nothing if it is longer than ``limit`` or cut off; (sha256, md5, size)."""
     sha256, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
     try:
         with file.open("wb") as target:
@@ -188,14 +188,14 @@ async def _receive(stream: AsyncIterator[bytes], file: Path, limit: int) -> tupl
 
 
 def take_from_xet(repo: Repository, wanted: set[str]) -> None:
-    """Turn the ``local://`` stores in which one of the ``wanted`` sha256 lies into plain, verified objects."""
+    """Turn each ``local://`` store that holds a ``wanted`` sha256 into plain, verified objects."""
     for store in (repo.folder / "xet").glob("*"):
         held = {sha256: file for shard in store.rglob("shards/*.mdb") for sha256, file in _xet_files(shard)}
         if not wanted & held.keys():
             continue
         import hf_xet
 
-        # The uploading client still holds the lock on the store's index, so a copy of the store is read.
+        # A copy of the store is read, because the uploading client still holds the lock on the store's index.
         with tempfile.TemporaryDirectory(dir=repo.folder) as copy:
             shutil.copytree(store, copy, dirs_exist_ok=True, copy_function=_copy_index_link_rest)
             shutil.rmtree(store)
@@ -211,14 +211,14 @@ def _copy_index_link_rest(source: str, target: str) -> None:
 
 
 def _xet_files(shard: Path) -> Iterator[tuple[str, tuple[str, int]]]:
-    """The files that a Xet metadata shard describes: (sha256, (Xet hash, size)).
+    """The files in a Xet metadata shard: (sha256, (Xet hash, size)).
 
-    The layout is that of the Xet protocol's specification, "File info section": after a header of 48 bytes, one
-    sequence of 48-byte records a file (hash, flags and number of segments; the segments; their verification where
-    the flag says so; the sha256 where the flag says so), and a record of ones at the end.
+    The layout is in the Xet protocol's specification, "File info section": a header of 48 bytes; for each file a
+    sequence of 48-byte records (hash, flags and number of segments; the segments; their verification, if flagged; the
+    sha256, if flagged); and a record of ones at the end.
     """
 
-    def digest(record: bytes) -> str:  # hashes are written as little-endian words
+    def digest(record: bytes) -> str:  # hashes are little-endian words
         return "".join(record[i : i + 8][::-1].hex() for i in range(0, 32, 8))
 
     records = memoryview(shard.read_bytes()[48:])

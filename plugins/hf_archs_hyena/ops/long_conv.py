@@ -240,3 +240,6 @@ def cases(device, dtype, batch=2, length=40, channels=6, past=9):
     yield {"x": x, "taps": taps}
     gates = {"gate_in": gate_in, "gate_out": gate_out, "initial_state": state}
     yield {"x": x, "taps": taps, "bias": bias, **gates, **some_boundaries(batch, length, device)}
+
+
+MODEL_SIZES = {"channels": 100, "past": 40}

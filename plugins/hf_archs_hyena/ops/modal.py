@@ -399,3 +399,6 @@ def cases(device, dtype, batch=2, length=70, channels=6, modes=4):
     filters = {"log_decay": log_decay, "phase": phase, "residues": residues}
     yield {"x": x, **filters}
     yield {"x": x, **filters, "bias": bias, "initial_state": state, **some_boundaries(batch, length, device)}
+
+
+MODEL_SIZES = {"channels": 100, "modes": 16}

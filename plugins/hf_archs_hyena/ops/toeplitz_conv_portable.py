@@ -68,8 +68,8 @@ class _Layout:
         return x, before.transpose(1, 2)
 
 
-def _blocks(t: Tensor) -> Iterator[tuple[int, int]]:
-    step = max(1, BLOCK_ELEMENTS // (t.shape[0] * t.shape[2]))
+def _blocks(t: Tensor, elements: int) -> Iterator[tuple[int, int]]:
+    step = max(1, elements // (t.shape[0] * t.shape[2]))
     for start in range(0, t.shape[1], step):
         yield start, min(start + step, t.shape[1])
 
@@ -83,39 +83,39 @@ def _per_channel(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     return taps
 
 
-def _convolve(rows: Tensor, taps: Tensor) -> Tensor:
+def _convolve(rows: Tensor, taps: Tensor, elements: int) -> Tensor:
     """(b', k - 1 + n, c) with (c, k): (b', n, c)."""
     c, k = taps.shape
     if k >= MANY_TAPS:
         return F.conv1d(rows.transpose(1, 2), taps.flip(1).unsqueeze(1), groups=c).transpose(1, 2)
     y, by_tap = rows.new_empty(rows.shape[0], rows.shape[1] - k + 1, c), taps.t().contiguous()
-    for start, end in _blocks(y):
+    for start, end in _blocks(y, elements):
         block = torch.mul(rows[:, start + k - 1 : end + k - 1], by_tap[0], out=y[:, start:end])
         for back in range(1, k):
             block.addcmul_(rows[:, start + k - 1 - back : end + k - 1 - back], by_tap[back])
     return y
 
 
-def _convolve_back(g: Tensor, taps: Tensor) -> Tensor:
+def _convolve_back(g: Tensor, taps: Tensor, elements: int) -> Tensor:
     """The gradient of the rows, (b', k - 1 + n, c), from that of the outputs, (b', n, c)."""
     c, k = taps.shape
     if k >= MANY_TAPS:
         padded = F.pad(g, (0, 0, k - 1, k - 1))
         return F.conv1d(padded.transpose(1, 2), taps.unsqueeze(1), groups=c).transpose(1, 2)
     grad, by_tap = g.new_zeros(g.shape[0], g.shape[1] + k - 1, c), taps.t().contiguous()
-    for start, end in _blocks(g):
+    for start, end in _blocks(g, elements):
         for back in range(k):
             grad[:, start + k - 1 - back : end + k - 1 - back].addcmul_(g[:, start:end], by_tap[back])
     return grad
 
 
-def _grad_taps(g: Tensor, rows: Tensor, k: int) -> Tensor:
+def _grad_taps(g: Tensor, rows: Tensor, k: int, elements: int, spectra: int) -> Tensor:
     """``sum_t g_t rows_{t - m}``: (c, k)."""
     b, n, c = g.shape
     size = k - 1
     if k >= MANY_TAPS:
         step = SPECTRUM - size  # outputs of a block; it sees SPECTRUM inputs
-        together = max(1, SPECTRA_ELEMENTS // (b * c * step)) * step
+        together = max(1, spectra // (b * c * step)) * step
         total = torch.zeros(c, SPECTRUM // 2 + 1, dtype=torch.promote_types(g.dtype, torch.complex64), device=g.device)
         for start in range(0, n, together):
             count = min(together, n - start)
@@ -126,7 +126,7 @@ def _grad_taps(g: Tensor, rows: Tensor, k: int) -> Tensor:
             total += (spectrum * torch.fft.rfft(seen).conj()).sum((0, 2))
         return torch.fft.irfft(total, SPECTRUM)[:, :k]
     by_tap = g.new_zeros(k, c)
-    for start, end in _blocks(g):
+    for start, end in _blocks(g, elements):
         product = g.new_empty(b, end - start, c)
         for back in range(k):
             seen = rows[:, start + size - back : end + size - back]
@@ -135,11 +135,17 @@ def _grad_taps(g: Tensor, rows: Tensor, k: int) -> Tensor:
 
 
 def toeplitz_conv_fwd(
-    x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, documents: Tensor | None
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    documents: Tensor | None,
+    *,
+    block: int = BLOCK_ELEMENTS,
 ) -> Tensor:
     """The output, (b, l, c), in the dtype of ``x``."""
     layout = _Layout(x, taps.shape[1] - 1, initial_state, documents)
-    y = layout.outputs(_convolve(layout.rows, _per_channel(x, taps, bias)))
+    y = layout.outputs(_convolve(layout.rows, _per_channel(x, taps, bias), block))
     return y.to(x.dtype).contiguous()
 
 
@@ -151,6 +157,9 @@ def toeplitz_conv_bwd(
     initial_state: Tensor | None,
     documents: Tensor | None,
     wanted: Sequence[bool] = (True,) * 4,
+    *,
+    block: int = BLOCK_ELEMENTS,
+    spectra: int = SPECTRA_ELEMENTS,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, taps, bias and initial_state."""
     groups, k = taps.shape
@@ -159,9 +168,9 @@ def toeplitz_conv_bwd(
     layout = _Layout(x, k - 1, initial_state, documents)
     g = layout.all_outputs(grad_y)
     if of_x or of_state:
-        grad_x, grad_state = layout.inputs(_convolve_back(g, _per_channel(x, taps, bias)))
+        grad_x, grad_state = layout.inputs(_convolve_back(g, _per_channel(x, taps, bias), block))
     if of_taps:
-        grad_channels = _grad_taps(g, layout.rows, k)
+        grad_channels = _grad_taps(g, layout.rows, k, block, spectra)
         grad_taps, grad_bias = grad_channels.unflatten(0, (groups, -1)).sum(1), grad_channels[:, 0]
     elif of_bias:
         grad_bias = (g * layout.rows[:, k - 1 :]).sum((0, 1))

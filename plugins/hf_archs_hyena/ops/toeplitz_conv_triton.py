@@ -467,6 +467,7 @@ def aot_specs() -> list[KernelSpec]:
                 for name in kernel.arg_names
             }
             way = "" if backwards is None else " backward" if backwards else " forward"
-            label = f"{dtype} {taps} taps{way}{' bias documents' if everything else ''}"
+            model = "Evo 2 7B, " if dtype == "bf16" and wide == 16 else ""
+            label = f"{model}{dtype} {taps} taps{way}{' bias documents' if everything else ''}"
             specs.append(KernelSpec(kernel, signature, constexprs, config["num_warps"], config["num_stages"], label))
     return specs

@@ -24,6 +24,7 @@ def selective_scan(
     C: Tensor,
     D: Tensor | None = None,
     z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     *,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
@@ -31,19 +32,21 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """A diagonal linear recurrence per channel whose step, input and output maps depend on the token.
 
-    ``delta = softplus(dt)``, ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t``, ``y_t = (C_t h_t + D x_t) silu(z_t)``.
+    ``delta = softplus(dt + dt_bias)``, ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t``,
+    ``y_t = (C_t h_t + D x_t) silu(z_t)``.
 
     States, decays and sums are in float32, or float64 where ``x`` is, autocast or not. Every tensor may have a dtype of
     its own, and its gradient has that dtype.
 
     Args:
         x: input, (batch, length, channels).
-        dt: step size before the softplus, its bias already added, (batch, length, channels).
+        dt: step size before bias and softplus, (batch, length, channels).
         A: negative, (channels, state), float32 or wider.
         B: input map, (batch, length, state).
         C: output map, (batch, length, state).
         D: skip connection, (channels,), or None for no skip.
         z: gate, (batch, length, channels), or None for no gate.
+        dt_bias: added to ``dt`` in float32 or wider, (channels,), or None.
         initial_state: the state to continue from, (batch, channels, state), or None for zeros.
         seq_idx: integer, (batch, length). Where it differs from the position before, a document begins with an empty
             state; position 0 always continues ``initial_state``.
@@ -57,15 +60,15 @@ def selective_scan(
     Raises:
         ValueError: where a shape does not fit, naming the argument.
     """
-    _check(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths)
+    _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths)
     backend = backend_for(x)
     if backend == "reference":
         return selective_scan_reference(
-            x, dt, A, B, C, D, z, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths
+            x, dt, A, B, C, D, z, dt_bias, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths
         )
     if backend == "portable" and x.shape[1] == 1:
-        return _step(x, dt, A, B, C, D, z, initial_state, lengths)
-    return _selective_scan(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths)
+        return _step(x, dt, A, B, C, D, z, dt_bias, initial_state, lengths)
+    return _selective_scan(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths)
 
 
 def _check(
@@ -76,6 +79,7 @@ def _check(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     lengths: Tensor | None,
@@ -94,6 +98,7 @@ def _check(
         C=(C, (b, l, n)),
         D=(D, (c,)),
         z=(z, (b, l, c)),
+        dt_bias=(dt_bias, (c,)),
         initial_state=(initial_state, (b, c, n)),
         seq_idx=(seq_idx, (b, l)),
         lengths=(lengths, (b,)),
@@ -108,6 +113,7 @@ def selective_scan_reference(
     C: Tensor,
     D: Tensor | None = None,
     z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     *,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
@@ -116,7 +122,7 @@ def selective_scan_reference(
     """`selective_scan` as the paper writes it, token by token: what the fast forms are held against."""
     y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
-    delta = F.softplus(dt)
+    delta = F.softplus(dt if dt_bias is None else dt + dt_bias.to(dtype))
     state = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.to(dtype)
     outputs = []
     for t in range(x.shape[1]):
@@ -143,13 +149,15 @@ def _step(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One token: a handful of small calls, over states whose channels are innermost in memory."""
     y_dtype, x = x.dtype, wide(x)
     dtype = x.dtype
-    delta = F.softplus(cast(dt, dtype))
+    # PyTorch widens what dt lacks, in the addition itself
+    delta = F.softplus(cast(dt if dt_bias is None else dt + cast(dt_bias, dtype), dtype))
     if lengths is not None:
         delta = delta * (lengths > 0)[:, None, None]
     A, B, C = cast(A, dtype).t(), cast(B, dtype).transpose(1, 2), cast(C, dtype)
@@ -176,6 +184,7 @@ def _scan_by_token(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     lengths: Tensor | None,
@@ -184,7 +193,7 @@ def _scan_by_token(
     y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
     reset, pad = portable.boundaries(seq_idx, lengths, x)
-    delta = F.softplus(dt)
+    delta = F.softplus(dt if dt_bias is None else dt + dt_bias.to(dtype))
     if pad is not None:
         delta = delta.masked_fill(pad.unsqueeze(2), 0)
     decay = (delta.unsqueeze(3) * A).exp()  # (b, l, c, n)
@@ -224,6 +233,7 @@ def _forward(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     lengths: Tensor | None,
@@ -231,20 +241,20 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the start of every block of tokens."""
     y, final_state, kept = _implementation(x).selective_scan_fwd(
-        x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep
+        x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths, keep
     )
     # in one row: a dimension of blocks would be 1 for short sequences, and torch.compile compiles once more for a 1
     return y, final_state, kept.flatten()
 
 
-def _backward(grad_y, grad_final_state, x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, kept, wanted):
+def _backward(grad_y, grad_final_state, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths, kept, wanted):
     kept = kept.view(-1, x.shape[0], A.shape[1], x.shape[2])
     return _implementation(x).selective_scan_bwd(
-        grad_y, grad_final_state, x, dt, A, B, C, D, z, seq_idx, lengths, kept, wanted
+        grad_y, grad_final_state, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, kept, wanted
     )
 
 
-def _fake(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, keep):
+def _fake(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths, keep):
     dtype = torch.promote_types(x.dtype, torch.float32)
     b, l, c = x.shape
     kept = (l + portable.BLOCK - 1) // portable.BLOCK * b * A.shape[1] * c if keep else 0
@@ -256,7 +266,7 @@ _selective_scan = Op(
     _forward,
     _backward,
     _fake,
-    learnt=("x", "dt", "A", "B", "C", "D", "z", "initial_state"),
+    learnt=("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"),
     plain=_scan_by_token,
 )
 
@@ -266,8 +276,13 @@ def cases(device, dtype, batch=2, length=20, channels=12, state=4):
     wide = torch.promote_types(dtype, torch.float32)
     x, dt, z = torch.randn(3, batch, length, channels, device=device, dtype=dtype)
     B, C = torch.randn(2, batch, length, state, device=device, dtype=dtype)
-    A, D = -torch.rand(channels, state, device=device, dtype=wide), torch.randn(channels, device=device, dtype=wide)
+    A = -torch.rand(channels, state, device=device, dtype=wide)
+    D, dt_bias = torch.randn(2, channels, device=device, dtype=wide)
     initial_state = torch.randn(batch, channels, state, device=device, dtype=wide)
     plain = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
     yield plain
-    yield plain | {"D": D, "z": z, "initial_state": initial_state} | some_boundaries(batch, length, device)
+    optional = {"D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
+    yield plain | optional | some_boundaries(batch, length, device)
+
+
+MODEL_SIZES = {"channels": 80, "state": 16}

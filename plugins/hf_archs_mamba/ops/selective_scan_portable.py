@@ -72,12 +72,14 @@ class _Part:
         inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         D: Tensor | None,
         z: Tensor | None,
+        dt_bias: Tensor | None,
         reset: Tensor | None,
         pad: Tensor | None,
     ) -> None:
         x, dt, A, B, C = inputs
         self.dtype = torch.promote_types(x.dtype, torch.float32)
-        self.x, self.dt = self.time_first(x[rows, :, cols]), self.time_first(dt[rows, :, cols])
+        self.x, dt = self.time_first(x[rows, :, cols]), self.time_first(dt[rows, :, cols])
+        self.minus_dt = -dt if dt_bias is None else torch.sub(-dt_bias[cols].to(self.dtype), dt)
         self.B, self.C = self.time_first(B[rows]).contiguous(), self.time_first(C[rows]).contiguous()
         self.z = None if z is None else self.time_first(z[rows, :, cols])
         self.A = A[cols].t().to(self.dtype).contiguous()
@@ -85,7 +87,7 @@ class _Part:
         self.D = None if D is None else D[cols].to(self.dtype)
         self.reset = None if reset is None else reset[rows].t()
         self.pad = None if pad is None else pad[rows].t().unsqueeze(-1)
-        self.delta = F.logsigmoid(-self.dt).neg_()  # softplus, half as long as F.softplus takes
+        self.delta = F.logsigmoid(self.minus_dt).neg_()  # softplus, half as long as F.softplus takes
         if self.pad is not None:
             self.delta.masked_fill_(self.pad, 0)
         self.input = self.delta * self.x
@@ -152,6 +154,7 @@ def selective_scan_fwd(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     lengths: Tensor | None,
@@ -165,7 +168,7 @@ def selective_scan_fwd(
     final_state = x.new_empty(b, c, n, dtype=dtype)
     kept = x.new_empty((math.ceil(l / BLOCK), b, n, c) if keep_states else 0, dtype=dtype)
     for rows, cols in _tiles(b, c, n):
-        part = _Part(rows, cols, (x, dt, A, B, C), D, z, reset, pad)
+        part = _Part(rows, cols, (x, dt, A, B, C), D, z, dt_bias, reset, pad)
         w = part.workspace
         carried = w.state_at[0]
         if initial_state is None:
@@ -199,26 +202,28 @@ def selective_scan_bwd(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     seq_idx: Tensor | None,
     lengths: Tensor | None,
     kept: Tensor,
-    wanted: Sequence[bool] = (True,) * 8,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of x, dt, A, B, C, D, z and the initial state, each in the working dtype or its tensor's.
+    wanted: Sequence[bool] = (True,) * 9,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, dt, A, B, C, D, z, dt_bias and the initial state, each in the working dtype or its tensor's.
 
     Those that are not ``wanted`` are anything.
     """
-    of_x, of_dt, of_A, of_B, of_C, of_D, of_z, _ = wanted
+    of_x, of_dt, of_A, of_B, of_C, of_D, of_z, of_bias, _ = wanted
+    of_step = of_dt or of_bias
     (b, l, c), n = x.shape, A.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     reset, pad = boundaries(seq_idx, lengths, x)
     dx, ddt = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt))
     dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
-    dA, dD = x.new_zeros(n, c, dtype=dtype), None if D is None else x.new_zeros(c, dtype=dtype)
+    dA, dD, d_bias = (x.new_zeros(shape, dtype=dtype) for shape in ((n, c), c, c))
     dB, dC = (x.new_zeros(l, b, n, dtype=dtype) for _ in range(2))  # sums over the tiles of channels
     d_initial = x.new_empty(b, c, n, dtype=dtype)
     for rows, cols in _tiles(b, c, n):
-        part = _Part(rows, cols, (x, dt, A, B, C), D, z, reset, pad)
+        part = _Part(rows, cols, (x, dt, A, B, C), D, z, dt_bias, reset, pad)
         w = part.workspace
         carried = torch.zeros_like(w.state_at[0])  # the gradient of the state after the block
         if grad_final_state is not None:
@@ -249,12 +254,12 @@ def selective_scan_bwd(
                 dC[block, rows] += _over_channels(states[1:], dy[block])
             if of_B:
                 dB[block, rows] += _over_channels(grads, part.input[block])
-            if of_x or of_dt:
+            if of_x or of_step:
                 by_input = d_input[block].view(m * r, 1, -1)
                 torch.bmm(part.B[block].view(m * r, 1, n), grads.view(m * r, n, -1), out=by_input)
-            if of_dt or of_A:
+            if of_step or of_A:
                 d_delta_A = grads.mul_(states[:m]).mul_(decay)  # the gradient of delta * A: g h_{t-1} decay
-            if of_dt:
+            if of_step:
                 torch.sum(torch.mul(d_delta_A, part.A, out=decay), 2, out=d_delta[block])
             if of_A:
                 dA[:, cols] += d_delta_A.mul_(part.delta[block].unsqueeze(2)).sum((0, 1))
@@ -262,12 +267,14 @@ def selective_scan_bwd(
             if part.D is not None:
                 out.addcmul_(part.D, part.x)
             dz[rows, :, cols] = d_gate.mul_(out).transpose(0, 1)
-        if of_dt:
-            d_delta.addcmul_(d_input, part.x).mul_(part.dt.sigmoid())
+        if of_step:
+            d_delta.addcmul_(d_input, part.x).mul_(part.minus_dt.neg_().sigmoid_())
             if part.pad is not None:
                 d_delta.masked_fill_(part.pad, 0)
             ddt[rows, :, cols] = d_delta.transpose(0, 1)
-        if of_D and dD is not None:
+            if of_bias:
+                d_bias[cols] += d_delta.sum((0, 1))
+        if of_D:
             dD[cols] += (dy * part.x).sum((0, 1))
         if of_x:
             d_x = d_input.mul_(part.delta)
@@ -275,4 +282,4 @@ def selective_scan_bwd(
                 d_x.addcmul_(part.D, dy)
             dx[rows, :, cols] = d_x.transpose(0, 1)
         d_initial[rows, cols] = carried.transpose(1, 2)
-    return dx, ddt, dA.t(), dB.transpose(0, 1), dC.transpose(0, 1), dD, dz, d_initial
+    return dx, ddt, dA.t(), dB.transpose(0, 1), dC.transpose(0, 1), dD, dz, d_bias, d_initial

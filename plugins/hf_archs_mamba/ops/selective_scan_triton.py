@@ -84,9 +84,9 @@ def _here(in_c, t, length):
 
 
 @triton.jit
-def _delta(dt, real, mask):
-    """softplus(dt) at real tokens, 0 at pads and beyond the end."""
-    return tl.where(real & mask, _softplus(_load(dt, mask)), 0.0)
+def _delta(dt, bias, real, mask):
+    """softplus(dt + bias) at real tokens, 0 at pads and beyond the end."""
+    return tl.where(real & mask, _softplus(_load(dt, mask) + bias), 0.0)
 
 
 @triton.jit
@@ -114,6 +114,7 @@ def _selective_scan_fwd_kernel(
     C,
     D,
     z,
+    dt_bias,
     initial,
     seq_idx,
     lengths,
@@ -153,9 +154,10 @@ def _selective_scan_fwd_kernel(
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
     PACKED: tl.constexpr = seq_idx is not None
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    b = tl.program_id(1).to(tl.int64)
-    s = tl.program_id(2)
+    BLOCKS: tl.constexpr = (channels + BLOCK_C - 1) // BLOCK_C
+    c = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    b = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    s = tl.program_id(1)
     in_c = c < channels
     first = s * segment
     last = tl.minimum(first + segment, length)
@@ -177,6 +179,9 @@ def _selective_scan_fwd_kernel(
     d = tl.zeros([BLOCK_C], tl.float32)
     if D is not None:
         d = _load(D + c, in_c)
+    bias = tl.zeros([BLOCK_C], tl.float32)
+    if dt_bias is not None:
+        bias = _load(dt_bias + c, in_c)
 
     for n in range(state):
         h = tl.zeros([BLOCK_C], tl.float32)
@@ -204,7 +209,7 @@ def _selective_scan_fwd_kernel(
         goes_on = ()
         for i in tl.static_range(T):
             here = _here(in_c, t0 + i, length)
-            delta = _delta(dt_tile + i * dt_l, t0 + i < limit, here)
+            delta = _delta(dt_tile + i * dt_l, bias, t0 + i < limit, here)
             value = _load(x_tile + i * x_l, here)
             deltas += (delta,)
             inputs += (delta * value,)
@@ -264,16 +269,18 @@ def _selective_scan_bwd_kernel(
     C,
     D,
     z,
+    dt_bias,
     seq_idx,
     lengths,
     kept,  # (l / CHUNK, b, n, c)
-    dx,  # (b, l, c), like ddt and dz
+    dx,  # (b, l, c), like ddt and dz; this and each of those below may be None
     ddt,
     dz,
     dA,  # (s, b, n, c)
     dB,  # (blocks of channels, b, n, l padded), like dC
     dC,
-    dD,  # (s, b, c)
+    dD,  # (s, b, c), like d_bias
+    d_bias,
     starts,  # (s, b, CHUNK / T + 1, n, c): states at the starts of a chunk's tiles
     running,  # (s, b, n, c): the gradient of the state; at the end, of the state before the segment
     ends,  # (s, b, n, c): what the summaries found
@@ -311,10 +318,11 @@ def _selective_scan_bwd_kernel(
     LN2: tl.constexpr = 0.6931471805599453
     PACKED: tl.constexpr = seq_idx is not None
     TILES: tl.constexpr = CHUNK // T
-    block = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    b = tl.program_id(1).to(tl.int64)
-    s = tl.program_id(2)
+    BLOCKS: tl.constexpr = (channels + BLOCK_C - 1) // BLOCK_C
+    block = (tl.program_id(0) % BLOCKS).to(tl.int64)
+    c = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    b = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    s = tl.program_id(1)
     in_c = c < channels
     first = s * segment
     last = tl.minimum(first + segment, length)
@@ -333,19 +341,29 @@ def _selective_scan_bwd_kernel(
     A += c * A_c
     if z is not None:
         z += b * z_b + c * z_c
+    if dz is not None:
         dz += b * length * channels + c
-    dx += b * length * channels + c
-    ddt += b * length * channels + c
+    if dx is not None:
+        dx += b * length * channels + c
+    if ddt is not None:
+        ddt += b * length * channels + c
     padded = tl.cdiv(length, T) * T
-    dB += (block * batch + b) * state * padded
-    dC += (block * batch + b) * state * padded
-    dA += (s * batch + b) * row + c
+    if dB is not None:
+        dB += (block * batch + b) * state * padded
+    if dC is not None:
+        dC += (block * batch + b) * state * padded
+    if dA is not None:
+        dA += (s * batch + b) * row + c
     starts += (s * batch + b) * (TILES + 1) * row + c
     running += (s * batch + b) * row + c
     d = tl.zeros([BLOCK_C], tl.float32)
     if D is not None:
         d = _load(D + c, in_c)
+    bias = tl.zeros([BLOCK_C], tl.float32)
+    if dt_bias is not None:
+        bias = _load(dt_bias + c, in_c)
     dd = tl.zeros([BLOCK_C], tl.float32)
+    d_bias_sum = tl.zeros([BLOCK_C], tl.float32)
 
     for n in range(state):
         q = tl.zeros([BLOCK_C], tl.float32)
@@ -355,7 +373,8 @@ def _selective_scan_bwd_kernel(
             for e in range(segments - 1 - s):
                 at = ((segments - 1 - e) * batch + b) * row + n * channels + c
                 q = _load(products + at, in_c) * q + _load(ends + at, in_c)
-            tl.store(dA + n * channels, tl.zeros([BLOCK_C], tl.float32), mask=in_c)
+            if dA is not None:
+                tl.store(dA + n * channels, tl.zeros([BLOCK_C], tl.float32), mask=in_c)
         tl.store(running + n * channels, q, mask=in_c)
     tl.debug_barrier()
 
@@ -382,7 +401,7 @@ def _selective_scan_bwd_kernel(
                 outputs = ()  # C h + D x
                 for i in tl.static_range(T):
                     here = _here(in_c, t0 + i, length)
-                    delta = _delta(dt + at * dt_l + i * dt_l, t0 + i < limit, here)
+                    delta = _delta(dt + at * dt_l + i * dt_l, bias, t0 + i < limit, here)
                     value = _load(x + at * x_l + i * x_l, here)
                     deltas += (delta,)
                     inputs += (delta * value,)
@@ -404,19 +423,19 @@ def _selective_scan_bwd_kernel(
                     A_n_row = _load(A + n * A_n, in_c) * LOG2E
                     B_row = B + n * B_n + t0
                     C_row = C + n * C_n + t0
-                    dC_row = dC + n * padded + t0
                     h = _load(starts + tile * row + n * channels, in_c)
                     news = ()
                     for i in tl.static_range(T):
                         a = _decay(deltas[i], A_n_row, goes_on[i], PACKED)
                         h = a * h + inputs[i] * tl.load(B_row + i).to(tl.float32)
-                        tl.store(dC_row + i, tl.sum(h * grads[i]))  # over this program's channels
-                        if z is not None:
+                        if dC is not None:  # a sum over this program's channels
+                            tl.store(dC + n * padded + t0 + i, tl.sum(h * grads[i]))
+                        if dz is not None:
                             news += (outputs[i] + h * tl.load(C_row + i).to(tl.float32),)
-                    if z is not None:
+                    if dz is not None:
                         outputs = news
                     tl.store(starts + (tile + 1) * row + n * channels, h, mask=in_c)
-                if z is not None:
+                if dz is not None:
                     for i in tl.static_range(T):
                         here = _here(in_c, t0 + i, length)
                         gate = _load(z + at * z_l + i * z_l, here)
@@ -442,7 +461,7 @@ def _selective_scan_bwd_kernel(
             d_deltas = ()  # by way of the decay
             for i in tl.static_range(T):
                 here = _here(in_c, t0 + i, length)
-                delta = _delta(dt + at * dt_l + i * dt_l, t0 + i < limit, here)
+                delta = _delta(dt + at * dt_l + i * dt_l, bias, t0 + i < limit, here)
                 deltas += (delta,)
                 if dy is not None:
                     grad = _load(dy + at * channels + i * channels, here)
@@ -465,7 +484,6 @@ def _selective_scan_bwd_kernel(
                 A_n_row = _load(A + n * A_n, in_c) * LOG2E
                 B_row = B + n * B_n + t0
                 C_row = C + n * C_n + t0
-                dB_row = dB + n * padded + t0
                 q = _load(running + n * channels, in_c)  # of the state after the tile
                 decays = ()
                 befores = ()  # a h: what is left of the state before
@@ -483,7 +501,8 @@ def _selective_scan_bwd_kernel(
                 for i in tl.static_range(T - 1, -1, -1):
                     g = grads[i] * tl.load(C_row + i).to(tl.float32) + q  # the gradient of h_i
                     if not SUMMARY:
-                        tl.store(dB_row + i, tl.sum(g * inputs[i]))
+                        if dB is not None:
+                            tl.store(dB + n * padded + t0 + i, tl.sum(g * inputs[i]))
                         by_exponent = g * befores[i]
                         new_inputs = (d_inputs[i] + g * tl.load(B_row + i).to(tl.float32),) + new_inputs  # noqa: RUF005
                         new_deltas = (d_deltas[i] + by_exponent * A_n_row,) + new_deltas  # noqa: RUF005
@@ -492,7 +511,8 @@ def _selective_scan_bwd_kernel(
                 if not SUMMARY:
                     d_inputs = new_inputs
                     d_deltas = new_deltas
-                    tl.store(dA + n * channels, _load(dA + n * channels, in_c) + d_A, mask=in_c)
+                    if dA is not None:
+                        tl.store(dA + n * channels, _load(dA + n * channels, in_c) + d_A, mask=in_c)
                 tl.store(running + n * channels, q, mask=in_c)
 
             for i in tl.static_range(T):
@@ -503,19 +523,25 @@ def _selective_scan_bwd_kernel(
                         alive *= goes_on[i]
                 else:
                     value = _load(x + at * x_l + i * x_l, here)
-                    tl.store(dx + at * channels + i * channels, d_inputs[i] * deltas[i] + d * grads[i], mask=here)
+                    if dx is not None:
+                        tl.store(dx + at * channels + i * channels, d_inputs[i] * deltas[i] + d * grads[i], mask=here)
                     d_delta = d_deltas[i] * LN2 + d_inputs[i] * value  # A_n_row has log2(e) in it
-                    raw = _load(dt + at * dt_l + i * dt_l, here)
+                    raw = _load(dt + at * dt_l + i * dt_l, here) + bias
                     d_dt = tl.where(t0 + i < limit, d_delta * tl.sigmoid(raw), 0.0)
-                    tl.store(ddt + at * channels + i * channels, d_dt, mask=here)
+                    d_bias_sum += d_dt
+                    if ddt is not None:
+                        tl.store(ddt + at * channels + i * channels, d_dt, mask=here)
             tl.debug_barrier()
 
     if SUMMARY:
         for n in range(state):
             product = alive * tl.exp2(total * _load(A + n * A_n, in_c) * LOG2E)
             tl.store(products + (s * batch + b) * row + n * channels + c, product, mask=in_c)
-    elif D is not None:
-        tl.store(dD + (s * batch + b) * channels + c, dd, mask=in_c)
+    else:
+        if dD is not None:
+            tl.store(dD + (s * batch + b) * channels + c, dd, mask=in_c)
+        if d_bias is not None:
+            tl.store(d_bias + (s * batch + b) * channels + c, d_bias_sum, mask=in_c)
 
 
 def _config(channels: int, length: int) -> dict[str, int]:
@@ -570,6 +596,7 @@ def selective_scan_fwd(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     lengths: Tensor | None,
@@ -588,15 +615,15 @@ def selective_scan_fwd(
     else:
         segments = triton.cdiv(l, segment)
     A, B, C = _arranged(A, B, C, l, config["T"])
-    D, seq_idx, lengths = (None if t is None else t.contiguous() for t in (D, seq_idx, lengths))
+    D, dt_bias, seq_idx, lengths = (None if t is None else t.contiguous() for t in (D, dt_bias, seq_idx, lengths))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     final_state = x.new_empty(b, c, n, dtype=torch.float32)
     kept = x.new_empty((triton.cdiv(l, CHUNK), b, n, c) if keep_states else 0, dtype=torch.float32)
     running, ends, products = (x.new_empty(segments, b, n, c, dtype=torch.float32) for _ in range(3))
 
     def launch(running: Tensor, summary: bool) -> None:
-        _selective_scan_fwd_kernel[(blocks, b, segments)](
-            x, dt, A, B, C, D, z, initial_state, seq_idx, lengths,
+        _selective_scan_fwd_kernel[(blocks * b, segments)](
+            x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths,
             y, final_state, kept if keep_states and not summary else None, running, ends, products,
             l, c, n, b, segment,
             **_strides(
@@ -622,15 +649,18 @@ def selective_scan_bwd(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
     seq_idx: Tensor | None,
     lengths: Tensor | None,
     kept: Tensor,
-    wanted: Sequence[bool] = (True,) * 8,
+    wanted: Sequence[bool] = (True,) * 9,
     *,
     config: dict[str, int] | None = None,
     segment: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """As `selective_scan_portable.selective_scan_bwd`; ``config`` and ``segment`` as above."""
+) -> tuple[Tensor | None, ...]:
+    """As `selective_scan_portable.selective_scan_bwd`, with None for the gradients that are not wanted, but for the
+    initial state's; ``config`` and ``segment`` as above."""
+    of_x, of_dt, of_A, of_B, of_C, of_D, of_z, of_bias, _ = wanted
     (b, l, c), n = x.shape, A.shape[1]
     config = config or _config(c, l)
     blocks = triton.cdiv(c, config["BLOCK_C"])
@@ -639,23 +669,26 @@ def selective_scan_bwd(
     else:
         segments = triton.cdiv(l, segment)
     A, B, C = _arranged(A, B, C, l, config["T"])
-    D, seq_idx, lengths = (None if t is None else t.contiguous() for t in (D, seq_idx, lengths))
+    D, dt_bias, seq_idx, lengths = (None if t is None else t.contiguous() for t in (D, dt_bias, seq_idx, lengths))
     grad_y = None if grad_y is None else grad_y.contiguous()
-    dx, ddt = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt))
-    dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+    dx, ddt, dz = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) if asked and t is not None else None
+        for t, asked in ((x, of_x), (dt, of_dt), (z, of_z))
+    )
 
     def scratch(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    dA, running, ends, products = (scratch(segments, b, n, c) for _ in range(4))
-    dB, dC = (scratch(blocks, b, n, B.shape[2]) for _ in range(2))
-    dD = None if D is None else scratch(segments, b, c)
+    running, ends, products = (scratch(segments, b, n, c) for _ in range(3))
+    dA = scratch(segments, b, n, c) if of_A else None
+    dB, dC = (scratch(blocks, b, n, B.shape[2]) if asked else None for asked in (of_B, of_C))
+    dD, d_bias = (scratch(segments, b, c) if asked else None for asked in (of_D, of_bias))
     starts = scratch(segments, b, CHUNK // config["T"] + 1, n, c)
 
     def launch(running: Tensor, summary: bool) -> None:
-        _selective_scan_bwd_kernel[(blocks, b, segments)](
-            grad_y, grad_final_state, x, dt, A, B, C, D, z, seq_idx, lengths, kept,
-            dx, ddt, dz, dA, dB, dC, dD, starts, running, ends, products,
+        _selective_scan_bwd_kernel[(blocks * b, segments)](
+            grad_y, grad_final_state, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, kept,
+            dx, ddt, dz, dA, dB, dC, dD, d_bias, starts, running, ends, products,
             l, c, n, b, segment, segments,
             **_strides(
                 "x_of_blc dt_of_blc z_of_blc B_of_bn C_of_bn A_of_cn d_final_of_bcn",
@@ -671,11 +704,11 @@ def selective_scan_bwd(
     return (
         dx,
         ddt,
-        dA.sum((0, 1)).t(),
-        dB.sum(0)[:, :, :l].transpose(1, 2),
-        dC.sum(0)[:, :, :l].transpose(1, 2),
+        None if dA is None else dA.sum((0, 1)).t(),
+        *(None if t is None else t.sum(0)[:, :, :l].transpose(1, 2) for t in (dB, dC)),
         None if dD is None else dD.sum((0, 1)),
         dz,
+        None if d_bias is None else d_bias.sum((0, 1)),
         running[0].transpose(1, 2),
     )
 

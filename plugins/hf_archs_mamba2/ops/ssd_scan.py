@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_archs.kernels.arguments import some_boundaries
 from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
 from hf_archs.kernels.numerics import cast
 
@@ -57,7 +58,7 @@ def ssd_scan(
         state) in float32 or wider. Both can be differentiated, once.
 
     Raises:
-        ValueError: where a shape does not fit, naming the argument of `decay_scan` (q is C, k is B, v is x).
+        ValueError: where a shape does not fit, naming the argument of `decay_scan` (q is C, k is B, v is x, skip is D).
     """
     boundaries = {"initial_state": initial_state, "seq_idx": seq_idx, "lengths": lengths}
     return _ssd_scan(decay_scan, x, dt, A, B, C, D, dt_bias, dt_limit, boundaries)
@@ -100,7 +101,22 @@ def _ssd_scan(
     if tuple(dt_limit) != (0.0, math.inf):  # which no softplus leaves
         low, high = dt_limit
         delta = delta.clamp(low, high if high < torch.finfo(delta.dtype).max else math.inf)  # some files say 1e308
-    y, final_state = scan(C, B, x, delta * cast(A, dtype), scale=delta, **boundaries)
-    if D is not None:
-        y = cast(torch.addcmul(cast(y, dtype), cast(D, dtype).unsqueeze(1), cast(x, dtype)), x.dtype)
-    return y, final_state
+    return scan(C, B, x, delta * cast(A, dtype), scale=delta, skip=D, **boundaries)
+
+
+def cases(device, dtype, batch=2, length=70, heads=4, head_dim=12, groups=2, state=8):
+    """Arguments of `ssd_scan` for tests and benchmarks: without and with all that is optional."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(batch, length, heads, head_dim, device=device, dtype=dtype)
+    B, C = torch.randn(2, batch, length, groups, state, device=device, dtype=dtype)
+    dt = torch.randn(batch, length, heads, device=device, dtype=dtype) - 2
+    A = -8 * torch.rand(heads, device=device, dtype=wide)
+    D, dt_bias = torch.randn(2, heads, device=device, dtype=wide)
+    initial_state = torch.randn(batch, heads, head_dim, state, device=device, dtype=wide)
+    plain = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
+    yield plain
+    more = {"D": D, "dt_bias": dt_bias, "initial_state": initial_state}
+    yield plain | more | some_boundaries(batch, length, device)
+
+
+MODEL_SIZES = {"head_dim": 64, "state": 128}

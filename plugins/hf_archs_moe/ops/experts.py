@@ -188,15 +188,18 @@ def _fake(x, expert_index, expert_weight, up, down, activation, gated, keep):
 _expert_mlp = Op("expert_mlp", _forward, _backward, _fake, learnt=("x", "expert_weight", "up", "down"))
 
 
-def cases(device, dtype, batch=2, length=9, experts=4, hidden=16, inner=12):
+def cases(device, dtype, batch=2, length=9, experts=4, hidden=16, inner=12, k=2):
     """Arguments of `expert_mlp` for tests and benchmarks: with a gate, and without one and some pairs of no expert."""
     tokens = batch * length
     x = torch.randn(tokens, hidden, device=device, dtype=dtype)
-    weight = torch.rand(tokens, 2, device=device, dtype=dtype)
-    index = torch.randint(experts, (tokens, 2), device=device)
+    weight = torch.rand(tokens, k, device=device, dtype=dtype)
+    index = torch.randint(experts, (tokens, k), device=device)
     up = torch.randn(experts, 2 * inner, hidden, device=device, dtype=dtype) * hidden**-0.5
     down = torch.randn(experts, hidden, inner, device=device, dtype=dtype) * inner**-0.5
     yield {"x": x, "expert_index": index, "expert_weight": weight, "up": up, "down": down}
-    index = torch.where(torch.rand(tokens, 2, device=device) < 0.2, experts, index)
+    index = torch.where(torch.rand(tokens, k, device=device) < 0.2, experts, index)
     plain = {"up": up[:, :inner].contiguous(), "down": down, "activation": "gelu", "gated": False}
     yield {"x": x, "expert_index": index, "expert_weight": weight, **plain}
+
+
+MODEL_SIZES = {"batch": 16, "experts": 8, "hidden": 256, "inner": 192}

@@ -55,8 +55,8 @@ class _Pairs:
         self.order = flat.argsort(stable=True)[: self.count]
         self.tokens = self.order // index.shape[1]
 
-    def blocks(self, *others: Tensor) -> Iterator[tuple[Any, ...]]:
-        """The pairs of one or more experts, at least `BLOCK` but for the last: whose they are, their tokens, and their
+    def blocks(self, least: int, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+        """The pairs of one or more experts, ``least`` of them but for the last: whose they are, their tokens, and their
         rows of what is sorted as they are.
         """
         start, blocks = 0, []
@@ -65,7 +65,7 @@ class _Pairs:
         for e, s in enumerate(self.slices):
             if s.stop > s.start:
                 own.append((e, slice(s.start - start, s.stop - start)))
-            if own and (s.stop - start >= BLOCK or s.stop == self.count):
+            if own and (s.stop - start >= least or s.stop == self.count):
                 blocks.append(s.stop - start)
                 owns.append(own)
                 start, own = s.stop, []
@@ -112,7 +112,16 @@ def _inner(pre: Tensor, act: Callable[[Tensor], Tensor], gated: bool) -> Tensor:
 
 
 def expert_mlp_fwd(
-    x: Tensor, index: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str, gated: bool, keep: bool
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    gated: bool,
+    keep: bool,
+    *,
+    block: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
     """y, and the products with ``up`` of the sorted pairs, (p, 2 i) or (p, i), or nothing unless ``keep``."""
     act = ACTIVATIONS[activation][0]
@@ -124,7 +133,9 @@ def expert_mlp_fwd(
     kept[pairs.count :] = 0  # pairs of no expert
     rows = _rows(pairs.count, x)
     ups, downs = up.mT.unbind(), down.mT.unbind()
-    for own, tokens, s, y, *into in pairs.blocks(scale, rows[: pairs.count], *([kept[: pairs.count]] if keep else [])):
+    for own, tokens, s, y, *into in pairs.blocks(
+        block, scale, rows[: pairs.count], *([kept[: pairs.count]] if keep else [])
+    ):
         pre = _products(x.index_select(0, tokens), own, ups, *into)
         torch.mul(_products(_inner(pre, act, gated), own, downs), s, out=y)
     return cast(pairs.sum(rows), x.dtype), kept
@@ -164,6 +175,8 @@ def expert_mlp_bwd(
     gated: bool,
     up_learns: bool,
     down_learns: bool,
+    *,
+    block: int = BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, weight, up and down."""
     act, act_backward = ACTIVATIONS[activation]
@@ -183,7 +196,7 @@ def expert_mlp_bwd(
                 if grad:
                     grad[e].zero_()
     for own, tokens, s, pre, to_scale, to_x in pairs.blocks(
-        scale, kept[: pairs.count], grad_scale, rows[: pairs.count]
+        block, scale, kept[: pairs.count], grad_scale, rows[: pairs.count]
     ):
         pre = wide(pre)
         g = grad_y.index_select(0, tokens)

@@ -403,6 +403,7 @@ def aot_specs() -> list[KernelSpec]:
             signature = {
                 name: "constexpr" if name in constexprs else types.get(name, f"*{dtype}") for name in kernel.arg_names
             }
-            label = f"{dtype} {config['ROWS']} x {config['COLUMNS']}, {label}"
+            model = "" if label == "not gated" else "Mixtral 8x7B, "
+            label = f"{model}{dtype} {config['ROWS']} x {config['COLUMNS']}, {label}"
             specs.append(KernelSpec(kernel, signature, constexprs, config["num_warps"], config["num_stages"], label))
     return specs

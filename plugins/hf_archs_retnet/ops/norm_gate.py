@@ -90,3 +90,6 @@ def cases(device, dtype, batch=2, length=9, heads=4, channels=12) -> Iterator[di
     weight = torch.randn(channels, device=device, dtype=dtype)
     yield {"x": x, "gate": gate, "weight": None, "eps": 1e-5, "gate_fn": "gelu", "centred": True}
     yield {"x": x, "gate": gate, "weight": weight, "eps": 1e-5, "gate_fn": "swish"}
+
+
+MODEL_SIZES = {"channels": 256}

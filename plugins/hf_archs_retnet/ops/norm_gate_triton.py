@@ -203,7 +203,8 @@ def aot_specs() -> list[KernelSpec]:
                     constexprs |= {name: None for name in ("weight", "sums") if name in kernel.arg_names}
                 types = {"rows": "i32", "eps": "fp32", "sums": "*fp32"} | dict.fromkeys(constexprs, "constexpr")
                 signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
-                label = f"{dtype} heads of {channels}" + ", gelu" * gelu + ", centred" * centred
+                model = "RetNet 6.7B, " if channels == 512 else ""
+                label = f"{model}{dtype} heads of {channels}" + ", gelu" * gelu + ", centred" * centred
                 label += "" if affine else ", no weight"
                 specs.append(KernelSpec(kernel, signature, constexprs, num_warps, 3, label))
     return specs

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_archs.kernels.arguments import some_boundaries
 from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
 
 
@@ -146,3 +147,16 @@ def retention_parallel(
     y = y + torch.einsum("bihn,bhpn,bhi->bihp", q, initial, from_start)
     state = torch.einsum("bjhp,bjhn,bhj->bhpn", values, k, decay[:, :, -1])
     return y.to(v.dtype), state + from_start[:, :, -1, None, None] * initial
+
+
+def cases(device, dtype, batch=2, length=70, heads=4, key_dim=8, value_dim=12):
+    """Arguments of `retention` for tests and benchmarks: without and with all that is optional but decays."""
+    q, k = torch.randn(2, batch, length, heads, key_dim, device=device, dtype=dtype)
+    v = torch.randn(batch, length, heads, value_dim, device=device, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    initial_state = torch.randn(batch, heads, value_dim, key_dim, device=device, dtype=wide)
+    yield {"q": q, "k": k, "v": v}
+    yield {"q": q, "k": k, "v": v, "initial_state": initial_state, **some_boundaries(batch, length, device)}
+
+
+MODEL_SIZES = {"batch": 1, "heads": 2, "key_dim": 256, "value_dim": 512}  # decays that nothing learns

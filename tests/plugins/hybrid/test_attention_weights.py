@@ -1,4 +1,4 @@
-"""`output_attentions` of a hybrid: one for each attention of a layer, in the order of the user's tokens."""
+"""`output_attentions` of a hybrid: one tensor for each attention of a layer, in the order of the user's tokens."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def model():
 @torch.no_grad()
 def test_rows_and_columns(model):
     ids, mask = tokens(2, 11), torch.ones(2, 11, dtype=torch.long)
-    mask[1, [0, 1, 5]] = 0  # on the left, and one within
+    mask[1, [0, 1, 5]] = 0  # on the left, and one inside
     plain = model(ids, attention_mask=mask).logits
     out = model(ids, attention_mask=mask, output_attentions=True)
     assert torch.allclose(out.logits, plain, rtol=0, atol=1e-5), "looking changes nothing"
@@ -59,7 +59,7 @@ def test_a_continuation_sees_the_same(model):
 
 @torch.no_grad()
 def test_fewer_tokens_than_a_window(model):
-    """What a window's state has no tokens for is no column, and neither is the room of another cache."""
+    """Empty places of a window's state or of a static cache are not columns."""
     ids = tokens(1, 5)
     whole = model(ids, output_attentions=True).attentions
     static = ArchStaticCache(model.config, max_cache_len=40)
@@ -74,7 +74,7 @@ def test_fewer_tokens_than_a_window(model):
 
 
 def test_only_where_they_are_asked_for(model):
-    """Windows run in blocks again after that."""
+    """Later calls run windows in blocks again."""
     model(tokens(1, 5), output_attentions=True)
     shown = []
     for layer in model.model.layers:

@@ -92,7 +92,7 @@ def test_files(case, tmp_path):
 
 @pytest.mark.parametrize("case", ["jamba", "bamba", "nemotron_h", "nemotron_h, narrow"])
 def test_a_cache_continued_by_chunks(case):
-    """transformers' own Jamba forgets the recurrence's state where more than one token continues a cache."""
+    """transformers' own Jamba loses the recurrence's state if several tokens continue a cache."""
     theirs = native(*CASES[case])
     ours = hf_archs.from_native(theirs)
     ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -135,7 +135,7 @@ def nemotron_file(**changes):
 
 
 def test_other_names_in_files_of_nemotron_h():
-    """Of NVIDIA's first files; and a number where JSON has no infinity."""
+    """Names in NVIDIA's first files, and a large number for infinity, which JSON lacks."""
     eps = {"layer_norm_epsilon": 1e-3, "norm_eps": 1e-3, "rms_norm_eps": 1e-3}
     changes = {"head_dim": ..., "attention_head_dim": 8, "num_hidden_layers": ..., "time_step_limit": [0.0, 1e308]}
     config = ArchHybridConfig(**NEMOTRON_H.read_config(nemotron_file(**eps, **changes), ArchHybridConfig))
@@ -168,7 +168,7 @@ def test_the_rotary_width_of_bamba():
 
 
 def test_either_floor_of_steps():
-    """transformers' Nemotron-H raises small steps to ``time_step_min``; NVIDIA's code leaves them."""
+    """transformers' Nemotron-H raises small steps to ``time_step_min``; NVIDIA's code does not."""
     fields = {**NEMOTRON, "layers_block_type": ["linear_attention", "full_attention"]}
     clamped = native(NemotronHForCausalLM, NemotronHConfig(**fields, time_step_min=0.05))
     free = native(NemotronHForCausalLM, NemotronHConfig(**fields, time_step_min=1e-9))
@@ -204,7 +204,7 @@ def test_patterns_that_theirs_lacks(name, format, message):
 
 
 def test_a_norm_of_its_own_is_not_lost_silently():
-    """An instance with another eps than the model's: Jamba's config has one for all."""
+    """An instance's eps must be the model's: Jamba's config has one for all."""
     config = preset("jamba", hidden_size=64, vocab_size=97, residual_in_fp32=False, rescale_prenorm_residual=False)
     config.mixers["attention"]["norm_eps"] = 1e-3
     with pytest.raises(ValueError, match=r"mixers.attention.norm_eps is 0.001, which a jamba model .*; allowed: 1e-05"):
@@ -212,7 +212,7 @@ def test_a_norm_of_its_own_is_not_lost_silently():
 
 
 def test_the_preset_is_what_transformers_has():
-    """The published pattern of Jamba, written and read again."""
+    """Jamba's published pattern is written and read again."""
     ours = ArchHybridForCausalLM(
         preset("jamba", hidden_size=64, vocab_size=97, residual_in_fp32=False, rescale_prenorm_residual=False)
     )

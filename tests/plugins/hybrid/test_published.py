@@ -64,7 +64,7 @@ NEMOTRON = {
     "moe_shared_expert_intermediate_size": 40,
     "head_dim": 16,
 }
-# small configs of theirs, values that no rule finds, and the fields that are refused
+# small configs of theirs, values that the rules do not find, and the refused fields
 CASES = {
     "jamba": (
         JAMBA,

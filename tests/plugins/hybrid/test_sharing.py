@@ -1,4 +1,4 @@
-"""Layers that share a mixer or a feed-forward, each with a low-rank part of its own."""
+"""Layers that share a mixer or a feed-forward, each with its own low-rank part."""
 
 import copy
 import importlib
@@ -45,7 +45,7 @@ def test_one_set_of_weights(model):
 
 
 def test_unshared_copies_give_the_same():
-    """Shared layers equal layers of their own with copies of the weights, in the result and in what a step does."""
+    """Shared layers equal separate layers with copies of the weights, in results and in a training step."""
     shared = lively(ArchHybridForCausalLM, config())
     apart = copy.deepcopy(config())
     for named in (apart.mixers["common"], apart.feed_forward["mlp"]):
@@ -159,8 +159,8 @@ def test_bad_input(fields, message):
 @pytest.mark.torchao
 @pytest.mark.parametrize("way", ["quantize_", "quantization_config"])
 def test_int8_weights(model, way, tmp_path):
-    """torchao goes from child to child, and quantises a shared layer once; transformers leaves them alone unless it is
-    told which ones to leave.
+    """torchao walks from child to child and quantises a shared layer once; transformers skips shared layers, unless the
+    modules to skip are given.
     """
     quantization = importlib.import_module("torchao.quantization")
     kind = quantization.Int8WeightOnlyConfig()
@@ -182,7 +182,7 @@ def test_int8_weights(model, way, tmp_path):
 
 
 def test_children_are_of_one_layer(model):
-    """Every module of the model is met once on the way from child to child."""
+    """A walk from child to child visits every module of the model once."""
     met = []
 
     def go(module):

@@ -11,7 +11,7 @@ from hf_archs_hybrid.presets import PRESETS
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_threads(name):
-    """With a layer that is shared, each has parts for every place where it stands."""
+    """A shared layer has a low-rank part for each of its positions."""
     model = lively(ArchHybridForCausalLM, preset(name, hidden_size=64, vocab_size=128))
     prompts = [tokens(1, 5 + i, seed=i) for i in range(4)]
     expected = [generate(model, prompt) for prompt in prompts]

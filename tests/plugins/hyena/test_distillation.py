@@ -1,4 +1,4 @@
-"""`distill_filters`: a model with a constant state that says nearly what the trained one says."""
+"""`distill_filters`: a model with a state of constant size and nearly the trained model's outputs."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def implicit(**fields):
 
 
 def test_the_more_modes_the_closer():
-    """The report is the error of the taps, and what the model says follows it."""
+    """The reported errors are those of the taps, and the model's outputs are as close."""
     model, ids = implicit(num_hidden_layers=1), tokens(2, 150)
     expected = logits(model, ids)
     far = []

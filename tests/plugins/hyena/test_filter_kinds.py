@@ -1,4 +1,4 @@
-"""The contract's promises about states, over every kind of filter and over more than one convolution."""
+"""The contract's promises about states, for every filter type and for several convolutions."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ class TestEveryKind(CacheContract, PackingContract, PaddingContract):
 
 
 class TestHigherOrders:
-    """In float64: products of three and four gates make rare large values, beside which float32 rounds the others."""
+    """In float64: products of three or four gates have rare large values, next to which float32 rounds others."""
 
     @pytest.fixture(scope="class", params=[3, 4])
     @classmethod

@@ -1,4 +1,4 @@
-"""`long_conv`: the reference against a direct sum, the fast form against the reference, and what the op promises."""
+"""`long_conv`: the reference against a direct sum, the fast form against the reference, and the op's promises."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def boundaries(length, packed=True, padded=True):
 
 
 def direct(x, taps, bias=None, gate_in=None, gate_out=None, initial_state=None, seq_idx=None, lengths=None):
-    """The sum as the paper writes it, over all pairs of positions: no loop over time, and no Fourier transform."""
+    """The paper's sum over all pairs of positions, without a loop over time or a Fourier transform."""
     length = x.shape[1]
     v = x if gate_in is None else x * gate_in
     seen = v if initial_state is None else torch.cat([initial_state.transpose(1, 2), v], 1)
@@ -70,7 +70,7 @@ CASES = [(1, 1, 0), (1, 9, 8), (2, 2, 0), (17, 17, 0), (17, 40, 23), (30, 5, 12)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("op", [long_conv_reference, long_conv], ids=["reference", "fast"])
 def test_equals_the_direct_sum(op, length, taps, past, packed):
-    """In float64 to its last digits, and in float32 to 1e-5: outputs, final state, every gradient."""
+    """Outputs, final state and every gradient, in float64 to its last digits and in float32 to 1e-5."""
     arguments = tensors(length, taps, past, torch.float64)
     options = boundaries(length, packed)
     exact = outputs_and_gradients(direct, arguments, options)
@@ -97,7 +97,7 @@ def test_against_the_reference(dtype, length, taps, past, without):
 
 @pytest.mark.parametrize("elements", [1, 2**8, 2**19])
 def test_blocks_of_channels(elements, monkeypatch):
-    """Whatever fits into a block, the result is the same."""
+    """The result does not depend on the block size."""
     monkeypatch.setitem(long_conv_fft.BLOCK_ELEMENTS, "cpu", elements)
     check_op(long_conv, long_conv_reference, tensors(40, None, 5), boundaries(40))
 
@@ -120,7 +120,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("cut", [1, 7, 19])
 def test_split_and_continued(cut):
-    """Two calls with the state between them, also with pads after the first, are one call."""
+    """Two calls, connected by the state, equal one call, also with pads after the first part."""
     arguments = tensors(20, 20)
     inputs = {name: arguments[name] for name in ("x", "gate_in", "gate_out")}
     filters = {name: arguments[name] for name in ("taps", "bias")}
@@ -140,7 +140,7 @@ def test_a_row_without_a_token_keeps_its_state():
 
 
 def test_packed_documents_are_alone():
-    """Forward and gradients, bit for bit what no other document could have changed."""
+    """Forward and gradients of each packed document equal those of the document alone."""
     arguments = tensors(60)
     cuts = (1, 30, 2, 20, 7)
     seq_idx = torch.repeat_interleave(torch.arange(5), torch.tensor(cuts)).expand(B, -1)
@@ -160,7 +160,7 @@ def test_packed_documents_are_alone():
 
 
 def test_huge_neighbours_do_not_leak():
-    """Rounding in a Fourier transform spreads over all of it: documents are transformed apart."""
+    """A Fourier transform spreads rounding errors over its whole length, so documents are transformed apart."""
     arguments = tensors(40, without=("gate_in", "gate_out"))
     seq_idx = (torch.arange(40) >= 20).int().expand(B, -1)
     expected, _ = long_conv(**arguments, seq_idx=seq_idx)
@@ -170,7 +170,7 @@ def test_huge_neighbours_do_not_leak():
 
 
 def test_half_precision_is_not_transformed_in_it():
-    """Under autocast and with bfloat16 inputs the sums are float32's: no worse than rounding the result."""
+    """Under autocast and with bfloat16 inputs, sums are float32: the error is that of rounding the result."""
     arguments = tensors(512, dtype=torch.bfloat16)
     exact, _ = long_conv(**{n: None if t is None else t.double() for n, t in arguments.items()})
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -180,7 +180,7 @@ def test_half_precision_is_not_transformed_in_it():
 
 
 def test_a_step_transforms_nothing():
-    """One token is a dot product with the past: no Fourier transform, no custom op, and few calls in all."""
+    """A decode step is a dot product with the past: no Fourier transform, no custom op, and few calls."""
     arguments = tensors(1, 200, 150)
     expected = long_conv_reference(**arguments)
     reversed_taps = arguments.pop("taps").flip(1)
@@ -243,7 +243,7 @@ class TestCompilers:
         assert counts[0] == counts[-1], counts
 
     def test_exported(self):
-        """What exporters see computes the same, in ordinary operators."""
+        """The exported form computes the same, in ordinary operators."""
         for past, packed in ((0, False), (6, True)):
             arguments = tensors(15, 20, past)
             seq_idx = boundaries(15)["seq_idx"] if packed else None

@@ -1,4 +1,4 @@
-"""`modal_conv` and its kin: every implementation against the reference, and the reference against the filter's taps."""
+"""`modal_conv`: every implementation against the reference, and the reference against the filter's taps."""
 
 import pytest
 import torch
@@ -36,12 +36,12 @@ def make(b=2, l=65, c=5, n=4, dtype=torch.float32, bias=True, state=True):
 
 
 def some_documents(b, l):
-    """Document numbers of random rows; one number comes twice, in documents apart."""
+    """Document numbers of random rows; one number is used for two separate documents."""
     return (torch.rand(b, l) < 0.06).cumsum(1) % 3
 
 
 def by_taps(x, log_decay, phase, residues, bias=None, initial_state=None, seq_idx=None, lengths=None):
-    """All pairs of positions at once, with complex powers: independent of any recurrence."""
+    """A sum over all pairs of positions, with complex powers, independent of any recurrence."""
     (b, l, c), n = x.shape, log_decay.shape[1]
     poles = torch.exp(torch.complex(-log_decay.exp(), phase))
     weights = torch.complex(residues[..., 0], residues[..., 1])
@@ -120,7 +120,7 @@ def test_triton_is_the_reference(case, dtype):
 
 @pytest.mark.parametrize("config", modal_triton.CONFIGS)
 def test_every_triton_config(config, monkeypatch):
-    """More states than a program holds, more chunks than are fetched at once."""
+    """More states than one program holds, and more chunks than it fetches at once."""
     monkeypatch.setattr(modal_triton, "CONFIGS", [config])
     tensors = make(b=3, l=64 * 9 + 5, c=2, n=20)
     chosen = {"seq_idx": (torch.rand(3, 64 * 9 + 5) < 0.01).cumsum(1)}
@@ -194,7 +194,7 @@ def test_packed_documents_are_each_alone():
 
 
 def test_pads_leave_the_state_alone():
-    """Whatever stands at pads, finite or not, and whatever documents begin there."""
+    """Values at pads, finite or not, and documents that begin there have no effect."""
     tensors = make(l=80, dtype=torch.float64)
     seq_idx, lengths = some_documents(2, 80), torch.tensor([0, 70])
     seq_idx[:, 75] = 7
@@ -223,7 +223,7 @@ def test_taps_are_the_modal_sum(l):
 
 
 def test_taps_far_out_keep_their_digits():
-    """float32 would have three digits of the angle left at tap 100,000."""
+    """At tap 100,000, float32 would keep three digits of the angle."""
     poles = {"log_decay": torch.full((1, 1), -13.0), "phase": torch.full((1, 1), 2.9)}
     taps = modal_taps(**poles, residues=torch.tensor([[[1.0, 0.0]]]), length=100_001)[0]
     exact = torch.exp(-torch.exp(torch.tensor(-13.0).double()) * 1e5) * torch.cos(torch.tensor(2.9).double() * 1e5)
@@ -243,7 +243,7 @@ def test_taps_can_be_differentiated():
 
 
 def test_poles_stay_inside_the_unit_circle():
-    """Whatever an optimiser writes into the parameters."""
+    """Powers are finite, and at most 1, for extreme parameters."""
     extreme = torch.tensor([[-1e4, -80.0, -3.0, 0.0, 3.0, 80.0, 1e4]])
     powers = modal_powers(extreme, 7 * extreme, torch.tensor([1.0, 1e6]))
     size = powers.norm(dim=3)
@@ -323,7 +323,7 @@ def test_one_graph_serves_every_length(backend, dynamic):
 
     compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=dynamic)
     for l in (40, 70, 133, 201):
-        tensors = {n: t.requires_grad_() for n, t in make(l=l, c=64).items()}  # inductor splits small sums otherwise
+        tensors = {n: t.requires_grad_() for n, t in make(l=l, c=64).items()}  # 64: inductor splits small sums
         extra = some_documents(2, l), torch.tensor([l, l // 2])
         found, expected = compiled(tensors, *extra), loss(tensors, *extra)
         torch.testing.assert_close(found, expected)

@@ -1,4 +1,4 @@
-"""Fitting modes to filters: exact where there are so many, honest about the error, and better with more modes."""
+"""Fitting modes to filters: exact for sums of as many modes, true errors, and better with more modes."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from hf_archs_hyena.ops.modal import modal_taps
 
 
 def modal(channels, modes, length, dtype=torch.float64):
-    """Taps of random modes, one of each channel's with a real pole."""
+    """Taps of random modes, one in each channel with a real pole."""
     log_decay = torch.rand(channels, modes, dtype=torch.float64) * 5 - 5
     phase = torch.rand(channels, modes, dtype=torch.float64) * 3
     phase[:, 0] = 0
@@ -21,7 +21,7 @@ def modal(channels, modes, length, dtype=torch.float64):
 
 
 def implicit(channels, length, frequency=6.0):
-    """Filters like Hyena's at the start of training: a network of sines under windows that decay."""
+    """Filters like Hyena's at the start of training: a network of sines under decaying windows."""
     t = torch.linspace(0, 1, length).unsqueeze(1)
     z = torch.cat([t, torch.cos(2 * math.pi * t), -torch.sin(2 * math.pi * t)], 1)
     for size in (3, 32, 32):
@@ -31,7 +31,7 @@ def implicit(channels, length, frequency=6.0):
 
 
 def true_error(taps, log_decay, phase, residues):
-    """From the definition, with complex powers: independent of `modal_taps`."""
+    """Taps by the definition, with complex powers, independent of `modal_taps`."""
     poles = torch.exp(torch.complex(-log_decay.double().exp(), phase.double()))
     weights = torch.view_as_complex(residues.double())
     found = (weights[..., None] * poles[..., None] ** torch.arange(taps.shape[1])).real.sum(1)
@@ -71,8 +71,7 @@ def test_the_error_is_true_and_falls_with_more_modes(length):
 
 
 def test_a_fit_is_no_worse_than_the_best_state_says():
-    """The part of the Hankel matrix that 2 n singular values leave, a bound on what any state of that size can do with
-    the future after any past, is about what a fit leaves of the filter."""
+    """A fit is near the bound of states of its size: the part of the Hankel matrix beyond 2 n singular values."""
     taps = implicit(4, 256).double()
     hankel = torch.nn.functional.pad(taps, (0, 256)).unfold(1, 256, 1)[:, :256]
     values = torch.linalg.svdvals(hankel).square()
@@ -90,16 +89,16 @@ def test_refinement_helps(monkeypatch):
 
 
 def test_poles_lie_inside_the_unit_circle_and_residues_stay_small():
-    """Residues that cancel each other cost float32 its digits."""
+    """Residues stay small: large ones that cancel would lose float32's digits."""
     taps = implicit(4, 300)
     log_decay, _, residues, _ = fit_modal_filters(taps, 12)
     assert (torch.exp(-log_decay.exp()) < 1).all()
-    size = (residues.norm(dim=2) / (2 * log_decay.exp()).sqrt()).amax(1)  # of each mode's taps
+    size = (residues.norm(dim=2) / (2 * log_decay.exp()).sqrt()).amax(1)  # norm of each mode's taps
     assert (size < 1e5 * taps.norm(dim=1)).all()
 
 
 def test_odd_filters():
-    """Zero, one tap, a constant, an alternating sign, a step far out, tiny and huge: finite, and true to the error."""
+    """Zero, one tap, constant, alternating, a late step, tiny, huge: results are finite and errors true."""
     t = torch.arange(100.0)
     taps = torch.stack(
         [0 * t, (t == 0).float(), 0 * t + 1, (-1.0) ** t, (t > 50).float(), 1e-20 * 0.9**t, 1e20 * 0.8**t]

@@ -1,4 +1,4 @@
-"""Hyena as a model: filters that do not know the text's length, long generation, and what a step costs."""
+"""Hyena as a model: filters independent of the text's length, long generation, and the cost of a step."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ def model_of(*kinds, **fields):
 class TestFilters:
     @pytest.mark.parametrize("kind", KINDS)
     def test_longer_filters_begin_with_shorter_ones(self, kind):
-        """Taps depend on the lag alone: a prefix of a text is answered as the prefix alone."""
+        """Taps depend on the lag only: a prefix of a text has the logits of the prefix alone."""
         model = model_of(kind)
         ssm = model.model.layers[0].mixer.ssm
         long = ssm.taps(700)
@@ -38,7 +38,7 @@ class TestFilters:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_filter_is_what_the_mixer_does(self, kind):
-        """The mixer's long convolution of an impulse is `taps`, and the skip connection."""
+        """The mixer's long convolution of an impulse equals `taps` plus the skip connection."""
         ssm = model_of(kind, num_hidden_layers=1).model.layers[0].mixer.ssm
         v = torch.zeros(1, 20, 64)
         v[:, 0] = 1
@@ -49,7 +49,7 @@ class TestFilters:
         assert_close(y[0].t(), expected, "impulse response")
 
     def test_long_filters_forget_their_activations(self, monkeypatch):
-        """Taps are computed a second time in the backward, with the same gradients."""
+        """Taps are recomputed in the backward, with the same gradients."""
         model, ids = model_of("implicit"), tokens(1, 40)
         expected = gradients(model, weighed(model(ids).logits))
         calls = []
@@ -60,7 +60,7 @@ class TestFilters:
         assert_all_close(found, expected, "gradient", 1e-6)
 
     def test_nothing_beyond_max_positions(self):
-        """Texts may be longer than the filters; the lag at which they end is the same however the text comes."""
+        """Texts may be longer than the filters, which end at the same lag in one pass and in pieces."""
         model = model_of("implicit", max_positions=20)
         ids = tokens(2, 60)
         whole = logits(model, ids, use_cache=False)
@@ -69,7 +69,7 @@ class TestFilters:
         with torch.no_grad():
             states = dict(model(ids, use_cache=True).past_key_values.tensors())
         assert states["layers.0.past"].shape[-1] == 20
-        # one layer looks back through its window, and one short convolution more
+        # one layer sees its filter's window plus that of one short convolution
         model = model_of("implicit", max_positions=20, num_hidden_layers=1)
         other = ids.clone()
         other[:, 0] = (ids[:, 0] - 3 + 1) % 125 + 3
@@ -96,7 +96,7 @@ class TestFilters:
 class TestGeneration:
     @pytest.mark.parametrize("kind", ["implicit", "modal"])
     def test_512_new_tokens(self, kind):
-        """With a cache and without: the same tokens, greedily; the taps are computed anew on the way."""
+        """Greedy tokens with and without a cache are equal; the taps are computed again in between."""
         model, prompt = model_of(kind, num_hidden_layers=1, hidden_size=32), tokens(1, 5)
         found = generate(model, prompt, max_new_tokens=512)
         assert len(set(found[0].tolist())) > 5
@@ -114,7 +114,7 @@ class TestGeneration:
         assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=3, **options), expected)
 
     def test_a_modal_step_costs_the_same_at_any_length(self):
-        """The same operators on states of the same size after 10 tokens and after 1,000."""
+        """A step runs the same operators on states of the same size after 10 and after 1,000 tokens."""
         model = model_of("modal")
         found = []
         for length in (10, 1000):
@@ -125,7 +125,7 @@ class TestGeneration:
         assert found[0] == found[1]
 
     def test_taps_are_not_computed_for_every_token(self):
-        """In `generate` an implicit step runs the filters' network when there are too few taps; no step transforms."""
+        """In `generate` a step runs the filters' network only if taps are missing, and no Fourier transform."""
         model = model_of("implicit")
         calls = []
         model.model.layers[0].mixer.ssm.layers[0].register_forward_hook(lambda *_: calls.append(0))
@@ -139,7 +139,7 @@ class TestGeneration:
         assert not [name for name in names if "fft" in name or "sin" in name]
 
     def test_a_changed_filter_is_used_at_once(self):
-        """After a step of training, an edit through ``.data``, another adapter, a merge, a copy."""
+        """New taps are used after a training step, an edit through ``.data``, another adapter, a merge or a copy."""
         model, ids = model_of("implicit"), tokens(1, 20)
 
         def same(what):
@@ -191,7 +191,7 @@ class TestConfigs:
             architecture.tiny_config(filter_group_size=3)
 
     def test_published_sizes(self):
-        """The parameters of HyenaDNA's models (their files, without the positions)."""
+        """The number of parameters of HyenaDNA's models, without the positions in their files."""
         architecture = hf_archs.get_architecture("hyena")
         layers = {"tiny-1k-d256": 2, "small-32k": 4, "medium-160k": 8, "medium-450k": 8, "large-1m": 8}
         for name, count in layers.items():

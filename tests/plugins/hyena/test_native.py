@@ -1,4 +1,4 @@
-"""HyenaDNA checkpoints: read and written bit for bit, and computed as the published mathematics says.
+"""HyenaDNA checkpoints: read and written bit for bit, and computed by the published mathematics.
 
 The peer is a HyenaDNA written here from the papers (Poli et al. 2023, Nguyen et al. 2023) in the layout of the
 published files: direct sums in place of Fourier transforms, one long formula in place of modules.
@@ -66,7 +66,7 @@ CONFIG = {
 
 
 def parameters(config=CONFIG, head=True, shared=(1, 3, 5)) -> dict[str, torch.Tensor]:
-    """Random ones in the published layout; positions and decays are off their formulas, as training leaves them."""
+    """Random parameters in the published layout; positions and decays differ from their formulas, as after training."""
     d, w, n = config["d_model"], config["filter_order"], config["max_seq_len"]
     state = {"hyena.backbone.embeddings.word_embeddings.weight": torch.randn(16, d)}
     for i in range(config["n_layer"]):
@@ -139,9 +139,9 @@ FORMS = hf_archs.get_architecture("hyena").native_formats
 
 
 def original(state, checkpointed=False):
-    """Parameters of the published layout in the original one, as Lightning's module has them."""
+    """Parameters of the published layout under the original layout's names, as Lightning saves them."""
     named = {"model." + name.removeprefix("hyena."): tensor for name, tensor in state.items()}
-    if checkpointed:  # so are those that were trained with their activations recomputed
+    if checkpointed:  # names after training with activation checkpointing
         named = {re.sub(r"\.(mixer|mlp)\.", r".\1.layer.", name): tensor for name, tensor in named.items()}
     return {**named, "train_torchmetrics.count": torch.zeros(1)}
 
@@ -163,7 +163,7 @@ def other(name, value):
 
 
 def in_float64(state):
-    """The same parameters; the lags, which are none, exactly."""
+    """The same parameters; the lags, which are not parameters, exactly."""
     lags = torch.linspace(0, 1, CONFIG["max_seq_len"], dtype=torch.float64)[None, :, None]
     return {name: lags if name.endswith("pos_emb.t") else tensor.double() for name, tensor in state.items()}
 
@@ -189,7 +189,7 @@ def by_the_papers(state, ids, *, eps=1e-5, shift=0.05, freq=None):
         u = linear(norm(x, "norm1"), "mixer.in_proj")
         short = get("mixer.short_filter.weight")[:, 0]
         taps = short.shape[1]
-        before = F.pad(u, (0, 0, taps - 1, 0))  # tokens of nothing
+        before = F.pad(u, (0, 0, taps - 1, 0))  # zeros before the first token
         u = sum(before[:, k : k + length] * short[:, k] for k in range(taps)) + get("mixer.short_filter.bias")
         x0, x1, v = u.chunk(3, dim=-1)
         h = get("mixer.filter_fn.pos_emb.z")[0, :length]
@@ -237,7 +237,7 @@ class TestMathematics:
         state = in_float64(parameters())
         model = from_native(NativeCheckpoint(CONFIG, state)).double()
         found = gradients(model, weighed(model(ids).logits))
-        once = (".3.freq", ".5.freq", "pos_emb.t", "lm_head.weight")  # no parameters, or others' second names
+        once = (".3.freq", ".5.freq", "pos_emb.t", "lm_head.weight")  # not parameters, or second names
         wanted = {name: tensor.requires_grad_() for name, tensor in state.items() if not name.endswith(once)}
         tied = {"lm_head.weight": wanted["hyena.backbone.embeddings.word_embeddings.weight"]}
         loss = weighed(by_the_papers({**state, **wanted, **tied}, ids))
@@ -247,7 +247,7 @@ class TestMathematics:
         assert not found
 
     def test_a_frequency_that_is_not_trained(self, ids):
-        """It stands in no file: the config says it, and no optimizer gets it."""
+        """The frequency comes from the config: it is in no file, and no optimizer gets it."""
         state, config = parameters(shared=()), {**CONFIG, "train_freq": False, "activation_freq": 3}
         model = from_native(NativeCheckpoint(config, state))
         assert_close(logits(model, ids), by_the_papers(state, ids, freq=3.0), "float32", 2e-5)
@@ -281,7 +281,7 @@ class TestMathematics:
 class TestFiles:
     @pytest.mark.parametrize("shared", [(1, 3, 5), (1,), (5,)])
     def test_read_bit_for_bit(self, shared, tmp_path):
-        """Whatever names of the one frequency a file has."""
+        """Files may have any of the shared frequency's names."""
         state = parameters(shared=shared)
         folder = write(tmp_path / "published", CONFIG, state)
         model, info = ArchHyenaForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -307,13 +307,13 @@ class TestFiles:
         written = load_file(tmp_path / "theirs" / "model.safetensors")
         for name, tensor in stored.items():
             if name.endswith((".3.freq", ".5.freq")):
-                continue  # the same parameter once more, which the published class ties by itself
+                continue  # a second name, which the published class ties
             assert torch.equal(written.pop(name), tensor), name
         assert not written
         config = json.loads((tmp_path / "theirs" / "config.json").read_text())
         for name in set(CONFIG) - {"auto_map", "torch_dtype", "vocab_size"}:
             assert config[name] == CONFIG[name], name
-        assert config["vocab_size"] == 16  # padded as the embedding is
+        assert config["vocab_size"] == 16  # padded like the embedding
         third = ArchHyenaForCausalLM.from_pretrained(tmp_path / "theirs")
         assert torch.equal(logits(third, ids), logits(model, ids))
 
@@ -334,7 +334,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("form", FORMS, ids=str)
     def test_every_field_is_read_refused_or_known_to_change_nothing(self, form):
-        """Changed alone, a field of theirs changes a field of ours, or it is refused by its name."""
+        """Each field of theirs, changed alone, changes a field of ours or is refused by its name."""
         config_class = hf_archs.get_architecture("hyena").config_class
         raw = CONFIG if form.name == "hyenadna" else ORIGINAL
         before = form.read_config(raw, config_class)
@@ -392,12 +392,12 @@ class TestFiles:
 
 
 class _Anything:
-    """An object of a class that no reader of weights imports."""
+    """An object of a class that reading weights must not import."""
 
 
 @pytest.fixture
 def lightning(monkeypatch):
-    """What PyTorch Lightning writes beside the weights: settings and states of classes of its own and of OmegaConf."""
+    """Entries of PyTorch Lightning beside the weights: settings and states of its own classes and OmegaConf's."""
 
     def made(path):
         module, _, name = path.rpartition(".")
@@ -474,7 +474,7 @@ class TestOriginal:
         assert_close(logits(model, ids), by_the_papers(state, ids), "float32", 2e-5)
 
     def test_its_own_options(self, ids):
-        """Norms, window, short filter and frequency as the config says, where the other layout has but one value."""
+        """The config sets norms, window, short filter and frequency, which are fixed in the other layout."""
         config = {**ORIGINAL, "layer_norm_epsilon": 0.1, "layer": {**ORIGINAL["layer"], "shift": 0.3}}
         config["layer"]["short_filter_order"] = 4
         state = {
@@ -484,7 +484,7 @@ class TestOriginal:
         model = from_native(NativeCheckpoint(config, original(state)))
         expected = by_the_papers(state, ids, eps=0.1, shift=0.3)
         assert_close(logits(model, ids), expected, "float32", 2e-5)
-        back = to_native(model)  # the other layout cannot say it
+        back = to_native(model)  # the other layout cannot represent it
         assert back.config["layer"]["shift"] == 0.3
         again = from_native(back)
         assert torch.equal(logits(again, ids), logits(model, ids))
@@ -539,7 +539,7 @@ class TestTokenizer:
         assert found.get_vocab() == tokenizer.get_vocab()
 
     def test_beside_a_model(self, tmp_path):
-        """The named sizes have its special tokens, and rows for all of its tokens."""
+        """The named sizes have the tokenizer's special tokens, and a row for each of its tokens."""
         architecture = hf_archs.get_architecture("hyena")
         tokenizer = dna_tokenizer()
         for name in ("tiny-1k", "large-1m"):

@@ -24,7 +24,7 @@ def inputs(length, taps=7, batch=2, channels=12, groups=None, dtype=torch.float3
 
 
 def documents(length, batch=2):
-    """Documents of a few tokens; numbers return, as they do where a row wraps around."""
+    """Documents of a few tokens; their numbers recur."""
     return (torch.rand(batch, length) < 0.1).cumsum(1) % 3
 
 
@@ -34,7 +34,7 @@ def options(length, packed, padded, batch=2):
 
 
 def check(tensors, options):
-    """Each result and its gradients on its own: what autograd adds up of the two is rounded by autograd."""
+    """Each result and its gradients separately, since autograd rounds the sum of both results' gradients."""
     check_op(
         lambda **t: toeplitz_conv(**t, **options)[0], lambda **t: toeplitz_conv_reference(**t, **options)[0], tensors
     )
@@ -49,7 +49,7 @@ def check(tensors, options):
 
 
 def matrix_form(x, taps, bias=None, initial_state=None, seq_idx=None, lengths=None):
-    """All pairs of positions at once, (b, c, outputs, inputs): independent of any recurrence."""
+    """All pairs of positions, (b, c, outputs, inputs), independent of any recurrence."""
     (b, l, c), (g, k) = x.shape, taps.shape
     taps = taps.repeat_interleave(c // g, 0)
     before = x.new_zeros(b, c, k - 1) if initial_state is None else initial_state
@@ -106,11 +106,25 @@ def arguments(case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_portable(case, dtype, monkeypatch):
-    monkeypatch.setattr(toeplitz_conv_portable, "BLOCK_ELEMENTS", 500)  # several blocks, the last one short
-    monkeypatch.setattr(toeplitz_conv_portable, "SPECTRA_ELEMENTS", 8000)
+def test_portable(case, dtype):
     with use_backend("portable"):
         check(*arguments(case, dtype))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("taps", [7, 128])
+@pytest.mark.parametrize(("block", "spectra"), [(1, 1), (500, 8000)])
+def test_portable_in_blocks(block, spectra, taps, packed):
+    """Of one position or spectrum, and of several with a last one that is short."""
+    tensors = [*inputs(900, taps, 3, 6, 3, torch.float64).values()]
+    tensors.append(documents(900, 3).cumsum(1, dtype=torch.int32) if packed else None)
+    grad_y = torch.randn_like(tensors[0])
+    expected = toeplitz_conv_portable.toeplitz_conv_fwd(*tensors)
+    gradients = toeplitz_conv_portable.toeplitz_conv_bwd(grad_y, *tensors)
+    found = toeplitz_conv_portable.toeplitz_conv_fwd(*tensors, block=block)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    found = toeplitz_conv_portable.toeplitz_conv_bwd(grad_y, *tensors, block=block, spectra=spectra)
+    torch.testing.assert_close(found, gradients, rtol=1e-11, atol=1e-11)
 
 
 # length, taps, channels, groups, bias, state, packed, padded; from 16 channels a group as products of tiles
@@ -135,7 +149,7 @@ def test_triton(dtype, case, monkeypatch):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_triton_config(packed):
-    """Over several tiles in every direction, which nothing divides."""
+    """Several tiles in every direction, none of which divides a size."""
     for channels, taps, configs, sum_configs in (
         (70, 10, toeplitz_conv_triton.SHIFT_CONFIGS, toeplitz_conv_triton.SUM_CONFIGS),
         (140, 40, toeplitz_conv_triton.MATRIX_CONFIGS, toeplitz_conv_triton.MATRIX_CONFIGS),
@@ -241,7 +255,7 @@ def test_gradcheck(length, taps):
 @pytest.mark.parametrize("taps", [5, 40])
 @pytest.mark.parametrize("packed", [False, True])
 def test_any_layout_of_the_inputs(packed, taps):
-    """A slice of a wider tensor, a transposed one, an expanded gradient."""
+    """A slice of a wider tensor, a transposed tensor, an expanded gradient."""
     tensors = inputs(19, taps)
     chosen = options(19, packed, False)
     wide = torch.randn(2, 19, 50)

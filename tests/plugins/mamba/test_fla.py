@@ -1,4 +1,4 @@
-"""flash-linear-attention's Mamba: its fields of three times, and its mathematics written once more here."""
+"""flash-linear-attention's Mamba: its fields in three versions, against a second implementation in this file."""
 
 import json
 
@@ -58,7 +58,7 @@ EARLIER = {
 
 
 def dialect(config, when):
-    """The config with the names that its fields had."""
+    """The config with the earlier names of its fields."""
     names = EARLIER if when in ("2025", "2024") else {}
     if when == "2024":
         names = {**names, "norm_eps": "layer_norm_epsilon"}
@@ -171,7 +171,7 @@ def test_every_name_of_a_field():
 
 
 def test_which_package_a_file_is_of(tmp_path):
-    """Both say ``mamba``."""
+    """Both have ``model_type`` ``mamba``."""
     assert all(FLA.detect(dialect(CONFIG, when)) for when in ("2026", "2025", "2024"))
     assert not any(MAMBA.detect(dialect(CONFIG, when)) for when in ("2026", "2025", "2024"))
     MambaConfig().save_pretrained(tmp_path)

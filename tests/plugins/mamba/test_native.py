@@ -52,7 +52,7 @@ CASES = {
         FALCON_MAMBA,
         {"time_step_rank": 5, "use_conv_bias": False, "conv_kernel": 3},
     ),
-    # as FalconMamba 7B, whose expand counts for nothing
+    # as in FalconMamba 7B, whose expand has no effect
     "falcon inner": (FalconMambaForCausalLM, FalconMambaConfig, FALCON_MAMBA, {"expand": 16, "intermediate_size": 40}),
 }
 
@@ -79,11 +79,11 @@ def test_logits_and_every_gradient_equal_transformers(case, dtype, tolerance):
 
 @pytest.mark.parametrize("case", ["mamba", "falcon"])
 def test_the_weights_of_these_tests_make_the_state_matter(case):
-    """Otherwise parity would say nothing about the recurrence."""
+    """The first token changes the last logits; otherwise parity would not test the recurrence."""
     native, _ = make(case)
     ids = torch.randint(1, 40, (1, 19))
     other = ids.clone()
-    other[:, 0] = 0  # farther back than the convolutions of two layers reach
+    other[:, 0] = 0  # beyond the reach of two layers' convolutions
     with torch.no_grad():
         assert relative_distance(native(ids).logits[:, -1], native(other).logits[:, -1]) > 1e-3
 
@@ -179,7 +179,7 @@ STATE_SPACES_CONFIG = {
 
 
 def write_state_spaces(folder, weights="pytorch_model.bin", **changes):
-    """As published under state-spaces/: transformers' names but for the embedding, and the head written out."""
+    """A checkpoint as under state-spaces/: transformers' names except for the embedding, with the head's weight."""
     native, _ = make("mamba")
     state = {name.replace("embeddings", "embedding"): value.clone() for name, value in native.state_dict().items()}
     assert {"backbone.embedding.weight", "backbone.norm_f.weight", "lm_head.weight"} < state.keys()

@@ -37,7 +37,7 @@ def test_published(name, dtype, tmp_path):
 @DTYPES
 @pytest.mark.parametrize("size", ["130m", "370m", "790m", "1.4b", "2.8b"])
 def test_published_state_spaces(size, dtype, tmp_path):
-    """The larger files are known in part: their sizes, and no ``ssm_cfg``."""
+    """Of the larger files only the sizes are known, and that they have no ``ssm_cfg``."""
     small = reduced(json.loads((CONFIGS / f"state-spaces__mamba-{size}.json").read_text()))
     sizes = {"hidden_size": small["d_model"], "num_hidden_layers": small["n_layer"], "vocab_size": 128}
     theirs = native(MambaForCausalLM, MambaConfig(**sizes), dtype)

@@ -1,4 +1,4 @@
-"""The selective scan: reference, portable form, Triton kernels, and the op as PyTorch's op library sees it."""
+"""The selective scan: reference, portable form, Triton kernels, and the op in PyTorch's op library."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hf_archs.testing.ops import check_op, outputs_and_gradients, relative_dista
 from hf_archs_mamba.ops import selective_scan_portable as portable
 from hf_archs_mamba.ops.selective_scan import selective_scan, selective_scan_reference
 
-NAMES = ("x", "dt", "A", "B", "C", "D", "z", "initial_state")
+NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 
 
 def make_inputs(b=2, l=17, c=10, n=3, dtype=torch.float32, without=()):
@@ -23,6 +23,7 @@ def make_inputs(b=2, l=17, c=10, n=3, dtype=torch.float32, without=()):
         "C": torch.randn(b, l, n).to(dtype),
         "D": torch.randn(c).to(wide),
         "z": torch.randn(b, l, c).to(dtype),
+        "dt_bias": torch.randn(c).to(wide),
         "initial_state": torch.randn(b, c, n).to(wide),
     }
     return {name: None if name in without else t for name, t in tensors.items()}
@@ -57,7 +58,7 @@ def assert_close(found, expected, tolerance):
 
 def test_reference_is_the_sum_over_all_earlier_tokens():
     t = make_inputs(b=1, l=9, c=4, dtype=torch.float64)
-    delta = F.softplus(t["dt"])
+    delta = F.softplus(t["dt"] + t["dt_bias"])
     sums = delta.cumsum(1)
     y = torch.zeros(1, 9, 4, dtype=torch.float64)
     for i in range(9):
@@ -99,7 +100,9 @@ def test_portable(l, dtype, kind, nan_filled_memory):
     check_op(selective_scan, selective_scan_reference, make_inputs(4, l, dtype=dtype), options_for(kind, 4, l))
 
 
-@pytest.mark.parametrize("without", [("D",), ("z",), ("initial_state",), ("D", "z", "initial_state")], ids=str)
+@pytest.mark.parametrize(
+    "without", [("D",), ("z",), ("dt_bias",), ("initial_state",), ("D", "z", "dt_bias", "initial_state")], ids=str
+)
 @pytest.mark.parametrize("l", [1, 70])
 def test_portable_without_optional_tensors(l, without, nan_filled_memory):
     check_op(selective_scan, selective_scan_reference, make_inputs(l=l, without=without))
@@ -174,11 +177,12 @@ def test_non_contiguous_inputs(backend, nan_filled_memory):
 def test_a_split_anywhere_changes_nothing(backend, split):
     t = make_inputs(1, 19, 5, 2)
 
-    def in_two(initial_state, A, D, **others):
+    def in_two(initial_state, A, D, dt_bias, **others):
+        ours = {"A": A, "D": D, "dt_bias": dt_bias}
         first = {name: v[:, :split] for name, v in others.items()}
         second = {name: v[:, split:] for name, v in others.items()}
-        y1, state = selective_scan(**first, A=A, D=D, initial_state=initial_state)
-        y2, state = selective_scan(**second, A=A, D=D, initial_state=state)
+        y1, state = selective_scan(**first, **ours, initial_state=initial_state)
+        y2, state = selective_scan(**second, **ours, initial_state=state)
         return torch.cat([y1, y2], 1), state
 
     assert_close(outputs_and_gradients(in_two, t, {}), outputs_and_gradients(selective_scan, t, {}), 2e-5)
@@ -189,11 +193,12 @@ def test_packed_documents_are_as_each_alone(backend):
     ends = (5, 16, 23)
     seq_idx = torch.tensor([[0] * 5 + [1] * 11 + [2] * 7])
 
-    def alone(initial_state, A, D, **others):
+    def alone(initial_state, A, D, dt_bias, **others):
+        ours = {"A": A, "D": D, "dt_bias": dt_bias}
         outputs, start = [], 0
         for end in ends:
             part = {name: v[:, start:end] for name, v in others.items()}
-            y, state = selective_scan(**part, A=A, D=D, initial_state=initial_state if start == 0 else None)
+            y, state = selective_scan(**part, **ours, initial_state=initial_state if start == 0 else None)
             outputs.append(y)
             start = end
         return torch.cat(outputs, 1), state
@@ -211,7 +216,7 @@ def test_pads_leave_the_state_alone(backend):
     assert torch.isfinite(y).all()
     assert torch.equal(state[0], t["initial_state"][0])
     for row, length in ((1, 12), (2, 19)):
-        alone = {name: v if name in "AD" else v[row : row + 1] for name, v in t.items()}
+        alone = {name: v if name in ("A", "D", "dt_bias") else v[row : row + 1] for name, v in t.items()}
         alone = {name: v[:, :length] if name in ("x", "dt", "B", "C", "z") else v for name, v in alone.items()}
         y_alone, state_alone = selective_scan(**alone, seq_idx=seq_idx[row : row + 1, :length])
         assert relative_distance(y[row : row + 1, :length], y_alone) < 1e-5
@@ -221,7 +226,7 @@ def test_pads_leave_the_state_alone(backend):
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_gradient_into_one_output_only(backend, which):
     t = make_inputs(l=17)
-    used = NAMES if which == 0 else ("x", "dt", "A", "B", "initial_state")
+    used = NAMES if which == 0 else ("x", "dt", "A", "B", "dt_bias", "initial_state")
 
     def one(op):
         leaves = {name: v.clone().requires_grad_() for name, v in t.items()}
@@ -267,21 +272,21 @@ def _triton_op(config, segment):
 
     class Op(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, dt, A, B, C, D, z, initial_state, seq_idx, lengths):
+        def forward(ctx, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths):
             y, state, kept = kernels.selective_scan_fwd(
-                x, dt, A, B, C, D, z, initial_state, seq_idx, lengths, True, config=config, segment=segment
+                x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths, True, config=config, segment=segment
             )
-            ctx.save_for_backward(x, dt, A, B, C, D, z, seq_idx, lengths, kept)
+            ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, kept)
             return y, state
 
         @staticmethod
         def backward(ctx, dy, d_state):
             gradients = kernels.selective_scan_bwd(dy, d_state, *ctx.saved_tensors, config=config, segment=segment)
-            like = (*ctx.saved_tensors[:7], None)
+            like = (*ctx.saved_tensors[:8], None)
             return *(g.to(t.dtype) if t is not None else g for g, t in zip(gradients, like)), None, None
 
-    def op(x, dt, A, B, C, D, z, initial_state, seq_idx=None, lengths=None):
-        return Op.apply(x, dt, A, B, C, D, z, initial_state, seq_idx, lengths)
+    def op(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx=None, lengths=None):
+        return Op.apply(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths)
 
     return op
 
@@ -316,7 +321,9 @@ class TestTriton:
         with use_backend("triton"):
             check_op(selective_scan, selective_scan_reference, make_inputs(1, 66, 3, 2))
 
-    @pytest.mark.parametrize("without", [("D",), ("z",), ("initial_state",), ("D", "z", "initial_state")], ids=str)
+    @pytest.mark.parametrize(
+        "without", [("D",), ("z",), ("dt_bias",), ("initial_state",), ("D", "z", "dt_bias", "initial_state")], ids=str
+    )
     def test_without_optional_tensors(self, without, nan_filled_memory):
         with use_backend("triton"):
             check_op(selective_scan, selective_scan_reference, make_inputs(1, 9, 5, 2, without=without))
@@ -348,7 +355,7 @@ class TestTriton:
         t = make_inputs(1, 8, 5, 1)
         t["dt"] = torch.linspace(-40, 40, 40).view(1, 8, 5)
         t |= {name: torch.ones_like(t[name]) for name in "xBC"} | {"A": torch.full_like(t["A"], -1e9)}
-        del t["D"], t["z"], t["initial_state"]
+        del t["D"], t["z"], t["dt_bias"], t["initial_state"]
         with use_backend("triton"):
             y, _ = selective_scan(**t)  # nothing decays slowly enough to be left: y is delta
         expected = F.softplus(t["dt"].double(), threshold=1e9)
@@ -368,7 +375,7 @@ def test_the_op_registration():
     )
     torch.library.opcheck(
         torch.ops.hf_archs.selective_scan.default,
-        (*(t[name].detach() for name in NAMES[:5]), None, None, None, None, None, False),
+        (*(t[name].detach() for name in NAMES[:5]), None, None, None, None, None, None, False),
     )
 
 
@@ -447,3 +454,17 @@ def test_a_shape_that_does_not_fit_is_named(name):
         assert f"{name} must" in str(caught.value)
     with pytest.raises(ValueError, match="x must be"):
         selective_scan(**make_inputs() | {"x": torch.zeros(3)})
+
+
+def test_a_mixer_in_bfloat16_keeps_no_step_in_float32():
+    """The bias of the step is added inside the op: outside, a float32 tensor of all channels was made and kept."""
+    from hf_archs_mamba.configuration import MambaMixerConfig
+    from hf_archs_mamba.mixer import MambaMixer
+
+    mixer = MambaMixer(MambaMixerConfig(hidden_size=16, state_size=4))
+    for name, parameter in mixer.named_parameters():
+        parameter.data = torch.randn_like(parameter).to(torch.float32 if "ssm" in name else torch.bfloat16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mixer(torch.randn(2, 150, 16, dtype=torch.bfloat16))
+    assert {t.dtype for t in saved if t.shape[:2] == (2, 150)} == {torch.bfloat16}

@@ -1,4 +1,4 @@
-"""flash-linear-attention's Mamba-2: its fields of four times, and its mathematics written once more here."""
+"""flash-linear-attention's Mamba-2: its fields in four versions, against a second implementation in this file."""
 
 import json
 
@@ -64,7 +64,7 @@ TODAY_ALONE = ("A_init_range", "D_has_hdim", "conv_init", "norm_before_gate")
 
 
 def dialect(config, when):
-    """The config with the fields that there were."""
+    """The config with the fields of an earlier version."""
     if when == "2026":
         return config
     names = EARLIER if when == "2025" else {**EARLIER, "norm_eps": "layer_norm_epsilon"}
@@ -184,8 +184,8 @@ def test_every_name_of_a_field():
 
 
 def test_which_package_a_file_is_of(tmp_path):
-    """Both say ``mamba2``, and Mamba-Codestral, which is transformers', has a ``norm_before_gate`` that counts for
-    nothing there.
+    """Both have ``model_type`` ``mamba2``; Mamba-Codestral, a file of transformers, has a ``norm_before_gate`` without
+    effect.
     """
     assert all(FLA.detect(dialect(CONFIG, when)) for when in ("2026", "2025", "2024"))
     assert not any(MAMBA2.detect(dialect(CONFIG, when)) for when in ("2026", "2025", "2024"))
@@ -212,7 +212,7 @@ def test_options_that_ours_lacks_are_refused(changes, message):
 
 
 def test_the_first_files_put_the_norm_before_the_gate():
-    """August 2024: today's class would pass over the field."""
+    """A file of August 2024 is refused: today's class would ignore its field."""
     first = {**dialect(CONFIG, "2024"), "norm_before_gate": True}
     del first["fuse_norm"]
     assert FLA.detect(first)

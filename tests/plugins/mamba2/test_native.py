@@ -50,11 +50,11 @@ def test_logits_and_every_gradient_equal_transformers(case, dtype, tolerance):
 
 
 def test_the_weights_of_these_tests_make_the_state_and_the_limits_matter():
-    """Otherwise parity would say nothing about the recurrence."""
+    """The first token and the limits change the logits; otherwise parity would not test them."""
     native = make("groups, tied")
     ids = torch.randint(1, 40, (1, 19))
     other = ids.clone()
-    other[:, 0] = 0  # farther back than the convolutions of two layers reach
+    other[:, 0] = 0  # beyond the reach of two layers' convolutions
     limited = make("limited steps")
     limitless = hf_archs.from_native(limited)
     for layer in limitless.model.layers:
@@ -64,7 +64,7 @@ def test_the_weights_of_these_tests_make_the_state_and_the_limits_matter():
         assert relative_distance(limitless(ids).logits, limited(ids).logits) > 1e-3
 
 
-# transformers' one-token step forgets time_step_limit, so that case is none of these
+# without time_step_limit, which transformers' one-token step ignores
 @pytest.mark.parametrize("case", ["one group", "groups, tied", "biases"])
 def test_cached_steps_equal_transformers(case):
     native = make(case)
@@ -108,7 +108,7 @@ def test_config_of_every_field():
 
 
 def test_the_inner_size(tmp_path):
-    """An architecture's own width of the recurrence, which transformers' Mamba2 does not have."""
+    """``inner_size``, a width of the recurrence that transformers' Mamba2 does not have."""
     fields = {"hidden_size": 24, "inner_size": 40, "head_dim": 8, "num_hidden_layers": 2, "vocab_size": 40}
     model = ArchMamba2ForCausalLM(ArchMamba2Config(**fields, state_size=6)).eval()
     assert (model.config.channels, model.config.num_heads, model.config.conv_size) == (40, 5, 40 + 2 * 6)
@@ -125,7 +125,7 @@ def test_the_inner_size(tmp_path):
     with pytest.raises(ValueError, match=r"inner_size is 40, which a mamba2 model cannot represent; allowed: None"):
         hf_archs.to_native(model, "mamba2")
     saved = json.loads((tmp_path / "config.json").read_text())
-    for name in ("inner_size", "num_heads"):  # as before it was a field
+    for name in ("inner_size", "num_heads"):  # files from before it was a field
         del saved[name]
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert ArchMamba2Config.from_pretrained(tmp_path).channels == 48
@@ -135,7 +135,7 @@ def test_the_inner_size(tmp_path):
 
 
 def test_a_limit_of_steps_beyond_float32():
-    """Where JSON has no infinity, files say 1e308."""
+    """Files write infinity, which JSON lacks, as 1e308."""
     native = make("one group")
     ids = torch.randint(0, 40, (2, 19))
     config = {**native.config.to_dict(), "time_step_limit": [0.0, 1e308]}
@@ -169,7 +169,7 @@ STATE_SPACES_CONFIG = {
 
 
 def write_state_spaces(folder, weights="pytorch_model.bin", **changes):
-    """As published under state-spaces/: transformers' names but for the embedding, and the head written out."""
+    """A checkpoint as under state-spaces/: transformers' names except for the embedding, with the head's weight."""
     native = make("groups, tied")
     state = {name.replace("embeddings", "embedding"): value.clone() for name, value in native.state_dict().items()}
     assert {"backbone.embedding.weight", "backbone.norm_f.weight", "lm_head.weight"} < state.keys()

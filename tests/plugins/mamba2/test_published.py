@@ -26,7 +26,7 @@ def test_published(dtype, tmp_path):
 @DTYPES
 @pytest.mark.parametrize("size", ["130m", "370m", "780m", "1.3b", "2.7b"])
 def test_published_state_spaces(size, dtype, tmp_path):
-    """Their heads have 64 channels and 128 states, which these files leave to mamba_ssm."""
+    """Their heads have 64 channels and 128 states, mamba_ssm's defaults, which the files omit."""
     small = reduced(json.loads((CONFIGS / f"state-spaces__mamba2-{size}.json").read_text()))
     sizes = {"hidden_size": small["d_model"], "num_heads": 1, "n_groups": 1, "num_hidden_layers": 2}
     config = Mamba2Config(**sizes, vocab_size=128, tie_word_embeddings=True, chunk_size=8)

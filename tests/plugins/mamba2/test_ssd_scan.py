@@ -35,7 +35,7 @@ def transformers_scan(x, dt, A, B, C, D, dt_bias, initial_state, dt_limit=(0.0, 
 @pytest.mark.parametrize("op", [ssd_scan, ssd_scan_reference])
 @pytest.mark.parametrize("limits", [(0.0, math.inf), (0.2, 1.5)])
 def test_it_is_the_scan_of_transformers(op, limits):
-    """transformers casts to float32 inside, so this can be shown to float32's own error."""
+    """To float32's error, since transformers casts to float32 inside."""
     tensors = make()
     found = outputs_and_gradients(op, tensors, {"dt_limit": limits})
     expected = outputs_and_gradients(transformers_scan, tensors, {"dt_limit": limits})

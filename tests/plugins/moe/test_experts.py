@@ -24,7 +24,7 @@ EMPTY = 3  # no token chooses this expert
 
 
 def inputs(tokens=33, k=2, gated=True, dtype=torch.float32):
-    """Some choices are none, and all of token 0's are."""
+    """Some choices have no expert, as have all of token 0."""
     index = torch.rand(tokens, EXPERTS + 1).argsort(1)[:, :k]
     index[index == EMPTY] = EXPERTS
     index[:1] = EXPERTS
@@ -43,7 +43,7 @@ def gradients_of(op, tensors, **options):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_reference_is_the_formula(activation):
-    """By transformers' own activations, in float64 and without a loop."""
+    """By transformers' own activations, in float64, without a loop."""
     tensors = {n: t.double() if t.is_floating_point() else t for n, t in inputs().items()}
 
     def formula(x, expert_index, expert_weight, up, down):
@@ -76,12 +76,25 @@ def test_equal_experts_are_one_mlp(backend, gated):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_portable(k, activation, dtype, monkeypatch):
-    monkeypatch.setattr(experts_portable, "BLOCK", 12)  # of one expert, of several, and a last one that is short
+def test_portable(k, activation, dtype):
     with use_backend("portable"):
         for gated in (True, False):
             tensors = inputs(k=k, gated=gated, dtype=dtype)
             check_op(expert_mlp, expert_mlp_reference, tensors, {"activation": activation, "gated": gated})
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("block", [1, 12])
+def test_portable_in_blocks(block, gated):
+    """Of each expert, and of one or several with a last one that is short."""
+    tensors = [*inputs(gated=gated, dtype=torch.float64).values()]
+    grad_y = torch.randn_like(tensors[0])
+    found = []
+    for chosen in ({}, {"block": block}):
+        y, kept = experts_portable.expert_mlp_fwd(*tensors, "silu", gated, True, **chosen)
+        gradients = experts_portable.expert_mlp_bwd(grad_y, *tensors, kept, "silu", gated, True, True, **chosen)
+        found.append((y, kept, *gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -107,7 +120,7 @@ def test_triton(tokens, k, activation, gated, dtype):
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("number", range(3))
 def test_every_triton_config(number, gated):
-    """Of 200 tokens, an expert has more than a tile of the largest."""
+    """With 200 tokens, an expert has more than the largest tile."""
     from hf_archs_moe.ops import experts_triton
 
     assert len(experts_triton.CONFIGS) == 3
@@ -153,7 +166,7 @@ def test_float64_stays_float64(backend):
 @pytest.mark.parametrize("backend", ["portable", "triton"])
 def test_two_runs_are_bit_equal(backend):
     tensors = inputs(60, 4)
-    tensors["expert_index"][:, 1] = tensors["expert_index"][:, 0]  # one expert twice for a token
+    tensors["expert_index"][:, 1] = tensors["expert_index"][:, 0]  # the same expert twice for a token
     with use_backend(backend):
         first, second = (gradients_of(expert_mlp, tensors) for _ in range(2))
     for name in first:
@@ -164,7 +177,7 @@ def test_two_runs_are_bit_equal(backend):
 @pytest.mark.parametrize("backend", ["reference", "portable", "triton"])
 @pytest.mark.parametrize("tokens", [0, 1, 6])
 def test_nothing_chosen_is_zero_everywhere(tokens, backend):
-    """A gradient that is zero is still there: a sharded model waits for it."""
+    """Gradients of zero exist too: a sharded model waits for them."""
     tensors = inputs(tokens)
     tensors["expert_index"][:] = EXPERTS
     with use_backend(backend):
@@ -177,7 +190,7 @@ def test_nothing_chosen_is_zero_everywhere(tokens, backend):
 @pytest.mark.parametrize("backend", ["reference", "portable", "triton", "exported"])
 @pytest.mark.parametrize("tokens", [2, 33])
 def test_what_is_not_chosen_does_not_leak(tokens, backend):
-    """Not-a-number in a token without experts, in the weight of no expert and in an expert without tokens."""
+    """Not-a-number in a token without experts, in the weight of no expert and in an unused expert has no effect."""
     tensors = inputs(tokens)
     clean = dict(tensors)
     none = tensors["expert_index"] == EXPERTS
@@ -212,7 +225,7 @@ def test_a_decode_step_reads_only_the_experts_that_are_hit(chosen):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_decode_step_on_several_threads(threads, dtype, monkeypatch):
-    """Their number decides how its products are cut."""
+    """The number of threads decides how the products are split."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs(2, k=3).items()}
     for name in ("x", "expert_index", "expert_weight"):
@@ -240,7 +253,7 @@ def test_only_the_inputs_and_one_product_are_saved():
 @pytest.mark.parametrize("learns", ["x", "expert_weight", "up", "down"])
 @pytest.mark.parametrize("backend", ["portable", "triton"])
 def test_one_gradient_alone(backend, learns):
-    """Experts that are frozen, as beside adapters, cost no gradient."""
+    """Only one tensor requires a gradient, as with frozen experts and adapters."""
     tensors = inputs()
     with use_backend(backend):
         expected = gradients_of(expert_mlp, tensors)[f"gradient of {learns}"]

@@ -1,4 +1,4 @@
-"""The mixture of experts as a layer: what it computes, adds to the loss, keeps for the callback, and reports."""
+"""The mixture of experts as a layer: its outputs, losses, callback and figures."""
 
 import types
 
@@ -43,7 +43,7 @@ def make(kind="top_k", **fields):
 
 
 def by_hand(layer, x):
-    """Every expert on every token, times the weights that the router gives."""
+    """Every expert on every token, times the router's weights."""
     tokens = x.flatten(0, 1)
     index, weight, *_ = layer.gate(x)
     y = torch.zeros_like(tokens)
@@ -59,7 +59,7 @@ def by_hand(layer, x):
     return y
 
 
-# -- what it computes ------------------------------------------------------------------------------------------
+# -- outputs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -129,7 +129,7 @@ def test_checkpointing_changes_nothing(kind, use_reentrant):
 def test_compiles_to_one_graph(kind):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    layer = make(kind).train(kind != "gshard")  # the compiler has a generator of its own
+    layer = make(kind).train(kind != "gshard")  # the compiler has its own generator
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
     graphs = []
     for l in (5, 9, 16):
@@ -146,12 +146,12 @@ def test_the_experts_know_the_config_of_the_model():
 
 
 def test_the_router_is_no_linear_layer():
-    """Adapters for linear layers would change who computes what."""
+    """The router is not a linear layer: an adapter would change the assignment of tokens."""
     for kind in KINDS:
         assert not [m for m in make(kind).gate.modules() if isinstance(m, nn.Linear)]
 
 
-# -- what it adds to the loss ----------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------------------
 
 
 def test_auxiliary_loss_has_the_coefficients():
@@ -188,7 +188,7 @@ def test_generation_is_refused_where_experts_see_later_tokens():
 
 
 class _Model(nn.Module):
-    """Two layers that learn to give their input back."""
+    """Two layers that learn to reproduce their input."""
 
     def __init__(self, kind, **fields):
         super().__init__()
@@ -238,7 +238,7 @@ def test_the_figures_are_in_the_logs(tmp_path):
 
 
 def test_the_figures_are_those_since_the_last_log():
-    """Two steps, in which the first expert has three of four choices each time."""
+    """Two steps, in each of which the first expert has three of four choices."""
     layer, callback, state = make("loss_free"), RouterCallback(), types.SimpleNamespace(log_history=[{"loss": 1.0}])
     size = Statistics.size(4)
     for placed, tokens, entropy, dropped in (

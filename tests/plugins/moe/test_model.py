@@ -1,4 +1,4 @@
-"""The whole model: adapters on experts, routers under the Trainer, generation that is refused."""
+"""The whole model: adapters on experts, routers in the Trainer, refused generation."""
 
 import copy
 
@@ -33,7 +33,7 @@ def adapted(model):
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 def test_lora_on_experts(model, tmp_path):
-    """Each factor has a gradient, the file holds it, and merged equals unmerged."""
+    """Each factor has a gradient and is saved, and merged equals unmerged."""
     ids = tokens(2, 19)
     wrapped = adapted(model)
     factors = [n for n, p in wrapped.named_parameters() if p.requires_grad and "experts" in n]
@@ -85,7 +85,7 @@ def test_the_trainer_logs_every_router(tmp_path):
 
 @pytest.mark.parametrize("router", [{"router_aux_loss_coef": 0.5}, {"router_z_loss_coef": 0.1}], ids=str)
 def test_router_losses_under_accumulation(router, tmp_path):
-    """Two equal batches of a step count as one of them: the Trainer adds their losses up."""
+    """Two equal batches accumulated in a step count as one, although the Trainer adds up their losses."""
     start = lively(ArchMoEForCausalLM, TINY(expert_layer_period=1, **router))
     once, twice = rows(2), rows(2) * 2
     found = []
@@ -107,7 +107,7 @@ def test_router_losses_under_accumulation(router, tmp_path):
 
 @pytest.mark.parametrize("fields", [{}, {"router_z_loss_coef": 0.2}, {"router": "switch"}], ids=str)
 def test_the_routers_loss_is_a_part_of_the_loss_by_its_coefficient(fields):
-    """In training and in evaluation, as in Mixtral; other libraries multiply ``aux_loss`` themselves."""
+    """In training and evaluation, as in Mixtral; ``aux_loss`` itself is without the coefficient."""
     model = lively(ArchMoEForCausalLM, TINY(router_aux_loss_coef=0.3, **fields))
     ids = tokens(2, 19)
     for training in (True, False):
@@ -133,7 +133,7 @@ def test_generate_leaves_the_routers_logits_alone(model):
 
 @pytest.mark.parametrize("fields", [{"router": "loss_free"}, {"router": "expert_choice"}], ids=str)
 def test_what_other_libraries_compute_with_are_numbers(fields):
-    """TRL adds Mixtral's loss by the config's coefficient, and chooses as many experts as the config says."""
+    """TRL adds Mixtral's loss with the config's coefficient and number of experts per token."""
     config = TINY(**fields)
     assert config.router_aux_loss_coef == 0.0
     assert config.num_experts_per_tok == {"loss_free": 2, "expert_choice": 4}[config.router]
@@ -152,7 +152,7 @@ def test_experts_that_choose_cannot_generate():
 
 
 def test_decoding_reads_the_experts_it_hits(model):
-    """The weights of all others may be anything."""
+    """A token's result does not depend on the weights of experts that it did not choose."""
     ids = tokens(1, 9)
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values

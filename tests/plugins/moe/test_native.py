@@ -78,7 +78,7 @@ def test_files(case, tmp_path):
 
 
 def test_names_in_files(tmp_path):
-    """Every expert stands for itself, as other tools want it."""
+    """Files have one tensor per expert, as other tools expect."""
     hf_archs.from_native(native(*CASES["mixtral"])).save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         stored = file.keys()
@@ -98,7 +98,7 @@ def test_other_implementations(implementation):
 
 
 def test_attention_weights():
-    """Of a padded batch, a continuation and a packed row, as transformers' own models give them."""
+    """Attention weights of a padded batch, a continuation and a packed row equal those of transformers' models."""
     theirs = native(*CASES["mixtral"])
     ours = hf_archs.from_native(theirs)
     for model in (theirs, ours):
@@ -120,7 +120,7 @@ def test_attention_weights():
     real = mask[:, None, :, None].bool()
     for i, (weights, expected) in enumerate(zip(found["ours"], found["theirs"], strict=True)):
         assert weights.shape == expected.shape
-        seen = real if i < 2 else torch.ones(1, dtype=torch.bool)  # theirs has something in rows of pads
+        seen = real if i < 2 else torch.ones(1, dtype=torch.bool)  # theirs has values in the rows of pads
         torch.testing.assert_close(weights.where(seen, 0), expected.where(seen, 0), rtol=0, atol=1e-5)
     ours.set_attn_implementation("sdpa")
     with torch.no_grad():

@@ -26,11 +26,11 @@ def published(name):
         "allenai__OLMoE-1B-7B-0924",
         "mistralai__Mixtral-8x7B-v0.1",
         "mistralai__Mixtral-8x22B-v0.1",
-        "meta-llama__Llama-3.1-8B-Instruct",  # as its source has it, without rope_scaling
+        "meta-llama__Llama-3.1-8B-Instruct",  # without its rope_scaling
     ],
 )
 def test_published(name, dtype, tmp_path):
-    width = 48 if "8x22B" in name else 32  # which has 48 heads for 8 groups
+    width = 48 if "8x22B" in name else 32  # 8x22B has 48 heads for 8 groups
     check_published(reduced(published(name), width), "moe", dtype, tmp_path)
 
 
@@ -55,7 +55,7 @@ def test_published_that_ours_lacks(name, message, tmp_path):
 EXPERTS = {**SIZES, "num_experts_per_tok": 2}
 ROPE = {"rope_parameters": [{"rope_type": "default", "rope_theta": 100.0}]}
 WINDOW = ["sliding_attention", "full_attention"]
-# small configs of theirs, values that no rule finds, and the fields that are refused
+# small configs of theirs, values that the rules do not find, and the refused fields
 CASES = {
     "mixtral": (
         MIXTRAL,

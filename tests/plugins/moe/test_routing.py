@@ -1,4 +1,4 @@
-"""The routers and their losses: cases worked by hand, transformers' own routers, and what each promises."""
+"""The routers and their losses: cases worked out by hand, transformers' own routers, and common promises."""
 
 import math
 
@@ -79,7 +79,7 @@ def make(kind, d=12, e=6, **fields):
 
 
 def given(logits, router, training=True, mask=None, **fields):
-    """What a router does with these logits (b, l, e)."""
+    """The outputs of a router for these logits (b, l, e)."""
     e = logits.shape[-1]
     module = Router(MoEConfig(router=router, hidden_size=e, num_experts=e, **fields)).train(training)
     module.init_weights()
@@ -89,7 +89,7 @@ def given(logits, router, training=True, mask=None, **fields):
 
 
 def dense(index, weight, e):
-    """Weights (n, e), whatever the order of the choices."""
+    """Weights (n, e), independent of the order of the choices."""
     return torch.zeros(len(index), e + 1, dtype=weight.dtype).scatter_add(1, index, weight)[:, :e]
 
 
@@ -111,7 +111,7 @@ def test_switch_balance_loss():
 
 
 def test_switch_counts_the_load_before_it_drops():
-    """Two of the three are placed, and of the other four two: the loss must see all."""
+    """Two of three choices are placed, and two of the other four; the loss must count all."""
     dropping = layers("switch", capacity_factor=1.0)
     assert [layer.placed.tolist() for layer in dropping] == [[2, 1], [0, 2]]
     assert float(routing.switch_balance_loss(dropping)) == pytest.approx(1.2 + 1.6)
@@ -141,7 +141,7 @@ def test_predictor_loss():
 
 
 def test_entropy_is_of_the_probabilities():
-    """log 2 where both experts are as likely."""
+    """log 2 if both experts are equally likely."""
     statistics = given(torch.zeros(1, 3, 2), "top_k")[2]
     assert float(statistics.entropy) == pytest.approx(3 * math.log(2))
 
@@ -180,7 +180,7 @@ def test_statistics_pack_and_unpack():
 
 
 def logits_of(choices, e, second=None):
-    """Logits under which tokens choose these experts first; where ``second`` is given, those almost as much."""
+    """Logits for which tokens choose the experts ``first``, and with nearly the same score ``second`` if given."""
     logits = torch.nn.functional.one_hot(torch.tensor(choices), e) * 8.0
     if second is not None:
         logits = logits + torch.nn.functional.one_hot(torch.tensor(second), e) * 7.99
@@ -246,7 +246,7 @@ def test_gshard_draws_the_second_choice_with_twice_its_weight():
     torch.testing.assert_close(weight[drawn][0], torch.tensor([0.64, 0.2]) / 0.84)
     assert not weight[~drawn, 1].any()
     assert bool((index[:, 0] == 0).all())
-    assert float(statistics.dropped) == 0  # not to be drawn is not to be dropped
+    assert float(statistics.dropped) == 0  # a choice that is not drawn is not dropped
     assert bool((given(logits, "gshard", training=False)[0][:, 1] == 2).all())
 
 
@@ -411,7 +411,7 @@ def test_equals_transformers(name):
     if hasattr(native, "e_score_correction_bias"):
         torch.nn.init.normal_(native.e_score_correction_bias, std=0.3)
     ours = make("own", **{"router": "top_k", **fields})
-    ours.load_state_dict(native.state_dict())  # of the same names
+    ours.load_state_dict(native.state_dict())  # the names are equal
     x = torch.randn(2, 40, 12)
     _, expected_weight, expected = native(x)
     index, weight, _, _ = ours(x)
@@ -419,7 +419,7 @@ def test_equals_transformers(name):
     torch.testing.assert_close(dense(index, weight, 6), dense(expected, expected_weight, 6), rtol=1e-6, atol=1e-7)
 
 
-# -- what all promise ------------------------------------------------------------------------------------------
+# -- common promises -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
@@ -428,7 +428,7 @@ def test_pads_count_nowhere(kind):
     x, pads = torch.randn(1, 9, 12), torch.randn(1, 4, 12) * 100
     mask = torch.arange(13)[None] < 9
     for training in (False, True):
-        # the second choices of gshard are drawn, and of more tokens others would be
+        # gshard draws second choices, and other ones for another number of tokens
         router = make(kind).train(training and kind != "gshard")
         index, weight, statistics, _ = router(x)
         padded, padded_weight, padded_statistics, _ = router(torch.cat([x, pads], 1), mask)
@@ -507,7 +507,7 @@ def test_is_deterministic(kind):
 def test_one_graph_serves_every_length(kind, training):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    # the compiler has a generator of its own
+    # the compiler has its own generator
     router = make(kind).train(training and kind != "gshard")
     compiled = torch.compile(router, backend=counter, fullgraph=True, dynamic=True)
     graphs = []
@@ -526,7 +526,7 @@ def test_gshard_compiles_in_training():
 
 def test_counts_are_made_for_those_who_ask():
     router, x = make("top_k"), torch.randn(3, 1, 12)
-    assert Statistics.unpack(router(x, count=False)[2]).tokens.tolist() == 3  # in training the callback asks
+    assert Statistics.unpack(router(x, count=False)[2]).tokens.tolist() == 3  # in training the callback needs them
     assert not router.eval()(x, count=False)[2].any()
     assert Statistics.unpack(router(x)[2]).tokens.tolist() == 3
 

@@ -1,4 +1,4 @@
-"""Sparse upcycling: before any training the mixture computes what the dense model does."""
+"""Sparse upcycling: before training the mixture computes the same as the dense model."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_equals_the_dense_model(gated, fields):
 
 
 def test_a_hybrid():
-    """Of several feed-forwards the dense ones; its recurrences stay."""
+    """Dense feed-forwards become mixtures; the rest of a hybrid is unchanged."""
     hybrid = hf_archs.get_architecture("hybrid")
     model = lively(hybrid.causal_lm_class, hybrid.tiny_config())
     sparse = upcycle(model, num_experts=4)

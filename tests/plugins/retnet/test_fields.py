@@ -1,5 +1,6 @@
-"""Every option of the three packages' configs, changed alone: another model of ours, a refusal that names it, or a
-place in the format's list of those that change nothing.
+"""Every option of the three packages' configs, changed alone.
+
+Each changes our model, is refused by its name, or is in the format's list of options without effect.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""RetNet against the published mathematics of three packages, written here once more, and their checkpoints."""
+"""RetNet against a second implementation of three packages' mathematics, and their checkpoints."""
 
 import functools
 import json
@@ -79,7 +79,7 @@ def torchscale_scores(q, k, mask, form):
     if form == "parallel":  # RetNetRelPos.forward and parallel_forward
         scores = q @ k.transpose(2, 3) * (mask / mask.sum(-1, keepdim=True).sqrt())
         return scores / scores.detach().abs().sum(-1, keepdim=True).clamp(min=1, max=5e4)
-    rows, weights, scale = [], q.new_zeros(q.shape[1], 0), 0  # recurrent_forward: what each k v is multiplied by
+    rows, weights, scale = [], q.new_zeros(q.shape[1], 0), 0  # recurrent_forward: factors of each k v
     for t in range(q.shape[2]):
         decay = mask[:, 1, 0] if q.shape[2] > 1 else mask[:, 0, 0]
         before, scale = scale, scale * decay + 1
@@ -141,7 +141,7 @@ def torchscale_logits(config, state, ids, form):
     return F.linear(norm(x, "layer_norm", state), head)
 
 
-# -- their checkpoints, with random weights under which everything matters ---------------------------------------------
+# -- their checkpoints, with random weights that all matter ------------------------------------------------------------
 
 
 def filled(shapes, dtype):
@@ -312,7 +312,7 @@ def syncdoth_checkpoint(dtype=torch.float32, **changes):
 
 
 def torchscale_2023_checkpoint(dtype=torch.float32, **changes):
-    """As torchscale was until September 2023, with the head norm's eps from August on."""
+    """torchscale until September 2023, with the head norm's eps of August."""
     checkpoint = torchscale_checkpoint(dtype, **{"layernorm_eps": 1e-5, "head_norm_eps": 1e-6, **changes})
     config, state = checkpoint.config, checkpoint.state_dict
     del config["decoder_value_embed_dim"]
@@ -425,8 +425,8 @@ def test_the_mathematics_of_torchscale_before_september_2023(changes, dtype, tol
 
 
 def test_the_parallel_form_of_torchscale():
-    """Its second factor, of the rows' absolute sums, is 1 at its initial weights; at others the norm takes it out
-    again, but for its eps.
+    """torchscale's second factor, of the rows' absolute sums, is 1 at initial weights; at others the norm cancels it,
+    except for its eps.
     """
     ids = torch.randint(0, VOCAB, (2, 60))
     begun, trained = initial(torchscale_checkpoint()), torchscale_checkpoint(torch.float64)
@@ -439,7 +439,7 @@ def test_the_parallel_form_of_torchscale():
 
 
 def test_the_factor_of_far_heads():
-    """A far head decays by less than float32 can tell from 0: t decays of it sum to t."""
+    """A late head's decay rounds to 1 in float32, so that t decays sum to t."""
     found = decay_norm(torch.tensor([[0, 2, 999_999]]), 300, torch.float32).double()
     far = torch.tensor([1.0, 3.0, 1e6], dtype=torch.float64).rsqrt()
     torch.testing.assert_close(found[0, :, 200:], far[:, None].expand(-1, 100), rtol=1e-6, atol=0)
@@ -451,7 +451,7 @@ def test_the_factor_of_far_heads():
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 30), (7, 20, 7), (33, 1)])
 def test_the_tokens_before_are_counted_in_a_cache(sizes):
-    """How much eps weighs depends on a token's number in its document: the same in chunks as in the whole."""
+    """The weight of eps depends on a token's position in its document, in chunks as in one pass."""
     checkpoint = torchscale_checkpoint(torch.float64, layernorm_eps=3e-2)
     ours, ids = hf_archs.from_native(checkpoint), torch.randint(0, VOCAB, (2, sum(sizes)))
     expected = torchscale_logits(checkpoint.config, checkpoint.state_dict, ids, "recurrent")
@@ -471,7 +471,7 @@ def test_documents_and_pads_are_not_counted():
     packed = torch.cat([torch.randint(0, VOCAB, (1, 9)), ids, torch.randint(0, VOCAB, (1, 4))], 1)
     seq_idx = torch.tensor([[0] * 9 + [1] * 25 + [2] * 4])
     mask = (seq_idx == 1).long()
-    mask[:, 12:15] = 0  # of which the middle has some too
+    mask[:, 12:15] = 0  # some in the middle too
     with torch.no_grad():
         assert relative_distance(ours(packed, seq_idx=seq_idx).logits[:, 9:34], alone) < 1e-10
         for row in (mask, mask.flip(1)):
@@ -483,7 +483,7 @@ def test_documents_and_pads_are_not_counted():
 
 
 def test_the_dialects_are_not_the_same():
-    """A rotation that does not matter would make the tests above say nothing about it; the same for documents' age."""
+    """The rotation changes the logits, so that the tests above test it."""
     ids = torch.randint(0, VOCAB, (1, 30))
     ours = hf_archs.from_native(fla_checkpoint())
     with torch.no_grad():
@@ -494,7 +494,7 @@ def test_the_dialects_are_not_the_same():
 
 
 def test_cached_steps_at_a_distant_position():
-    """A cache continues the rotation where it stands: far away too, in float32, step by step as in the whole."""
+    """A cache continues the rotation at its position, also a far one in float32, step by step as in one pass."""
     ours = hf_archs.from_native(fla_checkpoint())
     ids = torch.randint(0, VOCAB, (1, 3012))
     with torch.no_grad():
@@ -542,7 +542,7 @@ def test_there_and_back(make, changes, form, dtype):
             assert checkpoint.config[name] == value, name
     with pytest.raises(ValueError, match=r"which a .* model cannot represent"):
         hf_archs.to_native(ours, "torchscale" if form == "retnet" else "retnet")
-    if form != "syncdoth":  # whose options are torchscale's too
+    if form != "syncdoth":  # its options are torchscale's
         assert_same(hf_archs.to_native(ours).state_dict, checkpoint.state_dict)
 
 
@@ -550,7 +550,7 @@ def test_there_and_back(make, changes, form, dtype):
     "make", [fla_checkpoint, torchscale_checkpoint, torchscale_2023_checkpoint, syncdoth_checkpoint]
 )
 def test_a_base_model_has_no_prefix(make):
-    """Neither have the tensors that are no parameters."""
+    """Buffers have no prefix either."""
     checkpoint = make()
     ours = hf_archs.from_native(checkpoint)
     form = next(form for form in hf_archs.get_architecture("retnet").native_formats if form.detect(checkpoint.config))
@@ -592,7 +592,7 @@ def test_from_a_folder(make, tied, tmp_path):
 
 
 def test_a_fairseq_checkpoint_and_an_unfused_norm(tmp_path):
-    """Other names of the same parameters, from memory and from a folder."""
+    """Second names of the same parameters, from memory and from a folder."""
     plain = torchscale_checkpoint()
     whole = NativeCheckpoint(plain.config, {f"decoder.{n}": t for n, t in plain.state_dict.items()})
     expected = hf_archs.from_native(plain).state_dict()
@@ -636,7 +636,7 @@ def test_gate_and_up_in_one_matrix(dtype, tmp_path):
 
 @pytest.mark.parametrize("rows", [39, 20])
 def test_one_matrix_of_other_rows(rows, tmp_path):
-    """Neither gate alone nor gate and up: the file's shape is named, and nothing is split."""
+    """A shape that is neither the gate's nor that of gate and up is named, and nothing is split."""
     checkpoint = fused(fla_checkpoint())
     name = "model.layers.0.mlp.gate_proj.weight"
     checkpoint.state_dict[name] = checkpoint.state_dict[name][:rows]
@@ -667,7 +667,7 @@ def test_the_older_name_of_eps():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("size", ["base", "300m", "medium", "xl", "3b", "7b"])
 def test_a_published_config_of_syncdoths_package(size, dtype, tolerance):
-    """Its own fields at width 128, with the proportions of its widths."""
+    """The published fields at width 128, with widths in proportion."""
     raw = json.loads((CONFIGS / f"syncdoth__retnet-{size}.json").read_text())
     small = {
         f"decoder_{x}_dim": raw[f"decoder_{x}_dim"] * 128 // raw["decoder_embed_dim"] for x in ("embed", "ffn_embed")
@@ -683,7 +683,7 @@ def test_a_published_config_of_syncdoths_package(size, dtype, tolerance):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_the_published_config_of_flash_linear_attention(dtype, tolerance, tmp_path):
-    """Its own fields at width 32, of which the width of the feed-forward follows, and the layout of its time."""
+    """The published fields at width 32, with its time's layout; they determine the feed-forward's width."""
     raw = json.loads((CONFIGS / "fla-hub__retnet-340M.json").read_text())
     small = raw | {"hidden_size": 32, "num_heads": 2, "num_hidden_layers": LAYERS, "vocab_size": VOCAB}
     checkpoint = fla_checkpoint(dtype, **small, intermediate_size=256)
@@ -705,7 +705,7 @@ def test_the_published_config_of_flash_linear_attention(dtype, tolerance, tmp_pa
     ],
 )
 def test_the_sizes_of_syncdoths_package(size, width, values, layers, heads):
-    """Its configs; the 300m says nothing of use_glu."""
+    """The published configs; the 300m omits use_glu."""
     raw = json.loads((CONFIGS / f"syncdoth__retnet-{size}.json").read_text())
     config = ArchRetNetConfig(**SYNCDOTH.read_config(raw, ArchRetNetConfig))
     assert (config.hidden_size, config.value_size, config.intermediate_size) == (width, values, values)
@@ -734,13 +734,13 @@ def test_weights_of_before_september_2023_with_a_config_of_later(make, tmp_path)
 
 
 def test_what_files_of_before_september_2023_do_not_say():
-    """The eps of the norm of each head was changed twice, and no field has it."""
+    """The eps of each head's norm changed twice, and no field holds it."""
     checkpoint = torchscale_2023_checkpoint()
     del checkpoint.config["head_norm_eps"]
     message = "head_norm_eps is missing in this torchscale checkpoint.*allowed is .* 1e-6 .* 1e-05, for those before"
     with pytest.raises(ValueError, match=message):
         hf_archs.from_native(checkpoint)
-    checkpoint.config["layernorm_eps"] = 1e-6  # the same as that of August
+    checkpoint.config["layernorm_eps"] = 1e-6  # equal to that of August
     assert hf_archs.from_native(checkpoint).model.layers[0].mixer.norm.eps == 1e-6
     checkpoint = syncdoth_checkpoint()
     del checkpoint.config["decoder_value_embed_dim"]
@@ -749,7 +749,7 @@ def test_what_files_of_before_september_2023_do_not_say():
 
 
 def test_a_model_of_the_package_itself():
-    """Any model with such a config will do: the package need not be there."""
+    """Any model with such a config works, without the package."""
 
     class Config(dict):
         def to_dict(self):
@@ -878,7 +878,7 @@ def test_the_width_of_the_feed_forward():
 
 
 def test_a_norm_inside_the_feed_forward():
-    """It goes over the whole hidden layer: no process may have a part of that. In a hybrid it has a name of its own."""
+    """The norm needs the whole hidden layer, so no process may have a part of it. In a hybrid: ``sub_ln_mlp``."""
     tiny = hf_archs.get_architecture("retnet").tiny_config
     for fields in ({}, {"gated": False}, {"gated": False, "inner_norm": True}):
         config = tiny(**fields)

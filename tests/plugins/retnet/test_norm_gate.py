@@ -73,7 +73,8 @@ def test_gates_far_from_zero(gate_fn, backend):
 def test_only_the_inputs_are_saved(backend):
     tensors = {name: t.requires_grad_() for name, t in make(dtype=torch.float16).items()}
     saved = []
-    with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with hooks, use_backend(backend):
         y = norm_gate(**tensors, eps=1e-5, gate_fn="swish", centred=True)
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in tensors.values()}
     del y

@@ -1,0 +1,106 @@
+"""A prefix cache: prompts that share a prefix with earlier prompts start from stored states."""
+
+import threading
+from array import array
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from hf_archs.cache.call import NAME
+from hf_archs.cache.recurrent import ArchDynamicCache
+from hf_archs.cache.slot import States
+from hf_archs.cache.stored import backbone_of
+
+
+class StateCache:
+    """A prefix cache: the states of one model after earlier prompts, least recently used first out. Thread-safe.
+
+    A recurrent state belongs to one position and cannot be cut. States are therefore kept after each prompt and at the
+    end of a prefix that two prompts share, such as a system prompt.
+
+    Args:
+        model: the model that computes the states. Call `clear` after a change of its weights.
+        max_bytes: upper limit of the bytes of all kept states.
+
+    Raises:
+        ValueError: for a negative ``max_bytes``.
+    """
+
+    def __init__(self, model: nn.Module, max_bytes: int):
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes is {max_bytes}; allowed are 0 and more")
+        self.backbone, self.max_bytes = backbone_of(model), max_bytes
+        self._kept: OrderedDict[bytes, States] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, input_ids: torch.Tensor) -> ArchDynamicCache:
+        """A cache of all tokens of a prompt except the last, which is left to `generate`.
+
+        The model reads only the tokens after the longest stored prefix.
+
+        Args:
+            input_ids: (1, l), without padding.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.shape[1]:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; allowed is (1, length)")
+        key = _key(input_ids[:, :-1])
+        cache = ArchDynamicCache(self.backbone.config)
+        with self._lock:
+            start = max((len(kept) for kept in self._kept if key.startswith(kept)), default=0)
+            parting = max((_common(key, kept) for kept in self._kept), default=0)
+            if start:
+                self._kept.move_to_end(key[:start])
+                cache.load_state_dict(self._kept[key[:start]])
+        position = start // 8
+        for end in sorted({parting, input_ids.shape[1] - 1}):
+            if end > position:
+                with torch.no_grad():
+                    self.backbone(input_ids[:, position:end], use_cache=True, **{NAME: cache})
+                self.keep(input_ids[:, :end], cache)
+                position = end
+        return cache
+
+    def keep(self, input_ids: torch.Tensor, cache: ArchDynamicCache) -> None:
+        """Keep a copy of the states in ``cache``, which has read ``input_ids``, (1, l).
+
+        Raises:
+            ValueError: if it has read another number of tokens.
+        """
+        if input_ids.shape != (1, cache.get_seq_length()):
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; allowed is (1, {cache.get_seq_length()}), the tokens "
+                "that the cache has read"
+            )
+        states = cache.state_dict()
+        with self._lock:
+            self._kept[_key(input_ids)] = states
+            self._kept.move_to_end(_key(input_ids))
+            while self.num_bytes() > self.max_bytes:
+                self._kept.popitem(last=False)
+
+    def num_bytes(self) -> int:
+        """Bytes of all kept states."""
+        return sum(tensor.nbytes for states in self._kept.values() for tensor in states.values())
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Drop all kept states."""
+        with self._lock:
+            self._kept.clear()
+
+
+def _key(input_ids: torch.Tensor) -> bytes:
+    """The tokens as eight bytes each, so that a prefix of tokens is a prefix of bytes."""
+    return array("q", input_ids[0].tolist()).tobytes()
+
+
+def _common(a: bytes, b: bytes) -> int:
+    """Length of the common prefix of two keys, in tokens."""
+    one, two = (torch.frombuffer(bytearray(key[: min(len(a), len(b))]), dtype=torch.long) for key in (a, b))
+    return int((one == two).long().cumprod(0).sum())
