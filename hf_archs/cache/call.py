@@ -24,6 +24,7 @@ class _Call(threading.local):
         pairs: the `hf_archs.layers.masks.Pairs` of a mask of four dimensions; None for causal attention.
         show: receives the attention weights (b, h, l, columns) and returns weights to use; None if none are recorded.
         generating: whether `generate` is running, during which the weights do not change.
+        drawn: how many real tokens `generate` has appended to the prompt so far.
         card: the user's own model card in the folder being saved, while the model is pushed from there.
         shared: values of `once` by key, during a forward of one token; None otherwise.
         reading: the `hf_archs.native.reading.Reading` of a running ``from_pretrained``, which checks the checkpoint.
@@ -33,6 +34,7 @@ class _Call(threading.local):
     pairs: Any = None
     show: Callable[[torch.Tensor], torch.Tensor] | None = None
     generating: bool = False
+    drawn: int = 0
     card: bytes | None = None
     reading: Any = None
     shared: dict[Any, Any] | None = None

@@ -66,15 +66,8 @@ class RecurrentCache(Cache):
         """
         timeline = self.timeline
         if self.is_static:
-            if (
-                self._grows
-                and not is_torchdynamo_compiling()
-                and timeline.length + length > (self.max_cache_len or math.inf)
-            ):
-                raise ValueError(
-                    f"the static cache holds max_cache_len = {self.max_cache_len} positions; "
-                    f"{int(timeline.length)} are there and {length} more do not fit"
-                )
+            if self._grows and self.max_cache_len:
+                self._take_room(length, self.max_cache_len)
             if timeline.length.device != device:
                 timeline.length, timeline.before = timeline.length.to(device), timeline.before.to(device)
                 for counter in (timeline.length, timeline.before):
@@ -85,6 +78,22 @@ class RecurrentCache(Cache):
             timeline.length += length
         if self.is_recording_past(0):
             timeline.segments.append(Segment(length, mask, window=max(keep, 1) + 1))
+
+    def _take_room(self, length: int, most: int) -> None:
+        """Refuse what does not fit. The device, which counts, is asked only where the last answer does not do."""
+        timeline = self.timeline
+        if is_torchdynamo_compiling():
+            timeline.free = 0  # the compiled forward counts on the device alone
+            return
+        if timeline.free < length:
+            there = int(timeline.length)
+            if there + length > most:
+                raise ValueError(
+                    f"the static cache holds max_cache_len = {most} positions; "
+                    f"{there} are there and {length} more do not fit"
+                )
+            timeline.free = most - there
+        timeline.free -= length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions read so far, padding included; the same for every layer."""
@@ -222,6 +231,7 @@ class RecurrentCache(Cache):
 
     def _count(self, length: int) -> None:
         self.timeline.length = self.timeline.length.fill_(length) if self.is_static else length
+        self.timeline.free = 0
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a function of the batch dimension to every state, recorded mask and recorded input."""

@@ -61,6 +61,7 @@ class Timeline:
         is_static: True for a static cache: states are buffers and counts are tensors, all at fixed addresses.
         length: positions read, including those of the current forward.
         before: in a static cache, positions before the current forward.
+        free: in a static cache, how many more positions fit for certain.
         segments: the forwards since recording began.
     """
 
@@ -68,6 +69,7 @@ class Timeline:
         self.is_static = is_static
         self.length: Any = torch.zeros((), dtype=torch.long) if is_static else 0
         self.before: Any = torch.zeros((), dtype=torch.long) if is_static else 0
+        self.free = 0
         self.segments: list[Segment] = []
 
 

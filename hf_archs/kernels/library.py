@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_archs.kernels.backend import is_transformed
-from hf_archs.kernels.numerics import no_autocast
+from hf_archs.kernels.numerics import full_precision
 
 OPS: dict[str, "Op"] = {}  # by the name in PyTorch's library
 
@@ -30,9 +30,12 @@ class Op:
         forward: with type annotations: first tensors (some may be None), then options. Where its last option is
             ``keep``, the last result is for the backward only, and may be empty unless ``keep``.
         backward: takes the gradients of the results (None where there is none), the tensors, what was kept, the options
-            and ``wanted``, a bool for each learnt tensor; gives a gradient or None for each learnt tensor.
+            and ``wanted``, a bool for each learnt tensor; gives a gradient for each of these, or None for zeros.
         fake: ``forward`` on shapes.
         learnt: names of the tensors that have gradients.
+        unread: those of them whose values the backward does not read. They are not kept for it: it is handed tensors of
+            their shapes and dtypes.
+        waits: whether it asks a GPU for values, which a CUDA graph cannot hold: torch.compile keeps the op out of them.
         plain: the op in PyTorch's own operators, for exporters and `torch.func`, which know no others; None where the
             public function sees to it.
     """
@@ -44,6 +47,8 @@ class Op:
         backward: Callable[..., Sequence[Tensor | None]],
         fake: Callable[..., Any],
         learnt: tuple[str, ...],
+        unread: tuple[str, ...] = (),
+        waits: bool = False,
         plain: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.plain = f"hf_archs::{name}", plain
@@ -56,14 +61,18 @@ class Op:
         self.keeps = names[-1] == "keep"
         self.results = results.count("Tensor") - self.keeps
         self.learnt = [names.index(tensor) for tensor in learnt]
+        self.unread = {names.index(tensor) for tensor in unread}
 
-        forward_op = torch.library.custom_op(self.name, self.run, mutates_args=(), schema=schema)
+        tags = (torch.Tag.cudagraph_unsafe,) if waits else ()
+        forward_op = torch.library.custom_op(self.name, self.run, mutates_args=(), schema=schema, tags=tags)
         forward_op.register_fake(fake)
         optional = "?" if self.results > 1 else ""
         taken = [f"Tensor{optional} grad_{result}" for result in range(self.results)] + declared[: self.tensors]
         taken += ["Tensor kept"] * self.keeps + declared[self.tensors : len(declared) - self.keeps] + ["bool[] wanted"]
         schema = f"({', '.join(taken)}) -> Tensor[]"
-        backward_op = torch.library.custom_op(f"{self.name}_backward", self._backward, mutates_args=(), schema=schema)
+        backward_op = torch.library.custom_op(
+            f"{self.name}_backward", self._backward, mutates_args=(), schema=schema, tags=tags
+        )
         backward_op.register_fake(self._fake_gradients)
         forward_op.register_autograd(self._differentiate, setup_context=self._save)
         backward_op.register_autograd(self._refuse)
@@ -73,7 +82,7 @@ class Op:
     def __call__(self, *arguments: Any) -> Any:
         """The results, of which those for the backward are left out."""
         if self.plain is not None and (torch.compiler.is_exporting() or is_transformed()):
-            with no_autocast(arguments[0]):
+            with full_precision(arguments[0]):
                 return self.plain(*arguments)
         if not self.keeps:
             return self.op(*arguments)
@@ -86,19 +95,24 @@ class Op:
         """The forward itself, past PyTorch's library."""
         if arguments[0].numel() == 0 and _nothing(empty := self.fake(*arguments)):
             return empty
-        with no_autocast(arguments[0]), torch.accelerator.device_index(arguments[0].device.index):
+        with full_precision(arguments[0]), torch.accelerator.device_index(arguments[0].device.index):
             return self.forward(*arguments)
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
         inputs, wanted = arguments[self.results :], arguments[-1]
         if _nothing(arguments[: self.results]):
             return [gradient.zero_() for gradient in self._fake_gradients(*arguments)]
-        with no_autocast(inputs[0]), torch.accelerator.device_index(inputs[0].device.index):
+        with full_precision(inputs[0]), torch.accelerator.device_index(inputs[0].device.index):
             gradients = self.backward(*arguments)
-        return [
-            gradient.to(inputs[place].dtype).contiguous() if asked and gradient is not None else inputs[0].new_empty(0)
-            for gradient, place, asked in zip(gradients, self.learnt, wanted, strict=True)
-        ]
+        found = []
+        for gradient, place, asked in zip(gradients, self.learnt, wanted, strict=True):
+            if not asked:
+                found.append(inputs[0].new_empty(0))
+            elif gradient is None:
+                found.append(torch.zeros_like(inputs[place], memory_format=torch.contiguous_format))
+            else:
+                found.append(gradient.to(inputs[place].dtype).contiguous())
+        return found
 
     def _fake_gradients(self, *arguments: Any) -> list[Tensor]:
         inputs, wanted = arguments[self.results :], arguments[-1]
@@ -107,7 +121,11 @@ class Op:
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[: self.tensors], *([output[-1]] if self.keeps else []))
+        tensors = [
+            t.new_empty(()).expand(t.shape) if place in self.unread and t is not None else t
+            for place, t in enumerate(inputs[: self.tensors])
+        ]
+        ctx.save_for_backward(*tensors, *([output[-1]] if self.keeps else []))
         ctx.options = inputs[self.tensors : len(inputs) - self.keeps]
 
     def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

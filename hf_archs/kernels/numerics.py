@@ -5,7 +5,7 @@ States, decays and sums are in float32, or float64 where the activations are, au
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,35 @@ def no_autocast(t: Tensor) -> contextlib.AbstractContextManager:
     if torch.is_autocast_enabled(t.device.type):
         return torch.autocast(t.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def full_precision(t: Tensor) -> contextlib.AbstractContextManager:
+    """Inside, products of float32 tensors where ``t`` lies are float32: neither autocast, nor TF32 or bfloat16 inside
+    them, which `torch.set_float32_matmul_precision`, `torch.backends` and Trainer's ``tf32`` allow, rounds anything.
+
+    (A graph that is compiled takes what is allowed when it is made, but inside an op of the library.)
+    """
+    apart = no_autocast(t)
+    if torch.compiler.is_compiling():
+        return apart
+    backend = "cuda" if t.is_cuda else "mkldnn"
+    rounded = {kind: found for kind in ("matmul", "conv") if (found := allowed(backend, kind)) not in ("none", "ieee")}
+    return _unrounded(apart, backend, rounded) if rounded else apart
+
+
+allowed = torch._C._get_fp32_precision_getter  # (backend, kind of operator): none, ieee, tf32 or bf16
+
+
+@contextlib.contextmanager
+def _unrounded(apart: contextlib.AbstractContextManager, backend: str, rounded: dict[str, str]) -> Iterator[None]:
+    try:
+        for kind in rounded:
+            torch._C._set_fp32_precision_setter(backend, kind, "ieee")
+        with apart:
+            yield
+    finally:
+        for kind, found in rounded.items():
+            torch._C._set_fp32_precision_setter(backend, kind, found)
 
 
 def below_autograd() -> contextlib.AbstractContextManager:

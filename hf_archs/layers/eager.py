@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_archs.kernels.numerics import cast, no_autocast, wide
+from hf_archs.kernels.numerics import cast, full_precision, wide
 
 
 def eager_attention(
@@ -37,7 +37,7 @@ def eager_attention(
         (b, l, h, n) in the dtype of ``query``, and the weights (b, h, l, columns).
     """
     groups = query.shape[1] // key.shape[1]
-    with no_autocast(query):
+    with full_precision(query):
         key, value = (wide(t).repeat_interleave(groups, 1) for t in (key, value))
         scores = wide(query) @ key.mT * scaling
         if attention_mask is None:

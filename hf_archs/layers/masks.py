@@ -12,6 +12,7 @@ import torch
 from transformers.utils import is_tracing
 
 from hf_archs.cache import RecurrentCache
+from hf_archs.cache.call import call
 
 
 class Pairs(NamedTuple):
@@ -107,7 +108,7 @@ def read_mask(attention_mask: Any, batch: int, length: int, cache: RecurrentCach
         if mask.dtype != torch.bool and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             torch._assert_async((mask <= 1).all(), "attention_mask numbers documents; compiled forwards take seq_idx")
         return Mask(mask.bool())
-    if bool((mask == 1).all()):
+    if length <= call.drawn or bool((mask == 1).all()):  # to ask a GPU for each token is to wait for each
         return Mask()
     if mask.dtype == torch.bool:
         return Mask(mask)

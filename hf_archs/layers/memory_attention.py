@@ -17,7 +17,7 @@ from transformers import initialization as init
 
 from hf_archs.cache import States
 from hf_archs.kernels.exporting import any_length, count_chunks
-from hf_archs.kernels.numerics import cast, made_once, no_autocast, wide
+from hf_archs.kernels.numerics import cast, full_precision, made_once, wide
 from hf_archs.layers.attention import PROJECTIONS, SlidingAttention
 from hf_archs.layers.attention_config import SlidingAttentionConfig, sliding_attention_state
 from hf_archs.layers.columns import Blocks, Columns, Extra, rows_of_mask, take_columns
@@ -240,7 +240,7 @@ class RetrievalMemory(nn.Module):
     ) -> torch.Tensor:
         """Attention to the nearest keys, mixed with ``local`` by the gate, (b, l, h, n)."""
         groups = q.shape[1] // k.shape[1]
-        with no_autocast(q):
+        with full_precision(q):
             k, v = (wide(t).repeat_interleave(groups, 1) for t in (k, v))
             # finite: the softmax of a query with an empty memory would be NaN
             scores = (wide(q) @ k.mT * scaling).masked_fill(~mask, torch.finfo(k.dtype).min)

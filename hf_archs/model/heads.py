@@ -24,7 +24,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import auto_docstring, can_return_tuple
 
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, RecurrentCache
-from hf_archs.cache.call import NAME, OLD_NAME, during
+from hf_archs.cache.call import NAME, OLD_NAME, call, during
 from hf_archs.config.model import ArchConfig
 from hf_archs.model.backbone import ArchModel, _given_cache
 from hf_archs.model.outputs import ArchCausalLMOutput, ArchMaskedLMOutput, ArchModelOutput
@@ -139,12 +139,22 @@ class ArchForCausalLM(ArchPreTrainedModel, GenerationMixin):
             kwargs.setdefault("output_router_logits", False)  # they cost time at each step
         layers = self.config.num_hidden_layers
         try:
-            with during(generating=True):
+            with during(generating=True, drawn=0):
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             # `assistant_early_exit` of transformers lowers it for drafts, and a failing draft does not restore it
             if self.config.num_hidden_layers != layers:
                 self.config.num_hidden_layers = layers
+
+    @wraps(GenerationMixin._update_model_kwargs_for_generation)
+    def _update_model_kwargs_for_generation(  # type: ignore[override]
+        self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        before = model_kwargs.get("attention_mask")
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if before is not None:
+            call.drawn += updated["attention_mask"].shape[1] - before.shape[1]
+        return updated
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(  # type: ignore[override]

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from hf_archs.cache import Once
 from hf_archs.kernels.backend import backend_for
 from hf_archs.kernels.exporting import any_length
-from hf_archs.kernels.numerics import no_autocast
+from hf_archs.kernels.numerics import full_precision
 from hf_archs_hyena.configuration import HyenaMixerConfig
 from hf_archs_hyena.ops.long_conv import long_conv, long_conv_step
 from hf_archs_hyena.ops.modal import modal_conv, modal_taps
@@ -55,7 +55,7 @@ class HyenaFilter(nn.Module, ABC):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gated convolutions of ``v``, (b, l, d), and the state after them if needed, else None."""
         last, *others = gates
-        with no_autocast(v):
+        with full_precision(v):
             filters = self._filters(v, state, once)
         size = self.config.hidden_size
         states = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from hf_archs.kernels.backend import is_transformed
-from hf_archs.kernels.numerics import cast, no_autocast, wide
+from hf_archs.kernels.numerics import cast, full_precision, wide
 from hf_archs_moe.configuration import MoEConfig
 
 TINY = 1e-20  # added to sums of scores, which may underflow to 0
@@ -259,7 +259,7 @@ class Router(nn.Module):
             index (n, k) int64, ``num_experts`` for no expert and for pads; weight (n, k), 0 for these; `Statistics`,
             packed; and the logits (n, e). k is the config's ``experts_per_token``.
         """
-        with no_autocast(hidden_states):
+        with full_precision(hidden_states):
             x = wide(hidden_states).flatten(0, 1)
             if self.training and self.config.router_jitter_noise:
                 noise = self.config.router_jitter_noise

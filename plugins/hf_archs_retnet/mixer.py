@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from hf_archs.cache import Slot, States
+from hf_archs.kernels.numerics import made_once
 from hf_archs_retnet.configuration import RetNetMixerConfig
 from hf_archs_retnet.ops.norm_gate import norm_gate
 from hf_archs_retnet.ops.retention import multi_scale_log_decay, retention
+from hf_archs_retnet.ops.rotate_qk import rotate_qk
 
 
 class GatedHeadRMSNorm(nn.Module):
@@ -85,27 +87,19 @@ def angles(position: torch.Tensor, key_dim: int, rotary: str, dtype: torch.dtype
         dtype: of the result.
 
     Returns:
-        (b or 1, l, 1, key_dim / 2), from 0 to 2 pi.
+        (b or 1, l, key_dim / 2), from 0 to 2 pi.
     """
     # whole turns are taken off in float64: in float32 an angle at token 10,000 has lost four digits
     wide = dtype if position.device.type == "mps" else torch.float64
     pairs = key_dim // 2
     last = pairs if rotary == "half" else max(pairs - 1, 1)  # whose exponent would be 1, or is
-    # few calls, since each of them counts in a decode step
     slowest = math.log10(2 * math.pi) + 4 * (pairs - 1) / last
-    turns = torch.logspace(-math.log10(2 * math.pi), -slowest, pairs, dtype=wide, device=position.device)
-    return (turns * position[:, :, None, None]).frac_().mul_(2 * math.pi).to(dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary: str) -> torch.Tensor:
-    """Rotate the pairs of channels of x, (b, l, h, n).
-
-    First all the first channels of the pairs come back, then all the second ones: an order that scores cannot tell,
-    as long as queries and keys have the same.
-    """
-    wide = x.to(cos.dtype)
-    first, second = wide.unflatten(-1, (-1, 2)).unbind(-1) if rotary == "interleaved" else wide.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
+    turns = made_once(
+        ("turns", pairs, last, wide),
+        position,
+        lambda: torch.logspace(-math.log10(2 * math.pi), -slowest, pairs, dtype=wide, device=position.device),
+    )
+    return (turns * position.unsqueeze(2)).frac_().mul_(2 * math.pi).to(dtype)
 
 
 def decay_norm(position: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
@@ -117,13 +111,13 @@ def decay_norm(position: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.
         dtype: of the result.
 
     Returns:
-        (b or 1, l, heads, 1), from 1 downwards.
+        (b or 1, l, heads), from 1 downwards.
     """
     # where a far head decays by less than float32 can hold, t decays sum to t, and so they do at the smallest one here
     log_decay = multi_scale_log_decay(heads, position.device, dtype).clamp(max=-1e-30)
     # exp(x) - 1 = 2 tanh(x / 2) / (1 - tanh(x / 2)), which keeps its digits where an exporter has no expm1
     all_decays, last = ((x / 2).tanh() for x in (log_decay * (position + 1).unsqueeze(-1), log_decay))
-    return (all_decays / (1 - all_decays) * ((1 - last) / last)).rsqrt().unsqueeze(-1)
+    return (all_decays / (1 - all_decays) * ((1 - last) / last)).rsqrt()
 
 
 class RetNetMixer(nn.Module):
@@ -169,13 +163,10 @@ class RetNetMixer(nn.Module):
 
     def _rotate(self, q: torch.Tensor, k: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both rotated, and q scaled."""
-        rotary, dtype = self.config.rotary, torch.promote_types(q.dtype, torch.float32)
-        by = angles(position, q.shape[-1], rotary, dtype)
-        cos, sin = by.cos(), by.sin()
-        scale: torch.Tensor | float = q.shape[-1] ** -0.5
-        if self.config.normalize_decay:
-            scale = scale * decay_norm(position, self.config.num_heads, dtype)
-        return rotate(q, cos * scale, sin * scale, rotary), rotate(k, cos, sin, rotary)
+        rotary, dtype, n = self.config.rotary, torch.promote_types(q.dtype, torch.float32), q.shape[-1]
+        by = angles(position, n, rotary, dtype)
+        norm = decay_norm(position, self.config.num_heads, dtype) if self.config.normalize_decay else None
+        return rotate_qk(q, k, by.cos(), by.sin(), interleaved=rotary == "interleaved", q_scale=norm, scale=n**-0.5)
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
         """The states after the first ``lengths`` tokens of a recorded forward."""

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import hf_archs
 from hf_archs.kernels import library
 from hf_archs.kernels.backend import use_backend
+from hf_archs.kernels.numerics import allowed
 from hf_archs.testing.ops import ops_with_cases
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -48,7 +49,9 @@ def tensors(case):
 
 
 def results_of(op, arguments, cotangents=None, needed=None):
-    """The results of ``op`` by keyword, and the gradients of all (or the needed) floating arguments, by name."""
+    """The results of ``op`` by keyword, and the gradients of all (or the needed) floating arguments by name, None for
+    constants, such as angles.
+    """
     learnt = {k: t.detach().requires_grad_() for k, t in tensors(arguments).items() if t.is_floating_point()}
     learnt = learnt if needed is None else {needed: learnt[needed]}
     results = op(**arguments | learnt)
@@ -58,6 +61,10 @@ def results_of(op, arguments, cotangents=None, needed=None):
         cotangents = [torch.randn(t.shape, dtype=t.dtype) for t in results]
     gradients = torch.autograd.grad(results, list(learnt.values()), cotangents, allow_unused=True)
     return [t.detach() for t in results], dict(zip(learnt, gradients))
+
+
+def there(gradients):
+    return {argument: gradient for argument, gradient in gradients.items() if gradient is not None}
 
 
 def close(found, expected, tolerance=1e-4):
@@ -75,10 +82,16 @@ def call_of(name, case, monkeypatch):
         raise Reached(op, dict(zip(map(str, range(len(arguments))), arguments)))
 
     learnt = {k: t.detach().requires_grad_() for k, t in tensors(case).items() if t.is_floating_point()}
+
+    def both_ways():
+        function(name)(**case | learnt)
+        with use_backend("triton"):  # where the portable form is no op
+            function(name)(**case | learnt)
+
     with monkeypatch.context() as patch:
         patch.setattr(library.Op, "__call__", stop)
         with pytest.raises(Reached) as reached:
-            function(name)(**case | learnt)
+            both_ways()
     op, arguments = reached.value.args
     assert op is library.OPS[name]
     return op, {place: t.detach() if isinstance(t, torch.Tensor) else t for place, t in arguments.items()}
@@ -160,7 +173,7 @@ def test_gradients_that_nobody_needs_are_not_formed(name, backend, monkeypatch):
             patch.setattr(op, "backward", counted)
             _, everything = results_of(by_place(op), arguments)
             whole = max(work.values())
-            for place in everything:
+            for place in there(everything):
                 work.clear()
                 _, alone = results_of(by_place(op), arguments, needed=place)
                 close(alone[place], everything[place], 1e-5)
@@ -289,7 +302,7 @@ def test_no_rows_and_no_tokens(name, backend):
                     continue
                 results, gradients = results_of(function(name), case)
             assert results[0].numel() == 0
-            for argument, gradient in gradients.items():
+            for argument, gradient in there(gradients).items():
                 assert gradient.shape == case[argument].shape
                 assert argument == "initial_state" or not gradient.any(), argument
             if "length" in sizes and "initial_state" in gradients:
@@ -303,7 +316,7 @@ def test_float64_stays_float64(name, backend):
         expected = results_of(reference(name), case)
         with use_backend(backend):
             results, gradients = results_of(function(name), case)
-        assert {t.dtype for t in (*results, *gradients.values())} == {torch.float64}
+        assert {t.dtype for t in (*results, *there(gradients).values())} == {torch.float64}
         close((results, gradients), expected, 1e-10)
 
 
@@ -317,3 +330,31 @@ def test_opcheck(name, monkeypatch):
                 for t in arguments.values()
             ]
             torch.library.opcheck(op.op, (*given, *[grad] * op.keeps))
+
+
+@every_op
+def test_products_of_float32_are_not_rounded(name, monkeypatch):
+    """Whatever a program has allowed, which stays allowed after the op, and after one that fails."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = {kind: allowed("mkldnn", kind) for kind in ("matmul", "conv")}
+        assert before["matmul"] == "bf16"
+        for case in cases(name):
+            op, arguments = call_of(name, case, monkeypatch)
+            found = []
+
+            def recorded(run, found=found):
+                return lambda *given: found.append(allowed("mkldnn", "matmul")) or run(*given)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(op, "forward", recorded(op.forward))
+                patch.setattr(op, "backward", recorded(op.backward))
+                results_of(by_place(op), arguments)
+                assert set(found) == {"ieee"}
+                assert len(found) == 2
+                patch.setattr(op, "forward", lambda *given: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    by_place(op)(**arguments)
+            assert {kind: allowed("mkldnn", kind) for kind in before} == before
+    finally:
+        torch.set_float32_matmul_precision("highest")

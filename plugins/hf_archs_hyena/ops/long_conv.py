@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents, some_boundaries
 from hf_archs.kernels.backend import backend_for
 from hf_archs.kernels.library import Op
-from hf_archs.kernels.numerics import no_autocast
+from hf_archs.kernels.numerics import full_precision
 from hf_archs_hyena.ops import long_conv_fft
 
 
@@ -158,7 +158,7 @@ def long_conv_step(
     reach = min(seen.shape[2], reversed_taps.shape[1])
     window = seen[:, :, seen.shape[2] - reach :]
     taps = reversed_taps[:, reversed_taps.shape[1] - reach :].to(dtype)
-    with no_autocast(x):
+    with full_precision(x):
         y = torch.linalg.vecdot(window.to(dtype), taps).unsqueeze(1)
     if bias is not None:
         y = torch.addcmul(y, v.transpose(1, 2).to(dtype), bias.to(dtype))
@@ -225,6 +225,7 @@ _long_conv = Op(
     long_conv_fft.long_conv_bwd,
     fake=lambda x, *_: x.new_empty(x.shape),
     learnt=("x", "taps", "bias", "gate_in", "gate_out", "initial_state"),
+    waits=True,  # for the lengths of documents, where there are any
     plain=_exportable,
 )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_archs.kernels.arguments import check_shapes, number_documents, some_boundaries
 from hf_archs.kernels.backend import backend_for
 from hf_archs.kernels.library import Op
-from hf_archs.kernels.numerics import no_autocast
+from hf_archs.kernels.numerics import full_precision
 from hf_archs_hyena.ops import modal_portable as portable
 
 # tokens between two entries of the coarse table of powers; fixed, so that a longer filter has the same taps
@@ -57,6 +57,12 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([ar * br - ai * bi, ar * bi + ai * br], dim=-1)
 
 
+def _conjugate(a: Tensor) -> Tensor:
+    """The conjugate of complex numbers, (..., 2)."""
+    real, imaginary = a.unbind(-1)
+    return torch.stack([real, -imaginary], dim=-1)
+
+
 def modal_taps(log_decay: Tensor, phase: Tensor, residues: Tensor, length: int) -> Tensor:
     """The filter itself, ``h_t = Re sum_n R_n p_n^t`` for t = 0 to length - 1.
 
@@ -75,8 +81,8 @@ def modal_taps(log_decay: Tensor, phase: Tensor, residues: Tensor, length: int) 
     fine = modal_powers(log_decay, phase, torch.arange(_STRIDE, device=device))
     coarse = modal_powers(log_decay, phase, _STRIDE * torch.arange(_blocks(length), device=device))
     coarse = _times(coarse, residues.to(coarse.dtype).unsqueeze(2))
-    with no_autocast(log_decay):
-        taps = torch.einsum("cnqz,cnrz->cqr", coarse * coarse.new_tensor([1.0, -1.0]), fine)
+    with full_precision(log_decay):
+        taps = torch.einsum("cnqz,cnrz->cqr", _conjugate(coarse), fine)
     # not a slice: exporters cannot show that the tables are long enough for any length
     return taps.flatten(1).index_select(1, torch.arange(length, device=device))
 
@@ -111,7 +117,7 @@ def modal_state(
         seen = seen & (documents[row, place] == last.unsqueeze(2))
     backwards = torch.where(seen.unsqueeze(3), x[row, place], 0).to(dtype)  # (b, blocks, _STRIDE, c)
     fine, coarse = (modal_powers(log_decay, phase, e).to(dtype) for e in (fine_exponents, coarse_exponents))
-    with no_autocast(x):
+    with full_precision(x):
         sums = torch.einsum("bqrc,cnrz->qbcnz", backwards, fine)
     state = _times(coarse.permute(2, 0, 1, 3).unsqueeze(1), sums).sum(0)
     if initial_state is not None:
@@ -176,7 +182,7 @@ def modal_conv(
         real = (torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)).unsqueeze(2)
         x = torch.where(real, x, 0)
     if torch.compiler.is_exporting():
-        with no_autocast(x):
+        with full_precision(x):
             y = _plain(x, log_decay, phase, residues, bias, initial_state, seq_idx)
             final_state = modal_state(
                 x, log_decay, phase, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths
@@ -303,7 +309,7 @@ def _plain(
         y = torch.einsum("cij,bij,bjc->bic", taps[:, back.clamp(min=0)], seen.to(dtype), wide)
     if initial_state is not None:
         powers = modal_powers(log_decay, phase, torch.arange(1, l + 1, device=x.device)).to(dtype)
-        before = _times(residues.to(dtype), initial_state.to(dtype)) * wide.new_tensor([1.0, -1.0])
+        before = _conjugate(_times(residues.to(dtype), initial_state.to(dtype)))
         from_state = torch.einsum("cnlz,bcnz->blc", powers, before)
         y = y + (from_state if documents is None else torch.where((documents == 0).unsqueeze(2), from_state, 0))
     if bias is not None:
@@ -335,7 +341,7 @@ def _by_chunks(
     if bias is not None:
         taps = torch.cat([taps[:, :1] + bias.to(taps.dtype).unsqueeze(1), taps[:, 1:]], dim=1)
     # what a chunk's tokens read of the state before it
-    read = (weighted[:, :, 1:] * weighted.new_tensor([1.0, -1.0])).transpose(2, 3).flatten(1, 2)
+    read = _conjugate(weighted[:, :, 1:]).transpose(2, 3).flatten(1, 2)
     return _modal_conv(x, taps, powers, read, initial_state, documents, lengths, backend)
 
 
@@ -372,7 +378,14 @@ def _fake(x, taps, powers, *_):
     return x.new_empty(b, l, c), x.new_empty(b, c, n, 2, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-_modal_conv = Op("modal_conv", _forward, _backward, _fake, learnt=("x", "taps", "powers", "read", "initial_state"))
+_modal_conv = Op(
+    "modal_conv",
+    _forward,
+    _backward,
+    _fake,
+    learnt=("x", "taps", "powers", "read", "initial_state"),
+    waits=True,  # for the number of chunks, where there are documents
+)
 
 
 def cases(device, dtype, batch=2, length=70, channels=6, modes=4):

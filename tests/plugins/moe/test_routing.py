@@ -6,6 +6,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import (
     DeepseekV3Config,
@@ -22,6 +23,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRout
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from hf_archs.kernels.numerics import allowed
 from hf_archs_moe import routing
 from hf_archs_moe.callbacks import RouterCallback
 from hf_archs_moe.configuration import MoEConfig
@@ -35,6 +37,36 @@ ROUTERS = {
     "predicted": {"router": "expert_choice", "capacity_factor": 1.5, "causal_predictor": True},
     "loss_free": {"score_function": "sigmoid", "routed_scaling_factor": 2.5},
 }
+
+
+class Products(TorchDispatchMode):
+    """Collects how far products of matrices may be rounded while they run."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.found.append(allowed("mkldnn", "matmul"))
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_the_router_is_not_rounded(kind):
+    """Whatever a program allows for products of float32."""
+    router = make(kind)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.no_grad(), Products() as products:
+            router(torch.randn(2, 5, 12))
+            torch.mm(torch.ones(2, 2), torch.ones(2, 2))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    *inside, outside = products.found
+    assert outside == "bf16"
+    assert inside
+    assert set(inside) == {"ieee"}
 
 
 def make(kind, d=12, e=6, **fields):

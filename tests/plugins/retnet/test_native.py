@@ -440,7 +440,7 @@ def test_the_parallel_form_of_torchscale():
 
 def test_the_factor_of_far_heads():
     """A late head's decay rounds to 1 in float32, so that t decays sum to t."""
-    found = decay_norm(torch.tensor([[0, 2, 999_999]]), 300, torch.float32).double().squeeze(-1)
+    found = decay_norm(torch.tensor([[0, 2, 999_999]]), 300, torch.float32).double()
     far = torch.tensor([1.0, 3.0, 1e6], dtype=torch.float64).rsqrt()
     torch.testing.assert_close(found[0, :, 200:], far[:, None].expand(-1, 100), rtol=1e-6, atol=0)
     for head in (0, 9, 20):

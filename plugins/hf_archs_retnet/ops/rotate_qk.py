@@ -1,0 +1,143 @@
+"""Queries and keys rotated by their positions, in one (Su et al. 2021, "RoFormer", https://arxiv.org/abs/2104.09864,
+section 3.4; the e^(i n theta) of Sun et al. 2023, equation 3).
+
+In ordinary operators q and k are read and written seven times over, in float32. On a GPU one kernel does it once; its
+backward is the opposite rotation, which needs the angles alone. A CPU is as quick with the operators.
+
+Letters: b batch, l length, h heads, n channels of a head.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_archs.kernels.arguments import check_shapes
+from hf_archs.kernels.backend import backend_for
+from hf_archs.kernels.library import Op
+from hf_archs.kernels.numerics import cast, wide
+
+
+def rotate_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool,
+    q_scale: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Turn each pair of channels of q and k by its angle, and scale q.
+
+    ``(first cos - second sin, first sin + second cos)``, computed in float32, or float64 where ``q`` is. All the first
+    channels of the pairs come back first, then all the second ones: an order that scores cannot tell.
+
+    Args:
+        q: (batch, length, heads, channels), channels being a multiple of 2.
+        k: as ``q``, and in its dtype.
+        cos: of the angle of each pair at each token, (batch or 1, length, channels / 2). It is a constant, as ``sin``
+            and ``q_scale`` are: no gradient reaches them.
+        sin: as ``cos``.
+        interleaved: channels 2c and 2c + 1 are a pair. False: channels c and c + n/2 are.
+        q_scale: by which the rotated q of each token and head is multiplied, (batch or 1, length, heads); None for 1.
+        scale: by which all of it is multiplied besides.
+
+    Returns:
+        q and k in their shapes and dtype. Both can be differentiated, once.
+
+    Raises:
+        ValueError: where a shape does not fit, naming the argument.
+    """
+    b, l, h, n = q.shape
+    rows = cos.shape[0] if cos.shape[0] == 1 else b
+    check_shapes("rotate_qk", k=(k, q.shape), cos=(cos, (rows, l, n // 2)), sin=(sin, cos.shape))
+    if q_scale is not None:
+        check_shapes("rotate_qk", q_scale=(q_scale, (q_scale.shape[0] if q_scale.shape[0] == 1 else b, l, h)))
+    backend = backend_for(q)
+    if backend == "triton":
+        return _rotate_qk(q, k, cos, sin, q_scale, scale, interleaved)
+    if backend == "portable" and l == 1:
+        return _step(q, k, cos, sin, q_scale, scale, interleaved)
+    return rotate_qk_reference(q, k, cos, sin, interleaved=interleaved, q_scale=q_scale, scale=scale)
+
+
+def rotate_qk_reference(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool,
+    q_scale: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`rotate_qk` in ordinary operators: the oracle, the portable form, and the one for exporters."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = (cast(t.detach(), dtype).unsqueeze(2) for t in (cos, sin))
+    by: Tensor | float = scale if q_scale is None else scale * cast(q_scale.detach(), dtype).unsqueeze(3)
+    return _rotate(q, cos * by, sin * by, interleaved), _rotate(k, cos, sin, interleaved)
+
+
+def _pairs(x: Tensor, interleaved: bool) -> Sequence[Tensor]:
+    """The first and the second channel of every pair, (..., n / 2) each."""
+    return x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    first, second = _pairs(x.to(cos.dtype), interleaved)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
+
+
+def _step(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, scale: float, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """One token on a CPU: q and k together, in a handful of operators."""
+    both = wide(torch.stack((q, k)))
+    first, second = _pairs(both, interleaved)
+    cos, sin = cast(cos, both.dtype).unsqueeze(2), cast(sin, both.dtype).unsqueeze(2)
+    to_first = torch.addcmul(first * cos, second, sin, value=-1)
+    to_second = torch.addcmul(first * sin, second, cos)
+    by: Tensor | float = scale if q_scale is None else (q_scale * scale).unsqueeze(3)
+    turned_q, turned_k = torch.cat((to_first, to_second), dim=-1).unbind()
+    return cast(turned_q * by, q.dtype), cast(turned_k, k.dtype)
+
+
+def _forward(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, scale: float, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    from hf_archs_retnet.ops import rotate_qk_triton
+
+    return rotate_qk_triton.rotate_qk_fwd(q, k, cos, sin, q_scale, scale, interleaved)
+
+
+def _backward(grad_q, grad_k, q, k, *arguments):
+    from hf_archs_retnet.ops import rotate_qk_triton
+
+    return rotate_qk_triton.rotate_qk_bwd(grad_q, grad_k, *arguments)
+
+
+_rotate_qk = Op(
+    "rotate_qk",
+    _forward,
+    _backward,
+    fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    learnt=("q", "k"),
+    unread=("q", "k"),
+    plain=lambda q, k, cos, sin, q_scale, scale, interleaved: rotate_qk_reference(
+        q, k, cos, sin, interleaved=interleaved, q_scale=q_scale, scale=scale
+    ),
+)
+
+
+def cases(device, dtype, batch=2, length=9, heads=3, channels=20) -> Iterator[dict[str, Any]]:
+    """Arguments of `rotate_qk` for tests and benchmarks: one row of angles, and angles and scales for each row."""
+    q, k = torch.randn(2, batch, length, heads, channels, device=device, dtype=dtype)
+    angle = 6.28 * torch.rand(
+        batch, length, channels // 2, device=device, dtype=torch.promote_types(dtype, torch.float32)
+    )
+    q_scale = 0.5 + angle[:, :, :heads] / 6.28
+    yield {"q": q, "k": k, "cos": angle[:1].cos(), "sin": angle[:1].sin(), "interleaved": False}
+    tables = {"cos": angle.cos(), "sin": angle.sin(), "q_scale": q_scale}
+    yield {"q": q, "k": k, **tables, "interleaved": True, "scale": 0.3}
