@@ -55,5 +55,5 @@ class HyenaMixer(nn.Module):
         return y, {"conv": conv, "past": past} if need_state else {}
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
-        """The states after the first ``lengths`` tokens of a recorded forward."""
+        """The states after the first ``lengths`` tokens of a recorded forward, for a cache that rolls back."""
         return self._mix(inputs["u"], before, lengths, inputs.get("seq_idx"), need_state=True)[1]

@@ -111,7 +111,7 @@ class MambaMixer(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
+        """Mix the tokens, (b, l, d) to (b, l, d). States are read from ``state``, a slot of the cache, and updated."""
         conv, ssm, once = (None, None, None) if state is None else (state.get("conv"), state.get("ssm"), state.once)
         u, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         x, conv = self.conv1d(u, conv, lengths, seq_idx, once)
@@ -126,7 +126,7 @@ class MambaMixer(nn.Module):
         return self.out_proj(y)
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
-        """The states after the first ``lengths`` tokens of a recorded forward."""
+        """The states after the first ``lengths`` tokens of a recorded forward, for a cache that rolls back."""
         seq_idx = inputs.get("seq_idx")
         _, conv = self.conv1d(inputs["u"], before["conv"], lengths, seq_idx)
         B = inputs["B"]  # in place of C, which the state does not depend on

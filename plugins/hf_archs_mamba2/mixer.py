@@ -19,10 +19,10 @@ from hf_archs_mamba2.ops.ssd_scan import ssd_scan
 
 
 class ScalarSSM(nn.Module):
-    """The recurrence with one decay per head, and its own parameters, which stay in float32.
+    """The recurrence with one decay per head.
 
-    They stand in a module of their own so that they can be sharded, kept in float32 and, through
-    ``modules_to_save=["ssm"]``, trained beside LoRA.
+    Its parameters have a module of their own, which stays in float32, is a unit of FSDP2, and can be trained beside
+    LoRA with ``modules_to_save=["ssm"]``.
     """
 
     def __init__(self, config: Mamba2MixerConfig):
@@ -35,7 +35,7 @@ class ScalarSSM(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
 
     def init_weights(self) -> None:
-        """Decays 1 to the number of heads; steps log-uniform between ``time_step_min`` and ``time_step_max``."""
+        """Set the decay rates to 1, 2, ..., heads; steps log-uniform in ``time_step_min`` to ``time_step_max``."""
         config = self.config
         A = torch.arange(1, config.num_heads + 1, dtype=torch.float32, device=self.A_log.device)
         init.copy_(self.A_log, torch.log(A))
@@ -82,7 +82,7 @@ class Mamba2Mixer(nn.Module):
     def __init__(self, config: Mamba2MixerConfig):
         super().__init__()
         self.config = config
-        # read from a config once: transformers' configs are slow to read, and a decode step is short
+        # sizes are read here, since reading a field of a transformers config is slow for a decode step
         shared = config.n_groups * config.state_size
         self.splits = [config.channels, config.conv_size, config.num_heads]  # of in_proj: z, xBC, dt
         self.conv_splits = [config.channels, shared, shared]  # of xBC
@@ -102,7 +102,7 @@ class Mamba2Mixer(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
+        """Mix the tokens, (b, l, d) to (b, l, d). States are read from ``state``, a slot of the cache, and updated."""
         conv, ssm, once = (None, None, None) if state is None else (state.get("conv"), state.get("ssm"), state.once)
         z, u, dt = torch.split_with_sizes(self.in_proj(hidden_states), self.splits, -1)
         xBC, conv = self.conv1d(u, conv, lengths, seq_idx, once)
@@ -135,7 +135,7 @@ class Mamba2Mixer(nn.Module):
         )
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
-        """The states after the first ``lengths`` tokens of a recorded forward."""
+        """The states after the first ``lengths`` tokens of a recorded forward, for a cache that rolls back."""
         seq_idx = inputs.get("seq_idx")
         _, conv = self.conv1d(inputs["u"], before["conv"], lengths, seq_idx)
         _, ssm = self._scan(inputs["xBC"], inputs["dt"], before["ssm"], lengths, seq_idx)

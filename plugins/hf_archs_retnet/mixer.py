@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_archs.cache import Slot, States
+from hf_archs.cache.call import once
 from hf_archs.kernels.numerics import made_once
 from hf_archs_retnet.configuration import RetNetMixerConfig
 from hf_archs_retnet.ops.norm_gate import norm_gate
@@ -67,7 +68,7 @@ def positions(
 def _after(
     position: torch.Tensor, before: torch.Tensor | None, lengths: torch.Tensor | None, batch: int
 ) -> torch.Tensor:
-    """How many tokens of each row's last document there are so far, (b, 1), from `positions`."""
+    """The number of tokens read of each row's last document, (b, 1); ``position`` is of `positions`."""
     position = position.expand(batch, -1)
     if lengths is None:
         return position[:, -1:] + 1
@@ -76,9 +77,9 @@ def _after(
 
 
 def angles(position: torch.Tensor, key_dim: int, rotary: str, dtype: torch.dtype) -> torch.Tensor:
-    """By how much each pair of channels of a head is rotated at each token.
+    """The angle by which each pair of channels of a head is rotated at each token.
 
-    They are computed at each call: a buffer would follow the model into bfloat16, and be empty after the meta device.
+    Angles are computed at each call: a buffer would be cast to bfloat16 with the model, and be empty after meta device.
 
     Args:
         position: integer, (b or 1, l).
@@ -89,10 +90,10 @@ def angles(position: torch.Tensor, key_dim: int, rotary: str, dtype: torch.dtype
     Returns:
         (b or 1, l, key_dim / 2), from 0 to 2 pi.
     """
-    # whole turns are taken off in float64: in float32 an angle at token 10,000 has lost four digits
+    # whole turns are removed in float64: in float32 an angle at token 10,000 has lost four digits
     wide = dtype if position.device.type == "mps" else torch.float64
     pairs = key_dim // 2
-    last = pairs if rotary == "half" else max(pairs - 1, 1)  # whose exponent would be 1, or is
+    last = pairs if rotary == "half" else max(pairs - 1, 1)  # the pair with exponent 1
     slowest = math.log10(2 * math.pi) + 4 * (pairs - 1) / last
     turns = made_once(
         ("turns", pairs, last, wide),
@@ -113,7 +114,7 @@ def decay_norm(position: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.
     Returns:
         (b or 1, l, heads), from 1 downwards.
     """
-    # where a far head decays by less than float32 can hold, t decays sum to t, and so they do at the smallest one here
+    # a decay that float32 rounds to 1 has a sum of t; so has the smallest log decay allowed here
     log_decay = multi_scale_log_decay(heads, position.device, dtype).clamp(max=-1e-30)
     # exp(x) - 1 = 2 tanh(x / 2) / (1 - tanh(x / 2)), which keeps its digits where an exporter has no expm1
     all_decays, last = ((x / 2).tanh() for x in (log_decay * (position + 1).unsqueeze(-1), log_decay))
@@ -147,7 +148,7 @@ class RetNetMixer(nn.Module):
         lengths: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``(b, l, d)`` to the same, continuing the states of ``state`` and leaving there those after this forward."""
+        """Mix the tokens, (b, l, d) to (b, l, d). States are read from ``state``, a slot of the cache, and updated."""
         before = {name: None if state is None else state.get(name) for name in ("position", "retention")}
         q, k, v = (
             projection(hidden_states).view(*hidden_states.shape[:2], self.config.num_heads, -1)
@@ -162,16 +163,21 @@ class RetNetMixer(nn.Module):
         return self.out_proj(self.norm(y, self.g_proj(hidden_states)))
 
     def _rotate(self, q: torch.Tensor, k: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both rotated, and q scaled."""
+        """Rotated queries and keys, the queries scaled."""
         rotary, dtype, n = self.config.rotary, torch.promote_types(q.dtype, torch.float32), q.shape[-1]
-        by = angles(position, n, rotary, dtype)
-        norm = decay_norm(position, self.config.num_heads, dtype) if self.config.normalize_decay else None
-        return rotate_qk(q, k, by.cos(), by.sin(), interleaved=rotary == "interleaved", q_scale=norm, scale=n**-0.5)
+        heads = self.config.num_heads if self.config.normalize_decay else None
+
+        def compute() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+            by = angles(position, n, rotary, dtype)
+            return by.cos(), by.sin(), None if heads is None else decay_norm(position, heads, dtype)
+
+        cos, sin, norm = once(("retention", n, rotary, heads, dtype, q.device), compute)
+        return rotate_qk(q, k, cos, sin, interleaved=rotary == "interleaved", q_scale=norm, scale=n**-0.5)
 
     def _replay(self, inputs: States, before: dict[str, torch.Tensor | None], lengths: torch.Tensor) -> States:
-        """The states after the first ``lengths`` tokens of a recorded forward."""
+        """The states after the first ``lengths`` tokens of a recorded forward, for a cache that rolls back."""
         k, v, seq_idx = inputs["k"], inputs["v"], inputs.get("seq_idx")
-        _, after = retention(  # whatever q reads
+        _, after = retention(  # the state does not depend on q
             k, k, v, scale=1.0, initial_state=before["retention"], lengths=lengths, seq_idx=seq_idx
         )
         position = positions(k.shape[1], before["position"], seq_idx, k.device)
