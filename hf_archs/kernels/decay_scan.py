@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_archs.kernels import decay_scan_portable as portable
 from hf_archs.kernels.arguments import check_shapes, number_documents, some_boundaries
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.library import Op
+from hf_archs.kernels.library import Op, form
 from hf_archs.kernels.numerics import LOG2_E, cast, constant, wide
 
 
@@ -169,14 +169,6 @@ def _step(
     return cast(y, y_dtype), state
 
 
-def _implementation(backend: str):
-    if backend == "triton":
-        from hf_archs.kernels import decay_scan_triton
-
-        return decay_scan_triton
-    return portable
-
-
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -190,11 +182,11 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the start of every chunk of tokens."""
-    return _implementation(backend).decay_scan_fwd(q, k, v, log_decay, scale, skip, initial_state, documents, keep)
+    return form(__name__, backend).decay_scan_fwd(q, k, v, log_decay, scale, skip, initial_state, documents, keep)
 
 
 def _backward(grad_y, grad_state, q, k, v, log_decay, scale, skip, initial_state, documents, kept, backend, wanted):
-    return _implementation(backend).decay_scan_bwd(
+    return form(__name__, backend).decay_scan_bwd(
         grad_y, grad_state, q, k, v, log_decay, scale, skip, documents, kept, wanted
     )
 
@@ -203,7 +195,7 @@ def _fake(q, k, v, log_decay, scale, skip, initial_state, documents, backend, ke
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), n = v.shape, q.shape[3]
     # in one row: a dimension of chunks would be 1 for short sequences, and torch.compile compiles once more for a 1
-    chunk = _implementation(backend).CHUNK
+    chunk = form(__name__, backend).CHUNK
     kept = (l + chunk - 1) // chunk * b * h * p * n if keep else 0
     return v.new_empty(b, l, h, p), v.new_empty(b, h, p, n, dtype=dtype), v.new_empty(kept, dtype=dtype)
 

@@ -3,13 +3,14 @@
 A schema has no optional results, so a tensor that is missing comes back empty.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_archs.kernels.backend import is_transformed
+from hf_archs.kernels.backend import backend_for, is_transformed
 from hf_archs.kernels.numerics import full_precision
 
 OPS: dict[str, "Op"] = {}  # by the name in PyTorch's library
@@ -18,6 +19,19 @@ OPS: dict[str, "Op"] = {}  # by the name in PyTorch's library
 def _nothing(tensors: Any) -> bool:
     """Whether no tensor has an element, as where there are no rows."""
     return all(t is None or t.numel() == 0 for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
+
+
+def form(op: str, backend: str) -> Any:
+    """The module of an op's Triton or portable form: of ``x``, ``x_triton`` or ``x_portable``.
+
+    It is imported at its first use, since Triton may be missing.
+    """
+    return importlib.import_module(f"{op}_{'triton' if backend == 'triton' else 'portable'}")
+
+
+def form_for(op: str, x: Tensor, float64: bool = True) -> Any:
+    """`form` for ``x``; ``float64`` says whether the Triton kernels compute in it."""
+    return form(op, backend_for(x) if float64 or x.dtype != torch.float64 else "portable")
 
 
 class Op:

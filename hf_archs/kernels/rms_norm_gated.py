@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.library import Op
+from hf_archs.kernels.library import Op, form_for
 from hf_archs.kernels.numerics import cast, inverse_rms, wide
 
 
@@ -54,22 +54,12 @@ def rms_norm_gated_reference(x: Tensor, weight: Tensor, z: Tensor, eps: float, g
     return cast(weight * cast(normed.view(x.shape), x.dtype), x.dtype)
 
 
-def _implementation(x: Tensor):
-    if backend_for(x) == "triton":
-        from hf_archs.kernels import rms_norm_gated_triton
-
-        return rms_norm_gated_triton
-    from hf_archs.kernels import rms_norm_gated_portable
-
-    return rms_norm_gated_portable
-
-
 def _forward(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int) -> Tensor:
-    return _implementation(x).rms_norm_gated_fwd(x, weight, z, eps, group_size)
+    return form_for(__name__, x).rms_norm_gated_fwd(x, weight, z, eps, group_size)
 
 
 def _backward(grad_y, x, *arguments):
-    return _implementation(x).rms_norm_gated_bwd(grad_y, x, *arguments)
+    return form_for(__name__, x).rms_norm_gated_bwd(grad_y, x, *arguments)
 
 
 _rms_norm_gated = Op(

@@ -19,10 +19,10 @@ from hf_archs_mamba.ops.selective_scan import selective_scan
 
 
 class SelectiveSSM(nn.Module):
-    """The recurrence and its own parameters, which stay in float32 and are no linear layer's.
+    """The selective recurrence.
 
-    They stand in a module of their own so that they can be sharded, kept in float32 and, through
-    ``modules_to_save=["ssm"]``, trained beside LoRA.
+    Its parameters have a module of their own, which stays in float32, is a unit of FSDP2, and can be trained beside
+    LoRA with ``modules_to_save=["ssm"]``.
     """
 
     def __init__(self, config: MambaMixerConfig):

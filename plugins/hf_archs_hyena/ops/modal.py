@@ -17,9 +17,8 @@ from torch import Tensor
 
 from hf_archs.kernels.arguments import check_shapes, number_documents, some_boundaries
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.library import Op
+from hf_archs.kernels.library import Op, form
 from hf_archs.kernels.numerics import full_precision
-from hf_archs_hyena.ops import modal_portable as portable
 
 # tokens between two entries of the coarse table of powers; fixed, so that a longer filter has the same taps
 _STRIDE = 256
@@ -332,7 +331,7 @@ def _by_chunks(
     dtype = torch.promote_types(x.dtype, torch.float32)
     # Triton's matrix products have no float64
     backend = "portable" if x.dtype == torch.float64 else backend
-    m = _implementation(backend).CHUNK
+    m = form(__name__, backend).CHUNK
     if dtype == torch.float64:
         log_decay, phase = log_decay.double(), phase.double()
     powers = modal_powers(log_decay, phase, torch.arange(m + 1, device=x.device))  # (c, n, m + 1, 2)
@@ -343,14 +342,6 @@ def _by_chunks(
     # what a chunk's tokens read of the state before it
     read = _conjugate(weighted[:, :, 1:]).transpose(2, 3).flatten(1, 2)
     return _modal_conv(x, taps, powers, read, initial_state, documents, lengths, backend)
-
-
-def _implementation(backend: str):
-    if backend == "triton":
-        from hf_archs_hyena.ops import modal_triton
-
-        return modal_triton
-    return portable
 
 
 def _forward(
@@ -365,12 +356,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y and the final state, from the first taps (c, m), the poles' powers 0 to m (c, n, m + 1, 2), and ``read``, what
     a chunk's tokens take of the state before it (c, 2 n, m)."""
-    return _implementation(backend).modal_conv_fwd(x, taps, powers, read, initial_state, documents, lengths)
+    return form(__name__, backend).modal_conv_fwd(x, taps, powers, read, initial_state, documents, lengths)
 
 
 def _backward(grad_y, grad_final_state, *arguments):
     *tensors, backend, wanted = arguments
-    return _implementation(backend).modal_conv_bwd(grad_y, grad_final_state, *tensors, wanted)
+    return form(__name__, backend).modal_conv_bwd(grad_y, grad_final_state, *tensors, wanted)
 
 
 def _fake(x, taps, powers, *_):

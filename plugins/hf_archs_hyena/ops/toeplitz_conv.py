@@ -14,8 +14,7 @@ from torch import Tensor
 
 from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents, some_boundaries
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.library import Op
-from hf_archs_hyena.ops import toeplitz_conv_portable as portable
+from hf_archs.kernels.library import Op, form_for
 
 MAX_TAPS = 128
 
@@ -157,23 +156,16 @@ def _plain(
     return y.to(x.dtype)
 
 
-def _implementation(x: Tensor):
-    # Triton's matrix products have no float64
-    if backend_for(x) == "triton" and x.dtype != torch.float64:
-        from hf_archs_hyena.ops import toeplitz_conv_triton
-
-        return toeplitz_conv_triton
-    return portable
-
-
 def _forward(
     x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, documents: Tensor | None
 ) -> Tensor:
-    return _implementation(x).toeplitz_conv_fwd(x, taps, bias, initial_state, documents)
+    return form_for(__name__, x, float64=False).toeplitz_conv_fwd(x, taps, bias, initial_state, documents)
 
 
 def _backward(grad_y, x, taps, bias, initial_state, documents, wanted):
-    return _implementation(x).toeplitz_conv_bwd(grad_y, x, taps, bias, initial_state, documents, wanted=wanted)
+    return form_for(__name__, x, float64=False).toeplitz_conv_bwd(
+        grad_y, x, taps, bias, initial_state, documents, wanted=wanted
+    )
 
 
 _toeplitz_conv = Op(

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_archs.kernels.arguments import check_shapes, some_boundaries
 from hf_archs.kernels.backend import backend_for
 from hf_archs.kernels.exporting import scan
-from hf_archs.kernels.library import Op
+from hf_archs.kernels.library import Op, form_for
 from hf_archs.kernels.numerics import LOG2_E, cast, constant, wide
 from hf_archs_mamba.ops import selective_scan_portable as portable
 
@@ -217,14 +217,6 @@ def _scan_by_token(
     return y.to(y_dtype), state
 
 
-def _implementation(x: Tensor):
-    if backend_for(x) == "triton" and x.dtype != torch.float64:  # the kernels are float32 inside
-        from hf_archs_mamba.ops import selective_scan_triton
-
-        return selective_scan_triton
-    return portable
-
-
 def _forward(
     x: Tensor,
     dt: Tensor,
@@ -240,7 +232,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states at the start of every block of tokens."""
-    y, final_state, kept = _implementation(x).selective_scan_fwd(
+    y, final_state, kept = form_for(__name__, x, float64=False).selective_scan_fwd(
         x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths, keep
     )
     # in one row: a dimension of blocks would be 1 for short sequences, and torch.compile compiles once more for a 1
@@ -249,7 +241,7 @@ def _forward(
 
 def _backward(grad_y, grad_final_state, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths, kept, wanted):
     kept = kept.view(-1, x.shape[0], A.shape[1], x.shape[2])
-    return _implementation(x).selective_scan_bwd(
+    return form_for(__name__, x, float64=False).selective_scan_bwd(
         grad_y, grad_final_state, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, kept, wanted
     )
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from hf_archs.kernels.arguments import check_shapes
 from hf_archs.kernels.backend import backend_for, is_transformed
 from hf_archs.kernels.exporting import any_length
-from hf_archs.kernels.library import Op
+from hf_archs.kernels.library import Op, form_for
 from hf_archs.kernels.numerics import cast, wide
-from hf_archs_moe.ops import experts_portable as portable
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -154,14 +153,6 @@ def _dense(
     return cast(torch.where(chosen.any(1).t().unsqueeze(2), outputs, 0).sum(0), x.dtype)
 
 
-def _implementation(x: Tensor):
-    if backend_for(x) == "triton" and x.dtype != torch.float64:  # the kernels are float32 inside
-        from hf_archs_moe.ops import experts_triton
-
-        return experts_triton
-    return portable
-
-
 def _forward(
     x: Tensor,
     expert_index: Tensor,
@@ -173,12 +164,14 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, and the products with ``up`` of all pairs sorted by expert."""
-    return _implementation(x).expert_mlp_fwd(x, expert_index, expert_weight, up, down, activation, gated, keep)
+    return form_for(__name__, x, float64=False).expert_mlp_fwd(
+        x, expert_index, expert_weight, up, down, activation, gated, keep
+    )
 
 
 def _backward(grad_y, x, *arguments):
     *inputs, (_, _, up_learns, down_learns) = arguments
-    return _implementation(x).expert_mlp_bwd(grad_y, x, *inputs, up_learns, down_learns)
+    return form_for(__name__, x, float64=False).expert_mlp_bwd(grad_y, x, *inputs, up_learns, down_learns)
 
 
 def _fake(x, expert_index, expert_weight, up, down, activation, gated, keep):
