@@ -21,6 +21,7 @@ def _nothing(tensors: Any) -> bool:
     return all(t is None or t.numel() == 0 for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
 
 
+@torch.compiler.assume_constant_result  # a traced op may read a constant of the module
 def form(op: str, backend: str) -> Any:
     """The module of an op's Triton or portable form: of ``x``, ``x_triton`` or ``x_portable``.
 

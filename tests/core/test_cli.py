@@ -121,7 +121,7 @@ def test_help_is_the_commands_own_and_needs_no_torch(run, arguments):
 def test_help_names_every_command_and_none_is_cut_short(run):
     _, out, _ = run("--help")
     commands = typer.main.get_command(cli.app).commands
-    assert len(commands) == 10
+    assert len(commands) == 11
     for name, command in commands.items():
         assert f"\n  {name}  " in out
         assert command.get_short_help_str(300) in out
