@@ -80,7 +80,7 @@ COUNTED = ("sm_90",)  # the targets whose instructions are counted; to disassemb
 
 
 def targets_named(names: Iterable[str]) -> tuple[Target, ...]:
-    """Those of `TARGETS`.
+    """The entries of `TARGETS` with these names.
 
     Raises:
         ValueError: for another name. Chips before sm_80 are none: Triton makes no tensor instruction there, and spills

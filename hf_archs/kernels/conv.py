@@ -153,9 +153,9 @@ def _step(
 
 
 def _reach(seq_idx: Tensor, size: int) -> Tensor:
-    """How many of the ``size`` inputs before a position it may see: int32, (batch, length).
+    """The number of inputs before each position that belong to its document, at most ``size``: int32, (batch, length).
 
-    The inputs before position 0 count as that position's document.
+    The inputs before position 0 count as part of that position's document.
     """
     length = seq_idx.shape[1]
     begins = (seq_idx != seq_idx.roll(1, 1)) & (torch.arange(length, device=seq_idx.device) > 0)
@@ -171,7 +171,7 @@ def _reach(seq_idx: Tensor, size: int) -> Tensor:
 def _shifted_sum(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, reach: Tensor | None, silu: bool
 ) -> Tensor:
-    """The convolution in ordinary operators, for exporters and for `torch.func`, which know no others."""
+    """The convolution in ordinary operators, for exporters and `torch.func`, which support only these."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     (b, l, c), size = x.shape, weight.shape[1] - 1
     before = x.new_zeros(b, size, c, dtype=dtype) if initial_state is None else initial_state.transpose(1, 2).to(dtype)

@@ -95,7 +95,7 @@ class _Span:
         return t.transpose(2, 3).unflatten(2, (self.groups, self.r))
 
     def written(self) -> Tensor:
-        """What each chunk adds to its end state: (c, b, g, n, r, p)."""
+        """The contribution of each chunk to its end state: (c, b, g, n, r, p)."""
         self.write_to_end = torch.empty_like(self.rows_first(self.write), memory_format=torch.contiguous_format)
         torch.mul(self.rows_first(self.write), self.rows_first(self.to_end).unsqueeze(5), out=self.write_to_end)
         return torch.matmul(self.k.transpose(3, 4), self.write_to_end.flatten(4)).unflatten(4, (self.r, -1))
@@ -372,7 +372,7 @@ def decay_scan_plain(
     initial_state: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The same in ordinary operators and a loop of the graph over chunks, for exporters, which know no others.
+    """The same in ordinary operators and a loop of the graph over chunks, for exporters, which support only these.
 
     Within a chunk it goes over all pairs of tokens at once, as attention does it (Dao and Gu, section 5).
     """

@@ -202,7 +202,7 @@ def _chunk_states_kernel(
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What each chunk adds to the state after it, or (READS) to the gradient of the state before it."""
+    """The contribution of each chunk to the state after it, or (READS) to the gradient of the state before it."""
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     TILES_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     tile = tl.program_id(0) % (TILES_N * TILES_P)
@@ -709,7 +709,7 @@ def _precision() -> str:
 
 
 def _arguments(config: dict[str, int], n: int, p: int) -> dict[str, Any]:
-    """What a kernel of products takes: the config with blocks that are at most as large as their dimensions."""
+    """The constants of a kernel of products: its config, with no block larger than its dimension."""
     blocks = {name: _tile(size, config[name]) for name, size in (("BLOCK_N", n), ("BLOCK_P", p))}
     return {"N": n, "P": p, "CHUNK": CHUNK, "ROWS": ROWS, "PRECISION": _precision()} | config | blocks
 
@@ -881,8 +881,8 @@ def decay_scan_bwd(
 def aot_specs() -> list[KernelSpec]:
     """Every kernel and config, for `hf_archs.kernels.aot`, at the shapes of published models: Mamba-2 2.7B, whose 80
     heads are a multiple of 16, and Mamba2-130m, whose 24 are not; RetNet 6.7B, whose decays are constants without a
-    gradient, and the kernels of its backward in float32. What the first and the last leave out, documents, the others
-    have, as in packed training."""
+    gradient, and the kernels of its backward in float32. The second and the third have documents, as in packed
+    training."""
     learnt = ("inside", "crossing", "columns", "along", "across")
     constant: dict[str, Any] = dict.fromkeys((*learnt, "scale", "scales", "skips", "grad_skips")) | {"shared": 1}
     specs = []

@@ -1,4 +1,4 @@
-"""What ops do in a graph that is made of one example and must be right at every length.
+"""Helpers of ops in exported graphs, which are made from one example and must be right at every length.
 
 `torch.export`, and `torch.onnx.export` through it, know no custom operator and no loop over a symbolic length;
 `torch.jit.trace` writes down the example's length wherever Python computes with it.
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 
 def any_length() -> bool:
-    """Whether such a graph is being made: no branch may depend on a length, unless it is that of a single token."""
+    """Whether a graph is being exported: no branch may depend on a length, except on whether it is 1."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 

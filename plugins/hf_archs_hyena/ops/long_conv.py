@@ -195,7 +195,7 @@ def _exportable(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> Tensor:
-    """The convolution in ordinary operators, for exporters, which know no others, and few runtimes a Fourier transform.
+    """The convolution in ordinary operators, for exporters: few runtimes have a Fourier transform.
 
     Documents in a row make it a product with a matrix of taps for each.
     """

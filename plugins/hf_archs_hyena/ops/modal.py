@@ -294,7 +294,7 @@ def _plain(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> Tensor:
-    """The outputs in ordinary operators, for exporters, which know no others: the filter at full length."""
+    """The outputs in ordinary operators, for exporters, which support only these: the filter at full length."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     l, c = x.shape[1:]
     wide, documents = x.to(dtype), number_documents(seq_idx)

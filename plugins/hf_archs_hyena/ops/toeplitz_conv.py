@@ -137,7 +137,7 @@ def _step(
 def _plain(
     x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, documents: Tensor | None
 ) -> Tensor:
-    """The convolution in ordinary operators, for exporters, which know no others."""
+    """The convolution in ordinary operators, for exporters, which support only these."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     (b, l, c), (g, k) = x.shape, taps.shape
     before = x.new_zeros(b, k - 1, c) if initial_state is None else initial_state.transpose(1, 2)

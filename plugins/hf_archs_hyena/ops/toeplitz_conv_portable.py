@@ -47,7 +47,7 @@ class _Layout:
                 self.rows[0, self.before] = initial_state.transpose(1, 2).to(dtype)
 
     def outputs(self, t: Tensor) -> Tensor:
-        """What belongs to the tokens of a (b', n, c): (b, l, c)."""
+        """The entries of a, (b', n, c), that belong to tokens: (b, l, c)."""
         return t if self.place is None else t[0, self.place - self.size]
 
     def all_outputs(self, t: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ def _scan_by_token(
     seq_idx: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The scan in ordinary operators and a loop of the graph, for exporters, which know no others."""
+    """The scan in ordinary operators and a loop of the graph, for exporters, which support only these."""
     y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
     reset, pad = portable.boundaries(seq_idx, lengths, x)

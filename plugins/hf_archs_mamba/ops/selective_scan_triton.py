@@ -8,7 +8,7 @@ scan across threads, no shared memory, no barrier inside a tile. The loop over t
 its rows a tile's tokens are walked one after the other, while delta, x and the output stay in registers and the row's
 running value waits in a small scratch that stays in the cache. So a state may have any size.
 
-What bounds it: the forward needs one exp2 for each token, channel and state, of which an H100 does an eighth as many as
+The forward is bound by one exp2 for each token, channel and state, of which an H100 does an eighth as many as
 multiply-adds; the other five instructions fit beside them, and memory is read once. All loads of a tile stand
 before its arithmetic, so their latencies overlap. The backward walks the chunks of `CHUNK` tokens backwards, and
 recomputes the states at the starts of the tiles (scratch again), then takes the tiles in reverse, a tile's states in

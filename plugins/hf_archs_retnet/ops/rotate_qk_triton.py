@@ -1,6 +1,6 @@
 """`rotate_qk` in Triton: one kernel for q and k, and the same one for their gradients.
 
-It is bound by memory traffic. A program turns some heads of a token, whose angles it reads once for all of them.
+The kernel is bound by memory traffic. A program rotates some heads of a token, and reads the token's angles once.
 """
 
 from collections.abc import Sequence
