@@ -51,8 +51,8 @@ class Op:
         unread: those of them whose values the backward does not read. They are not kept for it: it is handed tensors of
             their shapes and dtypes.
         waits: whether it asks a GPU for values, which a CUDA graph cannot hold: torch.compile keeps the op out of them.
-        plain: the op in PyTorch's own operators, for exporters and `torch.func`, which support only these; None where the
-            public function sees to it.
+        plain: the op in PyTorch's own operators, for exporters and `torch.func`, which support only these; None if the
+            public function handles them.
     """
 
     def __init__(
