@@ -117,7 +117,7 @@ def _transformers(folder: str, dtype: torch.dtype, policy: MixedPrecisionPolicy)
 
 
 def _accelerate(folder: str, dtype: torch.dtype, policy: MixedPrecisionPolicy) -> Any:
-    """What a Trainer does with ``fsdp=True`` where there are GPUs. (Elsewhere accelerate makes it plain DDP.)"""
+    """FSDP as a Trainer applies it with ``fsdp=True`` on GPUs. (On CPUs accelerate makes it plain DDP.)"""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["ArchBlock"]
     )

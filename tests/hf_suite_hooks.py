@@ -33,7 +33,7 @@ _PEFT: dict[str, dict[str, Any]] = {
 
 
 class StateShapes:
-    """What the common tests cannot know: the shapes of the states, and that experts may have a gate or none."""
+    """Facts that the common tests lack: the shapes of the states, and that experts may have a gate or none."""
 
     model_tester: Any
     subTest: Any

@@ -90,7 +90,7 @@ class StatesContract(
     TrainingContract,
     PrecisionContract,
 ):
-    """What a combination may break: adapters, compilers, places and fields are each part's own."""
+    """Contracts that a combination of parts may break; adapters, compilers, places and fields are tested per part."""
 
 
 class TestCapacities(PaddingContract, CacheContract, GenerationContract, PackingContract, PrecisionContract):

@@ -1,8 +1,8 @@
 """A prefix cache: prompts that share a prefix with earlier prompts start from stored states."""
 
 import threading
-from array import array
 from collections import OrderedDict
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -31,8 +31,8 @@ class StateCache:
         if max_bytes < 0:
             raise ValueError(f"max_bytes is {max_bytes}; allowed are 0 and more")
         self.backbone, self.max_bytes = backbone_of(model), max_bytes
-        self._kept: OrderedDict[bytes, States] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[int, ...], States] = OrderedDict()  # by tokens, the most recently used last
+        self._lock = threading.RLock()
 
     def read(self, input_ids: torch.Tensor) -> ArchDynamicCache:
         """A cache of all tokens of a prompt except the last, which is left to `generate`.
@@ -50,12 +50,12 @@ class StateCache:
         key = _key(input_ids[:, :-1])
         cache = ArchDynamicCache(self.backbone.config)
         with self._lock:
-            start = max((len(kept) for kept in self._kept if key.startswith(kept)), default=0)
-            parting = max((_common(key, kept) for kept in self._kept), default=0)
-            if start:
-                self._kept.move_to_end(key[:start])
-                cache.load_state_dict(self._kept[key[:start]])
-        position = start // 8
+            common = {kept: _common(key, kept) for kept in self._kept}
+            position = max((length for kept, length in common.items() if length == len(kept)), default=0)
+            if position:
+                self._kept.move_to_end(key[:position])
+                cache.load_state_dict(self._kept[key[:position]])
+        parting = max(common.values(), default=0)
         for end in sorted({parting, input_ids.shape[1] - 1}):
             if end > position:
                 with torch.no_grad():
@@ -84,7 +84,8 @@ class StateCache:
 
     def num_bytes(self) -> int:
         """Bytes of all kept states."""
-        return sum(tensor.nbytes for states in self._kept.values() for tensor in states.values())
+        with self._lock:
+            return sum(tensor.nbytes for states in self._kept.values() for tensor in states.values())
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -95,12 +96,10 @@ class StateCache:
             self._kept.clear()
 
 
-def _key(input_ids: torch.Tensor) -> bytes:
-    """The tokens as eight bytes each, so that a prefix of tokens is a prefix of bytes."""
-    return array("q", input_ids[0].tolist()).tobytes()
+def _key(input_ids: torch.Tensor) -> tuple[int, ...]:
+    return tuple(input_ids[0].tolist())
 
 
-def _common(a: bytes, b: bytes) -> int:
-    """Length of the common prefix of two keys, in tokens."""
-    one, two = (torch.frombuffer(bytearray(key[: min(len(a), len(b))]), dtype=torch.long) for key in (a, b))
-    return int((one == two).long().cumprod(0).sum())
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Length of the common prefix."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))

@@ -113,9 +113,9 @@ def load(cache: RecurrentCache, path: str | os.PathLike, model: nn.Module) -> No
         )
     devices = [next(layer.parameters()).device for layer in backbone.layers]
     specs, dtype = cache.specs(), backbone.dtype
-    for name, spec in specs.items():
-        state = states[name]
-        wanted = dtype if spec.dtype is None else torch.promote_types(spec.dtype, dtype)
+    for name in states.keys() & specs.keys():  # `load_state_dict` refuses other names
+        state, kept_in = states[name], specs[name].dtype
+        wanted = dtype if kept_in is None else torch.promote_types(kept_in, dtype)
         states[name] = state.to(devices[int(name.split(".")[1])], wanted if state.is_floating_point() else state.dtype)
     cache.load_state_dict(states)
 

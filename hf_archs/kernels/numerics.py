@@ -25,20 +25,15 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def no_autocast(t: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast, where it is on, would take matrix products to bfloat16."""
-    if torch.is_autocast_enabled(t.device.type):
-        return torch.autocast(t.device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def full_precision(t: Tensor) -> contextlib.AbstractContextManager:
     """Inside, products of float32 tensors where ``t`` lies are float32: neither autocast, nor TF32 or bfloat16 inside
     them, which `torch.set_float32_matmul_precision`, `torch.backends` and Trainer's ``tf32`` allow, rounds anything.
 
     (A graph that is compiled takes what is allowed when it is made, but inside an op of the library.)
     """
-    apart = no_autocast(t)
+    apart: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if torch.is_autocast_enabled(t.device.type):
+        apart = torch.autocast(t.device.type, enabled=False)
     if torch.compiler.is_compiling():
         return apart
     backend = "cuda" if t.is_cuda else "mkldnn"

@@ -6,6 +6,14 @@ from torch import Tensor
 
 
 @triton.jit
+def sigmoid(x):
+    """``1 / (1 + exp(-x))``. It takes fewer registers and more instructions than `sigmoids`, with which large tiles
+    spill.
+    """
+    return 1 / (1 + tl.exp(tl.minimum(-x, 88.0)))  # beyond, exp overflows and the sigmoid is nothing
+
+
+@triton.jit
 def sigmoids(x):
     """``1 / (1 + exp(-x))`` and one less that, within three units of the last place of float32, in seven instructions.
 

@@ -149,7 +149,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.rotation is not None:
             wider = torch.promote_types(dtype, torch.float32)
-            cos, sin = once((*self.rotation, wider, q.device), lambda: self._angles(q.shape[2], start, wider))
+            cos, sin = once(("rotary", *self.rotation, wider, q.device), lambda: self._angles(q.shape[2], start, wider))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return cast(q, dtype), cast(k, dtype), v
 
@@ -313,7 +313,7 @@ class Attention(nn.Module):
             new = t[:, :, past:].transpose(1, 2).flatten(2)
             old = None if past == 0 else t[:, :, :past].transpose(2, 3).flatten(1, 2)
             window = last_inputs(new, size, old, documents, lengths)
-            after[name] = window.unflatten(1, (-1, self.config.head_size))
+            after[name] = window.unflatten(1, (-1, self.head_size))
         return after
 
     def _more_after(self, columns: Columns, start: torch.Tensor, end: torch.Tensor | int) -> States:

@@ -1,4 +1,4 @@
-"""What is measured of hybrids: the small mixture against Llama, and Jamba against transformers'."""
+"""Benchmarks of hybrids: the small mixture against Llama, and Jamba against transformers'."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is measured of Hyena: its convolution against the published form of it, the model against a Llama."""
+"""Benchmarks of Hyena: its convolution against the published form, the model against a Llama."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is measured of Mamba: the selective scan against mamba_ssm's CUDA kernel, the model against transformers'."""
+"""Benchmarks of Mamba: the selective scan against mamba_ssm's CUDA kernel, the model against transformers'."""
 
 import importlib.util
 from collections.abc import Iterator

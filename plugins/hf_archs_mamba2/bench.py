@@ -1,4 +1,4 @@
-"""What is measured of Mamba-2: its scan against mamba_ssm's and transformers', the model against transformers'."""
+"""Benchmarks of Mamba-2: its scan against mamba_ssm's and transformers', the model against transformers'."""
 
 import importlib.util
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What is measured of mixtures of experts: the experts against transformers' forms, the model against Mixtral."""
+"""Benchmarks of mixtures of experts: the experts against transformers' forms, the model against Mixtral."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from hf_archs_moe.ops.experts import cases, expert_mlp
 
 
 class _Experts(nn.Module):
-    """What transformers' functions ask of a module of experts."""
+    """The attributes that transformers' functions read of a module of experts."""
 
     has_gate, has_bias, is_transposed, is_concatenated, has_post_expert_norm = True, False, False, True, False
     _is_expert_parallel = False

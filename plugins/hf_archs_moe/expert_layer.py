@@ -110,13 +110,6 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     activations.ReLUSquaredActivation: "relu2",
 }
-_LACKING = (
-    "biases",
-    "transposed weights",
-    "gate and value interleaved",
-    "a norm after each expert",
-    "a gate of their own",
-)
 _FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", torch.relu: "relu"}
 
 
@@ -148,20 +141,20 @@ def hf_archs_experts_forward(
     """
     module: Any = self
     activation = _activation(module.act_fn)
-    lacking = (
-        module.has_bias,
-        module.is_transposed,
-        not module.is_concatenated,
-        module.has_post_expert_norm,
-        module.has_gate and type(module)._apply_gate is not _default_apply_gate,
-        activation is None,
-    )
-    if any(lacking) or activation is None:
-        names = (*_LACKING, f"the activation {type(module.act_fn).__name__}")
+    lacking = {
+        "biases": module.has_bias,
+        "transposed weights": module.is_transposed,
+        "gate and value interleaved": not module.is_concatenated,
+        "a norm after each expert": module.has_post_expert_norm,
+        "a gate of their own": module.has_gate and type(module)._apply_gate is not _default_apply_gate,
+        f"the activation {type(module.act_fn).__name__}": activation is None,
+    }
+    if any(lacking.values()):
         raise ValueError(
             f"experts implementation 'hf_archs': {type(module).__name__} has "
-            f"{', '.join(name for name, has in zip(names, lacking) if has)}, which it does not compute; 'eager' does"
+            f"{', '.join(name for name, has in lacking.items() if has)}, which it does not compute; 'eager' does"
         )
+    assert activation is not None
     up = module.gate_up_proj if module.has_gate else module.up_proj
     return cast(
         expert_mlp(

@@ -1,4 +1,4 @@
-"""What is measured of RetNet: retention against flash-linear-attention's or the parallel form, the model against
+"""Benchmarks of RetNet: retention against flash-linear-attention's or the parallel form, the model against
 Llama."""
 
 import importlib.util

@@ -245,7 +245,7 @@ def test_large_and_binary_files_are_lfs_and_ignored_files_stay_away(api, tmp_pat
     assert entries == {".gitignore": False, "keep.log": False, "text": False, "binary": True, "long": True}
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(

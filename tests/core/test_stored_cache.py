@@ -54,11 +54,12 @@ def saved(model, tmp_path):
     return path
 
 
-def changed(path, **about):
-    """The same file with other metadata."""
+def changed(path, without=None, **about):
+    """The same file with other metadata, or without one of its states."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    save_file(load_file(path), path, metadata={**metadata, **about})
+    states = {name: tensor for name, tensor in load_file(path).items() if name != without}
+    save_file(states, path, metadata={**metadata, **about})
 
 
 def test_a_long_prompt_in_another_process(model, tmp_path):
@@ -77,6 +78,11 @@ def test_a_file_that_does_not_belong(model, saved, tmp_path):
     whole = saved.read_bytes()
     saved.write_bytes(whole[:-10])
     with pytest.raises(ValueError, match=r"prompt\.safetensors is damaged or no safetensors file"):
+        ArchDynamicCache.load(saved, model)
+    saved.write_bytes(whole)
+    names = [name for name in load_file(saved) if name != "length"]
+    changed(saved, without=names[0])
+    with pytest.raises(ValueError, match=rf"of another model: {names[0]} is missing or unknown"):
         ArchDynamicCache.load(saved, model)
     saved.write_bytes(whole)
     changed(saved, version="7", library="9.0")

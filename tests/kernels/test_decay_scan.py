@@ -201,7 +201,7 @@ def test_constant_decays_beside_a_skip():
     [("portable", "none"), ("portable", "documents"), ("portable", "lengths"), ("triton", "none"), ("triton", "both")],
 )
 def test_gradients_without_those_of_the_decays(backend, boundaries):
-    """What nothing learns is not computed, and everything else is the same."""
+    """Gradients of tensors that nothing learns are not computed, and all others are the same."""
     tensors = make(l=140, g=1, h=1)
     fixed = {name: tensors.pop(name) for name in ("log_decay", "scale")}
     if boundaries == "none":
@@ -289,7 +289,7 @@ def test_packed_documents_are_each_alone():
 
 
 def test_pads_leave_the_state_alone():
-    """Whatever stands at pads, finite or not, and whatever documents begin there."""
+    """Values at pads, finite or not, and documents that begin there, change nothing."""
     tensors = make(l=80, dtype=torch.float64)
     seq_idx, lengths = some_documents(2, 80), torch.tensor([0, 70])
     seq_idx[:, 75] = 7

@@ -334,7 +334,7 @@ def test_opcheck(name, monkeypatch):
 
 @every_op
 def test_products_of_float32_are_not_rounded(name, monkeypatch):
-    """Whatever a program has allowed, which stays allowed after the op, and after one that fails."""
+    """A program's setting for products of float32 has no effect in an op, and is restored after it, failed or not."""
     torch.set_float32_matmul_precision("medium")
     try:
         before = {kind: allowed("mkldnn", kind) for kind in ("matmul", "conv")}

@@ -149,6 +149,7 @@ class CacheContract(Contract):
         ids, path = tokens(2, 20), tmp_path / "state.safetensors"
         cache = forward(model, ids[:, :9], use_cache=True).past_key_values
         cache.save(path, model)
+        saved = dict(cache.tensors())
         expected = continued(model, ids[:, 9:], [1, 10], cache)
         found = continued(model, ids[:, 9:], [1, 10], ArchDynamicCache.load(path, model))
         assert torch.equal(found, expected)
@@ -159,6 +160,7 @@ class CacheContract(Contract):
             alone = forward(other, ids[:, :9], use_cache=True).past_key_values
             loaded = ArchDynamicCache.load(path, other)
             assert {n: t.dtype for n, t in loaded.tensors()} == {n: t.dtype for n, t in alone.tensors()}
+            assert all(torch.equal(tensor, saved[name].to(tensor.dtype)) for name, tensor in loaded.tensors())
             found = continued(other, ids[:, 9:], [1, 10], loaded)
         assert_close(found.float(), expected, "in float64")  # in bf16 a router may choose other experts
         adapted = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM"))

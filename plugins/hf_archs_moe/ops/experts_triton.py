@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_archs.kernels.aot import FUSED, KernelSpec
+from hf_archs.kernels.triton_functions import sigmoid
 
 # ROWS are pairs, COLUMNS those of a result (half as many of the inner layer, whose activation takes registers of its
 # own), STEP what a product sums over at once. The first is for 16 bits, the second for experts with few pairs, as in a
@@ -39,18 +40,13 @@ FEW = 16  # pairs an expert has on average, up to which most rows of a large til
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(tl.minimum(-x, 88.0)))  # beyond, exp overflows and the sigmoid is nothing
-
-
-@triton.jit
 def _activation(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        y = x * _sigmoid(x)
+        y = x * sigmoid(x)
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_pytorch_tanh":  # (1 + tanh(u)) / 2 is the sigmoid of 2 u
-        y = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
         y = tl.maximum(x, 0)
         if ACTIVATION == "relu2":
@@ -62,12 +58,12 @@ def _activation(x, ACTIVATION: tl.constexpr):
 def _slope(x, ACTIVATION: tl.constexpr):
     """The derivative of the activation."""
     if ACTIVATION == "silu":
-        s = _sigmoid(x)
+        s = sigmoid(x)
         y = s * (1 + x * (1 - s))
     elif ACTIVATION == "gelu":
         y = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif ACTIVATION == "gelu_pytorch_tanh":
-        s = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        s = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         y = s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
     elif ACTIVATION == "relu2":
         y = 2 * tl.maximum(x, 0)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_archs.kernels.aot import FUSED, KernelSpec
+from hf_archs.kernels.triton_functions import sigmoid
 
 # Rows that one program of the backward walks through. It sums the gradient of the weight in registers meanwhile and
 # writes it once, so that this traffic is some hundredths of the rest; every ROWS below divides it.
@@ -36,7 +37,7 @@ def _activation(z, GELU: tl.constexpr):
         below = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)  # of the normal distribution
         return z * below, below + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
     else:
-        s = 1 / (1 + tl.exp(tl.minimum(-z, 88.0)))  # beyond, exp overflows and the sigmoid is nothing
+        s = sigmoid(z)
         return z * s, s + z * s * (1 - s)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_archs.kernels.arguments import check_shapes
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.library import Op
+from hf_archs.kernels.library import Op, form
 from hf_archs.kernels.numerics import cast, wide
 
 
@@ -107,15 +107,11 @@ def _step(
 def _forward(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, scale: float, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    from hf_archs_retnet.ops import rotate_qk_triton
-
-    return rotate_qk_triton.rotate_qk_fwd(q, k, cos, sin, q_scale, scale, interleaved)
+    return form(__name__, "triton").rotate_qk_fwd(q, k, cos, sin, q_scale, scale, interleaved)
 
 
 def _backward(grad_q, grad_k, q, k, *arguments):
-    from hf_archs_retnet.ops import rotate_qk_triton
-
-    return rotate_qk_triton.rotate_qk_bwd(grad_q, grad_k, *arguments)
+    return form(__name__, "triton").rotate_qk_bwd(grad_q, grad_k, *arguments)
 
 
 _rotate_qk = Op(

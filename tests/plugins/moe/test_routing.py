@@ -54,7 +54,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_the_router_is_not_rounded(kind):
-    """Whatever a program allows for products of float32."""
+    """A program's setting for products of float32 has no effect in a router."""
     router = make(kind)
     torch.set_float32_matmul_precision("medium")
     try:
