@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents, some_boundaries
 from hf_archs.kernels.backend import backend_for, is_transformed
-from hf_archs.kernels.library import Op, form_for
+from hf_archs.kernels.library import Op
 from hf_archs.kernels.numerics import cast, wide
 
 MAX_WIDTH = 8
@@ -185,20 +185,9 @@ def _shifted_sum(
     return (F.silu(y) if silu else y).to(x.dtype)
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, reach: Tensor | None, silu: bool
-) -> Tensor:
-    return form_for(__name__, x).causal_conv1d_fwd(x, weight, bias, initial_state, reach, silu)
-
-
-def _backward(grad_y, x, *arguments):
-    return form_for(__name__, x).causal_conv1d_bwd(grad_y, x, *arguments)
-
-
 _causal_conv1d = Op(
-    "causal_conv1d",
-    _forward,
-    _backward,
+    __name__,
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? reach, bool silu) -> Tensor",
     fake=lambda x, *_: x.new_empty(x.shape),
     learnt=("x", "weight", "bias", "initial_state"),
     plain=_shifted_sum,

@@ -71,9 +71,7 @@ def decay_scan(
         scale = real.to(log_decay.dtype).expand(log_decay.shape) if scale is None else torch.where(real, scale, 0)
     if backend == "portable" and v.shape[1] == 1:
         return _step(q, k, v, log_decay, scale, skip, initial_state)
-    if torch.float64 in (q.dtype, k.dtype, v.dtype):  # which Triton's matrix products do not have
-        backend = "portable"
-    return _decay_scan(q, k, v, log_decay, scale, skip, initial_state, documents, backend)
+    return _decay_scan(q, k, v, log_decay, scale, skip, initial_state, documents)
 
 
 def _check(
@@ -169,29 +167,7 @@ def _step(
     return cast(y, y_dtype), state
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: Tensor | None,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    documents: Tensor | None,
-    backend: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the states at the start of every chunk of tokens."""
-    return form(__name__, backend).decay_scan_fwd(q, k, v, log_decay, scale, skip, initial_state, documents, keep)
-
-
-def _backward(grad_y, grad_state, q, k, v, log_decay, scale, skip, initial_state, documents, kept, backend, wanted):
-    return form(__name__, backend).decay_scan_bwd(
-        grad_y, grad_state, q, k, v, log_decay, scale, skip, documents, kept, wanted
-    )
-
-
-def _fake(q, k, v, log_decay, scale, skip, initial_state, documents, backend, keep):
+def _fake(q, k, v, log_decay, scale, skip, initial_state, documents, keep, backend):
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), n = v.shape, q.shape[3]
     # in one row: a dimension of chunks would be 1 for short sequences, and torch.compile compiles once more for a 1
@@ -201,12 +177,14 @@ def _fake(q, k, v, log_decay, scale, skip, initial_state, documents, backend, ke
 
 
 _decay_scan = Op(
-    "decay_scan",
-    _forward,
-    _backward,
+    __name__,
+    "decay_scan(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? scale, Tensor? skip, Tensor? initial_state, "
+    "Tensor? documents, bool keep) -> (Tensor, Tensor, Tensor)",
     _fake,
     learnt=("q", "k", "v", "log_decay", "scale", "skip", "initial_state"),
-    plain=lambda *arguments: portable.decay_scan_plain(*arguments[:-1]),
+    unread=("initial_state",),
+    float64=False,
+    plain=portable.decay_scan_plain,
 )
 
 

@@ -27,29 +27,26 @@ def form(op: str, backend: str) -> Any:
 
     It is imported at its first use, since Triton may be missing.
     """
-    return importlib.import_module(f"{op}_{'triton' if backend == 'triton' else 'portable'}")
-
-
-def form_for(op: str, x: Tensor, float64: bool = True) -> Any:
-    """`form` for ``x``; ``float64`` says whether the Triton kernels compute in it."""
-    return form(op, backend_for(x) if float64 or x.dtype != torch.float64 else "portable")
+    return importlib.import_module(f"{op}_{backend}")
 
 
 class Op:
-    """``hf_archs::<name>`` and ``hf_archs::<name>_backward``; called with the forward's arguments, without ``keep``.
+    """``hf_archs::<name>`` and ``hf_archs::<name>_backward``, computed by ``<name>_fwd`` and ``<name>_bwd``.
 
-    Both run with autocast off and on the device of the first tensor. The op can be differentiated once.
+    The form is chosen at the call, also for the backward. Both run with autocast off and on the device of the first
+    tensor. The op can be differentiated once. ``<name>_bwd`` takes the gradients of the results (None where there is
+    none), the tensors, the kept result, the options and ``wanted``, a bool for each learnt tensor. It gives a gradient
+    for each of these: None for zeros, anything where it is not wanted.
 
     Args:
-        name: that of the public function, which stands in the module of ``forward`` beside its ``cases``.
-        forward: with type annotations: first tensors (some may be None), then options. Where its last option is
-            ``keep``, the last result is for the backward only, and may be empty unless ``keep``.
-        backward: takes the gradients of the results (None where there is none), the tensors, what was kept, the options
-            and ``wanted``, a bool for each learnt tensor; gives a gradient for each of these, or None for zeros.
-        fake: ``forward`` on shapes.
+        module: the name of the public function's module, which has its ``cases`` too.
+        schema: name, arguments and results: first tensors, then options. Where the last option is ``bool keep``, the
+            last result is for the backward only, and may be empty unless ``keep``.
+        fake: the forward on shapes. It takes the name of the form's backend as a last argument.
         learnt: names of the tensors that have gradients.
-        unread: those of them whose values the backward does not read. They are not kept for it: it is handed tensors of
-            their shapes and dtypes.
+        unread: those of them whose values the backward does not read: neither kept for it nor handed to it.
+        float64: whether the Triton form computes in it; float64 tensors take the portable form otherwise.
+        only: the backend whose form is the only one, if there is one.
         waits: whether it asks a GPU for values, which a CUDA graph cannot hold: torch.compile keeps the op out of them.
         plain: the op in PyTorch's own operators, for exporters and `torch.func`, which support only these; None if the
             public function handles them.
@@ -57,20 +54,20 @@ class Op:
 
     def __init__(
         self,
-        name: str,
-        forward: Callable[..., Any],
-        backward: Callable[..., Sequence[Tensor | None]],
+        module: str,
+        schema: str,
         fake: Callable[..., Any],
         learnt: tuple[str, ...],
         unread: tuple[str, ...] = (),
+        float64: bool = True,
+        only: str | None = None,
         waits: bool = False,
         plain: Callable[..., Any] | None = None,
     ) -> None:
-        self.name, self.plain = f"hf_archs::{name}", plain
-        self.forward, self.backward, self.fake = forward, backward, fake
-        schema = torch.library.infer_schema(forward, mutates_args=())
-        arguments, results = schema.removeprefix("(").split(") -> ")
-        declared = arguments.split(", ")
+        self.module, self.fake, self.float64, self.only, self.plain = module, fake, float64, only, plain
+        self.short, arguments = schema.split("(", 1)
+        arguments, results = arguments.split(") -> ")
+        self.name, declared = f"hf_archs::{self.short}", arguments.split(", ")
         names = [argument.split()[-1] for argument in declared]
         self.tensors = sum(argument.startswith("Tensor") for argument in declared)
         self.keeps = names[-1] == "keep"
@@ -79,12 +76,13 @@ class Op:
         self.unread = {names.index(tensor) for tensor in unread}
 
         tags = (torch.Tag.cudagraph_unsafe,) if waits else ()
+        schema = f"({arguments}, str backend) -> {results}"
         forward_op = torch.library.custom_op(self.name, self.run, mutates_args=(), schema=schema, tags=tags)
         forward_op.register_fake(fake)
         optional = "?" if self.results > 1 else ""
         taken = [f"Tensor{optional} grad_{result}" for result in range(self.results)] + declared[: self.tensors]
-        taken += ["Tensor kept"] * self.keeps + declared[self.tensors : len(declared) - self.keeps] + ["bool[] wanted"]
-        schema = f"({', '.join(taken)}) -> Tensor[]"
+        taken += ["Tensor kept"] * self.keeps + declared[self.tensors : len(declared) - self.keeps]
+        schema = f"({', '.join(taken)}, str backend, bool[] wanted) -> Tensor[]"
         backward_op = torch.library.custom_op(
             f"{self.name}_backward", self._backward, mutates_args=(), schema=schema, tags=tags
         )
@@ -95,23 +93,41 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *arguments: Any) -> Any:
-        """The results, of which those for the backward are left out."""
+        """The results, of which those for the backward are left out; ``keep`` is no argument here."""
         if self.plain is not None and (torch.compiler.is_exporting() or is_transformed()):
             with full_precision(arguments[0]):
                 return self.plain(*arguments)
-        if not self.keeps:
-            return self.op(*arguments)
         tensors = arguments[: self.tensors]
+        backend = self.backend(*tensors)
+        if not self.keeps:
+            return self.op(*arguments, backend)
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        results = self.op(*arguments, keep)
+        results = self.op(*arguments, keep, backend)
         return results[0] if self.results == 1 else results[:-1]
+
+    def backend(self, x: Tensor, *tensors: Tensor | None) -> str:
+        """The name of the form that computes with these tensors."""
+        is_wide = any(t is not None and t.dtype == torch.float64 for t in (x, *tensors))
+        return self.only or ("portable" if is_wide and not self.float64 else backend_for(x))
 
     def run(self, *arguments: Any) -> Any:
         """The forward itself, past PyTorch's library."""
-        if arguments[0].numel() == 0 and _nothing(empty := self.fake(*arguments)):
+        x = arguments[0]
+        if x.numel() == 0 and _nothing(empty := self.fake(*arguments)):
             return empty
-        with full_precision(arguments[0]), torch.accelerator.device_index(arguments[0].device.index):
+        with full_precision(x), torch.accelerator.device_index(x.device.index):
             return self.forward(*arguments)
+
+    def forward(self, *arguments: Any) -> Any:
+        """The results as the form gives them."""
+        *inputs, backend = arguments
+        return getattr(form(self.module, backend), f"{self.short}_fwd")(*inputs)
+
+    def backward(self, *arguments: Any) -> Sequence[Tensor | None]:
+        """The gradients as the form gives them."""
+        *inputs, backend, wanted = arguments
+        read = [t for place, t in enumerate(inputs, -self.results) if place not in self.unread]
+        return getattr(form(self.module, backend), f"{self.short}_bwd")(*read, wanted)
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
         inputs, wanted = arguments[self.results :], arguments[-1]
@@ -141,7 +157,7 @@ class Op:
             for place, t in enumerate(inputs[: self.tensors])
         ]
         ctx.save_for_backward(*tensors, *([output[-1]] if self.keeps else []))
-        ctx.options = inputs[self.tensors : len(inputs) - self.keeps]
+        ctx.options = [*inputs[self.tensors : len(inputs) - 1 - self.keeps], inputs[-1]]
 
     def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.library import Op, form_for
+from hf_archs.kernels.library import Op
 from hf_archs.kernels.numerics import cast, inverse_rms, wide
 
 
@@ -54,18 +54,9 @@ def rms_norm_gated_reference(x: Tensor, weight: Tensor, z: Tensor, eps: float, g
     return cast(weight * cast(normed.view(x.shape), x.dtype), x.dtype)
 
 
-def _forward(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int) -> Tensor:
-    return form_for(__name__, x).rms_norm_gated_fwd(x, weight, z, eps, group_size)
-
-
-def _backward(grad_y, x, *arguments):
-    return form_for(__name__, x).rms_norm_gated_bwd(grad_y, x, *arguments)
-
-
 _rms_norm_gated = Op(
-    "rms_norm_gated",
-    _forward,
-    _backward,
+    __name__,
+    "rms_norm_gated(Tensor x, Tensor weight, Tensor z, float eps, int group_size) -> Tensor",
     fake=lambda x, *_: x.new_empty(x.shape),
     learnt=("x", "weight", "z"),
     plain=rms_norm_gated_reference,

@@ -88,7 +88,11 @@ class Synchronisations:
 
 def on_a_gpu(monkeypatch):
     """Every op runs its Triton form, in sight of the modes above: they do not look into an operator of the library."""
-    monkeypatch.setattr(library.Op, "__call__", lambda op, *given: _results(op, op.run(*given, *[False] * op.keeps)))
+    monkeypatch.setattr(
+        library.Op,
+        "__call__",
+        lambda op, *given: _results(op, op.run(*given, *[False] * op.keeps, op.backend(*given[: op.tensors]))),
+    )
     return use_backend("triton")
 
 
@@ -130,7 +134,11 @@ def test_no_decode_step_waits(name, padded, cache, monkeypatch):
 
 def test_an_op_that_waits_says_so(monkeypatch):
     """In the forward and in the backward of every op, with documents and without."""
-    monkeypatch.setattr(library.Op, "__call__", lambda op, *given: _results(op, op.run(*given, *[True] * op.keeps)))
+    monkeypatch.setattr(
+        library.Op,
+        "__call__",
+        lambda op, *given: _results(op, op.run(*given, *[True] * op.keeps, op.backend(*given[: op.tensors]))),
+    )
     for name, op in library.OPS.items():
         module = sys.modules[op.fake.__module__]
         waits = {}

@@ -283,10 +283,9 @@ def test_a_step_is_a_handful_of_operators():
 def test_opcheck(backend):
     tensors = {k: v.requires_grad_() for k, v in inputs(6, channels=3).items()}
     reach = torch.tensor([[3, 3, 0, 1, 2, 3], [3, 0, 0, 1, 0, 1]], dtype=torch.int32)
-    with use_backend(backend):
-        torch.library.opcheck(torch.ops.hf_archs.causal_conv1d.default, (*tensors.values(), reach, True))
-        plain = (tensors["x"], tensors["weight"], None, None, None, False)
-        torch.library.opcheck(torch.ops.hf_archs.causal_conv1d.default, plain)
+    torch.library.opcheck(torch.ops.hf_archs.causal_conv1d.default, (*tensors.values(), reach, True, backend))
+    plain = (tensors["x"], tensors["weight"], None, None, None, False, backend)
+    torch.library.opcheck(torch.ops.hf_archs.causal_conv1d.default, plain)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

@@ -410,7 +410,7 @@ def test_opcheck(grad, everything):
     documents = torch.zeros(2, 70, dtype=torch.int32)
     documents[:, 33:] = 1
     torch.library.opcheck(
-        torch.ops.hf_archs.decay_scan.default, (*inputs, documents if everything else None, "portable", grad)
+        torch.ops.hf_archs.decay_scan.default, (*inputs, documents if everything else None, grad, "portable")
     )
 
 

@@ -329,7 +329,7 @@ def test_opcheck(name, monkeypatch):
                 t.detach().requires_grad_(grad and t.is_floating_point()) if isinstance(t, torch.Tensor) else t
                 for t in arguments.values()
             ]
-            torch.library.opcheck(op.op, (*given, *[grad] * op.keeps))
+            torch.library.opcheck(op.op, (*given, *[grad] * op.keeps, op.backend(*given[: op.tensors])))
 
 
 @every_op

@@ -12,7 +12,6 @@ from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documen
 from hf_archs.kernels.backend import backend_for
 from hf_archs.kernels.library import Op
 from hf_archs.kernels.numerics import full_precision
-from hf_archs_hyena.ops import long_conv_fft
 
 
 def long_conv(
@@ -220,11 +219,12 @@ def _exportable(
 
 
 _long_conv = Op(
-    "long_conv",
-    long_conv_fft.long_conv_fwd,
-    long_conv_fft.long_conv_bwd,
+    __name__,
+    "long_conv(Tensor x, Tensor taps, Tensor? bias, Tensor? gate_in, Tensor? gate_out, Tensor? initial_state, "
+    "Tensor? seq_idx) -> Tensor",
     fake=lambda x, *_: x.new_empty(x.shape),
     learnt=("x", "taps", "bias", "gate_in", "gate_out", "initial_state"),
+    only="portable",  # with cuFFT on a GPU
     waits=True,  # for the lengths of documents, where there are any
     plain=_exportable,
 )

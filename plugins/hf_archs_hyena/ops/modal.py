@@ -188,7 +188,7 @@ def modal_conv(
             )
     else:
         y, final_state = _by_chunks(
-            x, log_decay, phase, residues, bias, initial_state, number_documents(seq_idx), lengths, backend
+            x, log_decay, phase, residues, bias, initial_state, number_documents(seq_idx), lengths
         )
     return (y if real is None else torch.where(real, y, 0)), final_state
 
@@ -325,15 +325,12 @@ def _by_chunks(
     initial_state: Tensor | None,
     documents: Tensor | None,
     lengths: Tensor | None,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """All that depends on the parameters is three small tables, which PyTorch differentiates; the op is linear in x."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    # Triton's matrix products have no float64
-    backend = "portable" if x.dtype == torch.float64 else backend
-    m = form(__name__, backend).CHUNK
     if dtype == torch.float64:
         log_decay, phase = log_decay.double(), phase.double()
+    m = form(__name__, _modal_conv.backend(x, log_decay, phase, residues, bias)).CHUNK
     powers = modal_powers(log_decay, phase, torch.arange(m + 1, device=x.device))  # (c, n, m + 1, 2)
     weighted = _times(powers, residues.to(powers.dtype).unsqueeze(2))
     taps = weighted[:, :, :m, 0].sum(1)
@@ -341,27 +338,7 @@ def _by_chunks(
         taps = torch.cat([taps[:, :1] + bias.to(taps.dtype).unsqueeze(1), taps[:, 1:]], dim=1)
     # what a chunk's tokens read of the state before it
     read = _conjugate(weighted[:, :, 1:]).transpose(2, 3).flatten(1, 2)
-    return _modal_conv(x, taps, powers, read, initial_state, documents, lengths, backend)
-
-
-def _forward(
-    x: Tensor,
-    taps: Tensor,
-    powers: Tensor,
-    read: Tensor,
-    initial_state: Tensor | None,
-    documents: Tensor | None,
-    lengths: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """y and the final state, from the first taps (c, m), the poles' powers 0 to m (c, n, m + 1, 2), and ``read``, what
-    a chunk's tokens take of the state before it (c, 2 n, m)."""
-    return form(__name__, backend).modal_conv_fwd(x, taps, powers, read, initial_state, documents, lengths)
-
-
-def _backward(grad_y, grad_final_state, *arguments):
-    *tensors, backend, wanted = arguments
-    return form(__name__, backend).modal_conv_bwd(grad_y, grad_final_state, *tensors, wanted)
+    return _modal_conv(x, taps, powers, read, initial_state, documents, lengths)
 
 
 def _fake(x, taps, powers, *_):
@@ -369,12 +346,15 @@ def _fake(x, taps, powers, *_):
     return x.new_empty(b, l, c), x.new_empty(b, c, n, 2, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+# the first taps are (c, m), the poles' powers 0 to m (c, n, m + 1, 2), and ``read``, with which a chunk's tokens read
+# the state before it, (c, 2 n, m)
 _modal_conv = Op(
-    "modal_conv",
-    _forward,
-    _backward,
+    __name__,
+    "modal_conv(Tensor x, Tensor taps, Tensor powers, Tensor read, Tensor? initial_state, Tensor? documents, "
+    "Tensor? lengths) -> (Tensor, Tensor)",
     _fake,
     learnt=("x", "taps", "powers", "read", "initial_state"),
+    float64=False,
     waits=True,  # for the number of chunks, where there are documents
 )
 

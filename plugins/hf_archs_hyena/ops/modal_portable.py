@@ -167,7 +167,7 @@ def modal_conv_fwd(
     lengths: Tensor | None,
     passing: PassStates = pass_states,
 ) -> tuple[Tensor, Tensor]:
-    """y and the final state; the arguments are described at `hf_archs_hyena.ops.modal._modal_conv`."""
+    """y and the final state; the arguments are described at `hf_archs_hyena.ops.modal`."""
     tables = _Tables(x, taps, powers, initial_state, documents, lengths, passing)
     chunks, states = tables.chunks, tables.states
     c, _, b, n, _ = states.shape

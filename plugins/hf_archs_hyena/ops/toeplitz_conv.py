@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_archs.kernels.arguments import check_shapes, last_inputs, number_documents, some_boundaries
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.library import Op, form_for
+from hf_archs.kernels.library import Op
 
 MAX_TAPS = 128
 
@@ -156,24 +156,12 @@ def _plain(
     return y.to(x.dtype)
 
 
-def _forward(
-    x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, documents: Tensor | None
-) -> Tensor:
-    return form_for(__name__, x, float64=False).toeplitz_conv_fwd(x, taps, bias, initial_state, documents)
-
-
-def _backward(grad_y, x, taps, bias, initial_state, documents, wanted):
-    return form_for(__name__, x, float64=False).toeplitz_conv_bwd(
-        grad_y, x, taps, bias, initial_state, documents, wanted=wanted
-    )
-
-
 _toeplitz_conv = Op(
-    "toeplitz_conv",
-    _forward,
-    _backward,
+    __name__,
+    "toeplitz_conv(Tensor x, Tensor taps, Tensor? bias, Tensor? initial_state, Tensor? documents) -> Tensor",
     fake=lambda x, *_: x.new_empty(x.shape),
     learnt=("x", "taps", "bias", "initial_state"),
+    float64=False,
     plain=_plain,
 )
 

@@ -374,9 +374,9 @@ def toeplitz_conv_bwd(
     bias: Tensor | None,
     initial_state: Tensor | None,
     documents: Tensor | None,
+    wanted: Sequence[bool] = (True,) * 4,
     config: dict[str, int] | None = None,
     sum_config: dict[str, int] | None = None,
-    wanted: Sequence[bool] = (True,) * 4,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, taps, bias and initial_state; ``sum_config`` is one of `SUM_CONFIGS` or `MATRIX_CONFIGS`."""
     (b, l, c), (groups, k) = x.shape, taps.shape

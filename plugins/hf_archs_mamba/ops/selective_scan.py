@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_archs.kernels.arguments import check_shapes, some_boundaries
 from hf_archs.kernels.backend import backend_for
 from hf_archs.kernels.exporting import scan
-from hf_archs.kernels.library import Op, form_for
+from hf_archs.kernels.library import Op
 from hf_archs.kernels.numerics import LOG2_E, cast, constant, wide
 from hf_archs_mamba.ops import selective_scan_portable as portable
 
@@ -217,48 +217,22 @@ def _scan_by_token(
     return y.to(y_dtype), state
 
 
-def _forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    lengths: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the states at the start of every block of tokens."""
-    y, final_state, kept = form_for(__name__, x, float64=False).selective_scan_fwd(
-        x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths, keep
-    )
-    # in one row: a dimension of blocks would be 1 for short sequences, and torch.compile compiles once more for a 1
-    return y, final_state, kept.flatten()
-
-
-def _backward(grad_y, grad_final_state, x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths, kept, wanted):
-    kept = kept.view(-1, x.shape[0], A.shape[1], x.shape[2])
-    return form_for(__name__, x, float64=False).selective_scan_bwd(
-        grad_y, grad_final_state, x, dt, A, B, C, D, z, dt_bias, seq_idx, lengths, kept, wanted
-    )
-
-
-def _fake(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths, keep):
+def _fake(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths, keep, backend):
     dtype = torch.promote_types(x.dtype, torch.float32)
     b, l, c = x.shape
+    # in one row: a dimension of blocks would be 1 for short sequences, and torch.compile compiles once more for a 1
     kept = (l + portable.BLOCK - 1) // portable.BLOCK * b * A.shape[1] * c if keep else 0
     return x.new_empty(b, l, c), x.new_empty(b, *A.shape, dtype=dtype), x.new_empty(kept, dtype=dtype)
 
 
 _selective_scan = Op(
-    "selective_scan",
-    _forward,
-    _backward,
+    __name__,
+    "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor? initial_state, Tensor? seq_idx, Tensor? lengths, bool keep) -> (Tensor, Tensor, Tensor)",
     _fake,
     learnt=("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"),
+    unread=("initial_state",),
+    float64=False,
     plain=_scan_by_token,
 )
 

@@ -160,7 +160,7 @@ def selective_scan_fwd(
     lengths: Tensor | None,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gives y, the final state (b, c, n), and the states before each block (l / BLOCK, b, n, c), or an empty tensor."""
+    """y, the final state (b, c, n), and the states before each block, (l / BLOCK, b, n, c) in one row, or nothing."""
     (b, l, c), n = x.shape, A.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     reset, pad = boundaries(seq_idx, lengths, x)
@@ -189,7 +189,7 @@ def selective_scan_fwd(
             out *= F.silu(part.z)
         y[rows, :, cols] = out.transpose(0, 1)
         final_state[rows, cols] = carried.transpose(1, 2)
-    return y, final_state, kept
+    return y, final_state, kept.flatten()
 
 
 def selective_scan_bwd(
@@ -215,6 +215,7 @@ def selective_scan_bwd(
     of_x, of_dt, of_A, of_B, of_C, of_D, of_z, of_bias, _ = wanted
     of_step = of_dt or of_bias
     (b, l, c), n = x.shape, A.shape[1]
+    kept = kept.view(-1, b, n, c)
     dtype = torch.promote_types(x.dtype, torch.float32)
     reset, pad = boundaries(seq_idx, lengths, x)
     dx, ddt = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt))

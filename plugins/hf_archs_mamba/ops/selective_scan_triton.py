@@ -636,7 +636,7 @@ def selective_scan_fwd(
         if segments > 1:
             launch(ends, True)
         launch(running, False)
-    return y, final_state, kept
+    return y, final_state, kept.flatten()
 
 
 def selective_scan_bwd(

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_archs.kernels.arguments import check_shapes
 from hf_archs.kernels.backend import backend_for, is_transformed
 from hf_archs.kernels.exporting import any_length
-from hf_archs.kernels.library import Op, form_for
+from hf_archs.kernels.library import Op
 from hf_archs.kernels.numerics import cast, wide
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -153,32 +153,18 @@ def _dense(
     return cast(torch.where(chosen.any(1).t().unsqueeze(2), outputs, 0).sum(0), x.dtype)
 
 
-def _forward(
-    x: Tensor,
-    expert_index: Tensor,
-    expert_weight: Tensor,
-    up: Tensor,
-    down: Tensor,
-    activation: str,
-    gated: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """y, and the products with ``up`` of all pairs sorted by expert."""
-    return form_for(__name__, x, float64=False).expert_mlp_fwd(
-        x, expert_index, expert_weight, up, down, activation, gated, keep
-    )
-
-
-def _backward(grad_y, x, *arguments):
-    *inputs, (_, _, up_learns, down_learns) = arguments
-    return form_for(__name__, x, float64=False).expert_mlp_bwd(grad_y, x, *inputs, up_learns, down_learns)
-
-
-def _fake(x, expert_index, expert_weight, up, down, activation, gated, keep):
-    return x.new_empty(x.shape), x.new_empty((expert_index.numel(), up.shape[1]) if keep else (0,))
-
-
-_expert_mlp = Op("expert_mlp", _forward, _backward, _fake, learnt=("x", "expert_weight", "up", "down"))
+# keeps the products with ``up`` of all pairs sorted by expert
+_expert_mlp = Op(
+    __name__,
+    "expert_mlp(Tensor x, Tensor expert_index, Tensor expert_weight, Tensor up, Tensor down, str activation, "
+    "bool gated, bool keep) -> (Tensor, Tensor)",
+    fake=lambda x, expert_index, expert_weight, up, down, activation, gated, keep, _: (
+        x.new_empty(x.shape),
+        x.new_empty((expert_index.numel(), up.shape[1]) if keep else (0,)),
+    ),
+    learnt=("x", "expert_weight", "up", "down"),
+    float64=False,
+)
 
 
 def cases(device, dtype, batch=2, length=9, experts=4, hidden=16, inner=12, k=2):

@@ -173,8 +173,7 @@ def expert_mlp_bwd(
     kept: Tensor,
     activation: str,
     gated: bool,
-    up_learns: bool,
-    down_learns: bool,
+    wanted: Sequence[bool] = (True,) * 4,
     *,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -185,8 +184,8 @@ def expert_mlp_bwd(
     grad_scale = scale.new_empty(pairs.count)
     rows = _rows(pairs.count, x)
     grad_up, grad_down = (
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if learns else None
-        for t, learns in ((up, up_learns), (down, down_learns))
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if asked else None
+        for t, asked in zip((up, down), wanted[2:])
     )
     ups, downs = up.unbind(), down.unbind()
     grad_ups, grad_downs = (() if grad is None else grad.unbind() for grad in (grad_up, grad_down))

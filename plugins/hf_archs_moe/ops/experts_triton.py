@@ -17,6 +17,7 @@ in registers.
 Letters: t tokens, k choices of a token, p pairs of a token and one of its choices, e experts, h hidden, i inner.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -335,8 +336,7 @@ def expert_mlp_bwd(
     pre: Tensor,
     activation: str,
     gated: bool,
-    up_learns: bool,
-    down_learns: bool,
+    wanted: Sequence[bool] = (True,) * 4,
     config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """As `experts_portable.expert_mlp_bwd`; ``config`` as above."""
@@ -371,8 +371,8 @@ def expert_mlp_bwd(
     return (
         grad_pairs.view(*index.shape, h).sum(1),
         grad_weight.sum(0).view_as(weight),
-        grad_matrix(grad_pre, x, up.shape, 1, 2) if up_learns else None,
-        grad_matrix(inner, grad_y, down.shape, 2, 1) if down_learns else None,
+        grad_matrix(grad_pre, x, up.shape, 1, 2) if wanted[2] else None,
+        grad_matrix(inner, grad_y, down.shape, 2, 1) if wanted[3] else None,
     )
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.library import Op, form_for
+from hf_archs.kernels.library import Op
 from hf_archs.kernels.numerics import wide
 from hf_archs_retnet.ops import norm_gate_portable as portable
 
@@ -57,18 +57,9 @@ def norm_gate_reference(
     return (normed.flatten(-2) * portable.ACTIVATIONS[gate_fn](gate.to(x.dtype))).to(gate.dtype)
 
 
-def _forward(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, gate_fn: str, centred: bool) -> Tensor:
-    return form_for(__name__, x).norm_gate_fwd(x, gate, weight, eps, gate_fn, centred)
-
-
-def _backward(grad_y, x, *arguments):
-    return form_for(__name__, x).norm_gate_bwd(grad_y, x, *arguments)
-
-
 _norm_gate = Op(
-    "norm_gate",
-    _forward,
-    _backward,
+    __name__,
+    "norm_gate(Tensor x, Tensor gate, Tensor? weight, float eps, str gate_fn, bool centred) -> Tensor",
     fake=lambda x, gate, *_: gate.new_empty(gate.shape),
     learnt=("x", "gate", "weight"),
     plain=norm_gate_reference,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_archs.kernels.arguments import check_shapes
 from hf_archs.kernels.backend import backend_for
-from hf_archs.kernels.library import Op, form
+from hf_archs.kernels.library import Op
 from hf_archs.kernels.numerics import cast, wide
 
 
@@ -104,23 +104,14 @@ def _step(
     return cast(turned_q * by, q.dtype), cast(turned_k, k.dtype)
 
 
-def _forward(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, scale: float, interleaved: bool
-) -> tuple[Tensor, Tensor]:
-    return form(__name__, "triton").rotate_qk_fwd(q, k, cos, sin, q_scale, scale, interleaved)
-
-
-def _backward(grad_q, grad_k, q, k, *arguments):
-    return form(__name__, "triton").rotate_qk_bwd(grad_q, grad_k, *arguments)
-
-
 _rotate_qk = Op(
-    "rotate_qk",
-    _forward,
-    _backward,
+    __name__,
+    "rotate_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_scale, float scale, bool interleaved) "
+    "-> (Tensor, Tensor)",
     fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
     learnt=("q", "k"),
     unread=("q", "k"),
+    only="triton",
     plain=lambda q, k, cos, sin, q_scale, scale, interleaved: rotate_qk_reference(
         q, k, cos, sin, interleaved=interleaved, q_scale=q_scale, scale=scale
     ),

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_archs.kernels.backend import use_backend
 from hf_archs.testing.ops import check_op, operators, outputs_and_gradients, relative_distance
-from hf_archs_hyena.ops import long_conv_fft
+from hf_archs_hyena.ops import long_conv_portable
 from hf_archs_hyena.ops.long_conv import _exportable, long_conv, long_conv_reference, long_conv_step
 
 B, C = 2, 3
@@ -98,7 +98,7 @@ def test_against_the_reference(dtype, length, taps, past, without):
 @pytest.mark.parametrize("elements", [1, 2**8, 2**19])
 def test_blocks_of_channels(elements, monkeypatch):
     """The result does not depend on the block size."""
-    monkeypatch.setitem(long_conv_fft.BLOCK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(long_conv_portable.BLOCK_ELEMENTS, "cpu", elements)
     check_op(long_conv, long_conv_reference, tensors(40, None, 5), boundaries(40))
 
 
@@ -224,7 +224,7 @@ class TestCompilers:
         for past, packed in ((0, False), (4, True)):
             arguments = {n: None if t is None else t.requires_grad_() for n, t in tensors(9, 12, past).items()}
             seq_idx = boundaries(9)["seq_idx"] if packed else None
-            torch.library.opcheck(torch.ops.hf_archs.long_conv.default, (*arguments.values(), seq_idx))
+            torch.library.opcheck(torch.ops.hf_archs.long_conv.default, (*arguments.values(), seq_idx, "portable"))
 
     def test_one_graph_for_every_length(self):
         counter = CompileCounterWithBackend("aot_eager")

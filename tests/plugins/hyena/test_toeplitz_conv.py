@@ -162,7 +162,9 @@ def test_every_triton_config(packed):
         for config, sum_config in zip(configs, sum_configs, strict=True):
             found = toeplitz_conv_triton.toeplitz_conv_fwd(*tensors.values(), number, config)
             assert relative_distance(found, expected) < 1e-6
-            found = toeplitz_conv_triton.toeplitz_conv_bwd(grad_y, *tensors.values(), number, config, sum_config)
+            found = toeplitz_conv_triton.toeplitz_conv_bwd(
+                grad_y, *tensors.values(), number, config=config, sum_config=sum_config
+            )
             for a, b in zip(found, gradients, strict=True):
                 assert relative_distance(a, b) < 2e-6
 
@@ -313,8 +315,10 @@ def test_a_step_is_a_handful_of_operators():
 def test_opcheck(packed):
     tensors = {k: v.requires_grad_() for k, v in inputs(6, channels=3).items()}
     number = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1]], dtype=torch.int32) if packed else None
-    torch.library.opcheck(torch.ops.hf_archs.toeplitz_conv.default, (*tensors.values(), number))
-    torch.library.opcheck(torch.ops.hf_archs.toeplitz_conv.default, (tensors["x"], tensors["taps"], None, None, number))
+    torch.library.opcheck(torch.ops.hf_archs.toeplitz_conv.default, (*tensors.values(), number, "portable"))
+    torch.library.opcheck(
+        torch.ops.hf_archs.toeplitz_conv.default, (tensors["x"], tensors["taps"], None, None, number, "portable")
+    )
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

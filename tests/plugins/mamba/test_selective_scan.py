@@ -371,19 +371,19 @@ def test_the_op_registration():
     options = options_for("both", 2, 9)
     torch.library.opcheck(
         torch.ops.hf_archs.selective_scan.default,
-        (*(t[name] for name in NAMES), options["seq_idx"], options["lengths"], True),
+        (*(t[name] for name in NAMES), options["seq_idx"], options["lengths"], True, "portable"),
     )
     torch.library.opcheck(
         torch.ops.hf_archs.selective_scan.default,
-        (*(t[name].detach() for name in NAMES[:5]), None, None, None, None, None, None, False),
+        (*(t[name].detach() for name in NAMES[:5]), None, None, None, None, None, None, False, "portable"),
     )
 
 
 def test_nothing_is_kept_without_gradients():
     t = make_inputs(l=130)
     inputs = (*(t[name] for name in NAMES), None, None)
-    assert torch.ops.hf_archs.selective_scan(*inputs, False)[2].numel() == 0
-    kept = torch.ops.hf_archs.selective_scan(*inputs, True)[2]
+    assert torch.ops.hf_archs.selective_scan(*inputs, False, "portable")[2].numel() == 0
+    kept = torch.ops.hf_archs.selective_scan(*inputs, True, "portable")[2]
     assert kept.numel() == 2 * 2 * 10 * 3  # a state (b, c, n) for 128 tokens
     y, state = selective_scan(**t)
     assert y.grad_fn is None

@@ -92,7 +92,7 @@ def test_portable_in_blocks(block, gated):
     found = []
     for chosen in ({}, {"block": block}):
         y, kept = experts_portable.expert_mlp_fwd(*tensors, "silu", gated, True, **chosen)
-        gradients = experts_portable.expert_mlp_bwd(grad_y, *tensors, kept, "silu", gated, True, True, **chosen)
+        gradients = experts_portable.expert_mlp_bwd(grad_y, *tensors, kept, "silu", gated, **chosen)
         found.append((y, kept, *gradients))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
 
@@ -131,8 +131,8 @@ def test_every_triton_config(number, gated):
     y, pre = experts_triton.expert_mlp_fwd(*arguments, "silu", gated, True, config)
     expected, expected_pre = experts_portable.expert_mlp_fwd(*arguments, "silu", gated, True)
     assert relative_distance(y, expected) < 2e-6
-    got = experts_triton.expert_mlp_bwd(grad_y, *arguments, pre, "silu", gated, True, True, config)
-    expected = experts_portable.expert_mlp_bwd(grad_y, *arguments, expected_pre, "silu", gated, True, True)
+    got = experts_triton.expert_mlp_bwd(grad_y, *arguments, pre, "silu", gated, config=config)
+    expected = experts_portable.expert_mlp_bwd(grad_y, *arguments, expected_pre, "silu", gated)
     for a, b in zip(got, expected):
         assert relative_distance(a, b) < 4e-6
 
@@ -321,10 +321,9 @@ def test_opcheck(backend):
     tensors = inputs(9)
     tensors["expert_index"] %= EXPERTS  # rows of no expert are left as they are, which opcheck takes for results
     tensors = [t.requires_grad_(t.is_floating_point()) for t in tensors.values()]
-    with use_backend(backend):
-        torch.library.opcheck(torch.ops.hf_archs.expert_mlp.default, (*tensors, "silu", True, True))
-        plain = [t.detach() for t in tensors]
-        torch.library.opcheck(torch.ops.hf_archs.expert_mlp.default, (*plain, "silu", True, False))
+    torch.library.opcheck(torch.ops.hf_archs.expert_mlp.default, (*tensors, "silu", True, True, backend))
+    plain = [t.detach() for t in tensors]
+    torch.library.opcheck(torch.ops.hf_archs.expert_mlp.default, (*plain, "silu", True, False, backend))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
