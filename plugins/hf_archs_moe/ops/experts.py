@@ -81,7 +81,8 @@ def expert_mlp(
         return _dense(*inputs)
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, expert_weight, up, down))
     if x.is_cpu and not learns and not torch.compiler.is_compiling():
-        return _expert_mlp.run(*inputs, False)[0]  # an op of the library costs as much as a small expert there
+        # an op of the library costs as much as a small expert there
+        return _expert_mlp.run(*inputs, False, _expert_mlp.backend(*inputs[:5]))[0]
     return _expert_mlp(*inputs)
 
 
