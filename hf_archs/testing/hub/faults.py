@@ -102,21 +102,20 @@ def cut(after: int) -> Way:
 
 
 def changed(change: Callable[[bytes], bytes]) -> Way:
-    """Change the answer's body to ``change`` of it, which has the same length."""
+    """Change each piece of the request's body, or without one the answer's, to ``change`` of it, of the same length."""
 
     def way(app: ASGIApp) -> ASGIApp:
         async def falsified(scope: Scope, receive: Receive, send: Send) -> None:
-            whole = bytearray()
+            def other(message: Message) -> Message:
+                return {**message, "body": change(message["body"])} if message.get("body") else message
+
+            async def received() -> Message:
+                return other(await receive())
 
             async def sent(message: Message) -> None:
-                if message["type"] != "http.response.body":
-                    await send(message)
-                    return
-                whole.extend(message["body"])
-                if not message.get("more_body"):
-                    await send({**message, "body": change(bytes(whole))})
+                await send(other(message) if scope["method"] == "GET" else message)
 
-            await app(scope, receive, sent)
+            await app(scope, received, sent)
 
         return falsified
 
