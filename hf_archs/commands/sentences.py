@@ -35,9 +35,10 @@ def is_expected(error: BaseException) -> bool:
 
 def sentence(error: BaseException) -> str:
     """The error as one line; a failed transfer with the Hub is looked up in the chain of exceptions."""
-    return failure(error) or (
-        f"the disk is full ({reason(error)}); make room" if is_full_disk(error) else reason(error)
-    )
+    said = failure(error)
+    if said is None:
+        said = f"the disk is full ({reason(error)}); make room" if is_full_disk(error) else reason(error)
+    return said
 
 
 def report(error: BaseException) -> int:

@@ -7,6 +7,7 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,10 @@ def failure(error: BaseException) -> str | None:
             return str(link)
         if isinstance(link, HfHubHTTPError):
             return _refusal(link)
-        if isinstance(link, FileMetadataError):
-            return (
-                f"the Hub at {endpoint} answers as no Hub does: {_first_line(link)}; check the network and HF_ENDPOINT"
-            )
+        unreadable = isinstance(link, JSONDecodeError) and _raised_in(link, "huggingface_hub")
+        if unreadable or isinstance(link, FileMetadataError):
+            found = str(link).partition(",")[0]
+            return f"{endpoint} does not answer as a Hub ({found}); check HF_ENDPOINT, and the network for a login page"
     if is_full_disk(error) and any(_raised_in(link, "_download_to_tmp_and_move") for link in links):
         return "the disk of the Hub's cache is full; make room, or set HF_HOME to a folder on another disk"
     for link in links:
@@ -159,8 +160,10 @@ def _withheld(source: str | os.PathLike | None, where: Mapping[str, Any]) -> str
     return None
 
 
-def _raised_in(error: BaseException, function: str) -> bool:
-    return any(frame.f_code.co_name == function for frame, _ in traceback.walk_tb(error.__traceback__))
+def _raised_in(error: BaseException, name: str) -> bool:
+    """Whether an error comes from a function, or from a package, of this name."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name in (frame.f_code.co_name, frame.f_globals["__name__"].partition(".")[0]) for frame in frames)
 
 
 def _one_line(message: str) -> str:
