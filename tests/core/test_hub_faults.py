@@ -5,7 +5,6 @@ is loaded after it, from the same cache, is whole.
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +13,9 @@ import huggingface_hub
 import huggingface_hub.utils.logging as hub_logging
 import pytest
 import torch
-import transformers.utils.hub
 import transformers.utils.logging as transformers_logging
 from huggingface_hub import HfApi, constants, file_download, scan_cache_dir
-from huggingface_hub.utils import _http, _xet
+from huggingface_hub.utils import _xet
 from starlette.responses import HTMLResponse, RedirectResponse
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +25,6 @@ from hf_archs.native import hub as downloads
 from hf_archs.testing.contract.models import lively
 from hf_archs.testing.hub import EmbeddedHub
 from hf_archs.testing.hub.faults import Fault, Way, after, answered, changed, cut, refused
-from hf_archs.training import add_lora
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes/text content:DeprecationWarning"),
@@ -36,23 +33,6 @@ pytestmark = [
 
 WEIGHTS, CONFIG, SHARD = r"/resolve/.*\.safetensors$", r"/resolve/.*/config\.json$", r"/resolve/.*-00002-of-"
 PAGE = HTMLResponse("<html>please log in</html>")
-
-
-def client_of(hub: EmbeddedHub, cache: Path, patch: pytest.MonkeyPatch) -> None:
-    """Let this process's client use ``hub`` and the empty ``cache``, without waiting before it repeats a request."""
-    patch.setattr(constants, "HF_HUB_OFFLINE", False)
-    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    patch.setattr(constants, "ENDPOINT", hub.endpoint)
-    url = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-    patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
-    patch.setattr(transformers.utils.hub, "_hf_api", None)
-    patch.setenv("HF_TOKEN", hub.token)
-    patch.setenv("HF_HUB_OFFLINE", "0")  # PEFT reads it itself
-    impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-    patch.setattr(_http, "time", impatient)
-    patch.setattr(file_download, "time", impatient)
 
 
 def a_model(seed: int) -> torch.nn.Module:
@@ -66,7 +46,7 @@ def same(model: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 @pytest.fixture(scope="module")
-def pushed(tmp_path_factory, word_tokenizer):
+def pushed(tmp_path_factory, client_of, lora_of, word_tokenizer):
     """A Hub's folder with the same model: whole and in shards, by LFS, and by Xet; and with an adapter for it."""
     root, model = tmp_path_factory.mktemp("hub"), a_model(0)
     with EmbeddedHub(root) as hub, pytest.MonkeyPatch.context() as patch:
@@ -79,18 +59,14 @@ def pushed(tmp_path_factory, word_tokenizer):
         assert not list(root.glob("*/*/lfs/xet"))
         assert list(root.glob("*/*/xet/xet"))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        adapted = add_lora(a_model(0))
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter)
-        adapted.peft_config["default"].base_model_name_or_path = "alice/lfs"
+        adapted = lora_of(a_model(0), "alice/lfs")
         adapted.push_to_hub("alice/adapter")
         huggingface_hub.close_session()
     return SimpleNamespace(root=root, model=model, adapted=adapted)
 
 
 @pytest.fixture
-def hub(pushed, tmp_path, monkeypatch):
+def hub(pushed, client_of, tmp_path, monkeypatch):
     shutil.copytree(pushed.root, tmp_path / "hub")
     with EmbeddedHub(tmp_path / "hub") as hub:
         client_of(hub, tmp_path / "cache", monkeypatch)
