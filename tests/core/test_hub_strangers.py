@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import hf_archs
-from hf_archs.native.model_card import model_card
-from hf_archs.testing.contract.models import lively, tokens
+from hf_archs.native.model_card import automatic_card, model_card
+from hf_archs.testing.contract.models import lively, logits, tokens
 from hf_archs.testing.hub import EmbeddedHub
 
 pytestmark = [
@@ -143,12 +143,14 @@ def test_a_stranger_is_never_asked(world, route):
 
 @pytest.mark.torchao
 def test_a_quantised_model(world, route, tmp_path):
-    """And without torchao transformers says what to install."""
+    """Its card names the quantiser's package, too."""
     quantization = importlib.import_module("torchao.quantization")
     mamba, name = hf_archs.get_architecture("mamba"), f"alice/{route}-int8"
-    lively(mamba.causal_lm_class, mamba.tiny_config()).save_pretrained(tmp_path)
+    plain = lively(mamba.causal_lm_class, mamba.tiny_config())
+    plain.save_pretrained(tmp_path)
     options = TorchAoConfig(quantization.Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=options)
+    assert not torch.equal(logits(model, IDS), logits(plain, IDS))
+    assert "pip install hf-archs torchao;" in str(automatic_card(model))
     world.push(model, name, route)
-    output = stranger(world, route, CARDS)
-    assert f"ran the card of {name}\n" in output
+    assert f"ran the card of {name}\n" in stranger(world, route, CARDS)
