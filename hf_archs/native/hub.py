@@ -57,8 +57,9 @@ def _check_download(file: str | os.PathLike) -> None:
     found = blob.stat()
     state = f"{found.st_size} {found.st_mtime_ns}"
     record = blob.parent.parent / CHECKED / blob.name
-    if record.is_file() and record.read_text() == state:
-        return
+    with contextlib.suppress(OSError):  # there is none, or it is another user's
+        if record.read_text() == state:
+            return
     with blob.open("rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
     if sha256 != blob.name:
@@ -66,11 +67,9 @@ def _check_download(file: str | os.PathLike) -> None:
             f"{Path(file).name} in the cache is not the file on the Hub: its sha256 is {sha256[:16]}..., and the Hub's "
             f"is {blob.name[:16]}...; delete {blob.resolve()}, and the next load fetches it again"
         )
-    try:
+    with contextlib.suppress(OSError):  # a cache that cannot be written is compared at every load
         record.parent.mkdir(exist_ok=True)
         record.write_text(state)
-    except OSError:
-        return  # a cache that cannot be written is compared at every load
 
 
 def _blob(file: Path) -> Path | None:

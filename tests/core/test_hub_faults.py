@@ -299,6 +299,22 @@ def test_a_changed_cache_is_found(hub, pushed):
     assert same(AutoModelForCausalLM.from_pretrained("alice/lfs", force_download=True), pushed.model)
 
 
+def test_a_changed_store_of_several_repositories_is_found(hub, pushed, by_xet):
+    """Where the file in a repository's cache is itself a link, that to which it leads is to be deleted."""
+    by_xet()
+    load("xet")
+    file = next(Path(constants.HF_HUB_CACHE).glob("models--alice--xet/snapshots/*/model.safetensors"))
+    store = file.resolve()
+    assert store.name != (file.parent / file.readlink()).name
+    store.chmod(0o600)
+    store.write_bytes(flipped(store.read_bytes()))
+    with pytest.raises(downloads.TransferError, match="is not the file on the Hub") as error:
+        load("xet")
+    assert blob_of(error.value) == store
+    store.unlink()
+    assert same(load("xet"), pushed.model)
+
+
 def test_a_cache_that_cannot_be_written_is_compared_at_every_load(hub, pushed):
     (Path(constants.HF_HUB_CACHE) / "models--alice--lfs").mkdir(parents=True)
     (Path(constants.HF_HUB_CACHE) / "models--alice--lfs" / downloads.CHECKED).touch()
