@@ -20,6 +20,7 @@ from starlette.responses import HTMLResponse, RedirectResponse
 from transformers import AutoModelForCausalLM
 
 import hf_archs
+from hf_archs.cache import ArchDynamicCache
 from hf_archs.commands import cli, sentences
 from hf_archs.native import hub as downloads
 from hf_archs.testing.contract.models import lively
@@ -337,6 +338,18 @@ def test_other_content_of_an_adapter_is_found(hub, pushed, generate):
     hub.faults.clear()
     blob_of(error.value).unlink()
     assert torch.equal(load("adapter")(ids).logits, pushed.adapted(ids).logits)
+
+
+def test_other_content_of_a_saved_state_is_found(hub, pushed):
+    model = pushed.model
+    cache = model(torch.arange(3, 12)[None], use_cache=True).past_key_values
+    cache.push_to_hub("alice/states", model)
+    hub.faults.append(Fault("GET", "/resolve/.*state.safetensors", changed(flipped), times=1))
+    with pytest.raises(downloads.TransferError, match=r"state.safetensors in the cache is not the file") as error:
+        ArchDynamicCache.load("alice/states", model)
+    blob_of(error.value).unlink()
+    loaded = ArchDynamicCache.load("alice/states", model)
+    assert all(torch.equal(state, loaded.state_dict()[name]) for name, state in cache.state_dict().items())
 
 
 @pytest.mark.parametrize("change", [lambda content: content[: len(content) // 2], lambda content: b""])
