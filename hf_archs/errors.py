@@ -38,10 +38,10 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and its causes, as a traceback shows them, the newest first."""
+def chain(error: BaseException, outer: BaseException | None = None) -> Iterator[BaseException]:
+    """The error and its causes, as a traceback shows them, the newest first, up to ``outer``, which is left out."""
     link: BaseException | None = error
-    while link is not None:
+    while link is not None and link is not outer:
         yield link
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -80,9 +81,13 @@ def _blob(file: Path) -> Path | None:
     return blob if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) else None
 
 
-def failure(error: BaseException) -> str | None:
-    """The failure of a transfer from or to the Hub that caused ``error``, as one sentence; None for other errors."""
-    links, endpoint = list(chain(error)), constants.ENDPOINT
+def failure(error: BaseException, outer: BaseException | None = None) -> str | None:
+    """The failure of a transfer from or to the Hub that caused ``error``, as one sentence; None for other errors.
+
+    Args:
+        outer: an exception that the caller was handling already, which is no cause.
+    """
+    links, endpoint = list(chain(error, outer)), constants.ENDPOINT
     for link in links:
         if isinstance(link, TransferError):
             return str(link)
@@ -139,23 +144,24 @@ def one_sentence(source: str | os.PathLike | None, where: Mapping[str, Any]) -> 
         source: folder or repository that is read.
         where: the arguments of ``from_pretrained`` that locate and fetch files.
     """
+    outer = sys.exception()
     try:
         yield
     except (OSError, RuntimeError, httpx2.HTTPError) as error:
-        said = failure(error)
+        said = failure(error, outer)
         if said is None and "does not appear to have a file named" in str(error):
-            said = _withheld(source, where)
+            said = _withheld(source, where, outer)
         if said is None:
             raise
         raise TransferError(said) from error
 
 
-def _withheld(source: str | os.PathLike | None, where: Mapping[str, Any]) -> str | None:
+def _withheld(source: str | os.PathLike | None, where: Mapping[str, Any], outer: BaseException | None) -> str | None:
     """The Hub's refusal to give the weights, which transformers takes for their absence; None if they are absent."""
     try:
         cached_file(source, SAFE_WEIGHTS_NAME, **where)  # type: ignore[arg-type]
-    except OSError as error:
-        return failure(error)
+    except OSError as refusal:
+        return failure(refusal, outer)
     return None
 
 

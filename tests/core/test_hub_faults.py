@@ -2,6 +2,7 @@
 is loaded after it, from the same cache, is whole.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM
 import hf_archs
 from hf_archs.cache import ArchDynamicCache
 from hf_archs.commands import cli, sentences
+from hf_archs.errors import CheckpointMismatch
 from hf_archs.native import hub as downloads
 from hf_archs.testing.contract.models import lively
 from hf_archs.testing.hub import EmbeddedHub
@@ -251,6 +253,23 @@ def test_a_full_disk_is_refused(hub, pushed, by_xet, generate, monkeypatch, name
     fill(generate.cache)
     assert said in generate(f"alice/{name}")
     assert same(load(name), pushed.model)
+
+
+def test_a_failure_that_the_caller_handles_is_not_taken_for_a_cause(hub, pushed, tmp_path):
+    """The wrong shapes in a folder are named, which is read because a repository cannot be."""
+    pushed.model.save_pretrained(tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config | {"vocab_size": 40}))
+    hub.faults += always(WEIGHTS, cut(1000))
+
+    def fall_back() -> None:
+        try:
+            load("lfs")
+        except OSError:
+            AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+
+    with pytest.raises(CheckpointMismatch, match="has shape"):
+        fall_back()
 
 
 # Content
