@@ -1,10 +1,11 @@
 """Errors, and texts of errors and warnings, that several modules use."""
 
 import difflib
+import errno
 import importlib
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +36,23 @@ def reason(error: BaseException) -> str:
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def chain(error: BaseException, outer: BaseException | None = None) -> Iterator[BaseException]:
+    """The error and its causes, as a traceback shows them, the newest first, up to ``outer``, which is left out."""
+    link: BaseException | None = error
+    while link is not None and link is not outer:
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed because the disk is full, which safetensors and torch report in other words."""
+    return any(
+        (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT))
+        or any(words in str(link) for words in ("(os error 28)", "unexpected pos", "PytorchStreamWriter failed"))
+        for link in chain(error)
+    )
 
 
 def moved(old: str, *new: str, **renamed: str) -> None:

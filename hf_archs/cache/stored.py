@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from hf_archs.native.hub import check_downloads
 from hf_archs.parts import VERSION
 
 if TYPE_CHECKING:
@@ -121,11 +122,16 @@ def load(cache: RecurrentCache, path: str | os.PathLike, model: nn.Module) -> No
 
 
 def find(path: str | os.PathLike, filename: str = FILE, **options: Any) -> str:
-    """The local path of a saved cache: ``path`` itself if it is a file, else ``filename`` of that repository."""
+    """The local path of a saved cache: ``path`` itself if it is a file, else ``filename`` of that repository.
+
+    Raises:
+        OSError: if there is none, or the download is not the file on the Hub.
+    """
     if Path(path).expanduser().is_file():
         return str(Path(path).expanduser())
     found = cached_file(str(path), filename, **options)
     assert found is not None  # `cached_file` raises for a missing file
+    check_downloads([found])
     return found
 
 

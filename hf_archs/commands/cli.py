@@ -441,7 +441,7 @@ def main() -> None:
     except Exception as error:
         from hf_archs.commands import sentences
 
-        if not isinstance(error, sentences.EXPECTED):
+        if not sentences.is_expected(error):
             raise
         sys.exit(sentences.report(error))
 

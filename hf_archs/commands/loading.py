@@ -15,12 +15,15 @@ from typing import Any
 import psutil
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from hf_archs import registry
 from hf_archs.errors import did_you_mean, similar
 from hf_archs.model.adapters import quiet_peft
 from hf_archs.native.disk import check_weights, looks_local
+from hf_archs.native.hub import check_downloads
 from hf_archs.native.reading import Checkpoint
 
 
@@ -218,7 +221,7 @@ def load_adapter(model: PreTrainedModel, source: str, **kwargs: Any) -> PeftMode
     """``model`` with a PEFT adapter from a folder or the Hub.
 
     Raises:
-        OSError: if a folder holds no adapter.
+        OSError: if a folder holds no adapter, or the download is not the Hub's file; see `check_downloads`.
         ValueError: if the Hub has no such adapter, or it does not fit the model.
     """
     path = Path(source).expanduser()
@@ -226,6 +229,8 @@ def load_adapter(model: PreTrainedModel, source: str, **kwargs: Any) -> PeftMode
         raise OSError(f"{source!r} is no adapter: it has no adapter_config.json")
     check_name(source)
     check_weights(path)
+    weights = cached_file(source, SAFETENSORS_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    check_downloads([weights] if weights else [])  # before PEFT reads them
     try:
         with quiet_peft():
             return PeftModel.from_pretrained(model, source, **kwargs)

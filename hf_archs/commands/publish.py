@@ -148,5 +148,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except sentences.EXPECTED as error:
+    except Exception as error:
+        if not sentences.is_expected(error):
+            raise
         sys.exit(sentences.report(error))

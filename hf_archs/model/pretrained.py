@@ -19,8 +19,8 @@ from hf_archs.config.model import ArchConfig
 from hf_archs.model.block import ArchBlock, AttentionWeights
 from hf_archs.model.sharding import Shardable
 from hf_archs.model.watching import watch_trainers
-from hf_archs.native import model_card
-from hf_archs.native.reading import Checkpoint, Reading, prepare, unpickled
+from hf_archs.native import hub, model_card
+from hf_archs.native.reading import WHERE, Checkpoint, Reading, prepare, unpickled
 from hf_archs.parts import SelfInitialized
 from hf_archs.registry import get_mixer
 
@@ -130,6 +130,8 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
                 unexpected tensors, unless ``output_loading_info=True`` lists them; see
                 `hf_archs.native.reading.Reading.check`.
             SafetensorError: for a corrupt or truncated weights file.
+            TransferError: an OSError, for a failed download, and for a downloaded weights file whose sha256 is not the
+                Hub's; see `hf_archs.native.hub`.
         """
         checkpoint = prepare(cls, pretrained_model_name_or_path, kwargs, checkpoint)
         with unpickled(checkpoint, pretrained_model_name_or_path, kwargs) as moved:
@@ -146,8 +148,9 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
                 any_shape=kwargs.get("ignore_mismatched_sizes", False),
                 reported=kwargs.get("output_loading_info", False),
             )
+        where = {name: kwargs[name] for name in WHERE & kwargs.keys()}
         try:
-            with during(reading=reading):
+            with during(reading=reading), hub.one_sentence(pretrained_model_name_or_path, where):
                 loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise SafetensorError(
@@ -159,6 +162,14 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model._weight_conversions = get_model_conversion_mapping(model)
         return loaded
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: dict | None, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        # the weights of models and of adapters that transformers loads into them
+        hub.check_downloads(checkpoint_files or ())
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def save_pretrained(
         self,

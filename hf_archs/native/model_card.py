@@ -29,7 +29,7 @@ _CARD = """\
 ## Load
 
 ```python
-import hf_archs  # pip install {distribution}; without this line, pass trust_remote_code=True below
+import hf_archs  # pip install {packages}; without this line, pass trust_remote_code=True below
 {load}
 ```
 """
@@ -62,6 +62,7 @@ _TASKS = {
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
 }
+_QUANTISERS = ("bitsandbytes", "torchao")  # quantisation methods of transformers that are packages of the same name
 # the description in the card that transformers pushes with a model that has none
 _EMPTY = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
@@ -121,7 +122,7 @@ def model_card(
     rows = [f"| {name} | {value} |" for name, value in results.items()]
     measured = "\n".join(["| measurement | value |", "|---|---|", *rows]) if rows else "Nothing yet."
     more = f"\n## Training\n\n{training}\n\n## Measured\n\n{measured}\n\nMade with hf-archs {VERSION}.\n"
-    return ModelCard(_text(metadata, repository, description, load, architecture) + more)
+    return ModelCard(_text(metadata, repository, description, load, base.config) + more)
 
 
 def tag(model: PreTrainedModel) -> None:
@@ -151,7 +152,7 @@ def automatic_card(model: PreTrainedModel, repository: str | None = None, tags: 
     )
     load = _LOAD_MODEL.format(auto=auto, model=repository or "this/folder")
     title = repository or f"A model of the architecture {architecture.name}"
-    card = ModelCard(_text(metadata, title, _description(model, architecture), load, architecture))
+    card = ModelCard(_text(metadata, title, _description(model, architecture), load, model.config))
     return ModelCard(f"{str(card).rstrip()}\n{_MARK.format(digest=_digest(card))}")
 
 
@@ -212,12 +213,15 @@ def _description(model: PreTrainedModel, architecture: registry.Architecture) ->
     )
 
 
-def _text(metadata: ModelCardData, title: str, description: str, load: str, architecture: registry.Architecture) -> str:
+def _text(metadata: ModelCardData, title: str, description: str, load: str, config: Any) -> str:
+    architecture: Any = registry.find_architecture(type(config))
+    method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
+    quantisers = [name for name in _QUANTISERS if name == method]
     return _CARD.format(
         metadata=metadata.to_yaml(),
         title=title,
         description=description,
-        distribution=registry.distribution_of(architecture),
+        packages=" ".join([registry.distribution_of(architecture), *quantisers]),
         load=load,
     )
 

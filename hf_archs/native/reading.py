@@ -24,6 +24,7 @@ from hf_archs import registry
 from hf_archs.errors import CheckpointMismatch, reason
 from hf_archs.native import pickles
 from hf_archs.native.formats import OURS, NativeCheckpoint, NativeFormat
+from hf_archs.native.hub import check_downloads
 from hf_archs.native.state_spaces import state_spaces_layer
 from hf_archs.registry import Architecture
 
@@ -248,6 +249,7 @@ def unpickled(
             "from_pretrained(..., use_safetensors=False), or once by `hf-archs convert --pickle`; nothing that stands "
             "in the file is run"
         )
+    check_downloads([pickled])
     with tempfile.TemporaryDirectory() as folder:
         NativeCheckpoint(checkpoint.raw, pickles.read_state_dict(pickled)).save_pretrained(folder)
         for name in ("use_safetensors", "subfolder"):

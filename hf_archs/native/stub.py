@@ -1,8 +1,8 @@
 """The stub module and the ``auto_map`` of a saved checkpoint, through which any machine can load it.
 
 A pushed checkpoint loads after ``import hf_archs``. Without that import, ``trust_remote_code=True`` makes transformers
-run the stub, which only fetches the classes from the installed library. If the library is missing, transformers reads
-the stub's imports and names the package to install.
+run the stub, which only fetches the classes from the installed library. If the library or the architecture's plugin is
+missing, the stub names the package to install; transformers does not look for packages imported inside ``try``.
 """
 
 import os
@@ -15,11 +15,11 @@ STUB_MODULE = "load_with_hf_archs"
 _STUB = '''\
 """This model's code is the Python package {distribution}: pip install {distribution}"""
 
-import hf_archs
-
 try:
+    import hf_archs
+
     _architecture = hf_archs.get_architecture("{name}")
-except ValueError as error:
+except (ModuleNotFoundError, ValueError) as error:
     raise ImportError("this model needs the package {distribution}: pip install {distribution}") from error
 
 {config} = _architecture.config_class

@@ -554,17 +554,18 @@ def test_the_traceback_is_there_for_who_asks(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "said"),
+    ("method", "status", "headers", "said"),
     [
-        (404, {"X-Error-Code": "RepoNotFound"}, "(404): Nothing here.; check the name, and HF_TOKEN"),
-        (403, {"X-Error-Code": "GatedRepo"}, "ask for access on the repository's page"),
-        (403, {}, "a token with the role 'write' is needed"),
-        (404, {"X-Error-Code": "RevisionNotFound"}, "(404): Nothing here."),
-        (500, {}, "(500): Nothing here."),
+        ("GET", 404, {"X-Error-Code": "RepoNotFound"}, "(404): Nothing here.; check the name, and HF_TOKEN"),
+        ("GET", 403, {"X-Error-Code": "GatedRepo"}, "ask for access on the repository's page"),
+        ("GET", 403, {}, "a token of a user who may read it is needed"),
+        ("POST", 403, {}, "a token with the role 'write' is needed"),
+        ("GET", 404, {"X-Error-Code": "RevisionNotFound"}, "(404): Nothing here."),
+        ("GET", 500, {}, "(500): Nothing here."),
     ],
 )
-def test_what_a_hub_refuses(status, headers, said):
-    request = httpx2.Request("GET", "https://hub.example/api/models/alice/x")
+def test_what_a_hub_refuses(method, status, headers, said):
+    request = httpx2.Request(method, "https://hub.example/api/models/alice/x")
     response = httpx2.Response(status, headers={**headers, "X-Error-Message": "Nothing here."}, request=request)
     with pytest.raises(HfHubHTTPError) as caught:
         hf_raise_for_status(response)

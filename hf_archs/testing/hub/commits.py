@@ -68,7 +68,7 @@ def _apply(repo: Repository, files: Files, key: str, value: dict[str, Any]) -> N
         size = file.stat().st_size
         if value.get("size", size) != size:
             raise HubError(400, f"{path} is said to have {value['size']} bytes, and has {size}")
-        files[path] = lfs_entry(value["oid"], size)
+        files[path] = lfs_entry(value["oid"], size, repo.xet.get(value["oid"]))
     elif key in ("deletedFile", "deletedFolder"):
         gone = [p for p in files if p == path or (key == "deletedFolder" and p.startswith(f"{path}/"))]
         if not gone:

@@ -165,6 +165,9 @@ class Contents(Access):
         if entry["lfs"]:
             headers["ETag"] = headers["X-Linked-Etag"] = f'"{entry["sha256"]}"'
             headers["X-Linked-Size"] = str(entry["size"])
+        if entry.get("xet"):
+            token = f"{request.base_url}api/{repo.kind}/{repo.id}/xet-read-token/{commit['oid']}"
+            headers |= {"X-Xet-Hash": entry["xet"], "Link": f'<{token}>; rel="xet-auth"'}
         # FileResponse answers HEAD and Range. LFS files are served without a redirect, whose target would lack
         # X-Repo-Commit.
         file, name = repo.object(entry["sha256"]), path.rpartition("/")[2]

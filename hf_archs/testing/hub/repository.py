@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-Files = dict[str, dict[str, Any]]  # path -> {"oid": git id, "size": bytes, "sha256": of the content, "lfs": bool}
+Files = dict[str, dict[str, Any]]  # path -> {"oid": git id, "size": bytes, "sha256": of the content, "lfs", "xet"}
 LFS_SUFFIXES = "7z arrow bin bz2 ckpt gz h5 joblib model msgpack npy npz onnx parquet pickle pkl pt pth safetensors tar"
 GIT_ATTRIBUTES = "".join(f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES.split())
 
@@ -41,9 +41,10 @@ def pointer(sha256: str, size: int) -> bytes:
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
-def lfs_entry(sha256: str, size: int) -> dict[str, Any]:
-    """The entry of an LFS object in `Files`."""
-    return {"oid": git_oid("blob", pointer(sha256, size)), "size": size, "sha256": sha256, "lfs": True}
+def lfs_entry(sha256: str, size: int, xet: str | None) -> dict[str, Any]:
+    """The entry of an LFS object in `Files`; ``xet`` is its hash, if it came by Xet."""
+    oid = git_oid("blob", pointer(sha256, size))
+    return {"oid": oid, "size": size, "sha256": sha256, "lfs": True, "xet": xet}
 
 
 def tree_oid(files: Files) -> str:
@@ -72,6 +73,8 @@ def file_row(path: str, entry: dict[str, Any]) -> dict[str, Any]:
     if entry["lfs"]:
         pointer_size = len(pointer(entry["sha256"], entry["size"]))
         row["lfs"] = {"oid": entry["sha256"], "size": entry["size"], "pointerSize": pointer_size}
+    if entry.get("xet"):
+        row["xetHash"] = entry["xet"]
     return row
 
 
@@ -103,6 +106,7 @@ class Repository:
         self.id = f"{self.owner}/{self.name}"
         self.meta: dict[str, Any] = json.loads((folder / "repo.json").read_text())
         self.refs: dict[str, str] = self.meta["refs"]
+        self.xet: dict[str, str] = self.meta.setdefault("xet", {})  # sha256 -> Xet hash, of what came by Xet
 
     @classmethod
     def create(cls, folder: Path, private: bool) -> Repository:

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hf_archs.testing.hub.commits import Commits, References
 from hf_archs.testing.hub.contents import Contents, Repositories
+from hf_archs.testing.hub.faults import Fault, faulty
 from hf_archs.testing.hub.repository import HubError
 from hf_archs.testing.hub.uploads import Uploads
 
@@ -42,7 +43,9 @@ async def malformed(request: Request, error: Exception) -> Response:
     return await refuse(request, HubError(400, f"malformed request: {type(error).__name__}: {error}"))
 
 
-def application(root: Path, users: Mapping[str, tuple[str, str]], multipart_threshold: int) -> ASGIApp:
+def application(
+    root: Path, users: Mapping[str, tuple[str, str]], multipart_threshold: int, faults: list[Fault]
+) -> ASGIApp:
     """The ASGI application of a Hub with the repositories below ``root``; see `EmbeddedHub` for the arguments."""
     repositories, contents, references = Repositories(root, users), Contents(root, users), References(root, users)
     uploads, commits = Uploads(root, users, multipart_threshold), Commits(root, users)
@@ -70,7 +73,8 @@ def application(root: Path, users: Mapping[str, tuple[str, str]], multipart_thre
         ("POST", f"{api}/discussions", references.discuss),
         ("GET", f"{api}/discussions/{{num:int}}", references.discussion),
         ("POST", f"{api}/preupload/{{revision}}", uploads.preupload),
-        ("GET", f"{api}/xet-write-token/{{revision}}", uploads.xet_token),
+        ("GET", f"{api}/xet-write-token/{{revision}}", uploads.xet_write_token),
+        ("GET", f"{api}/xet-read-token/{{revision}}", uploads.xet_read_token),
         ("POST", f"{api}/commit/{{revision}}", commits.commit),
     ]
     for place in (repo, page):  # models have no prefix
@@ -90,9 +94,11 @@ def application(root: Path, users: Mapping[str, tuple[str, str]], multipart_thre
         },
     )
 
+    answer = faulty(starlette, faults)
+
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         # Routing needs the undecoded path: the slashes of a revision come as %2F and are no separators.
-        await starlette({**scope, "path": scope["raw_path"].decode("ascii")}, receive, send)
+        await answer({**scope, "path": scope["raw_path"].decode("ascii")}, receive, send)
 
     return app
 
@@ -110,6 +116,7 @@ class EmbeddedHub:
         endpoint: the URL for the client, ``http://127.0.0.1:<port>``.
         token: the first token that may write.
         server: the uvicorn server, which ends when its ``should_exit`` is set.
+        faults: the faults of its answers, none at first; see `hf_archs.testing.hub.faults`.
     """
 
     def __init__(
@@ -132,7 +139,8 @@ class EmbeddedHub:
         self._socket = socket.create_server(("127.0.0.1", port))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # without it an answer takes 40 ms
         self.endpoint = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        app = application(self.root, users, multipart_threshold)
+        self.faults: list[Fault] = []
+        app = application(self.root, users, multipart_threshold, self.faults)
         config = uvicorn.Config(
             app, lifespan="off", http="h11", ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=2
         )

@@ -66,14 +66,24 @@ class Uploads(Access):
 
         return JSONResponse({"files": [answer(file) for file in body["files"]]})
 
-    async def xet_token(self, request: Request) -> Response:
+    async def xet_write_token(self, request: Request) -> Response:
         """Return a ``local://`` store for an upload by Xet."""
         repo = self.open(request, "propose" if "create_pr" in request.query_params else "write")
-        # Every upload gets its own folder, because hf_xet locks a store as long as its process lives.
-        url, expires = f"local://{repo.folder}/xet/{secrets.token_hex(8)}", int(time.time()) + 3600
-        Path(url.removeprefix("local://")).mkdir(parents=True)
-        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "local", "X-Xet-Token-Expiration": str(expires)}
-        return JSONResponse({"casUrl": url, "accessToken": "local", "exp": expires}, headers=headers)
+        return _xet_token(_new_store(repo, "xet"))
+
+    async def xet_read_token(self, request: Request) -> Response:
+        """Return a ``local://`` store with the files of a revision that came by Xet."""
+        import hf_xet
+
+        repo = self.open(request)
+        wanted = {entry["sha256"] for entry in self.commit_of(request, repo)["files"].values() if entry.get("xet")}
+        store = _new_store(repo, "xet-read")
+        with tempfile.TemporaryDirectory(dir=repo.folder) as made:
+            with hf_xet.XetSession().new_upload_commit(endpoint=f"local://{made}") as upload:
+                for sha256 in wanted:
+                    upload.start_upload_file(str(repo.object(sha256)), sha256=sha256)
+            _copy_store(made, store)
+        return _xet_token(store)
 
     async def lfs_batch(self, request: Request) -> Response:
         """Return the upload URLs of LFS objects."""
@@ -187,8 +197,25 @@ async def _receive(stream: AsyncIterator[bytes], file: Path, limit: int) -> tupl
     return sha256.hexdigest(), md5.hexdigest(), size
 
 
+def _new_store(repo: Repository, kind: str) -> Path:
+    # Every token gets its own store, because hf_xet locks a store as long as its process lives.
+    store = repo.folder / kind / secrets.token_hex(8)
+    store.mkdir(parents=True)
+    return store
+
+
+def _xet_token(store: Path) -> Response:
+    url, expires = f"local://{store}", int(time.time()) + 3600
+    headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "local", "X-Xet-Token-Expiration": str(expires)}
+    return JSONResponse({"casUrl": url, "accessToken": "local", "exp": expires}, headers=headers)
+
+
 def take_from_xet(repo: Repository, wanted: set[str]) -> None:
-    """Turn each ``local://`` store that holds a ``wanted`` sha256 into plain, verified objects."""
+    """Turn each ``local://`` store that holds a ``wanted`` sha256 into plain, verified objects.
+
+    Raises:
+        HubError: if a store is damaged.
+    """
     for store in (repo.folder / "xet").glob("*"):
         held = {sha256: file for shard in store.rglob("shards/*.mdb") for sha256, file in _xet_files(shard)}
         if not wanted & held.keys():
@@ -197,17 +224,24 @@ def take_from_xet(repo: Repository, wanted: set[str]) -> None:
 
         # A copy of the store is read, because the uploading client still holds the lock on the store's index.
         with tempfile.TemporaryDirectory(dir=repo.folder) as copy:
-            shutil.copytree(store, copy, dirs_exist_ok=True, copy_function=_copy_index_link_rest)
+            _copy_store(store, copy)
             shutil.rmtree(store)
-            with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{copy}") as group:
-                for sha256, (xet_hash, size) in held.items():
-                    group.start_download_file(hf_xet.XetFileInfo(xet_hash, size), f"{copy}/{sha256}")
-            for sha256, (_, size) in held.items():
+            try:
+                with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{copy}") as group:
+                    for sha256, (xet_hash, size) in held.items():
+                        group.start_download_file(hf_xet.XetFileInfo(xet_hash, size), f"{copy}/{sha256}")
+            except RuntimeError as error:
+                raise HubError(422, f"the upload by Xet cannot be put together: {error}") from error
+            for sha256, (xet_hash, size) in held.items():
                 repo.adopt(Path(copy, sha256), sha256, size)
+                repo.xet[sha256] = xet_hash
 
 
-def _copy_index_link_rest(source: str, target: str) -> None:
-    shutil.copyfile(source, target) if source.endswith(".redb") else os.link(source, target)
+def _copy_store(source: Path | str, target: Path | str) -> None:
+    def copy(file: str, to: str) -> None:
+        shutil.copyfile(file, to) if file.endswith(".redb") else os.link(file, to)
+
+    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=copy)
 
 
 def _xet_files(shard: Path) -> Iterator[tuple[str, tuple[str, int]]]:
