@@ -90,7 +90,9 @@ def _add_router_losses(trainer: Any) -> None:
     model = whole.get_base_model() if isinstance(whole, PeftModel) else whole
     if not isinstance(model, ArchForCausalLM) or not model.model.has_routers:
         return
-    if not trainer.router_aux_loss_coef:  # the coefficient of the load balancing; other losses have their own
+    if hasattr(model.config, "router_aux_loss_coef"):
+        model.config.router_aux_loss_coef = trainer.router_aux_loss_coef
+    if not trainer.router_aux_loss_coef:  # of the load balancing; other losses have coefficients of their own
         trainer.aux_loss_enabled, trainer.router_aux_loss_coef = True, 1.0
     statistics: deque[Any] = deque(maxlen=1)
     model.model.register_forward_hook(lambda _, __, outputs: statistics.append(outputs.router_statistics))
