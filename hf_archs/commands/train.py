@@ -68,7 +68,9 @@ def parser(trainer: str | None = None) -> HfArgumentParser:
     )
     own.add_argument("--lora_rank", "--lora-rank", type=int, default=16, help="rank of the adapter")
     own.add_argument("--lora_alpha", "--lora-alpha", type=int, default=32, help="scale of the adapter, times rank")
-    own.add_argument("--trainer", choices=[*trl.TRAINERS], help="train with this trainer of TRL, on rows of its formats")
+    own.add_argument(
+        "--trainer", choices=[*trl.TRAINERS], help="train with this trainer of TRL, on rows of its formats"
+    )
     if trainer is None:
         own.add_argument("--block_size", "--block-size", type=int, default=512, help="tokens in a training row")
     else:
@@ -227,9 +229,9 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
     run = standing(arguments)
     loading.check_output(str(arguments.output_dir))
     if own.trainer is not None:
-        trainer = trl.make(own, arguments)
-        loading.check_output(str(arguments.output_dir), _bytes_to_write(trainer.model, arguments, run.steps))
-        return _finish(trainer, run, trl.measure)
+        made: Any = trl.make(own, arguments)
+        loading.check_output(str(arguments.output_dir), _bytes_to_write(made.model, arguments, run.steps))
+        return _finish(made, run, trl.measure)
     copies = 1 if own.lora is not None else 4
     checkpoint = loading.look_at(own.model)
     loading.check_memory(checkpoint.config(), copies)
@@ -281,7 +283,9 @@ def _finish(
         else:
             results["train_loss"] = trainer.train(resume_from_checkpoint=run.checkpoint).training_loss
         results |= measure(trainer)
-        trainer.card["training"] += f" {trainer.state.global_step:,} steps, {trainer.args.learning_rate:g} learning rate."
+        trainer.card["training"] += (
+            f" {trainer.state.global_step:,} steps, {trainer.args.learning_rate:g} learning rate."
+        )
         trainer.save_model()
         trainer.create_model_card()
         trainer.save_state()  # written last: `standing` takes the state as a sign that all was written

@@ -1,4 +1,4 @@
-"""``hf-archs train --trainer``: TRL's trainers, with the LoRA targets, optimizer groups and router losses of this library.
+"""``hf-archs train --trainer``: TRL's trainers, with LoRA targets, optimizer groups and router losses of this library.
 
 TRL is imported on use only, since it is optional.
 """
@@ -21,7 +21,8 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from hf_archs.commands import loading
 from hf_archs.data import text
 from hf_archs.errors import needs, reason
-from hf_archs.native.disk import looks_local
+from hf_archs.native.disk import check_weights, looks_local
+from hf_archs.native.reading import Checkpoint
 from hf_archs.training import ArchTrainer, lora_config
 
 # the first part of the names of TRL's classes, and the columns of its formats, of which the rows need one
@@ -89,20 +90,13 @@ def make(own: argparse.Namespace, arguments: Any) -> ArchTrainer:
     rows = read_rows(own.data)
     check_rows(own, arguments, rows["train"])
     tokenizer = loading.load_tokenizer(checkpoint, own.tokenizer, checkpoint.config())
-    if _conversational(own, rows["train"]) and tokenizer.chat_template is None:
-        if getattr(arguments, "chat_template_path", None) is None:
-            raise ValueError(
-                f"data is {own.data!r}, whose rows are messages, and the tokenizer of {own.tokenizer or own.model!r} "
-                "has no chat template; --tokenizer takes another's"
-            )
-    options = {"dtype": torch.float32, **(arguments.model_init_kwargs or {})}  # as TRL loads models
-    arguments.model_init_kwargs = None
-    if own.trainer == "reward":
-        set_seed(arguments.seed)  # for the weights of a new head
-        scorer: Any = checkpoint.architecture.sequence_classification_class
-        model = scorer.from_pretrained(checkpoint.source, checkpoint=checkpoint, num_labels=1, **options)
-    else:
-        model = loading.load_model(checkpoint, copies=copies, **options)
+    told = tokenizer.chat_template is not None or getattr(arguments, "chat_template_path", None) is not None
+    if not told and _conversational(own, rows["train"]):
+        raise ValueError(
+            f"data is {own.data!r}, whose rows are messages, and the tokenizer of {own.tokenizer or own.model!r} has "
+            "no chat template; --tokenizer takes another's"
+        )
+    model = _load(own, arguments, checkpoint, copies)
     more: dict[str, Any] = {}
     if own.lora is not None:
         more["peft_config"] = lora_config(model, own.lora, rank=own.lora_rank, alpha=own.lora_alpha)
@@ -122,6 +116,18 @@ def make(own: argparse.Namespace, arguments: Any) -> ArchTrainer:
     return trainer_class(own.trainer)(
         model, arguments, card=card, train_dataset=rows["train"], processing_class=tokenizer, **more
     )
+
+
+def _load(own: argparse.Namespace, arguments: Any, checkpoint: Checkpoint, copies: int) -> Any:
+    """The model to train, with ``model_init_kwargs``; for rewards with a head of one score, which may be new."""
+    options = {"dtype": torch.float32, **(arguments.model_init_kwargs or {})}  # as TRL loads models
+    arguments.model_init_kwargs = None  # TRL warns of them beside a model
+    if own.trainer != "reward":
+        return loading.load_model(checkpoint, copies=copies, **options)
+    set_seed(arguments.seed)
+    scorer: Any = checkpoint.architecture.sequence_classification_class
+    check_weights(Path(checkpoint.source).expanduser())
+    return scorer.from_pretrained(checkpoint.source, checkpoint=checkpoint, num_labels=1, **options)
 
 
 def measure(trainer: ArchTrainer) -> dict[str, float]:
@@ -145,14 +151,15 @@ def read_rows(data: str) -> DatasetDict:
     """
     path = Path(data).expanduser()
     form = FILES.get(path.suffix.lower())
+    name, _, config = data.partition(":")
+    where = (name, config or None)
+    if form is not None and path.is_file():
+        where = (form, None)
+    elif form is not None or path.exists() or data in text.OURS or looks_local(data):
+        return DatasetDict(train=Dataset.from_dict({"text": [*text.read_documents(data).values()]}))
     try:
-        if form is not None and path.is_file():
-            return load_dataset(form, data_files=str(path))
-        if form is not None or path.exists() or data in text.OURS or looks_local(data):
-            return DatasetDict(train=Dataset.from_dict({"text": [*text.read_documents(data).values()]}))
-        name, _, config = data.partition(":")
-        found = load_dataset(name, config or None)
-    except (DatasetsError, StopIteration) as error:  # a JSON file of no rows ends an iterator of `datasets`
+        found = load_dataset(*where, data_files=str(path) if where[0] == form else None)
+    except (DatasetsError, ValueError, StopIteration) as error:  # the last two for files without rows
         raise ValueError(f"data is {data!r}, which cannot be read: {reason(error.__cause__ or error)}") from error
     if "train" not in found:
         raise ValueError(f"data is {data!r} with the splits {', '.join(found)}; a split 'train' is needed")
