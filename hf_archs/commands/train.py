@@ -47,7 +47,7 @@ def parser(trainer: str | None = None) -> HfArgumentParser:
         ImportError: if ``trainer`` needs TRL, and TRL is not installed.
     """
     host, kind = (TrainingArguments, HfArgumentParser) if trainer is None else trl.config_and_parser(trainer)
-    parser: Any = type("_Parser", (_Sentences, kind), {})(
+    parser: Any = type("Parser", (_Sentences, kind), {})(
         host,
         prog="hf-archs train",
         usage="hf-archs train MODEL --data TEXT --output_dir DIR [--trainer NAME] [--lora [LAYER ...]] "

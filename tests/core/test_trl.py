@@ -18,6 +18,7 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 import hf_archs
 from hf_archs.commands import sentences, train, trl
 from hf_archs.data import text
+from hf_archs.model.watching import PlainTrainerWarning
 from hf_archs.testing.contract.models import assert_all_close, lively, tokens
 from hf_archs.training import lora_config
 
@@ -103,7 +104,7 @@ def test_packed_documents_are_apart(name, tmp_path):
         {"router_z_loss_coef": 0.1},
         {"router": "loss_free", "router_z_loss_coef": 0.1},
         {"router": "expert_choice", "causal_predictor": True},
-        {"score_function": "sigmoid"},
+        {"score_function": "sigmoid", "router_aux_loss_coef": 1.0},
     ],
     ids=str,
 )
@@ -119,8 +120,19 @@ def test_all_losses_of_the_routers_are_in_the_loss(fields, lora, tmp_path):
     ids = tokens(2, 12)
     expected = model.train()(ids, labels=ids, output_router_logits=True).loss.item()
     assert abs(loss - expected) < 1e-5 * expected
+    with pytest.warns(PlainTrainerWarning, match="SFTTrainer adds the load balancing of Mixtral"):
+        plain = SFTTrainer(model, SFTConfig(str(tmp_path), **STEP), train_dataset=rows, processing_class=tokenizer())
+    assert abs(plain.train().training_loss - expected) > 1e-3
     model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0.0
     assert expected - F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item() > 1e-3
+
+
+@pytest.mark.parametrize("fields", [{}, {"router": "loss_free"}], ids=str)
+def test_nothing_is_said_of_routers_that_trl_knows(fields, tmp_path, recwarn):
+    rows = Dataset.from_dict({"input_ids": tokens(2, 12).tolist()})
+    for model in (model_of("moe", **fields), model_of("mamba")):
+        SFTTrainer(model, SFTConfig(str(tmp_path), **STEP), train_dataset=rows, processing_class=tokenizer())
+    assert not [warning for warning in recwarn if warning.category is PlainTrainerWarning]
 
 
 def test_states_do_not_decay_and_routers_are_corrected(tmp_path):
