@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DistillationConfig, DistillationTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 import hf_archs
 from hf_archs.commands import sentences, train, trl
@@ -168,6 +169,20 @@ def test_plain_trl_learns_from_answers_alone(options, tmp_path):
     assert trainer.train().training_loss > 0
 
 
+def test_a_backbone_takes_the_logits_to_keep_of_the_head(tmp_path):
+    """TRL's `DistillationTrainer` passes them to the backbones of teacher and student."""
+    model = model_of("mamba").float().train()
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "some words"}]] * 2})
+    trainer = DistillationTrainer(
+        model,
+        model_of("mamba", seed=1).float(),
+        DistillationConfig(str(tmp_path), max_completion_length=4, per_device_train_batch_size=2, **STEP),
+        train_dataset=rows,
+        processing_class=tokenizer(),
+    )
+    assert trainer.train().training_loss > 0
+
+
 # -- preferences and rewards -----------------------------------------------------------------------------------
 
 PROMPTS = ["some words", "and a few more of them"]
@@ -318,6 +333,8 @@ def test_an_adapter_on_the_default_targets(kind, place):
     )
     adapted = PeftModel.from_pretrained(auto.from_pretrained("model", **labels), "adapter")
     assert set(adapted.peft_config["default"].target_modules) == set(hf_archs.get_architecture("mamba").lora_targets)
+    saved = load_file(place / "adapter" / "adapter_model.safetensors")
+    assert any("score" in name for name in saved) == (kind == "reward")
     assert f"{auto.__name__}.from_pretrained(" in (place / "adapter" / "README.md").read_text()
 
 
