@@ -57,7 +57,7 @@ def trainer_class(trainer: str) -> type[ArchTrainer]:
 def add_options(parser: HfArgumentParser, own: Any, trainer: str) -> None:
     """Add the options of ``trainer`` besides its config's, and set the defaults that differ from TRL's."""
     if trainer == "sft":
-        parser.set_defaults(packing=True)
+        parser.set_defaults(packing=True, packing_strategy="bfd_split")  # TRL's own strategy cuts off long documents
     if not torch.accelerator.is_available():
         parser.set_defaults(bf16=False)  # TRL's default needs an accelerator
     if trainer == "grpo":
@@ -96,14 +96,14 @@ def make(own: argparse.Namespace, arguments: Any) -> ArchTrainer:
             f"data is {own.data!r}, whose rows are messages, and the tokenizer of {own.tokenizer or own.model!r} has "
             "no chat template; --tokenizer takes another's"
         )
-    model = _load(own, arguments, checkpoint, copies)
     more: dict[str, Any] = {}
+    if own.trainer == "grpo":
+        more["reward_funcs"] = [_reward(own, name, rows["train"]) for name in own.reward]
+    model = _load(own, arguments, checkpoint, copies)
     if own.lora is not None:
         more["peft_config"] = lora_config(model, own.lora, rank=own.lora_rank, alpha=own.lora_alpha)
     if own.trainer == "dpo" and refers and not arguments.precompute_ref_log_probs:
         more["ref_model"] = copy.deepcopy(model)
-    if own.trainer == "grpo":
-        more["reward_funcs"] = [_reward(own, name, rows["train"]) for name in own.reward]
     if arguments.eval_strategy != "no":
         rows = held_out(rows)
         more["eval_dataset"] = rows["test"]

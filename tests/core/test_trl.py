@@ -294,7 +294,7 @@ def place(tmp_path, monkeypatch):
     tokenizer().save_pretrained("model")
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in zip(PROMPTS, CHOSEN, REJECTED)]
     (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (tmp_path / "texts.csv").write_text("text\n" + "some words\n" * 40)
+    (tmp_path / "texts.csv").write_text("text\n" + "some words\n" * 39 + f"{'of them ' * 30}\n")
     (tmp_path / "texts.txt").write_text("some words\n" * 400)
     (tmp_path / "rewards_of_a_test.py").write_text(
         "def size(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n"
@@ -352,7 +352,11 @@ def test_sft_packs_and_measures_held_out_rows(place, monkeypatch):
     assert results.keys() == {"train_loss", "eval_loss"}
     (trainer,) = seen
     assert trainer.args.packing
-    assert sum(len(row["seq_lengths"]) for row in trainer.train_dataset) == 38
+    texts = (place / "texts.csv").read_text().splitlines()[1:]
+    rows = [row for i, row in enumerate(texts) if i not in (1, 21)]
+    lengths = [len(tokenizer()(row + tokenizer().eos_token)["input_ids"]) for row in rows]
+    assert max(lengths) > 32 == max(len(row["input_ids"]) for row in trainer.train_dataset)
+    assert sum(len(row["input_ids"]) for row in trainer.train_dataset) == sum(lengths)  # nothing is cut off
     assert trainer.model.config._attn_implementation == "eager"
     assert f"| held-out rows | loss {results['eval_loss']:.4f} |" in (place / "out" / "README.md").read_text()
     assert train.described(results).startswith(f"training loss {results['train_loss']:.4f}, evaluation loss ")
