@@ -262,21 +262,22 @@ def test_grpo_of_two_rows(name, tmp_path, monkeypatch):
     assert_all_close(kept.found, gradients_of(policy, expected), "gradient")
 
 
-def test_a_reward_model_from_a_folder(tmp_path):
+@pytest.mark.parametrize("margins", [[0.0, 0.0], [0.5, 2.0]])
+def test_a_reward_model_from_a_folder(margins, tmp_path):
     """TRL hides the missing head from reports; its weights are drawn all the same. The loss is worked out by hand."""
     model_of("mamba").save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     trainer = RewardTrainer(
         str(tmp_path / "model"),
         RewardConfig(str(tmp_path), per_device_train_batch_size=2, **STEP),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED}),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED, "margin": margins}),
     )
     loss = trainer.train().training_loss
     scores = [
         [trainer.model(torch.tensor([[*p, *c]])).logits[0, 0] for p, c in spelt(PROMPTS, completions)]
         for completions in (CHOSEN, REJECTED)
     ]
-    expected = torch.stack([-F.logsigmoid(chosen - rejected) for chosen, rejected in zip(*scores)]).mean()
+    expected = torch.stack([-F.logsigmoid(c - r - margin) for c, r, margin in zip(*scores, margins)]).mean()
     assert abs(loss - expected.item()) < 1e-5
 
 
