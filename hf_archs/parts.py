@@ -186,6 +186,10 @@ class RoutedFeedForward(nn.Module):
         """
         raise NotImplementedError
 
+    def balances_as_mixtral(self) -> bool:
+        """Whether `auxiliary_loss` is Mixtral's load balancing alone, which TRL computes from router logits."""
+        return False
+
     def figures(self, statistics: Tensor) -> dict[str, Tensor]:
         """Figures for logs, from the statistics of this layer's router."""
         raise NotImplementedError

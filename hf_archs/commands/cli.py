@@ -183,9 +183,10 @@ def _check_free(output: Path, overwrite: bool) -> None:
 def train(context: typer.Context) -> None:
     """Train a model, or an adapter with --lora.
 
-    hf-archs train MODEL --data TEXT --output_dir DIR [--lora [LAYER ...]] [--NAME VALUE ...]
+    hf-archs train MODEL --data TEXT --output_dir DIR [--trainer NAME] [--lora [LAYER ...]] [--NAME VALUE ...]
 
     Every field of transformers.TrainingArguments is an option of the same name; `hf-archs train --help` lists them.
+    With --trainer sft, dpo, grpo or reward it is TRL's trainer, with the options of TRL's config.
     """
     from hf_archs.commands import train as training
 
@@ -204,8 +205,7 @@ def train(context: typer.Context) -> None:
     elif run.skipped:
         _say("no checkpoint is whole: training starts anew")
     results = training.train(own, arguments)
-    loss = f"training loss {results['train_loss']:.4f}, " if "train_loss" in results else ""
-    _say(f"{loss}held-out text {results['bits_per_byte']:.4f} bits per byte; written to {arguments.output_dir}")
+    _say(f"{training.described(results) or 'nothing left to train'}; written to {arguments.output_dir}")
 
 
 @app.command(cls=_Command)

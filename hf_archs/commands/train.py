@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from hf_archs import errors
-from hf_archs.commands import loading, sentences
+from hf_archs.commands import loading, sentences, trl
 from hf_archs.data import text
 from hf_archs.native import disk
 from hf_archs.training import ArchTrainer, add_lora
@@ -30,22 +30,31 @@ UNTOLD_REPORTERS = ("azure_ml", "flyte")  # transformers does not always report 
 MEASURED = 2**20  # characters of held-out text that `train` measures
 
 
-class _Parser(HfArgumentParser):
+class _Sentences(argparse.ArgumentParser):
     """Reports an error as an exception with one sentence, and does not end the process."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"hf-archs train: {message}; see hf-archs train --help")
 
 
-def parser() -> HfArgumentParser:
-    """The arguments of ``hf-archs train``: its own, and every field of `TrainingArguments`."""
-    host: Any = TrainingArguments
-    parser = _Parser(
+def parser(trainer: str | None = None) -> HfArgumentParser:
+    """The arguments of ``hf-archs train``: its own, and every field of the config of ``trainer``.
+
+    Args:
+        trainer: one of `trl.TRAINERS`; None for `ArchTrainer`, whose config is `TrainingArguments`.
+
+    Raises:
+        ImportError: if ``trainer`` needs TRL, and TRL is not installed.
+    """
+    host, kind = (TrainingArguments, HfArgumentParser) if trainer is None else trl.config_and_parser(trainer)
+    parser: Any = type("Parser", (_Sentences, kind), {})(
         host,
         prog="hf-archs train",
-        usage="hf-archs train MODEL --data TEXT --output_dir DIR [--lora [LAYER ...]] [--NAME VALUE ...]",
+        usage="hf-archs train MODEL --data TEXT --output_dir DIR [--trainer NAME] [--lora [LAYER ...]] "
+        "[--NAME VALUE ...]",
         description="Train a checkpoint on text, or an adapter for it; continues where an interrupted run stopped.",
-        epilog="Every field of transformers.TrainingArguments is an option of the same name.",
+        epilog=f"Every field of {host.__module__.partition('.')[0]}.{host.__name__} is an option of the same name. "
+        "With --trainer the options are those of TRL's config, which --help lists then.",
         allow_abbrev=False,
     )
     parser.set_defaults(disable_tqdm=False)  # the default follows transformers' verbosity, which the command lowers
@@ -59,7 +68,13 @@ def parser() -> HfArgumentParser:
     )
     own.add_argument("--lora_rank", "--lora-rank", type=int, default=16, help="rank of the adapter")
     own.add_argument("--lora_alpha", "--lora-alpha", type=int, default=32, help="scale of the adapter, times rank")
-    own.add_argument("--block_size", "--block-size", type=int, default=512, help="tokens in a training row")
+    own.add_argument(
+        "--trainer", choices=[*trl.TRAINERS], help="train with this trainer of TRL, on rows of its formats"
+    )
+    if trainer is None:
+        own.add_argument("--block_size", "--block-size", type=int, default=512, help="tokens in a training row")
+    else:
+        trl.add_options(parser, own, trainer)
     own.add_argument("--tokenizer", default=None, help="checkpoint to take the tokenizer from, if the model has none")
     own.add_argument("--license", default=None, help="licence to name in the model card")
     return parser
@@ -67,7 +82,9 @@ def parser() -> HfArgumentParser:
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, TrainingArguments]:
     """Parse the command line of ``hf-archs train``. Raises `ValueError` if it is wrong."""
-    options = parser()
+    named = _Sentences(add_help=False, allow_abbrev=False)
+    named.add_argument("--trainer", choices=[*trl.TRAINERS])
+    options = parser(named.parse_known_args(arguments)[0].trainer)
     training_arguments, own, unknown = options.parse_args_into_dataclasses(
         [*arguments], return_remaining_strings=True, look_for_args_file=False
     )
@@ -76,7 +93,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, TrainingArgumen
         near = errors.similar(unknown[0].partition("=")[0], known)
         hint = errors.did_you_mean(near, "see hf-archs train --help")
         raise ValueError(f"hf-archs train has no argument {unknown[0]!r}; {hint}")
-    if not 2 <= own.block_size <= 2**24:
+    if own.trainer is None and not 2 <= own.block_size <= 2**24:
         raise ValueError(f"block_size is {own.block_size}; allowed are 2 to {2**24}")
     _check_reporters(training_arguments)
     return own, training_arguments
@@ -201,7 +218,8 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
     any data is read.
 
     Returns:
-        the ``bits_per_byte`` of held-out text after training, and ``train_loss`` if a step was left to do.
+        ``train_loss`` if a step was left to do, and the ``bits_per_byte`` of held-out text after training; of a trainer
+        of TRL the ``eval_loss`` if ``eval_strategy`` is set.
 
     Raises:
         OSError, ValueError: if an argument, the folder or the data is wrong, or the disk is full.
@@ -210,6 +228,10 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
         arguments.dataloader_pin_memory = False  # pinning needs an accelerator, and PyTorch warns without one
     run = standing(arguments)
     loading.check_output(str(arguments.output_dir))
+    if own.trainer is not None:
+        made: Any = trl.make(own, arguments)
+        loading.check_output(str(arguments.output_dir), _bytes_to_write(made.model, arguments, run.steps))
+        return _finish(made, run, trl.measure)
     copies = 1 if own.lora is not None else 4
     checkpoint = loading.look_at(own.model)
     loading.check_memory(checkpoint.config(), copies)
@@ -241,15 +263,29 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
+
+    def measure(trainer: ArchTrainer) -> dict[str, float]:
+        figure = text.bits_per_byte(model, tokenizer, _up_to(MEASURED, held_out.values()))
+        trainer.card["results"] = {"held-out text": f"{figure:.3f} bits per byte"}
+        return {"bits_per_byte": figure}
+
+    return _finish(trainer, run, measure)
+
+
+def _finish(
+    trainer: ArchTrainer, run: Standing, measure: Callable[[ArchTrainer], dict[str, float]]
+) -> dict[str, float]:
+    """Train, measure, and write the model, its card and the state."""
     results: dict[str, float] = {}
     try:
         if run.reached:  # the Trainer would do one more step
             _load(trainer, str(run.checkpoint))
         else:
             results["train_loss"] = trainer.train(resume_from_checkpoint=run.checkpoint).training_loss
-        figure = text.bits_per_byte(model, tokenizer, _up_to(MEASURED, held_out.values()))
-        card["training"] += f" {trainer.state.global_step:,} steps, {arguments.learning_rate:g} learning rate."
-        card["results"] = {"held-out text": f"{figure:.3f} bits per byte"}
+        results |= measure(trainer)
+        trainer.card["training"] += (
+            f" {trainer.state.global_step:,} steps, {trainer.args.learning_rate:g} learning rate."
+        )
         trainer.save_model()
         trainer.create_model_card()
         trainer.save_state()  # written last: `standing` takes the state as a sign that all was written
@@ -257,10 +293,20 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
         if not sentences.is_full_disk(error):
             raise
         raise OSError(
-            f"the disk of output_dir = {str(arguments.output_dir)!r} is full; make room, and the same command goes on "
-            "from the newest whole checkpoint"
+            f"the disk of output_dir = {str(trainer.args.output_dir)!r} is full; make room, and the same command goes "
+            "on from the newest whole checkpoint"
         ) from error
-    return results | {"bits_per_byte": figure}
+    return results
+
+
+def described(results: dict[str, float]) -> str:
+    """The results of `train` in words."""
+    words = {
+        "train_loss": "training loss {:.4f}",
+        "eval_loss": "evaluation loss {:.4f}",
+        "bits_per_byte": "held-out text {:.4f} bits per byte",
+    }
+    return ", ".join(form.format(results[name]) for name, form in words.items() if name in results)
 
 
 def _load(trainer: Trainer, checkpoint: str) -> None:

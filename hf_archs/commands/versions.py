@@ -21,6 +21,7 @@ TESTED = {
     "typer": "0.29.2",
     "rich": "15.0.0",
     "triton": "3.9.0",
+    "trl": "1.16.0",
     "matplotlib": "3.11.2",
     "starlette": "1.10.0",
     "uvicorn": "0.54.0",

@@ -49,10 +49,13 @@ class ScaledEmbedding(nn.Embedding):
 
 # Arguments that transformers, its Trainer and its tokenizers pass to any model, besides those that our forwards name.
 # The loss and the recording of outputs read some of them. The others have no effect: the cache counts its positions,
-# there are no token types, keys have the boundaries of queries, and stop strings concern `generate`.
+# there are no token types, keys have the boundaries of queries, stop strings concern `generate`, and TRL passes the
+# head's `logits_to_keep` to backbones, and the `margin` of its own loss to reward models.
 HOST_ARGUMENTS = frozenset(TransformersKwargs.__optional_keys__) | {
     "return_dict",
     "shift_labels",
+    "logits_to_keep",
+    "margin",
     "ignore_index",
     "cache_position",
     "token_type_ids",

@@ -209,8 +209,10 @@ class ArchPreTrainedModel(Shardable, PreTrainedModel):
         if call.reading is not None:
             call.reading.pass_over_buffers(loading_info)
         if call.reading is not None and getattr(self, "hf_quantizer", None) is None:  # stores weights in parts
+            missing = set(loading_info.missing_keys)
             self._adjust_missing_and_unexpected_keys(loading_info)
             call.reading.check(self, loading_info)
+            loading_info.missing_keys = missing  # transformers initialises those that it does not report, too
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Warnings for a plain transformers `Trainer`: it decays states, and leaves routers out of a smoothed loss.
+"""Warnings for a plain `Trainer`: it decays states, and leaves routers out of a smoothed loss; TRL's have other losses.
 
-`hf_archs.ArchTrainer` does neither.
+`hf_archs.ArchTrainer` does none of these.
 """
 
 import sys
@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from hf_archs.parts import RoutedFeedForward
+
 
 class PlainTrainerWarning(UserWarning):
-    """A plain `Trainer` decays the states of a recurrence, or leaves routers out of the loss."""
+    """A plain `Trainer` decays the states of a recurrence, or leaves losses of routers out of the loss."""
 
 
 def watch_trainers() -> None:
@@ -36,6 +38,13 @@ class _Watch(TrainerCallback):
             _warn(
                 f"label_smoothing_factor {args.label_smoothing_factor}: the smoothed loss is made of the logits alone, "
                 "so the loss of the routers is no part of it; use hf_archs.ArchTrainer in place of Trainer"
+            )
+        trl = type(args).__module__.startswith("trl.")
+        if trl and not all(m.balances_as_mixtral() for m in model.modules() if isinstance(m, RoutedFeedForward)):
+            name = f"trl.{type(args).__name__.removesuffix('Config')}Trainer"
+            _warn(
+                f"{name} adds the load balancing of Mixtral, and the routers of this {type(model).__name__} have other "
+                f"losses; use a class Trainer(hf_archs.ArchTrainer, {name}), which adds theirs"
             )
 
 

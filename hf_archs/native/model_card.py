@@ -50,9 +50,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
 
 _LOAD_ADAPTER = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{repository}")"""
+model = PeftModel.from_pretrained({auto}.from_pretrained("{model}"{labels}), "{repository}")"""
 
 _TASKS = {
     "AutoModel": "feature-extraction",
@@ -81,7 +81,7 @@ def model_card(
     base_model: str | None = None,
     prompt: str = "",
 ) -> ModelCard:
-    """The card of a causal language model of this library, or of a PEFT adapter for such a model.
+    """The card of a model of this library, or of a PEFT adapter for such a model.
 
     Args:
         model: the model, or the `PeftModel` with the adapter.
@@ -100,6 +100,7 @@ def model_card(
     architecture = registry.find_architecture(type(base.config))
     if architecture is None:
         raise ValueError(f"model is a {type(base).__name__}; allowed are models of hf-archs, and PEFT adapters on them")
+    auto = _auto_class(base, architecture)
     if is_adapter:
         names = sorted(_target_names(model))
         counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -107,13 +108,16 @@ def model_card(
             f"A LoRA adapter for `{base_model}`, a {architecture.name} language model. It adapts "
             f"{', '.join(f'`{name}`' for name in names)} with {counted:,} parameters of its own."
         )
-        load = _LOAD_ADAPTER.format(model=base_model, repository=repository)
+        labels = f", num_labels={base.num_labels}" if auto == "AutoModelForSequenceClassification" else ""
+        load = _LOAD_ADAPTER.format(auto=auto, model=base_model, labels=labels, repository=repository)
     else:
         description = _description(base, architecture)
-        load = _LOAD_AND_GENERATE.format(model=repository, prompt=f' + "{prompt}"' if prompt else "")
+        generates = auto == "AutoModelForCausalLM"
+        form = _LOAD_AND_GENERATE if generates else _LOAD_MODEL
+        load = form.format(auto=auto, model=repository, prompt=f' + "{prompt}"' if prompt else "")
     metadata = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_TASKS[auto],
         tags=[*_tags(architecture), *(["lora"] if is_adapter else [])],
         license=license,
         # the Hub accepts only a repository here
@@ -143,8 +147,7 @@ def automatic_card(model: PreTrainedModel, repository: str | None = None, tags: 
     architecture = registry.find_architecture(type(model.config))
     if architecture is None:
         return None
-    classes = {auto: model_class for auto, (_, model_class) in architecture.auto_classes().items()}
-    auto = next((auto for auto, model_class in classes.items() if isinstance(model, model_class)), "AutoModel")
+    auto = _auto_class(model, architecture)
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag=_TASKS[auto],
@@ -198,6 +201,12 @@ def _digest(card: ModelCard) -> str:
     text = re.sub(r"<!-- [0-9a-f]{16}: .*? -->", "", card.text).strip()
     metadata = {name: value for name, value in card.data.to_dict().items() if name != "tags"}
     return hashlib.sha256(json.dumps([metadata, text], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _auto_class(model: PreTrainedModel, architecture: registry.Architecture) -> str:
+    """The name of the Auto class that loads ``model``."""
+    classes = {auto: model_class for auto, (_, model_class) in architecture.auto_classes().items()}
+    return next((auto for auto, model_class in classes.items() if isinstance(model, model_class)), "AutoModel")
 
 
 def _tags(architecture: registry.Architecture) -> list[str]:

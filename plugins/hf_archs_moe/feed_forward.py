@@ -112,6 +112,13 @@ class MoE(RoutedFeedForward):
             loss = loss + predictor_loss(layers)
         return loss
 
+    def balances_as_mixtral(self) -> bool:
+        """Whether `auxiliary_loss` is Mixtral's load balancing alone, or nothing."""
+        config = self.config
+        mixtral = config.router == "top_k" and config.score_function == "softmax"
+        only = not config.router_z_loss_coef and not config.causal_predictor
+        return only and (mixtral or not config.router_aux_loss_coef)
+
     def figures(self, statistics: Tensor) -> dict[str, Any]:
         """Readable figures of this layer's router, from its statistics.
 

@@ -209,7 +209,8 @@ def test_the_tested_versions_are_those_of_the_constraints():
     assert {name: constraints[name] for name in versions.TESTED} == versions.TESTED
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needed = [*project["dependencies"], *(line for extra in ("triton", "plot", "quickstart") for line in extras[extra])]
+    optional = [line for extra in ("triton", "trl", "plot", "quickstart") for line in extras[extra]]
+    needed = [*project["dependencies"], *optional]
     assert versions.TESTED.keys() == {Requirement(line).name for line in needed} - {"hf-archs"}
 
 
