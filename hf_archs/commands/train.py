@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,12 +22,19 @@ from transformers.training_args import OptimizerNames
 
 from hf_archs import errors
 from hf_archs.commands import loading, sentences
-from hf_archs.data import text
+from hf_archs.data import examples, text
+from hf_archs.data.rows import Rows
+from hf_archs.data.sources import read_rows
 from hf_archs.native import disk
 from hf_archs.training import ArchTrainer, add_lora
 
 UNTOLD_REPORTERS = ("azure_ml", "flyte")  # transformers does not always report that they are installed
 MEASURED = 2**20  # characters of held-out text that `train` measures
+DATA = (
+    "file or folder of text or of rows (CSV, TSV, JSON, JSONL, Parquet), folder of save_to_disk, name of a dataset, "
+    "or: stdlib, topics"
+)
+READ_AHEAD = 2**26  # characters of a stream from which a tokenizer is trained
 
 
 class _Parser(HfArgumentParser):
@@ -43,16 +50,24 @@ def parser() -> HfArgumentParser:
     parser = _Parser(
         host,
         prog="hf-archs train",
-        usage="hf-archs train MODEL --data TEXT --output_dir DIR [--lora [LAYER ...]] [--NAME VALUE ...]",
-        description="Train a checkpoint on text, or an adapter for it; continues where an interrupted run stopped.",
+        usage="hf-archs train MODEL --data DATA --output_dir DIR [--lora [LAYER ...]] [--NAME VALUE ...]",
+        description="Train a checkpoint, or an adapter for it; continues where an interrupted run stopped.",
         epilog="Every field of transformers.TrainingArguments is an option of the same name.",
         allow_abbrev=False,
     )
     parser.set_defaults(disable_tqdm=False)  # the default follows transformers' verbosity, which the command lowers
     own = parser.add_argument_group("model and data")
     own.add_argument("model", help="folder or Hub repository of the checkpoint to start from")
+    own.add_argument("--data", required=True, help=DATA)
     own.add_argument(
-        "--data", required=True, help="text file, folder of text files, name of a dataset, or: stdlib, topics"
+        "--eval_data", "--eval-data", default=None, help="data to measure with; by default a part of --data"
+    )
+    own.add_argument(
+        "--column", default=None, help="column with the text; by default messages, prompt and completion, or text"
+    )
+    own.add_argument("--streaming", action="store_true", help="read rows when they are needed, in their order")
+    own.add_argument(
+        "--skip_bad", "--skip-bad", action="store_true", help="leave out lines and rows that are wrong, and count them"
     )
     own.add_argument(
         "--lora", nargs="*", metavar="LAYER", help="train a LoRA adapter, on these layers or the default ones"
@@ -78,6 +93,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, TrainingArgumen
         raise ValueError(f"hf-archs train has no argument {unknown[0]!r}; {hint}")
     if not 2 <= own.block_size <= 2**24:
         raise ValueError(f"block_size is {own.block_size}; allowed are 2 to {2**24}")
+    if own.streaming and training_arguments.max_steps <= 0:
+        raise ValueError(f"max_steps is {training_arguments.max_steps}; allowed are 1 or more with --streaming")
     _check_reporters(training_arguments)
     return own, training_arguments
 
@@ -193,12 +210,31 @@ def why_not_whole(folder: Path) -> str | None:
     return None if sharded or _holds_weights(folder) else "it has no weights"
 
 
-def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, float]:
+def read_data(own: argparse.Namespace) -> tuple[Rows, Rows]:
+    """The rows for training, and those to measure with: of ``--eval-data``, or held out of ``--data``.
+
+    ``.dataset`` of each is a dataset of `datasets` with all columns of the source.
+
+    Raises:
+        OSError, ValueError: see `read_rows`.
+    """
+    rows = read_rows(own.data, column=own.column, streaming=own.streaming, skip_bad=own.skip_bad)
+    if own.eval_data is None:
+        return rows.split()
+    return rows, read_rows(own.eval_data, column=own.column, skip_bad=own.skip_bad)
+
+
+def train(
+    own: argparse.Namespace, arguments: TrainingArguments, say: Callable[[str], object] = print
+) -> dict[str, float]:
     """Train as ``hf-archs train`` does, with the arguments from `parse`.
 
     The model (or its adapter), tokenizer and model card are written into ``output_dir``, and pushed if ``push_to_hub``
     is set. A run that left checkpoints there is continued; see `standing`. Folder, disk and memory are checked before
     any data is read.
+
+    Args:
+        say: called with a line on the data before the training.
 
     Returns:
         the ``bits_per_byte`` of held-out text after training, and ``train_loss`` if a step was left to do.
@@ -213,7 +249,7 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
     copies = 1 if own.lora is not None else 4
     checkpoint = loading.look_at(own.model)
     loading.check_memory(checkpoint.config(), copies)
-    training, held_out = text.split(text.read_corpus(own.data))
+    training, held_out = read_data(own)
     known = [source for source in (own.model, run.checkpoint) if source and loading.has_tokenizer(source)]
     tokenizer_source = own.tokenizer or next(iter(known), None)
     model: Any = loading.load_model(checkpoint, copies=copies)
@@ -225,9 +261,21 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
     if tokenizer_source is not None:
         tokenizer = loading.load_tokenizer(tokenizer_source, tokenizer_source, model.config)
     else:
-        tokenizer = text.train_tokenizer(training.values(), model.config.vocab_size)
+        texts = examples.up_to(READ_AHEAD if training.streamed else math.inf, training.texts())
+        tokenizer = text.train_tokenizer(texts, model.config.vocab_size)
+    found, measured = examples.Found(), examples.Found()
+    datasets = [
+        examples.training_rows(rows, tokenizer, own.block_size, sizes)
+        for rows, sizes in ((training, found), (held_out, measured))
+    ]
+    say(examples.described(training, found, measured))
+    of_rows = (
+        "of which every twentieth document was held out"
+        if own.eval_data is None
+        else f"and measured on `{own.eval_data}`"
+    )
     card: dict[str, Any] = {
-        "training": f"Trained on `{own.data}`, of which every twentieth document was held out.",
+        "training": f"Trained on `{own.data}`, {of_rows}.",
         "results": {},
         "license": own.license,
         "base_model": own.model if own.lora is not None else None,
@@ -236,8 +284,8 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
         model,
         arguments,
         card=card,
-        train_dataset=text.token_blocks(tokenizer, training.values(), own.block_size),
-        eval_dataset=text.token_blocks(tokenizer, held_out.values(), own.block_size),
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
@@ -247,7 +295,7 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
             _load(trainer, str(run.checkpoint))
         else:
             results["train_loss"] = trainer.train(resume_from_checkpoint=run.checkpoint).training_loss
-        figure = text.bits_per_byte(model, tokenizer, _up_to(MEASURED, held_out.values()))
+        figure = examples.measure(model, tokenizer, held_out, examples.Found(), most=MEASURED).bits_per_byte
         card["training"] += f" {trainer.state.global_step:,} steps, {arguments.learning_rate:g} learning rate."
         card["results"] = {"held-out text": f"{figure:.3f} bits per byte"}
         trainer.save_model()
@@ -283,13 +331,3 @@ def _bytes_to_write(model: nn.Module, arguments: TrainingArguments, steps: int) 
         kept = min(kept, math.ceil((arguments.max_steps - steps) / arguments.save_steps))
     existing = len(checkpoint_folders(Path(str(arguments.output_dir)).expanduser()))
     return weights + (weights + states) * max(kept - existing, 1)
-
-
-def _up_to(size: int, texts: Any) -> list[str]:
-    kept = []
-    for document in texts:
-        kept.append(document[:size])
-        size -= len(document)
-        if size <= 0:
-            break
-    return kept
