@@ -149,7 +149,7 @@ def blocks(rows: Rows, tokenizer: PreTrainedTokenizerBase, length: int, found: F
         found: counts the rows.
 
     Raises:
-        ValueError: if a row is wrong, or is no text and longer than ``length``, and is not left out.
+        ValueError: if a row is wrong, or is no text and longer than ``length``, and is not left out; if there is none.
     """
     if rows.kind == "text":
         for block in text.joined((row.input_ids for row in found.counting(examples(rows, tokenizer))), length):
@@ -157,18 +157,22 @@ def blocks(rows: Rows, tokenizer: PreTrainedTokenizerBase, length: int, found: F
     else:
         pad = text.start_token(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         yield from packed(found.counting(examples(rows, tokenizer, length)), length, pad)
+    _check_any(rows, found)
+
+
+def _check_any(rows: Rows, found: Found) -> None:
+    if not found.rows:
+        raise ValueError(f"data is {rows.source!r}, of which every row was left out; allowed is one row or more")
 
 
 def training_rows(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, length: int, found: Found
 ) -> Dataset | IterableDataset:
-    """The `blocks` as a dataset; a single block ends with its last token. Raises `ValueError` if there is none."""
+    """The `blocks` as a dataset; a single block ends with its last token."""
     made = partial(blocks, rows, tokenizer, length, found)
     if rows.streamed:
         return IterableDataset.from_generator(made)
     table = [{name: np.asarray(values, dtype=np.int32) for name, values in block.items()} for block in made()]
-    if not table:
-        raise ValueError(f"data is {rows.source!r}, of which every row was left out; allowed is one row or more")
     columns = {name: np.stack([block[name] for block in table]) for name in table[0]}
     if len(table) == 1 and "attention_mask" in columns:
         columns = {name: values[:, : columns["attention_mask"].sum()] for name, values in columns.items()}
@@ -208,8 +212,7 @@ def measure(
             written += len(str(tokenizer.decode(learnt, skip_special_tokens=True)).encode())
             if written >= size:
                 break
-    if not found.rows:
-        raise ValueError(f"data is {rows.source!r}, of which every row was left out; allowed is one row or more")
+    _check_any(rows, found)
     if texts:
         return text.measure(model, tokenizer, texts, chunk=chunk)
     return text.measure_rows(model, chosen, written, chunk=chunk)

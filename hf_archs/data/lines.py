@@ -95,7 +95,13 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _parse(content: bytes) -> Any:
-    return json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    value = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    if b"\\ud" in content.lower():  # an escape of half a character, which JSON allows
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it is no Unicode: it has half a surrogate pair") from None
+    return value
 
 
 def _json_records(path: Path) -> Iterator[Record]:
@@ -108,7 +114,7 @@ def _fault_of_json(line: bytes) -> str | None:
     if not line.strip():
         return EMPTY
     try:
-        value = _parse(line)
+        value = _parse(line.rstrip())
     except UnicodeDecodeError as error:
         return f"it is not UTF-8: it has the byte 0x{line[error.start]:02x}"
     except json.JSONDecodeError as error:

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 import hf_archs
+from hf_archs import errors
 from hf_archs.commands import loading, train
 from hf_archs.data import examples, sources, text
 from hf_archs.data.examples import Found
@@ -19,7 +20,18 @@ from hf_archs.testing.contract.models import assert_close, lively
 # `datasets` leaves the file of a streamed CSV open until it is collected
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 TEXTS = [
-    *('NA', "007", "null", "1,5", 'said "so"', " both sides ", "line\nline\n", "tab\there", "häuser 漢字 🙂", "2020-01-01"),
+    *(
+        "NA",
+        "007",
+        "null",
+        "1,5",
+        'said "so"',
+        " both sides ",
+        "line\nline\n",
+        "tab\there",
+        "häuser 漢字 🙂",
+        "2020-01-01",
+    ),
     *("\r\n after", "'", '""', "#no comment", "a\\nb", "{}", "[1]", "true", "-", "x" * 200),
     *(f"The number {i} times {i} is {i * i}." for i in range(20)),
 ]
@@ -59,7 +71,11 @@ def write(folder: Path, form: str, rows: list[dict]) -> str:
         DatasetDict(train=table, test=table.select(range(3))).save_to_disk(path)
     elif form == "folder of rows":  # three files of two kinds, and a split that is not read
         path.mkdir()
-        for name, part in {"train-0.jsonl": rows[:11], "train-1.jsonl": rows[11:20], "train-2.jsonl": rows[20:]}.items():
+        for name, part in {
+            "train-0.jsonl": rows[:11],
+            "train-1.jsonl": rows[11:20],
+            "train-2.jsonl": rows[20:],
+        }.items():
             (path / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
         (path / "test-0.jsonl").write_text(json.dumps(rows[0]) + "\n")
     return str(path)
@@ -250,8 +266,136 @@ def test_packed_rows_learn_what_each_learns_alone(name, letters, tmp_path):
         nats.backward()
         return nats.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    nats, expected = learnt({"input_ids": torch.tensor([r.input_ids]), "labels": torch.tensor([r.labels])} for r in alone)
+    nats, expected = learnt(
+        {"input_ids": torch.tensor([r.input_ids]), "labels": torch.tensor([r.labels])} for r in alone
+    )
     packed, found = learnt([blocks[:]])
     assert packed == pytest.approx(nats, rel=1e-5)
     for parameter, gradient in expected.items():
         assert_close(found[parameter], gradient, parameter)
+
+
+# -- what is wrong ---------------------------------------------------------------------------------------------------
+
+TALK = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+WRONG = [
+    # name, content, options, the sentence, rows that are left with skip_bad (None: it is refused all the same)
+    ("a.csv", 'text,n\n"one\nmore",1\ntwo\nthree,3\n', {}, "line 4 of {}: it has 1 fields, and the header has 2", 2),
+    ("a.csv", "text,n\none,1\ntwo,2,2\n", {}, "line 3 of {}: it has 3 fields, and the header has 2", 1),
+    ("a.csv", b"text,n\none,1\n\xe4,2\n", {}, "line 3 of {}: it is not UTF-8: it has the byte 0xe4", 1),
+    ("a.csv", 'text\none\n"two\nthree\n', {}, "lines 3 to 4 of {}: it is no CSV: unexpected end of data", 1),
+    ("a.csv", "text,n\none,1\n,2\n", {}, "line 3 of {}: text is empty; allowed is text", 1),
+    ("a.csv", "text\none\n\ntwo\n", {}, "line 3 of {}: it is empty", 2),
+    (
+        "a.csv",
+        "text,text\none,1\n",
+        {},
+        "line 1 of {} names the column 'text' twice; allowed are different names",
+        None,
+    ),
+    ("a.csv", "", {}, "{} begins with an empty line; its first line must name the columns", None),
+    ("a.csv", "text,n\n", {}, "data is {}, which holds no rows; allowed is one row or more", None),
+    (
+        "a.tsv",
+        "txet\tn\none\t1\n",
+        {"column": "text"},
+        "column is 'text', which {} does not have; did you mean txet?",
+        None,
+    ),
+    (
+        "a.tsv",
+        "question\tn\none\t1\n",
+        {},
+        "{} has the columns question, n; needed are 'messages', or 'prompt' and 'completion', or 'text', or the name of "
+        "the column with the text: --column NAME",
+        None,
+    ),
+    (
+        "a.jsonl",
+        '{"text": "a"}\n{"text": "b"\n',
+        {},
+        "line 2 of {}: it is no JSON: Expecting ',' delimiter at column 13",
+        1,
+    ),
+    ("a.jsonl", '{"text": "a"}\n["b"]\n', {}, "line 2 of {}: it is a JSON list; allowed is an object", 1),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', {}, "line 2 of {}: it is not UTF-8: it has the byte 0xff", 1),
+    ("a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n\n', {}, "line 2 of {}: it is empty", 2),
+    ("a.jsonl", '{"text": "a"}\n{"text": null}\n', {}, "line 2 of {}: text is empty; allowed is text", 1),
+    ("a.jsonl", '{"text": "a"}\n{"n": 1}\n', {}, "line 2 of {}: text is empty; allowed is text", 1),
+    ("a.jsonl", '{"text": "a"}\n{"text": 5}\n', {}, "line 2 of {}: text is 5, of type int; allowed is text", 1),
+    ("a.jsonl", '{"text": "a"}\n{"text": NaN}\n', {}, "line 2 of {}: it is no JSON: it has the number NaN", 1),
+    (
+        "a.jsonl",
+        '{"text": "a"}\n{"text": "\\ud800"}\n',
+        {},
+        "line 2 of {}: it is no Unicode: it has half a surrogate pair",
+        1,
+    ),
+    ("a.jsonl", "", {}, "data is {}, which holds no rows; allowed is one row or more", None),
+    ("a.json", '[{"text": "a"},\n{"text": }]', {}, "line 2 of {}: it is no JSON: Expecting value at column 10", None),
+    ("a.json", '{"data":\n [{"text": "a"}]}', {}, "line 1 of {}: it is no JSON: Expecting value at column 9", 0),
+    ("a.parquet", "PAR1 and no more", {}, "data is {}, which cannot be read: Parquet magic bytes not found", None),
+    ("a.arrow", "no more", {}, "data is {}, which cannot be read: ", None),
+    (
+        "a.jsonl",
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n',
+        {},
+        "line 2 of {}: completion is empty; allowed is text",
+        1,
+    ),
+    (
+        "a.jsonl",
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "' + 40 * "a" + '", "completion": "b"}\n',
+        {},
+        "line 2 of {}: it has 43 tokens, and block_size is 32",
+        1,
+    ),
+    ("a.jsonl", TALK + '{"messages": []}\n', {}, "line 2 of {}: messages is empty; allowed is a list of messages", 1),
+    ("a.jsonl", TALK + TALK.replace("assistant", "user"), {}, "line 2 of {}: messages hold no answer; allowed are", 1),
+    ("a.jsonl", TALK + TALK.replace('"b"', '""'), {}, "line 2 of {}: messages hold an empty answer; allowed are", 1),
+    ("a.jsonl", TALK + TALK.replace('"user"', "null"), {}, "line 2 of {}: message 1 has no role that is text", 1),
+    (
+        "a.jsonl",
+        TALK + TALK.replace('"user"', '"tool"'),
+        {},
+        "line 2 of {}: the chat template refuses it: role is tool; allowed are system, user and assistant",
+        1,
+    ),
+    ("a.csv", "messages\na\n", {}, "line 2 of {}: messages is of type str; allowed is a list of messages", 0),
+    ("a.txt", b"one\n\xe4\n", {}, "line 2 of {}: it is not UTF-8 text: it has the byte 0xe4", None),
+    (
+        "a.txt",
+        "one\n",
+        {"column": "text"},
+        "column is 'text', and data = {} is plain text; allowed with rows only",
+        None,
+    ),
+    ("a.txt", "one\n", {"streaming": True}, "streaming is True, and data = {} is plain text; allowed with rows", None),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "options", "sentence", "left"), WRONG)
+def test_a_wrong_input_is_one_sentence(tmp_path, letters, name, content, options, sentence, left):
+    """With the file and the line; ``skip_bad`` leaves out the line and counts it, and the others keep their numbers."""
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for streaming in [False, True] if options.get("streaming") is None and name != "a.txt" else [False]:
+        given = {"streaming": streaming, **options}
+
+        def read(**more):
+            rows = sources.read_rows(str(path), **given, **more)
+            return rows, [*examples.training_rows(rows, letters, 32, Found())]
+
+        with pytest.raises((ValueError, OSError)) as error:
+            read()
+        said = errors.reason(error.value)
+        assert said.startswith(sentence.format(repr(str(path)))), said
+        assert said.count("--skip-bad") == (left is not None)
+        if left:
+            rows, blocks = read(skip_bad=True)
+            assert [*rows.left_out] == [sentence.format(repr(str(path))).partition(": ")[0]]
+            assert len([*rows]) - (len(rows.left_out) if "block" in sentence or "template" in sentence else 0) == left
+            assert blocks
+        else:
+            with pytest.raises((ValueError, OSError)):
+                read(skip_bad=True)
