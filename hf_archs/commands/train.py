@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +23,7 @@ from transformers.training_args import OptimizerNames
 from hf_archs import errors
 from hf_archs.commands import loading, sentences
 from hf_archs.data import examples, text
-from hf_archs.data.rows import Rows
+from hf_archs.data.rows import FORMS, Rows
 from hf_archs.data.sources import read_rows
 from hf_archs.native import disk
 from hf_archs.training import ArchTrainer, add_lora
@@ -210,18 +210,21 @@ def why_not_whole(folder: Path) -> str | None:
     return None if sharded or _holds_weights(folder) else "it has no weights"
 
 
-def read_data(own: argparse.Namespace) -> tuple[Rows, Rows]:
+def read_data(own: argparse.Namespace, forms: Mapping[str, tuple[str, ...]] = FORMS) -> tuple[Rows, Rows]:
     """The rows for training, and those to measure with: of ``--eval-data``, or held out of ``--data``.
 
     ``.dataset`` of each is a dataset of `datasets` with all columns of the source.
 
+    Args:
+        forms: the kinds of rows that are allowed, and their columns; see `read_rows`.
+
     Raises:
         OSError, ValueError: see `read_rows`.
     """
-    rows = read_rows(own.data, column=own.column, streaming=own.streaming, skip_bad=own.skip_bad)
+    rows = read_rows(own.data, column=own.column, streaming=own.streaming, skip_bad=own.skip_bad, forms=forms)
     if own.eval_data is None:
         return rows.split()
-    return rows, read_rows(own.eval_data, column=own.column, skip_bad=own.skip_bad)
+    return rows, read_rows(own.eval_data, column=own.column, skip_bad=own.skip_bad, forms=forms)
 
 
 def train(

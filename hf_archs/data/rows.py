@@ -6,18 +6,22 @@ A document of plain text is a row too.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Literal
+from json import JSONDecodeError
+from typing import Any
 
 from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowInvalid
 
 from hf_archs.data import text
-from hf_archs.errors import did_you_mean, similar
+from hf_archs.errors import did_you_mean, reason, similar
 
 Row = Mapping[str, Any]
-Kind = Literal["text", "completion", "messages"]
-COLUMNS: dict[Kind, tuple[str, ...]] = {
+# the kinds of rows, and their columns; the first kind whose columns are there is taken
+FORMS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "completion": ("prompt", "completion"),
     "text": ("text",),
@@ -33,7 +37,8 @@ class Rows:
 
     Attributes:
         source: the source, as the user named it.
-        kind: the kind of row, which decides the tokens to learn from: all, the completion, or the answers.
+        kind: one of `FORMS`, which decides the tokens to learn from (all of a text, the completion, the answers in
+            messages), or of other forms of a trainer.
         columns: the columns that are read.
         raw: the rows with all their columns; an `IterableDataset` is a stream.
         place: the place of a row in the source, in words, by its number.
@@ -45,7 +50,7 @@ class Rows:
     """
 
     source: str
-    kind: Kind
+    kind: str
     columns: tuple[str, ...]
     raw: Collection[Row] | Dataset | IterableDataset
     place: Callable[[int], str]
@@ -56,7 +61,7 @@ class Rows:
     passed_over: Callable[[int], bool] | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
-        for number, row in zip(count() if self.numbers is None else self.numbers, self.raw):
+        for number, row in zip(count() if self.numbers is None else self.numbers, self._read()):
             if self.passed_over is not None and self.passed_over(number):
                 continue
             why = _fault(row, self.kind, self.columns)
@@ -64,6 +69,10 @@ class Rows:
                 yield number, row
             else:
                 self.refuse(number, why)
+
+    def _read(self) -> Iterator[Row]:
+        with refusing(self.source):
+            yield from self.raw
 
     @property
     def streamed(self) -> bool:
@@ -139,44 +148,53 @@ class Rows:
         return training, replace(self, raw=[*kept.values()], numbers=[*kept])
 
 
+@contextmanager
+def refusing(source: str) -> Iterator[None]:
+    """Context manager: errors of `datasets` and Arrow, which do not name the source, as a `ValueError` that does."""
+    try:
+        yield
+    except (DatasetGenerationError, ArrowInvalid, JSONDecodeError) as error:
+        raise ValueError(f"data is {source!r}, which cannot be read: {reason(error.__cause__ or error)}") from error
+
+
 def _is_held_out(number: int) -> bool:
     return text.is_held_out(str(number))
 
 
-def kind_of(found: Sequence[str], source: str, column: str | None = None) -> tuple[Kind, tuple[str, ...]]:
-    """The kind of rows with these columns, and the columns that are read.
+def kind_of(
+    found: Sequence[str], source: str, column: str | None, forms: Mapping[str, tuple[str, ...]]
+) -> tuple[str, tuple[str, ...]]:
+    """The kind of rows with the columns ``found``, and the columns that are read: the first of ``forms`` that fits.
 
     Args:
-        found: names of columns.
         source: for the error.
-        column: the column of a text; None looks for the columns of `COLUMNS`, in their order.
+        column: the column with the text, if it is named.
 
     Raises:
-        ValueError: if there is no such column.
+        ValueError: if the columns are missing.
     """
     if column is not None:
         if column in found:
             return "text", (column,)
         hint = did_you_mean(similar(column, found), f"the columns are {', '.join(found)}")
         raise ValueError(f"column is {column!r}, which {source!r} does not have; {hint}")
-    for kind, columns in COLUMNS.items():
+    for kind, columns in forms.items():
         if {*columns} <= {*found}:
             return kind, columns
-    raise ValueError(
-        f"{source!r} has the columns {', '.join(found)}; needed are 'messages', or 'prompt' and 'completion', or "
-        "'text', or the name of the column with the text: --column NAME"
-    )
+    needed = ", or ".join(" and ".join(map(repr, columns)) for columns in forms.values())
+    name = ", or the name of the column with the text: --column NAME" if "text" in forms else ""
+    raise ValueError(f"{source!r} has the columns {', '.join(found)}; needed are {needed}{name}")
 
 
-def _fault(row: Row, kind: Kind, columns: tuple[str, ...]) -> str | None:
+def _fault(row: Row, kind: str, columns: tuple[str, ...]) -> str | None:
     """The reason why there is nothing to learn from a row; None if there is."""
     if kind == "messages":
         return _fault_of_messages(row["messages"])
     for column in columns:
         value = row[column]
-        if value is None or value == "":
+        if value is None or value == "" or value == []:
             return f"{column} is empty; allowed is text"
-        if not isinstance(value, str):
+        if not isinstance(value, str) and kind in FORMS:
             return f"{column} is {value!r:.60}, of type {type(value).__name__}; allowed is text"
     return None
 

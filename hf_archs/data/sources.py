@@ -6,7 +6,7 @@ import glob
 import tempfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import accumulate
@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 import datasets
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, concatenate_datasets, load_dataset
 from datasets.data_files import DataFilesDict, get_data_patterns
-from datasets.exceptions import DatasetGenerationError
-from pyarrow import ArrowInvalid
 
 from hf_archs.data import lines, text
-from hf_archs.data.rows import Rows, kind_of
-from hf_archs.errors import did_you_mean, reason, similar
+from hf_archs.data.rows import FORMS, Rows, kind_of, refusing
+from hf_archs.errors import did_you_mean, similar
 from hf_archs.native.disk import looks_local
 
 BUILDERS = {suffix: "json" for suffix in (".json", ".jsonl", ".ndjson")}
@@ -37,7 +35,13 @@ class Part(NamedTuple):
 
 
 def read_rows(
-    data: str, *, column: str | None = None, streaming: bool = False, skip_bad: bool = False, whole: bool = False
+    data: str,
+    *,
+    column: str | None = None,
+    streaming: bool = False,
+    skip_bad: bool = False,
+    whole: bool = False,
+    forms: Mapping[str, tuple[str, ...]] = FORMS,
 ) -> Rows:
     """Read a source of rows, or of plain text.
 
@@ -45,10 +49,12 @@ def read_rows(
         data: a CSV, TSV, JSON, JSONL, Parquet or Arrow file; a folder of such files, or of `save_to_disk`; the name
             of a dataset on the Hub, ``owner/name``; or plain text, as in `text.read_documents`. ``:config`` may follow
             a name, and ``:config:split`` a name or a folder; by default the split is ``train``.
-        column: the column with the text; None looks for ``messages``, ``prompt`` and ``completion``, or ``text``.
+        column: the column with the text; None looks for the columns of ``forms``.
         streaming: read each row when it is needed.
         skip_bad: leave out the lines and rows that are wrong.
         whole: a single document of plain text stays whole, and is not cut into pieces.
+        forms: the kinds of rows that are allowed, and their columns, which hold text or, of other kinds than those of
+            `FORMS`, messages.
 
     Raises:
         FileNotFoundError: if a path or a dataset does not exist.
@@ -57,7 +63,7 @@ def read_rows(
     left_out: dict[str, None] = {}
     name, config, split = _parts_of(data)
     path = Path(name).expanduser()
-    with _quiet(), _refusing(data):
+    with _quiet(), refusing(data):
         if path.is_dir() and any((path / file).exists() for file in SAVED):
             parts = [Part(_saved(path, split, streaming), partial(_row, data))]
         elif files := _files_of_rows(path, split):
@@ -71,7 +77,7 @@ def read_rows(
         found = raw.column_names or [*next(iter(raw), {})]
     if not found or (isinstance(raw, Dataset) and not len(raw)):
         raise ValueError(f"data is {data!r}, which holds no rows; allowed is one row or more")
-    kind, columns = kind_of(found, data, column)
+    kind, columns = kind_of(found, data, column, forms)
     place = _place(parts) if isinstance(raw, Dataset) or len(parts) == 1 else partial(_row, data)
     return Rows(source=data, kind=kind, columns=columns, raw=raw, place=place, skip_bad=skip_bad, left_out=left_out)
 
@@ -211,12 +217,3 @@ def _quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(level)
         if not shown:
             datasets.enable_progress_bars()
-
-
-@contextmanager
-def _refusing(data: str) -> Iterator[None]:
-    """Context manager: errors of `datasets` and Arrow, which do not name the source, as a `ValueError` that does."""
-    try:
-        yield
-    except (DatasetGenerationError, ArrowInvalid) as error:
-        raise ValueError(f"data is {data!r}, which cannot be read: {reason(error.__cause__ or error)}") from error

@@ -1,4 +1,4 @@
-"""``hf-archs train`` on conversations: a tiny model answers questions that it has not seen, and ends after the answer."""
+"""``hf-archs train`` on conversations: a tiny model answers questions that it has not seen, and ends after each."""
 
 import json
 import random

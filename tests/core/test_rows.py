@@ -1,8 +1,8 @@
-"""Rows: every source gives the same tokens and loss, labels are where the answer is, and each fault has its sentence."""
+"""Rows: every source gives the same tokens and loss, labels are on the answers, and each fault has its sentence."""
 
+import copy
 import csv
 import json
-import re
 from pathlib import Path
 
 import datasets
@@ -13,7 +13,10 @@ from datasets import Dataset, DatasetDict
 import hf_archs
 from hf_archs import errors
 from hf_archs.commands import loading, train
+from hf_archs.commands.evaluate import losses
+from hf_archs.commands.inspect import token_blocks
 from hf_archs.data import examples, sources, text
+from hf_archs.data import rows as rows_module
 from hf_archs.data.examples import Found
 from hf_archs.testing.contract.models import assert_close, lively
 
@@ -106,7 +109,7 @@ def test_every_form_gives_the_same_tokens(tmp_path, tokenizer, form, streaming):
     rows = [{"text": value, "source": "here"} for value in TEXTS]
     data = write(tmp_path, form, rows)
     if form == "folder" and streaming:
-        with pytest.raises(ValueError, match="streaming is True, and data = .* is plain text"):
+        with pytest.raises(ValueError, match=r"streaming is True, and data = .* is plain text"):
             sources.read_rows(data, streaming=True)
         return
     read = sources.read_rows(data, streaming=streaming)
@@ -125,7 +128,7 @@ def test_every_form_gives_the_same_tokens(tmp_path, tokenizer, form, streaming):
 
 
 def train_on(model, data, output, *arguments):
-    """``hf-archs train`` with two steps on blocks of 32 tokens in their order; its results, and the line on the data."""
+    """``hf-archs train`` with two steps on blocks of 32 tokens in their order; its results and the line on the data."""
     said = []
     options = ["--per_device_train_batch_size", "2", "--block_size", "32", "--disable_tqdm", "true"]
     options += ["--train_sampling_strategy", "sequential", "--max_steps", "2", *arguments]
@@ -136,7 +139,7 @@ def train_on(model, data, output, *arguments):
 
 
 def test_every_form_gives_the_same_loss_and_model(tmp_path, model):
-    """Bit by bit, streamed or not; measured on data that is given, because documents of a folder are held out by name."""
+    """Bit by bit; measured on data that is given, because documents of a folder are held out by their names."""
     rows = [{"text": value} for value in TEXTS]
     (tmp_path / "held out").mkdir()
     held_out = write(tmp_path / "held out", "jsonl", rows[30:])
@@ -306,8 +309,8 @@ WRONG = [
         "a.tsv",
         "question\tn\none\t1\n",
         {},
-        "{} has the columns question, n; needed are 'messages', or 'prompt' and 'completion', or 'text', or the name of "
-        "the column with the text: --column NAME",
+        "{} has the columns question, n; needed are 'messages', or 'prompt' and 'completion', or 'text', or the name "
+        "of the column with the text: --column NAME",
         None,
     ),
     (
@@ -379,23 +382,196 @@ def test_a_wrong_input_is_one_sentence(tmp_path, letters, name, content, options
     """With the file and the line; ``skip_bad`` leaves out the line and counts it, and the others keep their numbers."""
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for streaming in [False, True] if options.get("streaming") is None and name != "a.txt" else [False]:
-        given = {"streaming": streaming, **options}
-
-        def read(**more):
-            rows = sources.read_rows(str(path), **given, **more)
-            return rows, [*examples.training_rows(rows, letters, 32, Found())]
-
+    named = sentence.format(repr(str(path)))
+    for streaming in (False, True):
+        reading = {"streaming": streaming, **options}
+        if name == "a.txt" and reading != {"streaming": False, **options}:
+            continue
         with pytest.raises((ValueError, OSError)) as error:
-            read()
+            read(path, letters, reading)
         said = errors.reason(error.value)
-        assert said.startswith(sentence.format(repr(str(path)))), said
+        assert said.startswith(named), said
         assert said.count("--skip-bad") == (left is not None)
         if left:
-            rows, blocks = read(skip_bad=True)
-            assert [*rows.left_out] == [sentence.format(repr(str(path))).partition(": ")[0]]
-            assert len([*rows]) - (len(rows.left_out) if "block" in sentence or "template" in sentence else 0) == left
-            assert blocks
+            assert read(path, letters, {**reading, "skip_bad": True}) == ([named.partition(": ")[0]], left)
         else:
             with pytest.raises((ValueError, OSError)):
-                read(skip_bad=True)
+                read(path, letters, {**reading, "skip_bad": True})
+
+
+def read(path, tokenizer, reading):
+    """The places that are left out, and the number of rows that are not."""
+    rows = sources.read_rows(str(path), **reading)
+    found = Found()
+    assert [*examples.training_rows(rows, tokenizer, 32, found)]
+    return [*rows.left_out], found.rows
+
+
+# -- the commands ------------------------------------------------------------------------------------------------
+
+
+def answers_of(folder, count=40):
+    """A file of prompts with completions."""
+    return write(folder, "jsonl", [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(count)])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_training_learns_from_completions_alone(tmp_path, model, lora):
+    """The loss of a step on all rows, packed, is that of each row alone."""
+    data = answers_of(tmp_path)
+    whole = ["--max_steps", 1, "--per_device_train_batch_size", 40]
+    results, said = train_on(model, data, tmp_path / "out", *whole, *["--lora"] * lora)
+    tokenizer = loading.load_tokenizer(str(model))
+    training, held_out = sources.read_rows(data).split()
+    rows, others = ([*examples.examples(part, tokenizer)] for part in (training, held_out))
+    tokens = sum(len(row.input_ids) for row in rows)
+    learnt = sum(label != -100 for row in rows for label in row.labels)
+    assert said == (
+        f"{data}: 39 rows with prompt and completion to learn from the completions, {tokens} tokens, {learnt} of them "
+        "learnt from; 1 others to measure with"
+    )
+    start = loading.load_model(str(model)).eval()
+    assert results["train_loss"] == pytest.approx(text.measure_rows(start, rows, 1).loss, rel=1e-5)
+    if not lora:
+        [answer] = [row["completion"] for _, row in held_out]
+        figure = text.measure_rows(loading.load_model(str(tmp_path / "out")), others, len(answer)).bits_per_byte
+        assert results["bits_per_byte"] == pytest.approx(figure)
+
+
+def test_a_stream_of_rows_is_trained_like_a_table(tmp_path, model):
+    data = answers_of(tmp_path)
+    table, _ = train_on(model, data, tmp_path / "table")
+    stream, said = train_on(model, data, tmp_path / "stream", "--streaming")
+    assert stream == table
+    assert said == (
+        f"{data}: a stream of rows with prompt and completion, learnt from the completions; 1 others to measure with"
+    )
+    with pytest.raises(ValueError, match="max_steps is -1; allowed are 1 or more with --streaming"):
+        train.parse([str(model), "--data", data, "--output_dir", "o", "--streaming"])
+
+
+def test_held_out_rows_of_a_long_stream_are_its_first_ones(tmp_path, tokenizer, monkeypatch):
+    """All rows that the rule holds out are passed over, also those that come after the measured ones."""
+    data = answers_of(tmp_path, 200)
+    monkeypatch.setattr(rows_module, "HELD_OUT", 12)
+    training, held_out = sources.read_rows(data, streaming=True).split()
+    by_rule = [i for i in range(200) if text.is_held_out(str(i))]
+    assert [number for number, _ in training] == [i for i in range(200) if i not in by_rule]
+    assert [number for number, _ in held_out] == by_rule[:1]
+    assert len(by_rule) > 3
+    assert [row["prompt"] for row in held_out.dataset] == [f"{by_rule[0]}+{by_rule[0]}="]
+
+
+def test_a_row_that_is_left_out_is_counted(tmp_path, model):
+    data = Path(answers_of(tmp_path))
+    data.write_text(data.read_text().replace('"8+8="', '""').replace('{"prompt": "5+5', '"prompt": "5+5'))
+    with pytest.raises(ValueError, match=r"line 6 of .*: it is no JSON"):
+        train_on(model, str(data), tmp_path / "out")
+    _, said = train_on(model, str(data), tmp_path / "out", "--skip-bad")
+    assert said.endswith(f"; 2 left out: line 6 of '{data}', line 9 of '{data}'")
+
+
+def test_a_model_without_a_tokenizer_trains_one_on_the_texts_of_the_rows(tmp_path, model):
+    bare = tmp_path / "bare"
+    loading.load_model(str(model)).save_pretrained(bare)
+    (tmp_path / "talk.jsonl").write_text(TALK.replace('"b"', '"bcbcbcbc"') * 3)
+    train_on(bare, str(tmp_path / "talk.jsonl"), tmp_path / "out")
+    tokenizer = loading.load_tokenizer(str(tmp_path / "out"))
+    assert len(tokenizer) > text.SMALLEST_VOCABULARY
+    assert "bcbcbcbc" in tokenizer.get_vocab()
+
+
+def test_a_split_is_named(tmp_path):
+    rows = [{"text": value} for value in TEXTS]
+    for form in ("splits", "folder of rows"):
+        data = write(tmp_path, form, rows)
+        assert [*sources.read_rows(f"{data}::test").texts()] == TEXTS[: 3 if form == "splits" else 1]
+        for streaming in (False, True):
+            with pytest.raises(ValueError, match=r"has no split 'dev'; it has train, test, which '?.*::SPLIT'? names"):
+                sources.read_rows(f"{data}::dev", streaming=streaming)
+
+
+def test_a_trainer_may_read_rows_of_its_own(tmp_path):
+    """Other columns are texts, or messages; all columns are in the dataset."""
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "", "rejected": "c"}]
+    data = write(tmp_path, "jsonl", rows)
+    options = ["m", "--data", data, "--output_dir", "o"]
+    forms = {"preference": ("prompt", "chosen", "rejected")}
+    with pytest.raises(ValueError, match="needed are 'messages', or 'prompt' and 'completion', or 'text'"):
+        train.read_data(train.parse(options)[0])
+    with pytest.raises(ValueError, match=r"line 2 of .*: chosen is empty"):
+        train.read_data(train.parse(options)[0], forms)
+    Path(data).write_text("".join(json.dumps(rows[0] | {"chosen": f"b{i}"}) + "\n" for i in range(3)))
+    training, held_out = train.read_data(train.parse(options)[0], forms)
+    assert training.kind == "preference"
+    found = [*training.dataset, *held_out.dataset]
+    assert sorted(found, key=str) == [rows[0] | {"chosen": f"b{i}"} for i in range(3)]
+
+
+def test_a_name_of_the_hub_is_read_with_its_config_and_split(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((*arguments, options))
+        return Dataset.from_dict({"text": ["a", "b"]})
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    for name in ("someone/set", "someone/set:small", "someone/set:small:test", "set::test"):
+        assert [*sources.read_rows(name).texts()] == ["a", "b"]
+    split = {"split": "train", "streaming": False}
+    test = {"split": "test", "streaming": False}
+    assert asked == [
+        ("someone/set", None, split),
+        ("someone/set", "small", split),
+        ("someone/set", "small", test),
+        ("set", None, test),
+    ]
+
+
+def test_evaluate_measures_the_tokens_to_learn(tmp_path, model):
+    data = answers_of(tmp_path)
+    tokenizer = loading.load_tokenizer(str(model))
+    rows = [*examples.examples(sources.read_rows(data), tokenizer)]
+    expected = text.measure_rows(loading.load_model(str(model)), rows, sum(len(str(2 * i)) for i in range(40)))
+    said = []
+    for streaming in (False, True):
+        table = losses(str(model), [data], None, None, 512, said.append, streaming=streaming)
+        cells = [next(iter(column.cells)) for column in table.columns]
+        figures = (f"{expected.loss:.4f}", f"{expected.perplexity:.3f}", f"{expected.bits_per_byte:.4f}")
+        assert cells == [data, "40", str(expected.tokens), str(expected.bytes), *figures]
+    assert not said
+    Path(data).write_text(Path(data).read_text() + '{"prompt": "a"}\n')
+    losses(str(model), [data], None, None, 512, said.append, skip_bad=True)
+    assert said == [f"{data}: 1 left out: line 41 of '{data}'"]
+
+
+def test_inspect_and_quickstart_read_rows(tmp_path, tokenizer):
+    texts = [{"text": value} for value in TEXTS]
+    stream = [token for value in TEXTS for token in text.begin(tokenizer, value)]
+    for form in ("folder", "csv", "saved"):
+        data = write(tmp_path, form, texts)
+        assert torch.cat([*token_blocks(data, tokenizer, 128)], 1).tolist() == [stream[:128]]
+        assert [*sources.read_corpus(data).values()] == TEXTS
+    data = answers_of(tmp_path)
+    [block] = token_blocks(data, tokenizer, 16)
+    assert (
+        block[0].tolist() == [t for row in examples.examples(sources.read_rows(data), tokenizer) for t in row[0]][:16]
+    )
+    with pytest.raises(ValueError, match="rows with prompt and completion; needed is text, or a column 'text'"):
+        sources.read_corpus(data)
+
+
+def test_a_tokenizer_that_cannot_mark_answers_is_refused(tmp_path, letters):
+    (tmp_path / "talk.jsonl").write_text(TALK)
+    rows = sources.read_rows(str(tmp_path / "talk.jsonl"))
+    other = copy.deepcopy(letters)
+    for template, sentence in (
+        (None, "the tokenizer has no chat template"),
+        ("{% if add_generation_prompt %}{% endif %}", "the chat template of the tokenizer does not mark its answers"),
+    ):
+        other.chat_template = template
+        with pytest.raises(ValueError, match=sentence):
+            [*examples.examples(rows, other)]
+    other.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no eos_token, which must end a completion"):
+        [*examples.examples(sources.read_rows(answers_of(tmp_path)), other)]
