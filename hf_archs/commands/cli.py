@@ -205,7 +205,7 @@ def train(context: typer.Context) -> None:
         _say("no checkpoint is whole: training starts anew")
     results = training.train(own, arguments, _say)
     loss = f"training loss {results['train_loss']:.4f}, " if "train_loss" in results else ""
-    _say(f"{loss}held-out text {results['bits_per_byte']:.4f} bits per byte; written to {arguments.output_dir}")
+    _say(f"{loss}held-out data {results['bits_per_byte']:.4f} bits per byte; written to {arguments.output_dir}")
 
 
 @app.command(cls=_Command)

@@ -240,7 +240,8 @@ def train(
         say: called with a line on the data before the training.
 
     Returns:
-        the ``bits_per_byte`` of held-out text after training, and ``train_loss`` if a step was left to do.
+        the ``bits_per_byte`` of the held-out text (of rows, of their text to learn) after training, and ``train_loss``
+        if a step was left to do.
 
     Raises:
         OSError, ValueError: if an argument, the folder or the data is wrong, or the disk is full.
@@ -300,7 +301,7 @@ def train(
             results["train_loss"] = trainer.train(resume_from_checkpoint=run.checkpoint).training_loss
         figure = examples.measure(model, tokenizer, held_out, examples.Found(), most=MEASURED).bits_per_byte
         card["training"] += f" {trainer.state.global_step:,} steps, {arguments.learning_rate:g} learning rate."
-        card["results"] = {"held-out text": f"{figure:.3f} bits per byte"}
+        card["results"] = {f"held-out {examples.MEASURED[held_out.kind]}": f"{figure:.3f} bits per byte"}
         trainer.save_model()
         trainer.create_model_card()
         trainer.save_state()  # written last: `standing` takes the state as a sign that all was written

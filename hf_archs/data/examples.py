@@ -18,6 +18,7 @@ from hf_archs.data import text
 from hf_archs.data.rows import Row, Rows
 
 IGNORED = -100
+MEASURED = {"text": "text", "completion": "completions", "messages": "answers"}
 
 
 class Example(NamedTuple):
@@ -28,7 +29,9 @@ class Example(NamedTuple):
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
-    """Raise `ValueError` if a tokenizer cannot mark the ends or the answers of such rows."""
+    """Raise `ValueError` if a tokenizer cannot mark the beginnings, the ends or the answers of such rows."""
+    if kind != "messages":
+        text.start_token(tokenizer)
     if kind == "completion" and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token, which must end a completion")
     if kind == "messages":
@@ -231,7 +234,7 @@ def described(rows: Rows, found: Found, measured: Found) -> str:
     """A line on the data: rows, columns, tokens, and the tokens to learn from."""
     what = "documents" if rows.names is not None else "rows"
     columns = "" if rows.names is not None else f" with {' and '.join(rows.columns)}"
-    learnt = {"text": "all tokens", "completion": "the completions", "messages": "the answers"}[rows.kind]
+    learnt = "all tokens" if rows.kind == "text" else f"the {MEASURED[rows.kind]}"
     line = f"{rows.source}: "
     if rows.streamed:
         line += f"a stream of {what}{columns}, learnt from {learnt}; {measured.rows:,} others to measure with"

@@ -180,8 +180,8 @@ FIVE = [
         [(END, 0), ("Ã", 0), ("¤", 0), ("Ġ", 1), ("o", 1), ("!", 1), (END, 1)],
     ),
     (
-        {"messages": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "22"}]},
-        [(END, 0), (USER, 0), ("2", 0), ("?", 0), (ASSISTANT, 0), ("2", 1), ("2", 1), (END, 1)],
+        {"messages": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "ä"}]},
+        [(END, 0), (USER, 0), ("2", 0), ("?", 0), (ASSISTANT, 0), ("Ã", 1), ("¤", 1), (END, 1)],
     ),
     (
         {
@@ -573,5 +573,9 @@ def test_a_tokenizer_that_cannot_mark_answers_is_refused(tmp_path, letters):
         with pytest.raises(ValueError, match=sentence):
             [*examples.examples(rows, other)]
     other.eos_token = None
+    rows = sources.read_rows(answers_of(tmp_path), skip_bad=True)
     with pytest.raises(ValueError, match="the tokenizer has no eos_token, which must end a completion"):
-        [*examples.examples(sources.read_rows(answers_of(tmp_path)), other)]
+        [*examples.examples(rows, other)]
+    other.bos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has neither a bos_token nor an eos_token"):
+        [*examples.examples(rows, other)]
