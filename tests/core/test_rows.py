@@ -481,6 +481,12 @@ def test_a_model_without_a_tokenizer_trains_one_on_the_texts_of_the_rows(tmp_pat
     assert "bcbcbcbc" in tokenizer.get_vocab()
 
 
+def test_a_name_with_brackets_is_no_pattern(tmp_path):
+    for name, content in (("a[1].csv", "text\nbrackets\n"), ("a1.csv", "text\nnone\n")):
+        (tmp_path / name).write_text(content)
+    assert [*sources.read_rows(str(tmp_path / "a[1].csv")).texts()] == ["brackets"]
+
+
 def test_a_split_is_named(tmp_path):
     rows = [{"text": value} for value in TEXTS]
     for form in ("splits", "folder of rows"):
