@@ -237,11 +237,11 @@ def described(rows: Rows, found: Found, measured: Found) -> str:
     learnt = "all tokens" if rows.kind == "text" else f"the {MEASURED[rows.kind]}"
     line = f"{rows.source}: "
     if rows.streamed:
-        line += f"a stream of {what}{columns}, learnt from {learnt}; {measured.rows:,} others to measure with"
+        line += f"a stream of {what}{columns}, learnt from {learnt}; {measured.rows:,} to measure with"
     else:
         share = "" if rows.kind == "text" else f", {found.learnt:,} of them learnt from"
         line += f"{found.rows:,} {what}{columns} to learn from {learnt}, {found.tokens:,} tokens{share}; "
-        line += f"{measured.rows:,} others to measure with"
+        line += f"{measured.rows:,} to measure with"
     return f"{line}; {left_out(rows)}" if rows.left_out else line
 
 

@@ -23,11 +23,13 @@ class Record(NamedTuple):
 
 
 def header(path: Path) -> list[str]:
-    """The columns of a CSV or TSV file. Raises `ValueError` if there are none, or two of one name."""
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    """The columns of a CSV or TSV file. Raises `ValueError` if there are none, or two of one name, or no UTF-8."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         names = next(csv.reader(file, delimiter=DELIMITERS[path.suffix.lower()]), [])
     if not names:
         raise ValueError(f"{str(path)!r} begins with an empty line; its first line must name the columns")
+    if fault := _not_utf8(names):
+        raise ValueError(f"line 1 of {str(path)!r}, which names the columns: {fault}")
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"line 1 of {str(path)!r} names the column {min(twice)!r} twice; allowed are different names")
     return names

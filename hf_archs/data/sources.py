@@ -64,6 +64,8 @@ def read_rows(
     name, config, split = _parts_of(data)
     path = Path(name).expanduser()
     with _quiet(), refusing(data):
+        if path.is_file() and split != "train":
+            raise ValueError(f"{name!r} is a file, and has no split {split!r}; allowed is a split of a folder")
         if path.is_dir() and any((path / file).exists() for file in SAVED):
             parts = [Part(_saved(path, split, streaming), partial(_row, data))]
         elif files := _files_of_rows(path, split):
@@ -141,11 +143,11 @@ def _files_of_rows(path: Path, split: str) -> list[Path]:
 
 def _saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
     saved = datasets.load_from_disk(path)
-    if isinstance(saved, DatasetDict):
-        if split not in saved:
-            raise ValueError(f"{str(path)!r} has no split {split!r}; it has {', '.join(saved)}, which ::SPLIT names")
-        saved = saved[split]
-    return saved.to_iterable_dataset() if streaming else saved
+    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+    if split not in splits:
+        raise ValueError(f"{str(path)!r} has no split {split!r}; it has {', '.join(splits)}, which ::SPLIT names")
+    chosen = splits[split]
+    return chosen.to_iterable_dataset() if streaming else chosen
 
 
 def _file(path: Path, streaming: bool, skip_bad: bool, left_out: dict[str, None]) -> Part:

@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from trl import SFTConfig, SFTTrainer
 
 import hf_archs
 from hf_archs import errors
@@ -154,7 +155,7 @@ def test_every_form_gives_the_same_loss_and_model(tmp_path, model):
         counted = f"40 {what} to learn from all tokens, {tokens:,} tokens"
         if streaming:
             counted = f"a stream of {what}, learnt from all tokens"
-        assert said == f"{data}: {counted}; 10 others to measure with"
+        assert said == f"{data}: {counted}; 10 to measure with"
     expected, weights = runs["folder", False]
     for results, found in runs.values():
         assert results == expected
@@ -235,6 +236,22 @@ def test_labels_are_where_the_answer_is(tmp_path, letters, row, written):
     assert found.labels[len(begin)] == found.input_ids[len(begin)] != -100
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's own
+@pytest.mark.parametrize(("five", "options"), [(FIVE[:2], {}), (FIVE[2:], {"assistant_only_loss": True})])
+def test_tokens_and_labels_are_those_of_trl(tmp_path, letters, five, options):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row, _ in five))
+    rows = sources.read_rows(str(tmp_path / "rows.jsonl"))
+    architecture = hf_archs.get_architecture("mamba")
+    trainer = SFTTrainer(
+        architecture.causal_lm_class(architecture.tiny_config(vocab_size=text.SMALLEST_VOCABULARY)),
+        SFTConfig(str(tmp_path / "out"), report_to="none", use_cpu=True, **options),
+        train_dataset=rows.dataset,
+        processing_class=letters,
+    )
+    theirs = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+    assert [(row.input_ids, row.labels) for row in examples.examples(rows, letters)] == theirs
+
+
 def test_packed_rows_stand_apart(letters):
     rows = [examples.Example([1, 2, 3], [1, -100, 3]), examples.Example([4, 5], [-100, 5]), examples.Example([6], [6])]
     first, second = examples.packed([*rows, rows[0]], 7, pad=9)
@@ -296,6 +313,7 @@ WRONG = [
         "line 1 of {} names the column 'text' twice; allowed are different names",
         None,
     ),
+    ("a.csv", "täxt\na\n".encode("latin-1"), {}, "line 1 of {}, which names the columns: it is not UTF-8", None),
     ("a.csv", "", {}, "{} begins with an empty line; its first line must name the columns", None),
     ("a.csv", "text,n\n", {}, "data is {}, which holds no rows; allowed is one row or more", None),
     (
@@ -428,7 +446,7 @@ def test_training_learns_from_completions_alone(tmp_path, model, lora):
     learnt = sum(label != -100 for row in rows for label in row.labels)
     assert said == (
         f"{data}: 39 rows with prompt and completion to learn from the completions, {tokens} tokens, {learnt} of them "
-        "learnt from; 1 others to measure with"
+        "learnt from; 1 to measure with"
     )
     start = loading.load_model(str(model)).eval()
     assert results["train_loss"] == pytest.approx(text.measure_rows(start, rows, 1).loss, rel=1e-5)
@@ -444,7 +462,7 @@ def test_a_stream_of_rows_is_trained_like_a_table(tmp_path, model):
     stream, said = train_on(model, data, tmp_path / "stream", "--streaming")
     assert stream == table
     assert said == (
-        f"{data}: a stream of rows with prompt and completion, learnt from the completions; 1 others to measure with"
+        f"{data}: a stream of rows with prompt and completion, learnt from the completions; 1 to measure with"
     )
     with pytest.raises(ValueError, match="max_steps is -1; allowed are 1 or more with --streaming"):
         train.parse([str(model), "--data", data, "--output_dir", "o", "--streaming"])
@@ -489,6 +507,9 @@ def test_a_name_with_brackets_is_no_pattern(tmp_path):
 
 def test_a_split_is_named(tmp_path):
     rows = [{"text": value} for value in TEXTS]
+    for form in ("csv", "saved"):
+        with pytest.raises(ValueError, match="has no split 'test'"):
+            sources.read_rows(f"{write(tmp_path, form, rows)}::test")
     for form in ("splits", "folder of rows"):
         data = write(tmp_path, form, rows)
         assert [*sources.read_rows(f"{data}::test").texts()] == TEXTS[: 3 if form == "splits" else 1]
