@@ -64,14 +64,14 @@ def read_rows(
     name, config, split = _parts_of(data)
     path = Path(name).expanduser()
     with _quiet(), refusing(data):
-        if path.is_file() and split != "train":
-            raise ValueError(f"{name!r} is a file, and has no split {split!r}; allowed is a split of a folder")
+        if config is not None and (path.exists() or name in text.OURS):
+            raise ValueError(f"{name!r} has no config {config!r}, which datasets of the Hub have alone")
         if path.is_dir() and any((path / file).exists() for file in SAVED):
             parts = [Part(_saved(path, split, streaming), partial(_row, data))]
         elif files := _files_of_rows(path, split):
             parts = [_file(file, streaming, skip_bad, left_out) for file in files]
         elif path.exists() or name in text.OURS:
-            return _of_text(data, column, streaming, whole)
+            return _of_text(name, split, column, streaming, whole)
         else:
             _check_name(name)
             parts = [Part(load_dataset(name, config, split=split, streaming=streaming), partial(_row, data))]
@@ -112,20 +112,32 @@ def _check_name(name: str) -> None:
         raise FileNotFoundError(f"data is {name!r}, which does not exist; {did_you_mean(near)}")
 
 
-def _of_text(data: str, column: str | None, streaming: bool, whole: bool) -> Rows:
-    for option, given in (("column", column), ("streaming", streaming)):
+def _of_text(name: str, split: str, column: str | None, streaming: bool, whole: bool) -> Rows:
+    for option, given in (("column", column), ("streaming", streaming), ("split", split != "train" and split)):
         if given:
-            raise ValueError(f"{option} is {given!r}, and data = {data!r} is plain text; allowed with rows only")
-    corpus = text.read_documents(data) if whole else text.read_corpus(data)
+            raise ValueError(f"{option} is {given!r}, and data = {name!r} is plain text; allowed with rows only")
+    left_out: dict[str, None] = {}
+    corpus = text.read_documents(name, left_out) if whole else text.read_corpus(name, left_out)
     names = [*corpus]
-    raw = [{"text": document} for document in corpus.values()]
-    return Rows(source=data, kind="text", columns=("text",), raw=raw, place=lambda i: repr(names[i]), names=names)
+    return Rows(
+        source=name,
+        kind="text",
+        columns=("text",),
+        raw=[{"text": document} for document in corpus.values()],
+        place=lambda i: repr(names[i]),
+        left_out=left_out,
+        names=names,
+    )
 
 
 def _files_of_rows(path: Path, split: str) -> list[Path]:
     """The files of rows of a split, if the path is one, or a folder with more bytes in such files than in others."""
     if path.is_file():
-        return [path] if path.suffix.lower() in BUILDERS else []
+        if path.suffix.lower() not in BUILDERS:
+            return []
+        if split != "train":
+            raise ValueError(f"{str(path)!r} is a file, and has no split {split!r}; allowed is a split of a folder")
+        return [path]
     sizes = {file: file.stat().st_size for file in path.rglob("*") if file.is_file()}
     rows = sum(size for file, size in sizes.items() if file.suffix.lower() in BUILDERS)
     if 2 * rows <= sum(sizes.values()):

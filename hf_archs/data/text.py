@@ -54,8 +54,14 @@ PIECE = 8192  # characters of a piece of a single file
 NOT_LIBRARY = frozenset(["test", "idlelib", "pydoc_data", "lib2to3", "site-packages", "dist-packages"])
 
 
-def read_text_files(folder: Path, skip: frozenset[str] = frozenset()) -> Corpus:
-    """The text files (UTF-8, no zero byte) below ``folder``, by relative path; ``skip`` names top-level folders."""
+def read_text_files(
+    folder: Path, skip: frozenset[str] = frozenset(), left_out: dict[str, None] | None = None
+) -> Corpus:
+    """The text files (UTF-8, no zero byte) below ``folder``, by relative path; ``skip`` names top-level folders.
+
+    Args:
+        left_out: takes the first place that is no UTF-8 in each file without a zero byte.
+    """
     corpus = {}
     below = [path for top in folder.iterdir() if top.name not in skip for path in (top, *top.rglob("*"))]
     for path in sorted(below):
@@ -70,8 +76,9 @@ def read_text_files(folder: Path, skip: frozenset[str] = frozenset()) -> Corpus:
         if b"\0" not in content:
             try:
                 corpus[name.as_posix()] = content.decode()
-            except UnicodeDecodeError:
-                continue
+            except UnicodeDecodeError as error:
+                if left_out is not None:
+                    left_out[f"line {_line_of(error)} of {str(path)!r}"] = None
     return corpus
 
 
@@ -88,18 +95,19 @@ def python_topics() -> Corpus:
 OURS: dict[str, Callable[[], Corpus]] = {"stdlib": standard_library, "topics": python_topics}
 
 
-def read_corpus(data: str) -> Corpus:
+def read_corpus(data: str, left_out: dict[str, None] | None = None) -> Corpus:
     """`read_documents`, a single document cut into pieces, so that some can be held out."""
-    corpus = read_documents(data)
+    corpus = read_documents(data, left_out)
     return _pieces(*corpus.popitem()) if len(corpus) == 1 else corpus
 
 
-def read_documents(data: str) -> Corpus:
+def read_documents(data: str, left_out: dict[str, None] | None = None) -> Corpus:
     """Read the documents of plain text.
 
     Args:
         data: ``stdlib`` (`standard_library`), ``topics`` (`python_topics`), or the path of a UTF-8 text file or of a
             folder of text files, each of them a document.
+        left_out: see `read_text_files`.
 
     Raises:
         FileNotFoundError: if a path does not exist.
@@ -109,7 +117,7 @@ def read_documents(data: str) -> Corpus:
     if data in OURS:
         corpus = OURS[data]()
     elif path.is_dir():
-        corpus = read_text_files(path)
+        corpus = read_text_files(path, left_out=left_out)
     else:
         corpus = {path.name: _read(path)}
     corpus = {name: text for name, text in corpus.items() if text}
@@ -118,14 +126,17 @@ def read_documents(data: str) -> Corpus:
     return corpus
 
 
+def _line_of(error: UnicodeDecodeError) -> int:
+    return error.object.count(b"\n", 0, error.start) + 1
+
+
 def _read(path: Path) -> str:
     content = path.read_bytes()
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"line {line} of {str(path)!r}: it is not UTF-8 text: it has the byte 0x{content[error.start]:02x}"
+            f"line {_line_of(error)} of {str(path)!r}: it is not UTF-8: it has the byte 0x{content[error.start]:02x}"
         ) from error
 
 

@@ -383,7 +383,7 @@ WRONG = [
         1,
     ),
     ("a.csv", "messages\na\n", {}, "line 2 of {}: messages is of type str; allowed is a list of messages", 0),
-    ("a.txt", b"one\n\xe4\n", {}, "line 2 of {}: it is not UTF-8 text: it has the byte 0xe4", None),
+    ("a.txt", b"one\n\xe4\n", {}, "line 2 of {}: it is not UTF-8: it has the byte 0xe4", None),
     (
         "a.txt",
         "one\n",
@@ -497,6 +497,26 @@ def test_a_model_without_a_tokenizer_trains_one_on_the_texts_of_the_rows(tmp_pat
     tokenizer = loading.load_tokenizer(str(tmp_path / "out"))
     assert len(tokenizer) > text.SMALLEST_VOCABULARY
     assert "bcbcbcbc" in tokenizer.get_vocab()
+
+
+def test_a_text_that_is_no_utf8_is_counted(tmp_path, model):
+    """In a folder; alone it is refused."""
+    data = write(tmp_path, "folder", [{"text": value} for value in TEXTS])
+    Path(data, "binary").write_bytes(b"\xe4\0")
+    Path(data, "latin.txt").write_bytes("one\ntwo ä".encode("latin-1"))
+    _, said = train_on(model, data, tmp_path / "out")
+    assert said.startswith(f"{data}: 37 documents to learn from all tokens, ")
+    assert said.endswith(f"; 3 to measure with; 1 left out: line 2 of '{data}/latin.txt'")
+
+
+def test_a_config_or_split_that_plain_text_and_files_do_not_have(tmp_path):
+    rows = [{"text": value} for value in TEXTS]
+    for data in ("topics:small", f"{write(tmp_path, 'csv', rows)}:small"):
+        with pytest.raises(ValueError, match="has no config 'small', which datasets of the Hub have alone"):
+            sources.read_rows(data)
+    for data in ("topics::test", f"{write(tmp_path, 'folder', rows)}::test"):
+        with pytest.raises(ValueError, match=r"split is 'test', and data = .* is plain text"):
+            sources.read_rows(data)
 
 
 def test_a_name_with_brackets_is_no_pattern(tmp_path):
