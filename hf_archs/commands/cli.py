@@ -183,7 +183,7 @@ def _check_free(output: Path, overwrite: bool) -> None:
 def train(context: typer.Context) -> None:
     """Train a model, or an adapter with --lora.
 
-    hf-archs train MODEL --data TEXT --output_dir DIR [--trainer NAME] [--lora [LAYER ...]] [--NAME VALUE ...]
+    hf-archs train MODEL --data DATA --output_dir DIR [--trainer NAME] [--lora [LAYER ...]] [--NAME VALUE ...]
 
     Every field of transformers.TrainingArguments is an option of the same name; `hf-archs train --help` lists them.
     With --trainer sft, dpo, grpo or reward it is TRL's trainer, with the options of TRL's config.
@@ -204,7 +204,7 @@ def train(context: typer.Context) -> None:
         _say(f"continuing from {run.checkpoint}; --resume_from_checkpoint false starts anew")
     elif run.skipped:
         _say("no checkpoint is whole: training starts anew")
-    results = training.train(own, arguments)
+    results = training.train(own, arguments, _say)
     _say(f"{training.described(results) or 'nothing left to train'}; written to {arguments.output_dir}")
 
 
@@ -303,22 +303,26 @@ def describe(
 @app.command(cls=_Command)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
-    data: Annotated[list[str], typer.Option(help="Text file, folder or dataset name; may be repeated.")],
+    data: Annotated[list[str], typer.Option(help="Text, rows or dataset, as for train; may be repeated.")],
     adapter: Annotated[str | None, typer.Option(help="Folder or repository of a PEFT adapter.")] = None,
     tokenizer: OtherTokenizer = None,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens in one forward; the figures do not depend on it.")] = 512,
+    column: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read rows when they are needed.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what is wrong, and count it.")] = False,
 ) -> None:
-    """Measure the loss of a model on text. Every document is read whole: the state is carried from chunk to chunk."""
+    """Measure the loss of a model on text or rows. A long one is read whole: the state is carried between chunks."""
     from hf_archs.commands import tables
     from hf_archs.commands.evaluate import losses
 
-    tables.show(losses(model, data, adapter, tokenizer, chunk), console)
+    reading = {"column": column, "streaming": streaming, "skip_bad": skip_bad}
+    tables.show(losses(model, data, adapter, tokenizer, chunk, _say, **reading), console)
 
 
 @app.command(cls=_Command)
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository of a model with experts.")],
-    data: Annotated[str, typer.Option(help="Text file, folder or dataset name.")],
+    data: Annotated[str, typer.Option(help="Text, rows or dataset, as for train.")],
     picture: Annotated[Path | None, typer.Option(help="PNG file to draw the heat map into.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the text to run.")] = 65536,
     tokenizer: OtherTokenizer = None,
@@ -326,17 +330,13 @@ def inspect(
     """Show how the routers of a model route a text. The figures are load, entropy, drops and score corrections."""
     from hf_archs import errors
     from hf_archs.commands import tables
-    from hf_archs.commands.inspect import draw, router_figures
+    from hf_archs.commands.inspect import draw, router_figures, token_blocks
     from hf_archs.commands.loading import load_ready
-    from hf_archs.data import text
 
     if picture is not None:
         errors.needs("matplotlib", "--picture", "plot")
     loaded, encoder = load_ready(model, tokenizer=tokenizer)
-    length = min(512, tokens)
-    rows = text.token_blocks(encoder, text.read_corpus(data).values(), length).with_format("torch")
-    blocks = (rows[i]["input_ids"][None].to(loaded.device) for i in range(min(len(rows), tokens // length)))
-    figures = router_figures(loaded, blocks)
+    figures = router_figures(loaded, token_blocks(data, encoder, tokens))
     table = Table("layer", "busiest expert", "its load / mean load", "entropy", "dropped")
     for layer, found in figures.items():
         numbers = f"{found['max_load']:.2f}", f"{found['entropy']:.3f}", f"{found['drop_rate']:.1%}"
@@ -378,7 +378,7 @@ def quickstart(
     assign: Set = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the pretraining.")] = None,
     lora_steps: Annotated[int | None, typer.Option(help="Steps of the LoRA training.")] = None,
-    data: Annotated[str | None, typer.Option(help="Text file, folder or dataset; FASTA file for DNA.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text, or rows with a column text; FASTA file for DNA.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Measure on all held-out text, not on a sample.")] = False,
     output: Output = Path("quickstart"),
     hub: Annotated[bool, typer.Option("--hub", help="Push to huggingface.co, not to an embedded Hub.")] = False,

@@ -1,10 +1,22 @@
 """Statistics of a model's routers over a text: load, entropy and drops of every layer, as numbers and as a heat map."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
+
+from hf_archs.data import examples, text
+from hf_archs.data.sources import read_rows
+
+
+def token_blocks(data: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[torch.Tensor]:
+    """At most so many tokens of a source (`read_rows`), all joined, in blocks (1, length) of up to 512."""
+    length = min(512, tokens)
+    rows = (row.input_ids for row in examples.examples(read_rows(data), tokenizer))
+    return (torch.from_numpy(block)[None].long() for block in islice(text.joined(rows, length), tokens // length))
 
 
 @torch.no_grad()

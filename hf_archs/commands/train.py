@@ -4,8 +4,9 @@ import argparse
 import json
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,13 +22,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from hf_archs import errors
-from hf_archs.commands import loading, sentences, trl
-from hf_archs.data import text
+from hf_archs.commands import loading, trl
+from hf_archs.data import examples, text
+from hf_archs.data.rows import FORMS, Rows
+from hf_archs.data.sources import read_rows
 from hf_archs.native import disk
 from hf_archs.training import ArchTrainer, add_lora
 
 UNTOLD_REPORTERS = ("azure_ml", "flyte")  # transformers does not always report that they are installed
 MEASURED = 2**20  # characters of held-out text that `train` measures
+DATA = (
+    "file or folder of text or of rows (CSV, TSV, JSON, JSONL, Parquet), folder of save_to_disk, name of a dataset, "
+    "or: stdlib, topics"
+)
+READ_AHEAD = 2**26  # characters of a stream from which a tokenizer is trained
 
 
 class _Sentences(argparse.ArgumentParser):
@@ -50,9 +58,9 @@ def parser(trainer: str | None = None) -> HfArgumentParser:
     parser: Any = type("Parser", (_Sentences, kind), {})(
         host,
         prog="hf-archs train",
-        usage="hf-archs train MODEL --data TEXT --output_dir DIR [--trainer NAME] [--lora [LAYER ...]] "
+        usage="hf-archs train MODEL --data DATA --output_dir DIR [--trainer NAME] [--lora [LAYER ...]] "
         "[--NAME VALUE ...]",
-        description="Train a checkpoint on text, or an adapter for it; continues where an interrupted run stopped.",
+        description="Train a checkpoint, or an adapter for it; continues where an interrupted run stopped.",
         epilog=f"Every field of {host.__module__.partition('.')[0]}.{host.__name__} is an option of the same name. "
         "With --trainer the options are those of TRL's config, which --help lists then.",
         allow_abbrev=False,
@@ -60,8 +68,16 @@ def parser(trainer: str | None = None) -> HfArgumentParser:
     parser.set_defaults(disable_tqdm=False)  # the default follows transformers' verbosity, which the command lowers
     own = parser.add_argument_group("model and data")
     own.add_argument("model", help="folder or Hub repository of the checkpoint to start from")
+    own.add_argument("--data", required=True, help=DATA)
     own.add_argument(
-        "--data", required=True, help="text file, folder of text files, name of a dataset, or: stdlib, topics"
+        "--eval_data", "--eval-data", default=None, help="data to measure with; by default a part of --data"
+    )
+    own.add_argument(
+        "--column", default=None, help="column with the text; by default messages, prompt and completion, or text"
+    )
+    own.add_argument("--streaming", action="store_true", help="read rows when they are needed, in their order")
+    own.add_argument(
+        "--skip_bad", "--skip-bad", action="store_true", help="leave out lines and rows that are wrong, and count them"
     )
     own.add_argument(
         "--lora", nargs="*", metavar="LAYER", help="train a LoRA adapter, on these layers or the default ones"
@@ -95,6 +111,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, TrainingArgumen
         raise ValueError(f"hf-archs train has no argument {unknown[0]!r}; {hint}")
     if own.trainer is None and not 2 <= own.block_size <= 2**24:
         raise ValueError(f"block_size is {own.block_size}; allowed are 2 to {2**24}")
+    if own.streaming and training_arguments.max_steps <= 0:
+        raise ValueError(f"max_steps is {training_arguments.max_steps}; allowed are 1 or more with --streaming")
     _check_reporters(training_arguments)
     return own, training_arguments
 
@@ -210,16 +228,41 @@ def why_not_whole(folder: Path) -> str | None:
     return None if sharded or _holds_weights(folder) else "it has no weights"
 
 
-def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, float]:
+def read_data(
+    own: argparse.Namespace, forms: Mapping[str, tuple[str, ...]] = FORMS, measured: bool = True
+) -> tuple[Rows, Rows | None]:
+    """The rows for training, and those to measure with: of ``--eval-data``, or held out of ``--data``.
+
+    ``.dataset`` of each is a dataset of `datasets` with all columns of the source.
+
+    Args:
+        forms: the kinds of rows that are allowed, and their columns; see `read_rows`.
+        measured: whether rows are needed to measure with; if not, None are held out.
+
+    Raises:
+        OSError, ValueError: see `read_rows`.
+    """
+    rows = read_rows(own.data, column=own.column, streaming=own.streaming, skip_bad=own.skip_bad, forms=forms)
+    if own.eval_data is not None:
+        return rows, read_rows(own.eval_data, column=own.column, skip_bad=own.skip_bad, forms=forms)
+    return rows.split() if measured else (rows, None)
+
+
+def train(
+    own: argparse.Namespace, arguments: TrainingArguments, say: Callable[[str], object] = print
+) -> dict[str, float]:
     """Train as ``hf-archs train`` does, with the arguments from `parse`.
 
     The model (or its adapter), tokenizer and model card are written into ``output_dir``, and pushed if ``push_to_hub``
     is set. A run that left checkpoints there is continued; see `standing`. Folder, disk and memory are checked before
     any data is read.
 
+    Args:
+        say: called with a line on the data before the training.
+
     Returns:
-        ``train_loss`` if a step was left to do, and the ``bits_per_byte`` of held-out text after training; of a trainer
-        of TRL the ``eval_loss`` if ``eval_strategy`` is set.
+        ``train_loss`` if a step was left to do, and the ``bits_per_byte`` of the held-out text (of rows, of their text
+        to learn) after training; of a trainer of TRL the ``eval_loss`` if ``eval_strategy`` is set.
 
     Raises:
         OSError, ValueError: if an argument, the folder or the data is wrong, or the disk is full.
@@ -229,13 +272,14 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
     run = standing(arguments)
     loading.check_output(str(arguments.output_dir))
     if own.trainer is not None:
-        made: Any = trl.make(own, arguments)
+        made: Any = trl.make(own, arguments, partial(read_data, own), say)
         loading.check_output(str(arguments.output_dir), _bytes_to_write(made.model, arguments, run.steps))
         return _finish(made, run, trl.measure)
     copies = 1 if own.lora is not None else 4
     checkpoint = loading.look_at(own.model)
     loading.check_memory(checkpoint.config(), copies)
-    training, held_out = text.split(text.read_corpus(own.data))
+    training, held_out = read_data(own)
+    assert held_out is not None
     known = [source for source in (own.model, run.checkpoint) if source and loading.has_tokenizer(source)]
     tokenizer_source = own.tokenizer or next(iter(known), None)
     model: Any = loading.load_model(checkpoint, copies=copies)
@@ -247,9 +291,21 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
     if tokenizer_source is not None:
         tokenizer = loading.load_tokenizer(tokenizer_source, tokenizer_source, model.config)
     else:
-        tokenizer = text.train_tokenizer(training.values(), model.config.vocab_size)
+        texts = examples.up_to(READ_AHEAD if training.streamed else math.inf, training.texts())
+        tokenizer = text.train_tokenizer(texts, model.config.vocab_size)
+    found, measured = examples.Found(), examples.Found()
+    datasets = [
+        examples.training_rows(rows, tokenizer, own.block_size, sizes)
+        for rows, sizes in ((training, found), (held_out, measured))
+    ]
+    say(examples.described(training, found, measured))
+    of_rows = (
+        "of which every twentieth document was held out"
+        if own.eval_data is None
+        else f"and measured on `{own.eval_data}`"
+    )
     card: dict[str, Any] = {
-        "training": f"Trained on `{own.data}`, of which every twentieth document was held out.",
+        "training": f"Trained on `{own.data}`, {of_rows}.",
         "results": {},
         "license": own.license,
         "base_model": own.model if own.lora is not None else None,
@@ -258,15 +314,15 @@ def train(own: argparse.Namespace, arguments: TrainingArguments) -> dict[str, fl
         model,
         arguments,
         card=card,
-        train_dataset=text.token_blocks(tokenizer, training.values(), own.block_size),
-        eval_dataset=text.token_blocks(tokenizer, held_out.values(), own.block_size),
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
 
     def measure(trainer: ArchTrainer) -> dict[str, float]:
-        figure = text.bits_per_byte(model, tokenizer, _up_to(MEASURED, held_out.values()))
-        trainer.card["results"] = {"held-out text": f"{figure:.3f} bits per byte"}
+        figure = examples.measure(model, tokenizer, held_out, examples.Found(), most=MEASURED).bits_per_byte
+        trainer.card["results"] = {f"held-out {examples.MEASURED[held_out.kind]}": f"{figure:.3f} bits per byte"}
         return {"bits_per_byte": figure}
 
     return _finish(trainer, run, measure)
@@ -290,7 +346,7 @@ def _finish(
         trainer.create_model_card()
         trainer.save_state()  # written last: `standing` takes the state as a sign that all was written
     except Exception as error:
-        if not sentences.is_full_disk(error):
+        if not errors.is_full_disk(error):
             raise
         raise OSError(
             f"the disk of output_dir = {str(trainer.args.output_dir)!r} is full; make room, and the same command goes "
@@ -304,7 +360,7 @@ def described(results: dict[str, float]) -> str:
     words = {
         "train_loss": "training loss {:.4f}",
         "eval_loss": "evaluation loss {:.4f}",
-        "bits_per_byte": "held-out text {:.4f} bits per byte",
+        "bits_per_byte": "held-out data {:.4f} bits per byte",
     }
     return ", ".join(form.format(results[name]) for name, form in words.items() if name in results)
 
@@ -329,13 +385,3 @@ def _bytes_to_write(model: nn.Module, arguments: TrainingArguments, steps: int) 
         kept = min(kept, math.ceil((arguments.max_steps - steps) / arguments.save_steps))
     existing = len(checkpoint_folders(Path(str(arguments.output_dir)).expanduser()))
     return weights + (weights + states) * max(kept - existing, 1)
-
-
-def _up_to(size: int, texts: Any) -> list[str]:
-    kept = []
-    for document in texts:
-        kept.append(document[:size])
-        size -= len(document)
-        if size <= 0:
-            break
-    return kept

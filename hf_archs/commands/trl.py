@@ -10,17 +10,17 @@ import inspect
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetsError
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from hf_archs.commands import loading
-from hf_archs.data import text
-from hf_archs.errors import needs, reason
+from hf_archs.data.examples import left_out
+from hf_archs.data.rows import Rows
+from hf_archs.errors import needs
 from hf_archs.native.disk import check_weights, looks_local
 from hf_archs.native.reading import Checkpoint
 from hf_archs.training import ArchTrainer, lora_config
@@ -32,9 +32,7 @@ TRAINERS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
     "grpo": ("GRPO", (("prompt",),)),
     "reward": ("Reward", (("chosen", "rejected"),)),
 }
-FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # of TRL; they read messages
-EVERY = 20  # one row in this many is held out
 
 
 def _trl(trainer: str) -> Any:
@@ -72,8 +70,18 @@ def add_options(parser: HfArgumentParser, own: Any, trainer: str) -> None:
         )
 
 
-def make(own: argparse.Namespace, arguments: Any) -> ArchTrainer:
+def make(
+    own: argparse.Namespace,
+    arguments: Any,
+    read: Callable[..., tuple[Rows, Rows | None]],
+    say: Callable[[str], object],
+) -> ArchTrainer:
     """The trainer of ``own.trainer`` with its model and data, for the arguments from `hf_archs.commands.train.parse`.
+
+    Args:
+        read: reads rows of the given forms, and some to measure with if they are wanted; see
+            `hf_archs.commands.train.read_data`.
+        say: called with a line on the data.
 
     Raises:
         OSError, ValueError: if the model, its tokenizer, the data or a reward is wrong.
@@ -87,26 +95,31 @@ def make(own: argparse.Namespace, arguments: Any) -> ArchTrainer:
         )
     copies = 1 if own.lora is not None else 4 + refers
     loading.check_memory(checkpoint.config(), copies)
-    rows = read_rows(own.data)
-    check_rows(own, arguments, rows["train"])
+    if own.trainer == "sft" and own.column is not None:
+        arguments.dataset_text_field = own.column
+    training, held_out = read(forms(own, arguments), measured=arguments.eval_strategy != "no")
     tokenizer = loading.load_tokenizer(checkpoint, own.tokenizer, checkpoint.config())
     told = tokenizer.chat_template is not None or getattr(arguments, "chat_template_path", None) is not None
-    if not told and _conversational(own, rows["train"]):
+    if not told and _conversational(own, training):
         raise ValueError(
             f"data is {own.data!r}, whose rows are messages, and the tokenizer of {own.tokenizer or own.model!r} has "
             "no chat template; --tokenizer takes another's"
         )
     more: dict[str, Any] = {}
     if own.trainer == "grpo":
-        more["reward_funcs"] = [_reward(own, name, rows["train"]) for name in own.reward]
+        more["reward_funcs"] = [_reward(own, name, training) for name in own.reward]
     model = _load(own, arguments, checkpoint, copies)
     if own.lora is not None:
         more["peft_config"] = lora_config(model, own.lora, rank=own.lora_rank, alpha=own.lora_alpha)
     if own.trainer == "dpo" and refers and not arguments.precompute_ref_log_probs:
         more["ref_model"] = copy.deepcopy(model)
-    if arguments.eval_strategy != "no":
-        rows = held_out(rows)
-        more["eval_dataset"] = rows["test"]
+    rows = training.dataset
+    if held_out is not None:
+        more["eval_dataset"] = held_out.dataset
+    counted = "a stream of rows" if training.streamed else f"{len(rows):,} rows"
+    measured = f"; {len(more['eval_dataset']):,} to measure with" if held_out is not None else ""
+    without = f"; {left_out(training)}" if training.left_out else ""
+    say(f"{own.data}: {counted} with {' and '.join(training.columns)}{measured}{without}")
     card = {
         "training": f"Trained on `{own.data}` by TRL's {TRAINERS[own.trainer][0]}Trainer.",
         "results": {},
@@ -114,7 +127,7 @@ def make(own: argparse.Namespace, arguments: Any) -> ArchTrainer:
         "base_model": own.model if own.lora is not None else None,
     }
     return trainer_class(own.trainer)(
-        model, arguments, card=card, train_dataset=rows["train"], processing_class=tokenizer, **more
+        model, arguments, card=card, train_dataset=rows, processing_class=tokenizer, **more
     )
 
 
@@ -139,69 +152,18 @@ def measure(trainer: ArchTrainer) -> dict[str, float]:
     return {"eval_loss": loss}
 
 
-def read_rows(data: str) -> DatasetDict:
-    """The rows of a data source, by split; ``train`` is one of the splits.
-
-    Args:
-        data: a CSV, JSON, JSON-lines or Parquet file; the name of a dataset, ``owner/name`` or ``owner/name:config``;
-            or text for `text.read_documents`, each document of which is a row with the column ``text``.
-
-    Raises:
-        OSError, ValueError: if the data does not exist or cannot be read.
-    """
-    path = Path(data).expanduser()
-    form = FILES.get(path.suffix.lower())
-    name, _, config = data.partition(":")
-    where = (name, config or None)
-    if form is not None and path.is_file():
-        where = (form, None)
-    elif form is not None or path.exists() or data in text.OURS or looks_local(data):
-        return DatasetDict(train=Dataset.from_dict({"text": [*text.read_documents(data).values()]}))
-    try:
-        found = load_dataset(*where, data_files=str(path) if where[0] == form else None)
-    except (DatasetsError, ValueError, StopIteration) as error:  # the last two for files without rows
-        raise ValueError(f"data is {data!r}, which cannot be read: {reason(error.__cause__ or error)}") from error
-    if "train" not in found:
-        raise ValueError(f"data is {data!r} with the splits {', '.join(found)}; a split 'train' is needed")
-    return found
+def forms(own: argparse.Namespace, arguments: Any) -> dict[str, tuple[str, ...]]:
+    """The kinds of rows that the trainer reads, and their columns; see `hf_archs.data.sources.read_rows`."""
+    texts = {"text": (arguments.dataset_text_field,)} if own.trainer == "sft" else {}
+    return texts | {f"rows of {' and '.join(columns)}": columns for columns in TRAINERS[own.trainer][1]}
 
 
-def check_rows(own: argparse.Namespace, arguments: Any, rows: Dataset) -> None:
-    """Raise a `ValueError` if there are no rows, or not the columns that the trainer reads."""
-    forms = TRAINERS[own.trainer][1]
-    if own.trainer == "sft":
-        forms = ((arguments.dataset_text_field,), *forms)
-    if not any({*form} <= {*rows.column_names} for form in forms):
-        raise ValueError(
-            f"data is {own.data!r} with the columns {', '.join(rows.column_names)}; --trainer {own.trainer} reads "
-            f"{', or '.join(' and '.join(form) for form in forms)}"
-        )
-    if not len(rows):
-        raise ValueError(f"data is {own.data!r}, which has no rows")
-
-
-def held_out(rows: DatasetDict) -> DatasetDict:
-    """The rows with a split ``test``: the dataset's own test or validation split, or every twentieth row.
-
-    Raises:
-        ValueError: if there is one row only.
-    """
-    for name in ("test", "validation"):
-        if name in rows:
-            return DatasetDict(train=rows["train"], test=rows[name])
-    count = len(rows["train"])
-    if count < 2:
-        raise ValueError("eval_strategy needs a row to hold out, and the data has one row; allowed is eval_strategy no")
-    kept = rows["train"].select([i for i in range(count) if i % EVERY != 1])
-    return DatasetDict(train=kept, test=rows["train"].select(range(1, count, EVERY)))
-
-
-def _conversational(own: argparse.Namespace, rows: Dataset) -> bool:
+def _conversational(own: argparse.Namespace, rows: Rows) -> bool:
     _trl(own.trainer)
-    return importlib.import_module("trl.data_utils").is_conversational(rows[0])
+    return importlib.import_module("trl.data_utils").is_conversational(next(iter(rows))[1])
 
 
-def _reward(own: argparse.Namespace, name: str, rows: Dataset) -> Any:
+def _reward(own: argparse.Namespace, name: str, rows: Rows) -> Any:
     """A reward for TRL: a function, or the name of a model.
 
     Raises:
@@ -227,11 +189,12 @@ def _reward(own: argparse.Namespace, name: str, rows: Dataset) -> Any:
         raise ValueError(f"reward is {name!r}, which reads messages, and the prompts of {own.data!r} are strings")
     # as TRL calls it: with what it knows itself, and every column
     known = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+    columns = [*next(iter(rows))[1]]
     try:
-        inspect.signature(found).bind(**dict.fromkeys([*known, *(c for c in rows.column_names if c != "prompt")]))
+        inspect.signature(found).bind(**dict.fromkeys([*known, *(c for c in columns if c != "prompt")]))
     except TypeError as error:
         raise ValueError(
             f"reward is {name!r}, which takes other arguments than TRL passes ({error}); data is {own.data!r} with the "
-            f"columns {', '.join(rows.column_names)}, and TRL passes them and {', '.join(known)}"
+            f"columns {', '.join(columns)}, and TRL passes them and {', '.join(known)}"
         ) from error
     return found

@@ -15,19 +15,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_archs.errors import did_you_mean, similar
-from hf_archs.native.disk import looks_local
-
+T = TypeVar("T")
 Corpus = dict[str, str]
 Progress = Callable[[int, int], object]  # called with (done, total)
 
@@ -52,14 +50,18 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- "<|assistant|>" -}}{%- endif -%}"""
 PIECE = 8192  # characters of a piece of a single file
-# files of rows with a text column, which are not supported yet
-ROWS = frozenset([".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow"])
 # folders of the standard library that hold tests, other packages, or text unlike its source
 NOT_LIBRARY = frozenset(["test", "idlelib", "pydoc_data", "lib2to3", "site-packages", "dist-packages"])
 
 
-def read_text_files(folder: Path, skip: frozenset[str] = frozenset()) -> Corpus:
-    """The text files (UTF-8, no zero byte) below ``folder``, by relative path; ``skip`` names top-level folders."""
+def read_text_files(
+    folder: Path, skip: frozenset[str] = frozenset(), left_out: dict[str, None] | None = None
+) -> Corpus:
+    """The text files (UTF-8, no zero byte) below ``folder``, by relative path; ``skip`` names top-level folders.
+
+    Args:
+        left_out: takes the first place that is no UTF-8 in each file without a zero byte.
+    """
     corpus = {}
     below = [path for top in folder.iterdir() if top.name not in skip for path in (top, *top.rglob("*"))]
     for path in sorted(below):
@@ -74,8 +76,9 @@ def read_text_files(folder: Path, skip: frozenset[str] = frozenset()) -> Corpus:
         if b"\0" not in content:
             try:
                 corpus[name.as_posix()] = content.decode()
-            except UnicodeDecodeError:
-                continue
+            except UnicodeDecodeError as error:
+                if left_out is not None:
+                    left_out[f"line {_line_of(error)} of {str(path)!r}"] = None
     return corpus
 
 
@@ -92,65 +95,49 @@ def python_topics() -> Corpus:
 OURS: dict[str, Callable[[], Corpus]] = {"stdlib": standard_library, "topics": python_topics}
 
 
-def read_corpus(data: str) -> Corpus:
+def read_corpus(data: str, left_out: dict[str, None] | None = None) -> Corpus:
     """`read_documents`, a single document cut into pieces, so that some can be held out."""
-    corpus = read_documents(data)
+    corpus = read_documents(data, left_out)
     return _pieces(*corpus.popitem()) if len(corpus) == 1 else corpus
 
 
-def read_documents(data: str) -> Corpus:
-    """Read the documents of a data source.
+def read_documents(data: str, left_out: dict[str, None] | None = None) -> Corpus:
+    """Read the documents of plain text.
 
     Args:
-        data: ``stdlib`` (`standard_library`), ``topics`` (`python_topics`), the path of a UTF-8 text file, the path of
-            a folder of text files, or the name of a dataset with a ``text`` column, ``owner/name`` or
-            ``owner/name:config``, of which the ``train`` split is read.
+        data: ``stdlib`` (`standard_library`), ``topics`` (`python_topics`), or the path of a UTF-8 text file or of a
+            folder of text files, each of them a document.
+        left_out: see `read_text_files`.
 
     Raises:
         FileNotFoundError: if a path does not exist.
-        ValueError: if there is no text, or the source is a file of rows (CSV, JSON, Parquet) or a folder mostly of such
-            files.
+        ValueError: if there is no text.
     """
     path = Path(data).expanduser()
     if data in OURS:
         corpus = OURS[data]()
     elif path.is_dir():
-        _refuse_rows(data, path)
-        corpus = read_text_files(path)
-    elif path.is_file():
-        _refuse_rows(data, path)
-        corpus = {path.name: _read(path)}
-    elif path.suffix.lower() in {".txt", *ROWS} or looks_local(data):
-        raise FileNotFoundError(
-            f"data is {data!r}, which does not exist; allowed is a text file, a folder or a dataset"
-        )
+        corpus = read_text_files(path, left_out=left_out)
     else:
-        if near := similar(data, OURS, most=1, cutoff=0.7):
-            raise FileNotFoundError(f"data is {data!r}, which does not exist; {did_you_mean(near)}")
-        corpus = _rows(data)
+        corpus = {path.name: _read(path)}
     corpus = {name: text for name, text in corpus.items() if text}
     if not corpus:
         raise ValueError(f"data is {data!r}, which holds no text; allowed is UTF-8 text")
     return corpus
 
 
-def _refuse_rows(data: str, path: Path) -> None:
-    """Refuse a file of rows, and a folder with more bytes in such files than in all others."""
-    sizes = {file: file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
-    rows = [file for file in sizes if file.suffix.lower() in ROWS]
-    if 2 * sum(sizes[file] for file in rows) > sum(sizes.values()):
-        where = "which is" if path.is_file() else f"in which most is rows, as {str(min(rows).relative_to(path))!r} is:"
-        raise ValueError(
-            f"data is {data!r}, {where} no plain text; CSV, JSON and Parquet are not read yet: write each of the texts "
-            "in them into a .txt file"
-        )
+def _line_of(error: UnicodeDecodeError) -> int:
+    return error.object.count(b"\n", 0, error.start) + 1
 
 
 def _read(path: Path) -> str:
+    content = path.read_bytes()
     try:
-        return path.read_bytes().decode()
+        return content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"data is {str(path)!r}, which is not UTF-8 text: {error}") from error
+        raise ValueError(
+            f"line {_line_of(error)} of {str(path)!r}: it is not UTF-8: it has the byte 0x{content[error.start]:02x}"
+        ) from error
 
 
 def _pieces(name: str, text: str) -> Corpus:
@@ -159,23 +146,13 @@ def _pieces(name: str, text: str) -> Corpus:
     return {f"{name}#{i}": text[i : i + size] for i in range(0, len(text), size)}
 
 
-def _rows(data: str) -> Corpus:
-    name, _, config = data.partition(":")
-    dataset = load_dataset(name, config or None, split="train")
-    if "text" not in dataset.column_names:
-        raise ValueError(
-            f"dataset {data!r} has the columns {', '.join(dataset.column_names)}; a column 'text' is needed"
-        )
-    return {f"{i}": row["text"] for i, row in enumerate(dataset)}
-
-
 def is_held_out(name: str) -> bool:
     """Whether the document of this name is held out for evaluation."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
 
 
-def split(corpus: Mapping[str, str]) -> tuple[Corpus, Corpus]:
-    """The documents for training, and the held-out ones.
+def split(corpus: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """The documents (or others) of these names for training, and the held-out ones.
 
     If the rule holds out no document or every document, the one with the smallest sha256 is held out.
 
@@ -261,6 +238,11 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ValueError("the tokenizer has neither a bos_token nor an eos_token; one of them must begin a document")
 
 
+def begin(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a document: a start token, and those of the text."""
+    return [start_token(tokenizer), *encode(tokenizer, text)]
+
+
 def token_blocks(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int, progress: Progress | None = None
 ) -> Dataset:
@@ -272,21 +254,39 @@ def token_blocks(
     Returns:
         a dataset of ``input_ids`` and ``labels``. The last block is dropped if it is shorter and not the only one.
     """
-    start = start_token(tokenizer)
     texts = list(texts)
     characters, total = 0, sum(map(len, texts))
-    stream = array("i")
-    for text in texts:
-        stream.extend([start, *encode(tokenizer, text)])
-        characters += len(text)
-        if progress is not None:
-            progress(characters, total)
-    length = max(1, min(length, len(stream)))
-    blocks = np.asarray(stream)[: len(stream) // length * length].reshape(-1, length)
+
+    def documents() -> Iterator[list[int]]:
+        nonlocal characters
+        for text in texts:
+            yield begin(tokenizer, text)
+            characters += len(text)
+            if progress is not None:
+                progress(characters, total)
+
+    blocks = np.stack([*joined(documents(), length)])
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 
-def _batches(rows: Iterable[list[int]], size: int) -> Iterator[list[list[int]]]:
+def joined(documents: Iterable[list[int]], length: int) -> Iterator[np.ndarray]:
+    """Join the tokens of documents into one stream, and cut it into blocks of ``length`` tokens, int32.
+
+    The last block is dropped if it is shorter and not the only one.
+    """
+    stream = array("i")
+    whole = False
+    for tokens in documents:
+        stream.extend(tokens)
+        whole = whole or len(stream) >= length
+        end = len(stream) // length * length
+        yield from np.array(stream[:end], dtype=np.int32).reshape(-1, length)
+        del stream[:end]
+    if stream and not whole:
+        yield np.array(stream, dtype=np.int32)
+
+
+def _batches(rows: Iterable[T], size: int) -> Iterator[list[T]]:
     rows = iter(rows)
     while batch := list(islice(rows, size)):
         yield batch
@@ -321,7 +321,6 @@ def bits_per_byte(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterabl
     return measure(model, tokenizer, texts, **options).bits_per_byte
 
 
-@torch.no_grad()
 def measure(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -343,27 +342,48 @@ def measure(
         progress: called after each chunk with the number of tokens measured, and of all.
     """
     texts = [text for text in texts if text]
-    start = start_token(tokenizer)
+    rows = [(tokens := begin(tokenizer, text), tokens) for text in texts]
+    size = sum(len(text.encode()) for text in texts)
+    return measure_rows(model, rows, size, batch_size=batch_size, chunk=chunk, progress=progress)
+
+
+@torch.no_grad()
+def measure_rows(
+    model: Any,
+    rows: Iterable[tuple[list[int], list[int]]],
+    size: int,
+    *,
+    batch_size: int = 8,
+    chunk: int = 512,
+    progress: Progress | None = None,
+) -> Measured:
+    """The total loss of a causal language model on rows of tokens, each from an empty context; see `measure`.
+
+    Args:
+        rows: the tokens of each, and its labels, of which -100 is not measured, nor is the first.
+        size: bytes of text of the measured tokens.
+    """
     nats = 0.0
     was_training = model.training
     model.eval()
-    longest_first = sorted((encode(tokenizer, text) for text in texts), key=len, reverse=True)
-    measured, total = 0, sum(map(len, longest_first))
-    for rows in _batches(longest_first, batch_size):
-        lengths = torch.tensor([len(row) for row in rows])
-        padded = nn.utils.rnn.pad_sequence(
-            [torch.tensor([start, *row]) for row in rows], batch_first=True
+    longest_first = sorted(rows, key=lambda row: len(row[0]), reverse=True)
+    measured, total = 0, sum(label != -100 for _, labels in longest_first for label in labels[1:])
+    for batch in _batches(longest_first, batch_size):
+        lengths = torch.tensor([len(tokens) - 1 for tokens, _ in batch])
+        padded, labels = (
+            nn.utils.rnn.pad_sequence([torch.tensor(row[i]) for row in batch], batch_first=True, padding_value=pad)
+            for i, pad in ((0, 0), (1, -100))
         )  # (b, l + 1)
         cache = None
-        for begin in range(0, len(rows[0]), chunk):
-            active = int((lengths > begin).sum())  # the shorter texts have ended
+        for begin in range(0, int(lengths[0]), chunk):
+            active = int((lengths > begin).sum())  # the shorter rows have ended
             if cache is not None and active < lengths.shape[0]:
                 cache.batch_select_indices(torch.arange(active, device=model.device))
-            lengths, padded = lengths[:active], padded[:active]
+            lengths, padded, labels = lengths[:active], padded[:active], labels[:active]
             seen = torch.arange(min(begin + chunk, padded.shape[1] - 1))
             mask = (seen < lengths[:, None]).long()
             inputs = padded[:, begin : len(seen)]
-            targets = padded[:, begin + 1 : len(seen) + 1].masked_fill(mask[:, begin:] == 0, -100)
+            targets = labels[:, begin + 1 : len(seen) + 1]
             output = model(
                 input_ids=inputs.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -377,4 +397,4 @@ def measure(
             if progress is not None:
                 progress(measured, total)
     model.train(was_training)
-    return Measured(nats, measured, sum(len(text.encode()) for text in texts))
+    return Measured(nats, measured, size)

@@ -25,6 +25,7 @@ from transformers import MambaConfig, MambaForCausalLM
 import hf_archs
 from hf_archs import registry, training
 from hf_archs.commands import cli, loading, sentences, tables, versions
+from hf_archs.commands import train as training_command
 from hf_archs.data import text
 from hf_archs.native import disk
 from hf_archs.testing.hub import EmbeddedHub
@@ -429,7 +430,7 @@ def test_the_output_folder_is_looked_at_first(refused, monkeypatch, trained, tmp
         "convert": ["convert", model, "-o"],
     }[command]
     monkeypatch.setattr(loading, "load_model", None)
-    monkeypatch.setattr(text, "read_corpus", None)
+    monkeypatch.setattr(training_command, "read_rows", None)
     monkeypatch.setattr(hf_archs.get_architecture("mamba").causal_lm_class, "save_pretrained", None)
     for wrong in ("file", "file/below"):
         assert f"the output folder is '{wrong}', but '{tmp_path}/file' is a file; choose another" in refused(

@@ -22,7 +22,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 import hf_archs
 from hf_archs import errors, training
 from hf_archs.commands import loading, sentences, train
-from hf_archs.data import text
+from hf_archs.data import sources, text
 from hf_archs.native import disk
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -79,29 +79,23 @@ def test_a_file_is_cut_without_a_loss_and_so_is_a_folder_with_one(tmp_path):
     assert text.read_corpus(str(tmp_path)) == corpus
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.json", "a.jsonl", "a.ndjson", "a.parquet", "a.arrow"])
-def test_rows_are_no_text(tmp_path, name):
-    """Files of rows, and folders that are mostly rows, are refused; a table beside more text is text."""
-    (tmp_path / name).write_text('{"text": "words"}\n' * 9)
-    said = "CSV, JSON and Parquet are not read yet"
-    with pytest.raises(ValueError, match=f"{name}', which is no plain text; {said}"):
-        text.read_corpus(str(tmp_path / name))
-    (tmp_path / "README.txt").write_text("What the rows are.")
-    with pytest.raises(ValueError, match=f"in which most is rows, as '{name}' is: no plain text; {said}"):
-        text.read_corpus(str(tmp_path))
+def test_a_table_beside_more_text_is_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "words"}\n' * 9)
+    (tmp_path / "README.txt").write_text("About the rows.")
+    assert set(sources.read_corpus(str(tmp_path)).values()) == {"words"}
     (tmp_path / "book.txt").write_text("It was the best of times. " * 20)
-    assert "book.txt" in text.read_corpus(str(tmp_path))
+    assert {"book.txt", "a.jsonl"} <= {*sources.read_corpus(str(tmp_path))}
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "missing.CSV", "./missing", "a/b/c", "~/no-such-folder-here"])
 def test_a_path_that_is_not_there(name):
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        text.read_corpus(name)
+        sources.read_rows(name)
 
 
 def test_a_mistyped_corpus_is_not_looked_for_on_the_hub():
     with pytest.raises(FileNotFoundError, match="'stdlb', which does not exist; did you mean stdlib"):
-        text.read_corpus("stdlb")
+        sources.read_rows("stdlb")
 
 
 def test_no_text_is_an_error(tmp_path):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -354,7 +354,7 @@ def test_sft_packs_and_measures_held_out_rows(place, monkeypatch):
     (trainer,) = seen
     assert trainer.args.packing
     texts = (place / "texts.csv").read_text().splitlines()[1:]
-    rows = [row for i, row in enumerate(texts) if i not in (1, 21)]
+    rows = [row for i, row in enumerate(texts) if not text.is_held_out(str(i))]
     lengths = [len(tokenizer()(row + tokenizer().eos_token)["input_ids"]) for row in rows]
     assert max(lengths) > 32 == max(len(row["input_ids"]) for row in trainer.train_dataset)
     assert sum(len(row["input_ids"]) for row in trainer.train_dataset) == sum(lengths)  # nothing is cut off
@@ -369,15 +369,15 @@ def test_sft_packs_and_measures_held_out_rows(place, monkeypatch):
         (["--trainer", "sftt"], "argument --trainer: invalid choice: 'sftt' (choose from 'sft', 'dpo', 'grpo', 'rew"),
         (["--trainer", "dpo", "--block_size", "8"], "hf-archs train has no argument '--block_size'"),
         (["--trainer", "dpo", "--reward", "a:b"], "hf-archs train has no argument '--reward'"),
-        (["--trainer", "dpo"], "data is 'texts.csv' with the columns text; --trainer dpo reads chosen and rejected"),
+        (["--trainer", "dpo"], "'texts.csv' has the columns text; needed are 'chosen' and 'rejected'"),
         (
             ["--trainer", "sft", "--data", "pairs.jsonl"],
-            "columns prompt, chosen, rejected; --trainer sft reads text, or messages, or prompt and completion, or",
+            "columns prompt, chosen, rejected; needed are 'text', or 'messages', or 'prompt' and 'completion', or",
         ),
         (["--trainer", "sft", "--data", "none.jsonl"], "data is 'none.jsonl', which does not exist"),
-        (["--trainer", "sft", "--data", "bad.json"], "data is 'bad.json', which cannot be read"),
-        (["--trainer", "sft", "--data", "empty.json"], "data is 'empty.json', which cannot be read"),
-        (["--trainer", "sft", "--data", "head.csv"], "data is 'head.csv', which cannot be read"),
+        (["--trainer", "sft", "--data", "bad.json"], "line 1 of 'bad.json': it is no JSON: Expecting ',' delimiter at column 11"),
+        (["--trainer", "sft", "--data", "empty.json"], "data is 'empty.json', which holds no rows"),
+        (["--trainer", "sft", "--data", "head.csv"], "data is 'head.csv', which holds no rows"),
         (["--trainer", "grpo"], "the following arguments are required: --reward"),
         (["--trainer", "grpo", "--reward", "sise"], "reward is 'sise'; allowed are accuracy_reward"),
         (["--trainer", "grpo", "--reward", "./judge"], "reward is './judge'; allowed are"),
@@ -417,14 +417,15 @@ def test_without_trl(place, monkeypatch):
     assert command("model", "--data", "texts.txt", "--output_dir", "out", "--block_size", "16")
 
 
-def test_a_dataset_s_own_split_is_held_out():
-    rows = Dataset.from_dict({"text": [str(i) for i in range(45)]})
-    split = trl.held_out(DatasetDict(train=rows))
-    assert split["test"]["text"] == ["1", "21", "41"]
-    assert sorted([*split["train"]["text"], *split["test"]["text"]]) == sorted(rows["text"])
-    assert trl.held_out(DatasetDict(train=rows, validation=rows.select([3])))["test"]["text"] == ["3"]
-    with pytest.raises(ValueError, match="the data has one row"):
-        trl.held_out(DatasetDict(train=rows.select([0])))
+def test_sft_reads_a_stream_a_named_column_and_data_to_measure_with(place, capsys):
+    (place / "notes.jsonl").write_text("".join(f'{{"note": "note number {i}"}}\n' for i in range(30)) + "nothing\n")
+    results = command(
+        *["model", "--data", "notes.jsonl", "--trainer", "sft", "--column", "note", "--eval_data", "notes.jsonl"],
+        *["--streaming", "--skip_bad", "--eval_strategy", "steps", "--eval_steps", "1", "--output_dir", "out"],
+    )
+    assert results.keys() == {"train_loss", "eval_loss"}
+    said = "notes.jsonl: a stream of rows with note; 30 to measure with; 1 left out: line 31 of 'notes.jsonl'"
+    assert said in capsys.readouterr().out
 
 
 def test_a_reference_of_another_library_s_format(place):

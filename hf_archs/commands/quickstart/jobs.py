@@ -29,6 +29,7 @@ from hf_archs.commands.quickstart.options import GenomeOptions, TextOptions, lab
 from hf_archs.commands.quickstart.run import going_on
 from hf_archs.commands.quickstart.training import train_rows
 from hf_archs.data import dna, text
+from hf_archs.data.sources import read_corpus
 from hf_archs.training import add_lora
 
 MERGE_TOLERANCE = 1e-4  # relative to the largest logit: float32 rounds W x + B A x and (W + B A) x differently
@@ -48,7 +49,7 @@ def run_text(options: TextOptions, console: Console) -> dict[str, Any]:
     """
     config, parameters, repository = prepare(options, {})
     with working(f"reading {options.data}"):
-        code, held_out_code = text.split(text.read_corpus(options.data))
+        code, held_out_code = text.split(read_corpus(options.data))
         english, held_out_english = text.split(text.read_corpus("topics"))
         data = json.dumps([code, held_out_code]).encode()
     held_out = {"code": held_out_code, "english": held_out_english}

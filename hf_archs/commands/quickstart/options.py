@@ -56,7 +56,7 @@ class TextOptions(Options):
     """Pretrain on text, and adapt to English with LoRA.
 
     Attributes:
-        data: see `hf_archs.data.text.read_corpus`; by default the standard library's source.
+        data: see `hf_archs.data.sources.read_corpus`; by default the standard library's source.
         lora_steps, lora_learning_rate: optimizer steps and learning rate of LoRA; the adapter is saved in ``adapter/``.
         full: measure all held-out text, not `SAMPLE` characters of each (`hf_archs.data.text.sample`).
     """
