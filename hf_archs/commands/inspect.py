@@ -5,6 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
+
+from hf_archs.commands.loading import load_ready
+from hf_archs.data import text
+
+
+def read_figures(model: str, data: str, tokens: int, tokenizer: str | None) -> dict[int, dict[str, torch.Tensor]]:
+    """`router_figures` over the first ``tokens`` tokens of a text, see `text.read_corpus`."""
+    loaded, encoder = load_ready(model, tokenizer=tokenizer)
+    length = min(512, tokens)
+    rows = text.token_blocks(encoder, text.read_corpus(data).values(), length).with_format("torch")
+    blocks = (rows[i]["input_ids"][None].to(loaded.device) for i in range(min(len(rows), tokens // length)))
+    return router_figures(loaded, blocks)
 
 
 @torch.no_grad()
@@ -31,6 +44,15 @@ def router_figures(model: Any, batches: Iterable[torch.Tensor]) -> dict[int, dic
     if not total:
         raise ValueError("inspect: the text is empty; allowed is one of some tokens")
     return {i: router.figures(counted) for (i, router), counted in zip(routers.items(), total)}
+
+
+def table(figures: dict[int, dict[str, torch.Tensor]]) -> Table:
+    """A row for each layer with a router."""
+    found = Table("layer", "busiest expert", "its load / mean load", "entropy", "dropped")
+    for layer, figure in figures.items():
+        numbers = f"{figure['max_load']:.2f}", f"{figure['entropy']:.3f}", f"{figure['drop_rate']:.1%}"
+        found.add_row(str(layer), str(int(figure["load"].argmax())), *numbers)
+    return found
 
 
 def draw(figures: dict[int, dict[str, torch.Tensor]], path: Path) -> None:
