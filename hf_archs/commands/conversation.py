@@ -135,16 +135,19 @@ class Conversation:
             ValueError: if the chat template refuses the messages.
         """
         before = self.ids
-        prompt = self._prompt(message, before)
+        messages = [*self.messages, {"role": "user", "content": message}]
+        prompt = self._encode(messages, before, answering=True)
+        # without the beginning of an answer, which some templates write for the last turn alone
+        lasting = common_prefix(prompt[:-1], self._encode(messages, before, answering=False))
         ids = torch.tensor([prompt], device=self.model.device)
         self.stopping = False
         began = time.perf_counter()
-        cache, start = self._read(ids)
+        cache, start = self._read(ids, lasting)
         read = time.perf_counter()
         set_seed(self.seed + self._answers)
         found = self.model.generate(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),  # otherwise a pad token in the conversation would not be read
+            attention_mask=torch.ones_like(ids),  # `generate` would guess one from pad tokens
             past_key_values=cache,
             eos_token_id=sorted(self._ends) or None,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -208,14 +211,15 @@ class Conversation:
         self.turns = [Turn(**turn) for turn in told["turns"]]
         self._keep(self.ids, cache)
 
-    def _prompt(self, message: str, before: list[int]) -> list[int]:
-        """The tokens of the conversation with a further message, up to the answer.
+    def _encode(self, messages: list[dict[str, str]], before: list[int], answering: bool) -> list[int]:
+        """The tokens of messages, with the beginning of an answer if ``answering``.
 
-        They begin with the tokens ``before`` if these are, or spell, the beginning of the rendered conversation.
+        They begin with ``before`` if these tokens are, or spell, the beginning of the rendered messages.
         """
-        messages = [*self.messages, {"role": "user", "content": message}]
         try:
-            rendered: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            rendered: Any = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answering
+            )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
         encoded = text.encode(self.tokenizer, rendered)
@@ -224,21 +228,32 @@ class Conversation:
             return before + text.encode(self.tokenizer, rendered[len(spelt) :])
         return encoded
 
-    def _read(self, ids: torch.Tensor) -> tuple[ArchDynamicCache, int]:
-        """A cache that has read ``ids``, (1, l), but for the last token, and the number of those that were read before.
+    def _read(self, ids: torch.Tensor, lasting: int) -> tuple[ArchDynamicCache, int]:
+        """A cache that has read a prompt except its last token, and the number of tokens that were read before.
 
         The present state goes into it, since `generate` changes it.
+
+        Args:
+            ids: (1, l).
+            lasting: number of tokens, less than l, after which the state is kept for another rendering of this turn.
         """
         present, self._present = self._present, None
-        last = ids.shape[1] - 1
-        if present is None or present[0] != ids[0, : min(last, len(present[0]))].tolist():
-            start = self._states.known(ids)
-            return self._states.read(ids), start
-        tokens, cache = present
-        if len(tokens) < last:
+        if present is None or present[0] != ids[0, : min(lasting, len(present[0]))].tolist():
+            start = self._states.known(ids[:, : lasting + 1])
+            cache = self._states.read(ids[:, : lasting + 1])
+        else:
+            start, cache = len(present[0]), present[1]
+            self._extend(cache, ids[:, :lasting])
+            self._states.keep(ids[:, :lasting], cache)
+        self._extend(cache, ids[:, :-1])
+        return cache, start
+
+    def _extend(self, cache: ArchDynamicCache, ids: torch.Tensor) -> None:
+        """Read the tokens of ``ids``, (1, l), that come after those in the cache."""
+        rest = ids[:, cache.get_seq_length() :]
+        if rest.shape[1]:
             with torch.no_grad():
-                self._states.backbone(ids[:, len(tokens) : last], use_cache=True, **{NAME: cache})
-        return cache, len(tokens)
+                self._states.backbone(rest, use_cache=True, **{NAME: cache})
 
     def _keep(self, ids: list[int], cache: ArchDynamicCache) -> None:
         """Keep the state of a turn's end, for the next turn and for `undo`."""

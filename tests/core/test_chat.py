@@ -120,6 +120,14 @@ def test_an_answer_ends_with_the_end_token(mamba, tokenizer):
     assert conversation.counts.again == 0
 
 
+def test_a_pad_token_in_a_message_is_read(tokenizer):
+    model = made("moe", tokenizer)
+    conversation = Conversation(model, tokenizer, max_new_tokens=NEW, do_sample=False)
+    conversation.say(f"question{tokenizer.pad_token}" * 3)
+    assert conversation.ids.count(tokenizer.pad_token_id) >= 3
+    assert conversation.ids == uncached(model, conversation, len(conversation.ids) - NEW)
+
+
 def test_saved_and_loaded_in_another_process(tokenizer, tmp_path):
     """For all architectures: the rest of the conversation is the same, and no token is read again."""
     expected = []
@@ -173,6 +181,43 @@ def test_a_template_that_renders_earlier_turns_differently(mamba, tokenizer):
     assert conversation.counts.read == kept + 1 + len(prompt) - kept
     assert conversation.counts.again == len(first) - 1 - kept
     assert "of them again" in chat.counts(conversation)
+
+
+def test_a_template_that_cuts_the_second_answer_later(mamba):
+    """The third turn begins where the second answer began."""
+    changing = text.train_tokenizer(["the question and the answer, and now the next one"], 300)
+    changing.chat_template = text.CHAT_TEMPLATE.replace(
+        "message.content ~ eos_token", "(message.content if loop.index0 != 3 else 'cut') ~ eos_token"
+    )
+    others = [i for i in range(len(changing)) if changing.decode([i]) not in list("0123456789")]  # no merges of digits
+    conversation = Conversation(mamba, changing, max_new_tokens=NEW, do_sample=False, suppress_tokens=others)
+    for message in ("question", "next", "and now?"):
+        before = conversation.ids
+        conversation.say(message)
+    common = len(text.encode(changing, f"<|endoftext|><|user|>question<|assistant|>{conversation.turns[0].answer}"))
+    common += len(text.encode(changing, "<|endoftext|><|user|>next"))
+    assert before[:common] == conversation.ids[:common]
+    assert conversation.counts.again == len(before) - 1 - common
+
+
+def test_a_template_that_begins_the_last_answer_alone(mamba):
+    """As those of reasoning models do: of each turn, only its own tokens are read."""
+    thinking = text.train_tokenizer(["the question and the answer, and now the next one"], 300)
+    thinking.chat_template = text.CHAT_TEMPLATE.replace(
+        '{{- "<|assistant|>" -}}{%- endif', '{{- "<|assistant|>hm" -}}{%- endif'
+    )
+    conversation = Conversation(mamba, thinking, max_new_tokens=NEW, do_sample=False)
+    read, rendered = [], "<|endoftext|>"
+    for number in range(4):
+        conversation.say(f"question {number}")
+        read.append(conversation.counts.read)
+        rendered += f"<|user|>question {number}"
+        prompt = text.encode(thinking, f"{rendered}<|assistant|>hm")
+        assert conversation.ids[: len(prompt)] == prompt
+        assert conversation.ids == uncached(mamba, conversation, len(prompt))
+        turn = text.encode(thinking, f"{conversation.turns[-1].answer}<|endoftext|><|user|>question<|assistant|>hm")
+        assert read[-1] - sum(read[-2:-1]) <= len(turn) + NEW
+        rendered += f"<|assistant|>{conversation.turns[-1].answer}<|endoftext|>"
 
 
 def test_without_room_for_states_the_answers_are_the_same(mamba, tokenizer):

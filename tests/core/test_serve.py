@@ -187,3 +187,4 @@ def test_an_interrupted_stream_leaves_no_state(model, tokenizer):
         run.generate(input_ids=ids, generation_config=config, streamer=Gone(), max_new_tokens=NEW, pad_token_id=1)
     found = run.generate(input_ids=ids, generation_config=config, max_new_tokens=NEW, pad_token_id=1)
     assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) == expected(model, tokenizer, ids)
+    assert states.known(torch.cat([found, ids], 1)) == found.shape[1] - 1  # the next turn begins after the answer

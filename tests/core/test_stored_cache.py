@@ -174,6 +174,9 @@ def test_least_recently_used_states_go(model):
     states.read(ids[1])
     assert read == [8]
     hook.remove()
+    other = ids[1].clone()
+    other[0, 7] = other[0, 7] % 100 + 3  # the last token that was read
+    assert (states.known(ids[1]), states.known(other)) == (8, 0)
     states.clear()
     assert len(states) == 0
     with pytest.raises(ValueError, match=r"max_bytes is -1"):
