@@ -5,6 +5,7 @@ are ours: the model is loaded as by the other commands, and a prompt starts from
 """
 
 import asyncio
+import socket
 from typing import Any
 
 import torch
@@ -28,16 +29,24 @@ def serve(name: str, adapter: str | None, tokenizer: str | None, host: str, port
 
     Raises:
         ImportError: if a package of the server is missing.
+        OSError: if nothing can listen at the address; the model is not loaded then.
     """
     for package in PACKAGES:
         needs(package, "hf-archs serve", "serve")
     import uvicorn
 
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise OSError(
+            f"the server cannot listen at {host} on port {port} ({error.strerror}); choose others with --host, --port"
+        ) from error
     model, encoder = load_ready(name, adapter, tokenizer)
     if not encoder.chat_template:
         print(f"{name!r} has no chat template: /v1/completions is answered, and /v1/chat/completions fails")
     print(f"{name!r} at http://{host}:{port}/v1")
-    uvicorn.run(application(name, model, encoder, max_bytes), host=host, port=port, log_level="warning")
+    config = uvicorn.Config(application(name, model, encoder, max_bytes), log_level="warning")
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def application(name: str, model: Any, tokenizer: Any, max_bytes: int) -> Any:

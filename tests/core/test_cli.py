@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -341,11 +342,16 @@ def test_generate_is_what_the_model_says(run, trained):
 
 def test_serve_listens_to_this_machine_alone_and_names_a_missing_package(run, refused, trained, monkeypatch):
     listened = []
-    monkeypatch.setattr("uvicorn.run", lambda application, **options: listened.append(options))
-    status, out, _ = run("serve", trained / "model", "--port", "8001")
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: listened.extend(sockets))
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        said = refused("serve", trained / "model", "--port", port)
+        assert f"the server cannot listen at 127.0.0.1 on port {port} (Address already in use" in said
+    status, out, _ = run("serve", trained / "model", "--port", port)
     assert status == 0
-    assert out.endswith(f"{str(trained / 'model')!r} at http://127.0.0.1:8001/v1\n")
-    assert [(options["host"], options["port"]) for options in listened] == [("127.0.0.1", 8001)]
+    assert out.endswith(f"{str(trained / 'model')!r} at http://127.0.0.1:{port}/v1\n")
+    assert [listener.getsockname() for listener in listened] == [("127.0.0.1", port)]
+    listened[0].close()
     monkeypatch.setitem(sys.modules, "openai", None)
     assert "hf-archs serve needs the package openai: pip install 'hf-archs[serve]'" in refused("serve", "anything")
 
