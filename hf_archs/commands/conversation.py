@@ -14,6 +14,7 @@ from hf_archs.cache import ArchDynamicCache, StateCache, stored
 from hf_archs.cache.call import NAME
 from hf_archs.cache.prefixes import common_prefix
 from hf_archs.data import text
+from hf_archs.errors import reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +110,7 @@ class Conversation:
     @property
     def ids(self) -> list[int]:
         """All tokens of the conversation; the model has read all but the last."""
-        found: list[int] = []
-        for turn in self.turns:
-            found = found[: turn.common] + turn.ids
-        return found
+        return _joined(self.turns)
 
     @property
     def num_bytes(self) -> int:
@@ -206,10 +204,21 @@ class Conversation:
         about = stored.load(cache, file, self.model)
         if "conversation" not in about:
             raise ValueError(f"{file} holds a state without a conversation; allowed is a file that /save wrote")
-        told = json.loads(about["conversation"])
-        self.system, self._answers = told["system"], told["answers"]
-        self.turns = [Turn(**turn) for turn in told["turns"]]
-        self._keep(self.ids, cache)
+        try:
+            told = json.loads(about["conversation"])
+            system, answers, turns = told["system"], int(told["answers"]), [Turn(**turn) for turn in told["turns"]]
+            ids = _joined(turns)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} holds a damaged conversation ({reason(error)}); allowed is one of /save"
+            ) from error
+        if len(ids) != cache.get_seq_length() + 1:
+            raise ValueError(
+                f"{file} holds a conversation of {len(ids)} tokens and a state of {cache.get_seq_length()}; allowed is "
+                "one token more than the state has read"
+            )
+        self.system, self._answers, self.turns = system, answers, turns
+        self._keep(ids, cache)
 
     def _encode(self, messages: list[dict[str, str]], before: list[int], answering: bool) -> list[int]:
         """The tokens of messages, with the beginning of an answer if ``answering``.
@@ -263,3 +272,11 @@ class Conversation:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _joined(turns: list[Turn]) -> list[int]:
+    """All tokens up to the end of the last turn."""
+    found: list[int] = []
+    for turn in turns:
+        found = found[: turn.common] + turn.ids
+    return found

@@ -12,6 +12,8 @@ import sys
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers.generation.streamers import BaseStreamer
 
 import hf_archs
@@ -285,6 +287,27 @@ def test_a_file_that_does_not_belong(mamba, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"file holds a state without a conversation; allowed is a file that /save"):
         conversation.load(path)
     conversation.save(path)
+    whole = path.read_bytes()
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    told = json.loads(metadata["conversation"])
+    for wrong, named in (
+        ("{", r"file holds a damaged conversation \(Expecting"),
+        (json.dumps({**told, "turns": [{"message": "question"}]}), r"file holds a damaged conversation \("),
+        (
+            json.dumps({**told, "turns": []}),
+            r"holds a conversation of 0 tokens and a state of \d+; allowed is one token",
+        ),
+    ):
+        save_file(load_file(path), path, metadata={**metadata, "conversation": wrong})
+        with pytest.raises(ValueError, match=named):
+            conversation.load(path)
+    save_file(load_file(path), path, metadata={**metadata, "version": "7", "library": "9.0"})
+    with pytest.raises(
+        ValueError, match=r"file has version 7 of the file format, of hf-archs 9\.0; allowed is version 1"
+    ):
+        conversation.load(path)
+    path.write_bytes(whole)
     stranger = Conversation(made("retnet", tokenizer), tokenizer)
     with pytest.raises(ValueError, match=r"file is of another model: "):
         stranger.load(path)
