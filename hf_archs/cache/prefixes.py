@@ -2,9 +2,11 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from itertools import takewhile
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from hf_archs.cache.call import NAME
@@ -24,12 +26,16 @@ class StateCache:
         max_bytes: upper limit of the bytes of all kept states.
 
     Raises:
-        ValueError: for a negative ``max_bytes``.
+        ValueError: for a negative ``max_bytes``, or a model with a prompt adapter, whose virtual tokens come before
+            the prompt.
     """
 
     def __init__(self, model: nn.Module, max_bytes: int):
         if max_bytes < 0:
             raise ValueError(f"max_bytes is {max_bytes}; allowed are 0 and more")
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            kind = model.active_peft_config.peft_type.value
+            raise ValueError(f"the adapter is {kind}; allowed is one without virtual tokens before the prompt")
         self.backbone, self.max_bytes = backbone_of(model), max_bytes
         self._kept: OrderedDict[tuple[int, ...], States] = OrderedDict()  # by tokens, the most recently used last
         self._lock = threading.RLock()
@@ -50,12 +56,12 @@ class StateCache:
         key = _key(input_ids[:, :-1])
         cache = ArchDynamicCache(self.backbone.config)
         with self._lock:
-            common = {kept: _common(key, kept) for kept in self._kept}
-            position = max((length for kept, length in common.items() if length == len(kept)), default=0)
+            common = [common_prefix(key, kept) for kept in self._kept]
+            position = self.known(input_ids)
             if position:
                 self._kept.move_to_end(key[:position])
                 cache.load_state_dict(self._kept[key[:position]])
-        parting = max(common.values(), default=0)
+        parting = max(common, default=0)
         for end in sorted({parting, input_ids.shape[1] - 1}):
             if end > position:
                 with torch.no_grad():
@@ -82,6 +88,12 @@ class StateCache:
             while self.num_bytes() > self.max_bytes:
                 self._kept.popitem(last=False)
 
+    def known(self, input_ids: torch.Tensor) -> int:
+        """Number of tokens of a prompt, (1, l), that `read` would not read: those of its longest stored prefix."""
+        key = _key(input_ids[:, :-1])
+        with self._lock:
+            return max((len(kept) for kept in self._kept if key[: len(kept)] == kept), default=0)
+
     def num_bytes(self) -> int:
         """Bytes of all kept states."""
         with self._lock:
@@ -100,6 +112,6 @@ def _key(input_ids: torch.Tensor) -> tuple[int, ...]:
     return tuple(input_ids[0].tolist())
 
 
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))

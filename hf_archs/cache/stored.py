@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,20 +69,30 @@ def _fields(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps({name: value for name, value in config.to_dict().items() if name in ours}))
 
 
-def save(cache: RecurrentCache, path: str | os.PathLike, model: nn.Module) -> None:
-    """Write the states of ``cache``, which ``model`` computed, to a file; see `RecurrentCache.save`."""
+def save(
+    cache: RecurrentCache, path: str | os.PathLike, model: nn.Module, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the states of ``cache``, which ``model`` computed, to a file; see `RecurrentCache.save`.
+
+    Args:
+        metadata: further texts by name, which `load` returns.
+    """
     if cache.is_empty:
         raise ValueError("the cache is empty; allowed is one that has read a token")
     path = Path(path).expanduser()
-    about = {"format": FORMAT, "version": FORMAT_VERSION, "library": VERSION, "weights": fingerprint(model)}
+    about = {**(metadata or {}), "format": FORMAT, "version": FORMAT_VERSION, "library": VERSION}
+    about["weights"] = fingerprint(model)
     about["config"] = json.dumps(_fields(backbone_of(model).config), sort_keys=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder:
         save_file(cache.state_dict(), Path(folder) / path.name, metadata=about)
         (Path(folder) / path.name).replace(path)
 
 
-def load(cache: RecurrentCache, path: str | os.PathLike, model: nn.Module) -> None:
+def load(cache: RecurrentCache, path: str | os.PathLike, model: nn.Module) -> dict[str, str]:
     """Read a file of `save` into ``cache``, in the dtypes and on the devices of ``model``.
+
+    Returns:
+        the metadata of the file.
 
     Raises:
         ValueError: for a damaged file, another format or version, or another model; it names the config field that
@@ -119,6 +130,7 @@ def load(cache: RecurrentCache, path: str | os.PathLike, model: nn.Module) -> No
         wanted = dtype if kept_in is None else torch.promote_types(kept_in, dtype)
         states[name] = state.to(devices[int(name.split(".")[1])], wanted if state.is_floating_point() else state.dtype)
     cache.load_state_dict(states)
+    return about
 
 
 def find(path: str | os.PathLike, filename: str = FILE, **options: Any) -> str:

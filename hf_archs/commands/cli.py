@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperCommand
 
 app = typer.Typer(
@@ -83,6 +82,10 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", h
 OtherTokenizer = Annotated[
     str | None, typer.Option("--tokenizer", help="Checkpoint to take the tokenizer from, if the model has none.")
 ]
+Adapter = Annotated[str | None, typer.Option(help="Folder or repository of a PEFT adapter.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1)]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")]
+TopK = Annotated[int, typer.Option(min=1)]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")]
 
 
@@ -103,22 +106,10 @@ def _overrides(pairs: list[str] | None) -> dict[str, Any]:
 @app.command("list", cls=_Command)
 def list_architectures() -> None:
     """List the architectures and the parts of hybrids."""
-    from hf_archs import registry
-    from hf_archs.commands import tables
+    from hf_archs.commands import overview, tables
 
-    table = Table("architecture", "model type", "sizes", "native checkpoints", "LoRA on")
-    for name in registry.architectures():
-        a = registry.get_architecture(name)
-        formats = ", ".join(map(str, a.native_formats))
-        table.add_row(name, a.model_type, ", ".join(("tiny", *a.sizes)), formats, ", ".join(a.lora_targets))
-    tables.show(table, console)
-    parts = Table("part of a hybrid", "kind", "LoRA on")
-    for mixer in map(registry.get_mixer, registry.mixers()):
-        if mixer.parts is None:  # parallel mixers are made by a layer pattern, not by this name
-            parts.add_row(mixer.name, "token mixer", ", ".join(mixer.lora_targets))
-    for feed_forward in map(registry.get_feed_forward, registry.feed_forwards()):
-        parts.add_row(feed_forward.name, "feed-forward", ", ".join(feed_forward.lora_targets))
-    tables.show(parts, console)
+    tables.show(overview.architectures(), console)
+    tables.show(overview.parts(), console)
 
 
 @app.command(cls=_Command)
@@ -145,28 +136,10 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
 ) -> None:
     """Create a model with random weights."""
-    from transformers import set_seed
+    from hf_archs.commands import create
 
-    from hf_archs import registry
-    from hf_archs.commands import loading
-    from hf_archs.native import disk
-
-    architecture = registry.get_architecture(arch)
-    fields = _overrides(assign)
-    chosen = None if tokenizer is None else loading.load_tokenizer(tokenizer)
-    if chosen is not None:
-        special = {f"{name}_token_id": getattr(chosen, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-        fields = {"vocab_size": len(chosen), **special, **fields}
-    config = loading.sized_config(architecture, size, fields)
-    parameters = loading.check_memory(config)
     _check_free(output, overwrite)
-    loading.check_output(output, loading.weight_bytes(config))
-    set_seed(seed)
-    model = architecture.causal_lm_class(config)
-    with disk.replacing(output) as folder:
-        model.save_pretrained(folder)
-        if chosen is not None:
-            chosen.save_pretrained(folder)
+    parameters = create.init(arch, output, size, _overrides(assign), tokenizer, seed)
     _say(f"{arch} of {parameters:,} parameters in {output}")
 
 
@@ -212,30 +185,54 @@ def train(context: typer.Context) -> None:
 def generate(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
-    adapter: Annotated[str | None, typer.Option(help="Folder or repository of a PEFT adapter.")] = None,
+    adapter: Adapter = None,
     tokenizer: OtherTokenizer = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.7,
-    top_k: Annotated[int, typer.Option(min=1)] = 50,
+    max_new_tokens: MaxNewTokens = 100,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 50,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Continue a text, and print it while it is generated."""
-    import torch
-    from transformers import TextStreamer, set_seed
+    from hf_archs.commands.generate import continue_text, sampling
 
-    from hf_archs.commands.loading import load_ready
-    from hf_archs.data import text
+    options = {"max_new_tokens": max_new_tokens, **sampling(temperature, top_k)}
+    continue_text(model, prompt, adapter, tokenizer, seed, **options)
 
-    loaded, encoder = load_ready(model, adapter, tokenizer)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
-    set_seed(seed)
-    loaded.generate(
-        torch.tensor([[text.start_token(encoder), *text.encode(encoder, prompt)]], device=loaded.device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=encoder.pad_token_id,
-        streamer=TextStreamer(encoder, skip_special_tokens=True),
-        **sampling,
-    )
+
+@app.command(cls=_Command)
+def chat(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a model with a chat template.")],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    adapter: Adapter = None,
+    tokenizer: OtherTokenizer = None,
+    max_new_tokens: MaxNewTokens = 1024,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 50,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Talk with a model. The state is kept between turns; /help lists /save, /load, /undo and the other commands."""
+    from hf_archs.commands import chat as terminal
+    from hf_archs.commands.generate import sampling
+
+    options = {"max_new_tokens": max_new_tokens, **sampling(temperature, top_k)}
+    terminal.chat(model, adapter, tokenizer, system=system, seed=seed, **options)
+
+
+@app.command(cls=_Command)
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository; clients ask for it by this name.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; by default this machine's programs alone.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    state_bytes: Annotated[int, typer.Option(min=0, help="Most bytes of kept states of prompts.")] = 2**30,
+    adapter: Adapter = None,
+    tokenizer: OtherTokenizer = None,
+) -> None:
+    """Serve a model to OpenAI clients. It is transformers' own server, with a prefix cache of states."""
+    from hf_archs.commands import serve as server
+
+    server.serve(model, adapter, tokenizer, host, port, state_bytes)
 
 
 @app.command(cls=_Command)
@@ -247,23 +244,10 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
 ) -> None:
     """Convert a native checkpoint to this library, or back. The tokenizer is copied."""
-    from hf_archs.commands.loading import check_output, has_tokenizer, load_model, load_tokenizer, look_at, weight_bytes
-    from hf_archs.native import disk
-    from hf_archs.native.conversion import to_native
+    from hf_archs.commands import create
 
-    checkpoint = look_at(source)
-    config = checkpoint.config()
-    if to is not None and checkpoint.native is not None:
-        raise ValueError(f"--to is {to!r}, but {source!r} is native already and becomes {config.model_type}")
     _check_free(output, overwrite)
-    check_output(output, weight_bytes(config))
-    model = load_model(checkpoint, dtype="auto", use_safetensors=False if pickle else None)
-    converted = to_native(model, to) if checkpoint.native is None else model
-    with disk.replacing(output) as folder:
-        converted.save_pretrained(folder)
-        if has_tokenizer(source):
-            load_tokenizer(checkpoint).save_pretrained(folder)
-    _say(f"{type(converted).__name__} in {output}")
+    _say(f"{create.convert(source, output, to, pickle)} in {output}")
 
 
 @app.command(cls=_Command)
@@ -284,17 +268,7 @@ def describe(
     described = described_config(config, _overrides(assign))
     layers = costs.layer_costs(described, length)
     attention = costs.attention_costs(described, length)
-    table = Table(
-        "layer", "mixer", "feed-forward", title=f"{described.model_type}, {length:,} tokens", title_justify="left"
-    )
-    for column in ("parameters", "active", "ops per token", "state, bytes"):
-        table.add_column(column, justify="right")
-    for i, cost in enumerate(layers):
-        table.add_row(str(i), cost.mixer, cost.feed_forward, *costs.numbers(cost))
-    table.add_section()
-    table.add_row("all", "", "", *costs.numbers(costs.total(layers)))
-    table.add_row("all", "attention everywhere", "", *costs.numbers(costs.total(attention)))
-    tables.show(table, console)
+    tables.show(costs.table(f"{described.model_type}, {length:,} tokens", layers, attention), console)
     if picture is not None:
         costs.draw(layers, attention, length, picture)
         _say(f"drawn into {picture}")
@@ -304,7 +278,7 @@ def describe(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
     data: Annotated[list[str], typer.Option(help="Text, rows or dataset, as for train; may be repeated.")],
-    adapter: Annotated[str | None, typer.Option(help="Folder or repository of a PEFT adapter.")] = None,
+    adapter: Adapter = None,
     tokenizer: OtherTokenizer = None,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens in one forward; the figures do not depend on it.")] = 512,
     column: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
@@ -330,18 +304,12 @@ def inspect(
     """Show how the routers of a model route a text. The figures are load, entropy, drops and score corrections."""
     from hf_archs import errors
     from hf_archs.commands import tables
-    from hf_archs.commands.inspect import draw, router_figures, token_blocks
-    from hf_archs.commands.loading import load_ready
+    from hf_archs.commands.inspect import draw, read_figures, table
 
     if picture is not None:
         errors.needs("matplotlib", "--picture", "plot")
-    loaded, encoder = load_ready(model, tokenizer=tokenizer)
-    figures = router_figures(loaded, token_blocks(data, encoder, tokens))
-    table = Table("layer", "busiest expert", "its load / mean load", "entropy", "dropped")
-    for layer, found in figures.items():
-        numbers = f"{found['max_load']:.2f}", f"{found['entropy']:.3f}", f"{found['drop_rate']:.1%}"
-        table.add_row(str(layer), str(int(found["load"].argmax())), *numbers)
-    tables.show(table, console)
+    figures = read_figures(model, data, tokens, tokenizer)
+    tables.show(table(figures), console)
     if picture is not None:
         draw(figures, picture)
         _say(f"drawn into {picture}")

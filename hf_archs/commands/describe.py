@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from hf_archs.config.model import ArchConfig, LayerPlan
 from hf_archs.layers.attention_config import AttentionConfig
@@ -121,6 +122,19 @@ class _Planned:
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
         return self._plan
+
+
+def table(title: str, costs: list[LayerCost], attention: list[LayerCost]) -> Table:
+    """A row for each layer, and the totals of the model and of the one with attention everywhere."""
+    found = Table("layer", "mixer", "feed-forward", title=title, title_justify="left")
+    for column in ("parameters", "active", "ops per token", "state, bytes"):
+        found.add_column(column, justify="right")
+    for i, cost in enumerate(costs):
+        found.add_row(str(i), cost.mixer, cost.feed_forward, *numbers(cost))
+    found.add_section()
+    found.add_row("all", "", "", *numbers(total(costs)))
+    found.add_row("all", "attention everywhere", "", *numbers(total(attention)))
+    return found
 
 
 def draw(costs: list[LayerCost], attention: list[LayerCost], length: int, path: Path) -> None:

@@ -6,10 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from hf_archs.commands.loading import load_ready
 from hf_archs.data import examples, text
 from hf_archs.data.sources import read_rows
+
+
+def read_figures(model: str, data: str, tokens: int, tokenizer: str | None) -> dict[int, dict[str, torch.Tensor]]:
+    """`router_figures` over the first ``tokens`` tokens of a source; see `read_rows`."""
+    loaded, encoder = load_ready(model, tokenizer=tokenizer)
+    return router_figures(loaded, (block.to(loaded.device) for block in token_blocks(data, encoder, tokens)))
 
 
 def token_blocks(data: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[torch.Tensor]:
@@ -43,6 +51,15 @@ def router_figures(model: Any, batches: Iterable[torch.Tensor]) -> dict[int, dic
     if not total:
         raise ValueError("inspect: the text is empty; allowed is one of some tokens")
     return {i: router.figures(counted) for (i, router), counted in zip(routers.items(), total)}
+
+
+def table(figures: dict[int, dict[str, torch.Tensor]]) -> Table:
+    """A row for each layer with a router."""
+    found = Table("layer", "busiest expert", "its load / mean load", "entropy", "dropped")
+    for layer, figure in figures.items():
+        numbers = f"{figure['max_load']:.2f}", f"{figure['entropy']:.3f}", f"{figure['drop_rate']:.1%}"
+        found.add_row(str(layer), str(int(figure["load"].argmax())), *numbers)
+    return found
 
 
 def draw(figures: dict[int, dict[str, torch.Tensor]], path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -20,6 +21,7 @@ import typer
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status
 from packaging.requirements import Requirement
+from rich.table import Table
 from transformers import MambaConfig, MambaForCausalLM
 
 import hf_archs
@@ -122,7 +124,7 @@ def test_help_is_the_commands_own_and_needs_no_torch(run, arguments):
 def test_help_names_every_command_and_none_is_cut_short(run):
     _, out, _ = run("--help")
     commands = typer.main.get_command(cli.app).commands
-    assert len(commands) == 11
+    assert len(commands) == 13
     for name, command in commands.items():
         assert f"\n  {name}  " in out
         assert command.get_short_help_str(300) in out
@@ -159,7 +161,7 @@ def test_tables_never_cut_a_name(capsys, width, terminal):
         "a, b, qwen3-next-like, falcon-h1, griffin-like",
         "q_proj, k_proj, gate_proj, down_proj",
     ]
-    table = cli.Table("name", "sizes", "LoRA on")
+    table = Table("name", "sizes", "LoRA on")
     table.add_row(*names)
     table.add_row("mamba", "", "x_proj")
     tables.show(table, cli.Console(width=width, force_terminal=terminal, color_system=None))
@@ -210,7 +212,7 @@ def test_the_tested_versions_are_those_of_the_constraints():
     assert {name: constraints[name] for name in versions.TESTED} == versions.TESTED
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    optional = [line for extra in ("triton", "trl", "plot", "quickstart") for line in extras[extra]]
+    optional = [line for extra in ("triton", "trl", "plot", "quickstart", "serve") for line in extras[extra]]
     needed = [*project["dependencies"], *optional]
     assert versions.TESTED.keys() == {Requirement(line).name for line in needed} - {"hf-archs"}
 
@@ -335,6 +337,22 @@ def test_generate_is_what_the_model_says(run, trained):
     assert out.rstrip("\n") == expected
     two = [run("generate", trained / "model", "some", "--seed", seed)[1] for seed in (1, 1, 2)]
     assert two[0] == two[1] != two[2]
+
+
+def test_serve_listens_to_this_machine_alone_and_names_a_missing_package(run, refused, trained, monkeypatch):
+    listened = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: listened.extend(sockets))
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        said = refused("serve", trained / "model", "--port", port)
+        assert f"the server cannot listen at 127.0.0.1 on port {port} (Address already in use" in said
+    status, out, _ = run("serve", trained / "model", "--port", port)
+    assert status == 0
+    assert out.endswith(f"{str(trained / 'model')!r} at http://127.0.0.1:{port}/v1\n")
+    assert [listener.getsockname() for listener in listened] == [("127.0.0.1", port)]
+    listened[0].close()
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert "hf-archs serve needs the package openai: pip install 'hf-archs[serve]'" in refused("serve", "anything")
 
 
 def test_convert_there_and_back(run, refused, tmp_path, trained):

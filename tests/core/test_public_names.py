@@ -19,7 +19,7 @@ NAMES = (Path(__file__).parent.parent / "data" / "public_names.txt").read_text()
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(REPOSITORY.glob("model_cards/*.md"))]
 PLUGINS = sorted(path.parent.name for path in REPOSITORY.glob("plugins/*/__init__.py"))
 COMMANDS = [
-    *("list", "doctor", "init", "train", "generate", "convert", "describe"),
+    *("list", "doctor", "init", "train", "generate", "chat", "serve", "convert", "describe"),
     *("evaluate", "inspect", "bench", "quickstart"),
 ]
 

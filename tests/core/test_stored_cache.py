@@ -14,18 +14,20 @@ from safetensors.torch import load_file, save_file
 import hf_archs
 from hf_archs.cache import ArchDynamicCache, ArchStaticCache, StateCache
 from hf_archs.cache.stored import fingerprint
-from hf_archs.testing.contract.models import forward, lively, tokens
+from hf_archs.testing.contract.models import assert_close, forward, lively, tokens
 from hf_archs.testing.hub import EmbeddedHub
 
-RESUME = """
+OPTIONS = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": 128, "pad_token_id": 0}
+RESUME = f"""
 import sys, torch, hf_archs
 from transformers import AutoModelForCausalLM
 from hf_archs.cache import ArchDynamicCache
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-ids = torch.load(sys.argv[2])
-cache = ArchDynamicCache.load(sys.argv[3], model)
-out = model.generate(ids, past_key_values=cache, max_new_tokens=64, do_sample=False, eos_token_id=128, pad_token_id=0)
-print(out[0, -64:].tolist())
+ids = torch.load(sys.argv[1])
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    cache = ArchDynamicCache.load(f"{{folder}}/state", model)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **{OPTIONS})
+    print(out[0, -64:].tolist())
 """
 
 PUSH = """
@@ -62,16 +64,29 @@ def changed(path, without=None, **about):
     save_file(states, path, metadata={**metadata, **about})
 
 
-def test_a_long_prompt_in_another_process(model, tmp_path):
-    ids = tokens(1, 8192)
-    model.save_pretrained(tmp_path / "model")
+def test_a_long_prompt_in_another_process(tmp_path):
+    """Of all architectures. In this process, of the next prompt that begins with it only the rest is read."""
+    ids, expected = tokens(1, 8192), []
+    more = torch.cat([ids, tokens(1, 40, seed=1)], 1)
     torch.save(ids, tmp_path / "ids.pt")
-    forward(model, ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values.save(tmp_path / "state", model)
-    arguments = (tmp_path / "model", tmp_path / "ids.pt", tmp_path / "state")
-    command = [sys.executable, "-c", RESUME, *map(str, arguments)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    expected = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=128, pad_token_id=0)
-    assert json.loads(out.splitlines()[-1]) == expected[0, -64:].tolist()
+    for name in hf_archs.architectures():
+        architecture = hf_archs.get_architecture(name)
+        model = lively(architecture.causal_lm_class, architecture.tiny_config())
+        model.save_pretrained(tmp_path / name)
+        states, read = StateCache(model, 2**26), []
+        states.read(ids).save(tmp_path / name / "state", model)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS)
+        expected.append(out[0, -64:].tolist())
+        whole = forward(model, more, logits_to_keep=1).logits
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, args, read=read: read.append(args[0].shape[1]))
+        assert states.known(more) == 8191
+        cache = states.read(more)
+        assert_close(forward(model, more[:, -1:], past_key_values=cache).logits, whole, f"{name}, the next prompt")
+        assert sum(read) == 41  # the last token of a prompt is left to `generate`
+    folders = [str(tmp_path / name) for name in hf_archs.architectures()]
+    command = [sys.executable, "-c", RESUME, str(tmp_path / "ids.pt"), *folders]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert [*map(json.loads, done.stdout.splitlines())] == expected, done.stderr
 
 
 def test_a_file_that_does_not_belong(model, saved, tmp_path):
@@ -159,6 +174,9 @@ def test_least_recently_used_states_go(model):
     states.read(ids[1])
     assert read == [8]
     hook.remove()
+    other = ids[1].clone()
+    other[0, 7] = other[0, 7] % 100 + 3  # the last token that was read
+    assert (states.known(ids[1]), states.known(other)) == (8, 0)
     states.clear()
     assert len(states) == 0
     with pytest.raises(ValueError, match=r"max_bytes is -1"):

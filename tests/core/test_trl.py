@@ -295,7 +295,7 @@ def place(tmp_path, monkeypatch):
     tokenizer().save_pretrained("model")
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in zip(PROMPTS, CHOSEN, REJECTED)]
     (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (tmp_path / "texts.csv").write_text("text\n" + "some words\n" * 39 + f"{'of them ' * 30}\n")
+    (tmp_path / "texts.csv").write_text("text\n" + "some words\n" * 38 + f"{'of them ' * 30}\n" * 2)
     (tmp_path / "texts.txt").write_text("some words\n" * 400)
     (tmp_path / "rewards_of_a_test.py").write_text(
         "def size(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n"
@@ -354,7 +354,7 @@ def test_sft_packs_and_measures_held_out_rows(place, monkeypatch):
     (trainer,) = seen
     assert trainer.args.packing
     texts = (place / "texts.csv").read_text().splitlines()[1:]
-    rows = [row for i, row in enumerate(texts) if not text.is_held_out(str(i))]
+    rows = text.split({str(i): row for i, row in enumerate(texts)})[0].values()
     lengths = [len(tokenizer()(row + tokenizer().eos_token)["input_ids"]) for row in rows]
     assert max(lengths) > 32 == max(len(row["input_ids"]) for row in trainer.train_dataset)
     assert sum(len(row["input_ids"]) for row in trainer.train_dataset) == sum(lengths)  # nothing is cut off
@@ -375,7 +375,10 @@ def test_sft_packs_and_measures_held_out_rows(place, monkeypatch):
             "columns prompt, chosen, rejected; needed are 'text', or 'messages', or 'prompt' and 'completion', or",
         ),
         (["--trainer", "sft", "--data", "none.jsonl"], "data is 'none.jsonl', which does not exist"),
-        (["--trainer", "sft", "--data", "bad.json"], "line 1 of 'bad.json': it is no JSON: Expecting ',' delimiter at column 11"),
+        (
+            ["--trainer", "sft", "--data", "bad.json"],
+            "line 1 of 'bad.json': it is no JSON: Expecting ',' delimiter at column 11",
+        ),
         (["--trainer", "sft", "--data", "empty.json"], "data is 'empty.json', which holds no rows"),
         (["--trainer", "sft", "--data", "head.csv"], "data is 'head.csv', which holds no rows"),
         (["--trainer", "grpo"], "the following arguments are required: --reward"),
