@@ -250,10 +250,10 @@ def rms_norm_gated_bwd(
 
 def aot_specs() -> list[KernelSpec]:
     """Both kernels for groups from one head to the whole of a wide model, in rows of 8-element units, as Mamba2-130m's
-    of 3,352 are; and once in rows of any number of elements.
+    of 3,352 are; once in rows of any number of elements, and once without a gate.
     """
     shapes = [("", 64, 8), ("Mamba2-130m, ", 1536, 8), ("Mamba2-1.3b, ", 4096, 8), ("Mamba2-2.7b, ", 5120, 8)]
-    shapes += [("", 8192, 8), ("any rows, ", 1536, 1)]
+    shapes += [("", 8192, 8), ("any rows, ", 1536, 1), ("no gate, ", 2048, 8)]
     specs = []
     for kernel in (_rms_norm_gated_fwd_kernel, _rms_norm_gated_bwd_kernel):
         for dtype in ("bf16", "fp32"):
@@ -261,6 +261,8 @@ def aot_specs() -> list[KernelSpec]:
                 config = _config(group, backward=kernel is _rms_norm_gated_bwd_kernel)
                 num_warps = config.pop("num_warps")
                 constexprs: dict[str, object] = {"UNIT": unit, "GROUP": group, **config}
+                if model == "no gate, ":
+                    constexprs |= {name: None for name in ("z", "grad_z") if name in kernel.arg_names}
                 if kernel is _rms_norm_gated_bwd_kernel:
                     constexprs["SPAN"] = SPAN
                 types = {"rows": "i32", "channels": "i32", "eps": "fp32", "sums": "*fp32"}
