@@ -11,7 +11,9 @@ from hf_archs.kernels.library import Op
 from hf_archs.kernels.numerics import cast, inverse_rms, wide
 
 
-def rms_norm_gated(x: Tensor, weight: Tensor, z: Tensor, *, eps: float, group_size: int | None = None) -> Tensor:
+def rms_norm_gated(
+    x: Tensor, weight: Tensor, z: Tensor | None = None, *, eps: float, group_size: int | None = None
+) -> Tensor:
     """``RMSNorm(x * silu(z)) * weight``, the mean square being taken over groups of channels.
 
     Everything is computed in float32, or float64 where ``x`` is; the normalised value is rounded to the dtype of ``x``
@@ -20,7 +22,7 @@ def rms_norm_gated(x: Tensor, weight: Tensor, z: Tensor, *, eps: float, group_si
     Args:
         x: input, (..., channels).
         weight: (channels,).
-        z: gate, of the shape of ``x``.
+        z: gate, of the shape of ``x``; None for no gate, which is RMSNorm.
         eps: added to the mean square.
         group_size: channels that share a mean square; None for all.
 
@@ -34,7 +36,7 @@ def rms_norm_gated(x: Tensor, weight: Tensor, z: Tensor, *, eps: float, group_si
     group_size = channels if group_size is None else group_size
     if weight.shape != (channels,):
         raise ValueError(f"rms_norm_gated: weight must have shape {(channels,)}, not {tuple(weight.shape)}")
-    if z.shape != x.shape:
+    if z is not None and z.shape != x.shape:
         raise ValueError(f"rms_norm_gated: z must have shape {tuple(x.shape)}, not {tuple(z.shape)}")
     if group_size < 1 or channels % group_size:
         raise ValueError(f"rms_norm_gated: group_size must divide the {channels} channels; {group_size} does not")
@@ -45,9 +47,11 @@ def rms_norm_gated(x: Tensor, weight: Tensor, z: Tensor, *, eps: float, group_si
     return _rms_norm_gated(x, weight, z, eps, group_size)
 
 
-def rms_norm_gated_reference(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int | None = None) -> Tensor:
+def rms_norm_gated_reference(
+    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int | None = None
+) -> Tensor:
     """`rms_norm_gated` in ordinary operators: the oracle, the form for one token, and the one for exporters."""
-    groups = wide(x) * F.silu(wide(z))
+    groups = wide(x) if z is None else wide(x) * F.silu(wide(z))
     if group_size not in (None, x.shape[-1]):
         groups = groups.unflatten(-1, (-1, group_size))
     normed = groups * inverse_rms(groups, eps)
@@ -56,7 +60,7 @@ def rms_norm_gated_reference(x: Tensor, weight: Tensor, z: Tensor, eps: float, g
 
 _rms_norm_gated = Op(
     __name__,
-    "rms_norm_gated(Tensor x, Tensor weight, Tensor z, float eps, int group_size) -> Tensor",
+    "rms_norm_gated(Tensor x, Tensor weight, Tensor? z, float eps, int group_size) -> Tensor",
     fake=lambda x, *_: x.new_empty(x.shape),
     learnt=("x", "weight", "z"),
     plain=rms_norm_gated_reference,
@@ -64,11 +68,12 @@ _rms_norm_gated = Op(
 
 
 def cases(device, dtype, batch=2, length=9, channels=48):
-    """Arguments of `rms_norm_gated` for tests and benchmarks: one group of channels, and three."""
+    """Arguments of `rms_norm_gated` for tests and benchmarks: one group of channels, three, and no gate."""
     x, z = torch.randn(2, batch, length, channels, device=device, dtype=dtype)
     weight = torch.randn(channels, device=device, dtype=dtype)
     yield {"x": x, "weight": weight, "z": z, "eps": 1e-5}
     yield {"x": x, "weight": weight, "z": z, "eps": 1e-5, "group_size": channels // 3}
+    yield {"x": x, "weight": weight, "z": None, "eps": 1e-5}
 
 
 MODEL_SIZES = {"channels": 768}

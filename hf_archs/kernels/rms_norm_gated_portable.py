@@ -3,6 +3,7 @@ and takes no memory; the backward computes again what the forward did.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,25 +13,32 @@ from hf_archs.kernels.numerics import inverse_rms
 BLOCK_ELEMENTS = 2**18  # of x in a block: 1 MB of float32, and long enough to hide the cost of a call
 
 
-def _blocks(channels: int, elements: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
-    """The same rows of every tensor, seen as (rows, channels)."""
-    rows = [t.reshape(-1, channels) for t in tensors]
+def _blocks(channels: int, elements: int, *tensors: Tensor | None) -> Iterator[list[Any]]:
+    """The same rows of every tensor, seen as (rows, channels); None of None."""
+    rows = [None if t is None else t.reshape(-1, channels) for t in tensors]
     step = max(1, elements // channels)
     for start in range(0, rows[0].shape[0], step):
-        yield [t[start : start + step] for t in rows]
+        yield [None if t is None else t[start : start + step] for t in rows]
+
+
+def _gated(x: Tensor, z: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """``x * silu(z)`` in ``dtype``, and ``silu(z)``."""
+    if z is None:
+        return x.to(dtype), None
+    gate = torch.ops.aten.silu(z.to(dtype))
+    return gate * x, gate
 
 
 def rms_norm_gated_fwd(
-    x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int, *, block: int = BLOCK_ELEMENTS
+    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, *, block: int = BLOCK_ELEMENTS
 ) -> Tensor:
     """The output, in the shape and dtype of ``x``."""
     dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for x_rows, z_rows, out in _blocks(channels, block, x, z, y):
-        gated = torch.ops.aten.silu(z_rows.to(dtype)).mul_(x_rows)
-        groups = gated.view(-1, channels // group_size, group_size)
-        groups.mul_(inverse_rms(groups, eps))
-        torch.mul(gated.to(x.dtype), weight, out=out)
+        groups = _gated(x_rows, z_rows, dtype)[0].view(-1, channels // group_size, group_size)
+        normed = groups * inverse_rms(groups, eps)
+        torch.mul(normed.view(x_rows.shape).to(x.dtype), weight, out=out)
     return y
 
 
@@ -38,40 +46,39 @@ def rms_norm_gated_bwd(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     eps: float,
     group_size: int,
     wanted: Sequence[bool] = (True,) * 3,
     *,
     block: int = BLOCK_ELEMENTS,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of x, weight and z, each untouched memory unless it is wanted."""
     of_x, of_weight, of_z = wanted
     dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grad_z = torch.empty(z.shape, dtype=z.dtype, device=x.device)
+    grad_z = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=x.device)
     grad_weight = torch.zeros(channels, dtype=dtype, device=x.device)
     wide_weight = weight.to(dtype)
     for x_rows, z_rows, g, out_x, out_z in _blocks(channels, block, x, z, grad_y, grad_x, grad_z):
-        x_rows, z_rows, g = x_rows.to(dtype), z_rows.to(dtype), g.to(dtype)
-        gate = torch.ops.aten.silu(z_rows)
-        normed = gate * x_rows
-        groups = normed.view(-1, channels // group_size, group_size)
+        gated, gate = _gated(x_rows, z_rows, dtype)
+        groups = gated.view(-1, channels // group_size, group_size)
         scale = inverse_rms(groups, eps)
-        groups.mul_(scale)
+        normed = groups * scale
         # the forward rounded what the weight multiplies
-        product = g * normed.to(x.dtype)
+        product = g.to(dtype) * normed.view(g.shape).to(x.dtype)
         if of_weight:
             grad_weight += product.sum(0)
             if not (of_x or of_z):
                 continue
         # of the gated input u, with n = scale u and its gradient h: scale (h - n mean(h n))
         grad_gated = torch.mul(g, wide_weight, out=product)
-        h = grad_gated.view_as(groups)
-        along = torch.linalg.vecdot(h, groups).div_(group_size).unsqueeze(-1)
-        h.addcmul_(groups, along, value=-1).mul_(scale)
+        h = grad_gated.view_as(normed)
+        along = torch.linalg.vecdot(h, normed).div_(group_size).unsqueeze(-1)
+        h.addcmul_(normed, along, value=-1).mul_(scale)
         if of_z:
-            out_z.copy_(torch.ops.aten.silu_backward(torch.mul(grad_gated, x_rows, out=normed), z_rows))
+            of_gate = torch.mul(grad_gated, x_rows, out=normed.view(g.shape))
+            out_z.copy_(torch.ops.aten.silu_backward(of_gate, z_rows.to(dtype)))
         if of_x:
-            out_x.copy_(torch.mul(grad_gated, gate, out=gate))
+            out_x.copy_(grad_gated if gate is None else grad_gated.mul_(gate))
     return grad_x, grad_weight, grad_z

@@ -51,7 +51,7 @@ def _scale(squares, eps, GROUP: tl.constexpr):
 def _rms_norm_gated_fwd_kernel(
     x,  # (rows, channels), the stride of rows given, channels adjacent
     weight,  # (channels,)
-    z,  # as x
+    z,  # as x, or None
     y,  # (rows, channels)
     rows,
     channels,  # in units, as the strides are
@@ -70,7 +70,8 @@ def _rms_norm_gated_fwd_kernel(
     row = (tl.program_id(0) // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) % groups * GROUP
     x += row[:, None] * (x_stride * UNIT) + first
-    z += row[:, None] * (z_stride * UNIT) + first
+    if z is not None:
+        z += row[:, None] * (z_stride * UNIT) + first
     y += row[:, None] * channels + first
     weight += first
     squares = tl.zeros((ROWS, BLOCK), ACC)
@@ -78,8 +79,10 @@ def _rms_norm_gated_fwd_kernel(
     for tile in tl.static_range(TILES):
         lane = tile * BLOCK + tl.arange(0, BLOCK)
         mask = (row < rows)[:, None] & (lane < GROUP)[None, :]
-        gate = tl.load(z + lane[None, :], mask, 0).to(ACC)
-        gated = tl.load(x + lane[None, :], mask, 0).to(ACC) * gate * sigmoids(gate)[0]
+        gated = tl.load(x + lane[None, :], mask, 0).to(ACC)
+        if z is not None:
+            gate = tl.load(z + lane[None, :], mask, 0).to(ACC)
+            gated = gated * gate * sigmoids(gate)[0]
         squares += gated * gated
         tiles += (gated,)
     scale = _scale(squares, eps, GROUP)
@@ -124,7 +127,8 @@ def _rms_norm_gated_bwd_kernel(
         row = span * SPAN + block * ROWS + tl.arange(0, ROWS)
         g_row = grad_y + row[:, None] * (g_stride * UNIT) + first
         x_row = x + row[:, None] * (x_stride * UNIT) + first
-        z_row = z + row[:, None] * (z_stride * UNIT) + first
+        if z is not None:
+            z_row = z + row[:, None] * (z_stride * UNIT) + first
         place = row[:, None] * channels + first
         squares = tl.zeros((ROWS, BLOCK), ACC)
         along = tl.zeros((ROWS, BLOCK), ACC)
@@ -136,9 +140,11 @@ def _rms_norm_gated_bwd_kernel(
             mask = (row < rows)[:, None] & (lane < GROUP)[None, :]
             gs += (tl.load(g_row + lane[None, :], mask, 0),)
             xs += (tl.load(x_row + lane[None, :], mask, 0),)
-            zs += (tl.load(z_row + lane[None, :], mask, 0),)
-            gate = zs[tile].to(ACC)
-            gated = xs[tile].to(ACC) * gate * sigmoids(gate)[0]
+            gated = xs[tile].to(ACC)
+            if z is not None:
+                zs += (tl.load(z_row + lane[None, :], mask, 0),)
+                gate = zs[tile].to(ACC)
+                gated = gated * gate * sigmoids(gate)[0]
             squares += gated * gated
             h = gs[tile].to(ACC) * tl.load(weight + first + lane, lane < GROUP, 0).to(ACC)[None, :]
             along += h * gated
@@ -149,16 +155,19 @@ def _rms_norm_gated_bwd_kernel(
         for tile in tl.static_range(TILES):
             lane = tile * BLOCK + tl.arange(0, BLOCK)
             mask = (row < rows)[:, None] & (lane < GROUP)[None, :]
-            g, x_tile, z_tile = gs[tile].to(ACC), xs[tile].to(ACC), zs[tile].to(ACC)
-            s, rest = sigmoids(z_tile)
-            gate = z_tile * s
-            gated = x_tile * gate
+            g, x_tile = gs[tile].to(ACC), xs[tile].to(ACC)
+            gated = x_tile
+            if z is not None:
+                z_tile = zs[tile].to(ACC)
+                s, rest = sigmoids(z_tile)
+                gate = z_tile * s
+                gated = x_tile * gate
             # the forward rounded what the weight multiplies
             new_totals += (totals[tile] + g * (gated * scale).to(x.dtype.element_ty).to(ACC),)
             h = g * tl.load(weight + first + lane, lane < GROUP, 0).to(ACC)[None, :]
             h = scale * (h - gated * mean)
             if grad_x is not None:
-                tl.store(grad_x + place + lane[None, :], h * gate, mask)
+                tl.store(grad_x + place + lane[None, :], h * gate if z is not None else h, mask)
             if grad_z is not None:
                 tl.store(grad_z + place + lane[None, :], h * x_tile * (s + gate * rest), mask)
         totals = new_totals
@@ -174,12 +183,12 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def rms_norm_gated_fwd(x: Tensor, weight: Tensor, z: Tensor, eps: float, group_size: int) -> Tensor:
+def rms_norm_gated_fwd(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int) -> Tensor:
     """The output, in the shape and dtype of ``x``."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     channels, config = x.shape[-1], _config(group_size)
-    x, z = _rows(x), _rows(z)
-    strides = row_strides(x, 1) + row_strides(z, 1)
+    x, z = _rows(x), None if z is None else _rows(z)
+    strides = row_strides(x, 1) + row_strides(x if z is None else z, 1)
     unit = row_unit(channels, *strides)
     _rms_norm_gated_fwd_kernel[(triton.cdiv(x.shape[0], config["ROWS"]) * (channels // group_size),)](
         x,
@@ -202,7 +211,7 @@ def rms_norm_gated_bwd(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     eps: float,
     group_size: int,
     wanted: Sequence[bool] = (True,) * 3,
@@ -210,10 +219,10 @@ def rms_norm_gated_bwd(
     """The gradients of x, weight and z, None for each that is not ``wanted``."""
     of_x, of_weight, of_z = wanted
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_x else None
-    grad_z = torch.empty(z.shape, dtype=z.dtype, device=z.device) if of_z else None
+    grad_z = torch.empty(z.shape, dtype=z.dtype, device=z.device) if of_z and z is not None else None
     channels, config = x.shape[-1], _config(group_size, backward=True)
-    grad_y, x, z = _rows(grad_y), _rows(x), _rows(z)
-    strides = row_strides(grad_y, 1) + row_strides(x, 1) + row_strides(z, 1)
+    grad_y, x, z = _rows(grad_y), _rows(x), None if z is None else _rows(z)
+    strides = row_strides(grad_y, 1) + row_strides(x, 1) + row_strides(x if z is None else z, 1)
     unit = row_unit(channels, *strides)
     programs = triton.cdiv(x.shape[0], SPAN)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -241,10 +250,10 @@ def rms_norm_gated_bwd(
 
 def aot_specs() -> list[KernelSpec]:
     """Both kernels for groups from one head to the whole of a wide model, in rows of 8-element units, as Mamba2-130m's
-    of 3,352 are; and once in rows of any number of elements.
+    of 3,352 are; once in rows of any number of elements, and once without a gate.
     """
     shapes = [("", 64, 8), ("Mamba2-130m, ", 1536, 8), ("Mamba2-1.3b, ", 4096, 8), ("Mamba2-2.7b, ", 5120, 8)]
-    shapes += [("", 8192, 8), ("any rows, ", 1536, 1)]
+    shapes += [("", 8192, 8), ("any rows, ", 1536, 1), ("no gate, ", 2048, 8)]
     specs = []
     for kernel in (_rms_norm_gated_fwd_kernel, _rms_norm_gated_bwd_kernel):
         for dtype in ("bf16", "fp32"):
@@ -252,6 +261,8 @@ def aot_specs() -> list[KernelSpec]:
                 config = _config(group, backward=kernel is _rms_norm_gated_bwd_kernel)
                 num_warps = config.pop("num_warps")
                 constexprs: dict[str, object] = {"UNIT": unit, "GROUP": group, **config}
+                if model == "no gate, ":
+                    constexprs |= {name: None for name in ("z", "grad_z") if name in kernel.arg_names}
                 if kernel is _rms_norm_gated_bwd_kernel:
                     constexprs["SPAN"] = SPAN
                 types = {"rows": "i32", "channels": "i32", "eps": "fp32", "sums": "*fp32"}

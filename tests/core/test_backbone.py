@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import hf_archs
-from hf_archs.layers.norm import ArchLayerNorm
+from hf_archs.layers import norm as norms
+from hf_archs.layers.norm import ArchLayerNorm, ArchRMSNorm
 from hf_archs.model.layout import Layout
 from hf_archs.testing.contract.models import assert_close, lively, logits, tokens
 from hf_archs.testing.contract.padding import KINDS, padded
@@ -248,3 +249,19 @@ def test_a_layer_norm_keeps_its_input_alone():
     norm.bfloat16()
     rounded = nn.functional.layer_norm(x, (8,), eps=norm.eps).bfloat16()
     assert torch.equal(norm(x), torch.addcmul(norm.bias, norm.weight, rounded))
+
+
+def test_a_large_rms_norm_keeps_its_input_alone(monkeypatch):
+    norm = ArchRMSNorm(8, 1e-6)
+    torch.nn.init.uniform_(norm.weight)
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    results, sizes = [], []
+    for large in (2**18, 79):  # the input has 80 elements
+        monkeypatch.setattr(norms, "LARGE", large)
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            y = norm(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, norm.weight))))
+        sizes.append(list({t.data_ptr(): t.numel() for t in saved if t.numel() >= 80}.values()))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert sizes == [[80, 80], [80]]

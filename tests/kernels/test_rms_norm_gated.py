@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
@@ -163,6 +164,20 @@ def test_gates_far_from_zero():
     for backend in ("portable", "triton"):
         with use_backend(backend):
             check_op(rms_norm_gated, rms_norm_gated_reference, {"x": x, "weight": weight, "z": z}, {"eps": 1e-5})
+
+
+@pytest.mark.parametrize("backend", ["portable", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_gate_it_is_rms_norm(dtype, backend):
+    x, weight, _ = (t.requires_grad_() for t in inputs(2, 9, 96, dtype=dtype).values())
+    expected = F.rms_norm(x.float(), (96,), eps=1e-5).to(dtype) * weight
+    cotangent = torch.randn_like(expected)
+    with use_backend(backend):
+        y = rms_norm_gated(x, weight, eps=1e-5)
+        found = torch.autograd.grad(y, (x, weight), cotangent)
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-5 if dtype == torch.float32 else 0.05}
+    torch.testing.assert_close(y, expected, **tolerance)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (x, weight), cotangent), **tolerance)
 
 
 def test_only_the_inputs_are_saved():
