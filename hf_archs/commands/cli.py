@@ -277,20 +277,38 @@ def describe(
 @app.command(cls=_Command)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
-    data: Annotated[list[str], typer.Option(help="Text, rows or dataset, as for train; may be repeated.")],
+    data: Annotated[list[str] | None, typer.Option(help="Text, rows or dataset, as for train; repeatable.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Tasks of lm-eval, or YAML files; repeatable.")] = None,
     adapter: Adapter = None,
     tokenizer: OtherTokenizer = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most examples of a task.")] = None,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens in one forward; the figures do not depend on it.")] = 512,
     column: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read rows when they are needed.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what is wrong, and count it.")] = False,
 ) -> None:
-    """Measure the loss of a model on text or rows. A long one is read whole: the state is carried between chunks."""
-    from hf_archs.commands import tables
-    from hf_archs.commands.evaluate import losses
+    """Measure the loss of a model on text or rows, or its scores in tasks.
 
-    reading = {"column": column, "streaming": streaming, "skip_bad": skip_bad}
-    tables.show(losses(model, data, adapter, tokenizer, chunk, _say, **reading), console)
+    A long document is read whole: the state is carried between chunks.
+    """
+    from hf_archs.commands import evaluate as job
+    from hf_archs.commands import tables
+
+    found = job.evaluate(
+        model,
+        data or (),
+        adapter,
+        tokenizer,
+        tasks=tasks or (),
+        limit=limit,
+        chunk=chunk,
+        say=_say,
+        column=column,
+        streaming=streaming,
+        skip_bad=skip_bad,
+    )
+    for table in found:
+        tables.show(table, console)
 
 
 @app.command(cls=_Command)

@@ -13,11 +13,11 @@ from hf_archs.kernels.numerics import inverse_rms
 BLOCK_ELEMENTS = 2**18  # of x in a block: 1 MB of float32, and long enough to hide the cost of a call
 
 
-def _blocks(channels: int, elements: int, *tensors: Tensor | None) -> Iterator[list[Any]]:
+def _blocks(channels: int, elements: int, x: Tensor, *tensors: Tensor | None) -> Iterator[list[Any]]:
     """The same rows of every tensor, seen as (rows, channels); None of None."""
-    rows = [None if t is None else t.reshape(-1, channels) for t in tensors]
+    rows = [None if t is None else t.reshape(-1, channels) for t in (x, *tensors)]
     step = max(1, elements // channels)
-    for start in range(0, rows[0].shape[0], step):
+    for start in range(0, x.numel() // channels, step):
         yield [None if t is None else t[start : start + step] for t in rows]
 
 

@@ -20,7 +20,7 @@ class CacheNames:
         # transformers' own makes a set of all fields for each of them, which takes 15 microseconds of every token
         name = self._replace_old_cache_name(name)
         if value is not None and name in self.__dataclass_fields__:  # type: ignore[attr-defined]
-            OrderedDict.__setitem__(self, name, value)  # type: ignore[type-var]
+            OrderedDict.__setitem__(self, name, value)  # type: ignore[index]
         object.__setattr__(self, name, value)
 
     def __getitem__(self, key: Any) -> Any:

@@ -670,6 +670,49 @@ def test_evaluate(run, refused, trained, tmp_path):
     ]
 
 
+def test_evaluate_needs_something_to_evaluate(refused, trained, monkeypatch):
+    model = trained / "model"
+    assert "neither data nor tasks are given; allowed are --data, --tasks" in refused("evaluate", model)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    said = "--tasks needs the package lm_eval: pip install 'hf-archs[tasks]'"
+    assert said in refused("evaluate", model, "--tasks", "hellaswag")
+
+
+@pytest.mark.lm_eval
+@pytest.mark.filterwarnings("ignore")
+def test_evaluate_in_tasks(run, refused, trained, tmp_path):
+    questions = [(f"is {i} even? ", i % 2) for i in range(12)]
+    rows = [json.dumps({"question": question, "answer": answer}) for question, answer in questions]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    task = {
+        "task": "parity",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(tmp_path / "rows.jsonl")},
+        "test_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": ["yes", "no"],
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "parity.yaml").write_text(json.dumps(task))
+    model = trained / "model"
+    assert "Tasks not found: nothere; allowed are" in refused("evaluate", model, "--tasks", "nothere")
+    table = run("evaluate", model, "--tasks", "parity.yaml", "--limit", 10)[1]
+    row = next(line for line in table.splitlines() if "parity" in line)
+    loaded, encoder = loading.load_ready(str(model))
+    asked = questions[:10]
+
+    def likelihood(question, answer):
+        ids = torch.tensor([[text.start_token(encoder), *text.encode(encoder, question)]])
+        whole = torch.cat([ids, torch.tensor([text.encode(encoder, answer)])], dim=1)
+        logits = loaded(whole).logits.log_softmax(-1)[0, ids.shape[1] - 1 : -1]
+        return logits.gather(1, whole[0, ids.shape[1] :, None]).sum().item()
+
+    right = [(likelihood(question, "no") > likelihood(question, "yes")) == bool(answer) for question, answer in asked]
+    assert [cell.strip() for cell in row.split("│")[1:5]] == ["parity", "10", "acc", f"{sum(right) / 10:.4f}"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 import hf_archs
 from hf_archs import errors
 from hf_archs.commands import loading, train
-from hf_archs.commands.evaluate import losses
+from hf_archs.commands.evaluate import evaluate
 from hf_archs.commands.inspect import token_blocks
 from hf_archs.data import examples, sources, text
 from hf_archs.data import rows as rows_module
@@ -582,13 +582,13 @@ def test_evaluate_measures_the_tokens_to_learn(tmp_path, model):
     expected = text.measure_rows(loading.load_model(str(model)), rows, sum(len(str(2 * i)) for i in range(40)))
     said = []
     for streaming in (False, True):
-        table = losses(str(model), [data], None, None, 512, said.append, streaming=streaming)
+        (table,) = evaluate(str(model), [data], say=said.append, streaming=streaming)
         cells = [next(iter(column.cells)) for column in table.columns]
         figures = (f"{expected.loss:.4f}", f"{expected.perplexity:.3f}", f"{expected.bits_per_byte:.4f}")
         assert cells == [data, "40", str(expected.tokens), str(expected.bytes), *figures]
     assert not said
     Path(data).write_text(Path(data).read_text() + '{"prompt": "a"}\n')
-    losses(str(model), [data], None, None, 512, said.append, skip_bad=True)
+    evaluate(str(model), [data], say=said.append, skip_bad=True)
     assert said == [f"{data}: 1 left out: line 41 of '{data}'"]
 
 
