@@ -287,7 +287,7 @@ def evaluate(
     streaming: Annotated[bool, typer.Option("--streaming", help="Read rows when they are needed.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what is wrong, and count it.")] = False,
 ) -> None:
-    """Measure the loss of a model on text or rows, or its scores in tasks.
+    """Measure the loss of a model on data, or its scores in tasks.
 
     A long document is read whole: the state is carried between chunks.
     """
