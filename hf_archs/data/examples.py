@@ -37,11 +37,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
     if kind == "messages":
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template, which messages need; a tokenizer made here has one")
-        if not re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
+        if not (_marks_answers(tokenizer) or tokenizer.is_fast):
             raise ValueError(
-                "the chat template of the tokenizer does not mark its answers; allowed is one with {% generation %} "
-                "and {% endgeneration %} around them"
+                f"the tokenizer is a {type(tokenizer).__name__}, without places of tokens in the text, and the chat "
+                "template does not mark the answers; allowed is a fast tokenizer, or a template with {% generation %}"
             )
+
+
+def _marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)) is not None
 
 
 def example(tokenizer: PreTrainedTokenizerBase, row: Row, rows: Rows) -> Example:
@@ -49,19 +53,17 @@ def example(tokenizer: PreTrainedTokenizerBase, row: Row, rows: Rows) -> Example
 
     - text: a start token (`text.start_token`) and the text; all of it is learnt.
     - completion: a start token, the prompt, the completion and the eos token; the last two are learnt.
-    - messages: the chat template's; what it marks as answers is learnt.
+    - messages: the chat template's. The answers are learnt, as the template marks them with ``{% generation %}``; of a
+      template without marks, each answer up to its end token.
 
     Raises:
-        ValueError: if the chat template refuses the messages, or marks no answer in them.
+        ValueError: if the chat template refuses the messages, or no answer is found in them.
     """
     if rows.kind == "messages":
         try:
-            found: Any = tokenizer.apply_chat_template(
-                row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
+            tokens, answers = (_marked if _marks_answers(tokenizer) else _located)(tokenizer, row["messages"])
         except TemplateError as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
-        tokens, answers = found["input_ids"], found["assistant_masks"]
         if not any(answers):
             raise ValueError("the chat template marks no answer in it")
         return Example(tokens, [token if answer else IGNORED for token, answer in zip(tokens, answers)])
@@ -71,6 +73,41 @@ def example(tokenizer: PreTrainedTokenizerBase, row: Row, rows: Rows) -> Example
         return Example(prompt + completion, [IGNORED] * len(prompt) + completion)
     tokens = text.begin(tokenizer, row[rows.columns[0]])
     return Example(tokens, tokens)
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    """The tokens of messages, and a 1 for each token that the chat template marks as a part of an answer."""
+    found: Any = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return found["input_ids"], found["assistant_masks"]
+
+
+def _located(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+    """As `_marked`. An answer begins where the prompt before it ends, which is rendered alone, and ends with its turn,
+    without white space.
+
+    Raises:
+        ValueError: if the template renders a turn differently once others follow, as templates do that drop thoughts.
+    """
+
+    def rendered(number: int, answering: bool = False) -> str:
+        first: Any = messages[:number]
+        return str(tokenizer.apply_chat_template(first, tokenize=False, add_generation_prompt=answering))
+
+    whole, places = rendered(len(messages)), []
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = rendered(number, answering=True), rendered(number + 1)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise ValueError(
+                    "the chat template does not mark its answers, and renders a turn differently once others follow; "
+                    "allowed is a template with {% generation %} and {% endgeneration %} around the answers"
+                )
+            places.append((len(before), len(after.rstrip())))
+    found: Any = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    answers = [any(start <= first < last <= end for start, end in places) for first, last in found["offset_mapping"]]
+    return found["input_ids"], answers
 
 
 def examples(rows: Rows, tokenizer: PreTrainedTokenizerBase, longest: int | None = None) -> Iterator[Example]:

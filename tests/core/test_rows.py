@@ -608,16 +608,46 @@ def test_inspect_and_quickstart_read_rows(tmp_path, tokenizer):
         sources.read_corpus(data)
 
 
-def test_a_tokenizer_that_cannot_mark_answers_is_refused(tmp_path, letters):
+# as they are published: ChatML of many models, and that of Llama 2, without a beginning of answers
+CHATML = """\
+{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+LLAMA_2 = """\
+{% for message in messages %}{% if message['role'] == 'user' %}{{ '<s>[INST] ' + message['content'] + ' [/INST]' }}\
+{% else %}{{ ' ' + message['content'] + ' </s>' }}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "learnt"),
+    [(CHATML, ["yes<|im_end|>", "oh, no<|im_end|>"]), (LLAMA_2, [" yes </s>", " oh, no </s>"])],
+)
+def test_answers_of_templates_without_marks(tmp_path, letters, template, learnt):
+    answers = [{"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "oh, no"}]
+    messages = [{"role": "user", "content": "a?"}, answers[0], {"role": "user", "content": "b?"}, answers[1]]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": messages}))
+    other = copy.deepcopy(letters)
+    other.chat_template = template
+    [(tokens, labels)] = examples.examples(sources.read_rows(str(tmp_path / "talk.jsonl")), other)
+    assert other.decode(tokens) == other.apply_chat_template(messages, tokenize=False)
+    assert all(label in (token, -100) for token, label in zip(tokens, labels))
+    assert other.decode([label for label in labels if label != -100]) == "".join(learnt)
+
+
+def test_a_tokenizer_that_cannot_mark_answers_is_refused(tmp_path, letters, monkeypatch):
     (tmp_path / "talk.jsonl").write_text(TALK)
     rows = sources.read_rows(str(tmp_path / "talk.jsonl"))
     other = copy.deepcopy(letters)
     for template, sentence in (
         (None, "the tokenizer has no chat template"),
-        ("{% if add_generation_prompt %}{% endif %}", "the chat template of the tokenizer does not mark its answers"),
+        ("{% if add_generation_prompt %}{% endif %}", "the chat template marks no answer in it"),
+        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "renders a turn differently"),
     ):
         other.chat_template = template
         with pytest.raises(ValueError, match=sentence):
+            [*examples.examples(rows, other)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(other), "is_fast", False)
+        with pytest.raises(ValueError, match="without places of tokens in the text"):
             [*examples.examples(rows, other)]
     other.eos_token = None
     rows = sources.read_rows(answers_of(tmp_path), skip_bad=True)
