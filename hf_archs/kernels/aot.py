@@ -1,9 +1,9 @@
-"""Compile every Triton kernel ahead of time, for chips that need not be there, and say what each one costs.
+"""Compile every Triton kernel ahead of time, also for chips that this machine lacks, and measure the machine code.
 
 A module of kernels is named ``*_triton.py`` and has a function ``aot_specs() -> list[KernelSpec]`` with an entry for
-every kernel and every config it may be launched with. `check` compiles them all for `TARGETS`, and
-``scripts/check_kernels`` shows the outcome. It runs only where Triton compiles (not under ``TRITON_INTERPRET``), and
-this file imports Triton inside its functions, since Triton may be absent.
+every kernel and every config that it may be launched with. `check` compiles them all for `TARGETS`, and
+``scripts/check_kernels`` shows the results. Triton must compile for that (not run under ``TRITON_INTERPRET``). Triton
+may also be absent, so this file imports it inside functions.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from hf_archs.kernels.machine_code import instructions_of, usage_of
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
-# Multiply-adds are one instruction. Every launch says so: Triton's own default will be the opposite from 3.10 on, and
-# 3.9 warns of that.
+# Compile a product and a sum to one fused multiply-add. Every launch passes this, since Triton's default is the
+# opposite from 3.10 on, and 3.9 warns of that change.
 FUSED = {"enable_fp_fusion": True}
 
 
@@ -39,14 +39,14 @@ class KernelSpec:
     Attributes:
         kernel: the ``@triton.jit`` function itself (not its autotuner).
         signature: the type of every argument by name: ``"*bf16"``, ``"*fp32"``, ``"*i32"``, ``"i32"``, ``"i64"``,
-            ``"fp32"`` or ``"constexpr"``. Pointers are taken to be divisible by 16, as torch's allocations are; for an
-            integer say so with ``"i32:16"`` (Triton specialises a launch on it).
-        constexprs: the value of every argument that is ``"constexpr"``. A pointer that is passed as ``None`` and a
-            stride of 1 are among them.
+            ``"fp32"`` or ``"constexpr"``. Pointers are assumed to be divisible by 16, as torch's allocations are. An
+            integer that is divisible by 16 is ``"i32:16"``, since Triton specialises a launch on that.
+        constexprs: the value of every argument that is ``"constexpr"``, such as a pointer that is ``None`` or a stride
+            of 1.
         num_warps: warps in a program.
         num_stages: stages of the software pipeline.
-        label: sets this entry apart from the kernel's others, and begins with the published model whose shape it is,
-            where it is one's.
+        label: tells this entry from the kernel's others. If the shape is a published model's, the label begins with the
+            model's name.
     """
 
     kernel: JITFunction
@@ -76,15 +76,15 @@ TARGETS = (
     Target("sm_120", "cuda", 120, 32, 99 * 1024),
     Target("gfx942", "hip", "gfx942", 64, 64 * 1024),
 )
-COUNTED = ("sm_90",)  # the targets whose instructions are counted; to disassemble takes as long as to compile
+COUNTED = ("sm_90",)  # targets whose instructions are counted: few, since disassembling takes as long as compiling
 
 
 def targets_named(names: Iterable[str]) -> tuple[Target, ...]:
     """The entries of `TARGETS` with these names.
 
     Raises:
-        ValueError: for another name. Chips before sm_80 are none: Triton makes no tensor instruction there, and spills
-            kilobytes a thread, so ops run in their portable form (`hf_archs.kernels.backend`).
+        ValueError: for another name, such as that of a chip before sm_80. Ops run in their portable form there, since
+            Triton's kernels use no tensor instructions and spill kilobytes per thread (`hf_archs.kernels.backend`).
     """
     known = {target.name: target for target in TARGETS}
     for name in names:
@@ -110,7 +110,7 @@ def kernel_modules() -> dict[str, Path]:
 def jit_kernels(source: str) -> set[str]:
     """The names of the ``@triton.jit`` functions in a module's source that are kernels.
 
-    A function that another ``@triton.jit`` function of the module calls is part of that one, and no kernel.
+    A function that another ``@triton.jit`` function of the module calls is part of the caller, and no kernel.
     """
 
     def is_jit(decorator: ast.expr) -> bool:
@@ -158,7 +158,7 @@ def _measure(module: str, index: int, target: Target, counted: bool) -> dict[str
     try:
         compiled = compile_spec(_specs(module)[index], target)
         return usage_of(compiled) | (instructions_of(compiled) if counted else {})
-    except Exception as error:  # whatever a compiler throws is this kernel's outcome, not the end of the run
+    except Exception as error:  # any error is reported for this kernel, and the others are still compiled
         return {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -175,8 +175,8 @@ def check(
         constexprs`` and ``targets``, which maps a target's name to the figures of
         `hf_archs.kernels.machine_code`: ``registers``, ``spills``, ``shared``, and for those that are ``counted``
         ``instructions``, ``loops``, ``tensor``, ``loads`` and ``stores``. An error is a sentence: a kernel in the
-        source that no entry of ``aot_specs()`` covers, two entries of one kernel with one label, a kernel that does not
-        compile, or one that wants more shared memory than the chip has.
+        source that no entry of ``aot_specs()`` covers, two entries of one kernel with the same label, a kernel that
+        does not compile, or a kernel that needs more shared memory than the chip has.
 
     Raises:
         RuntimeError: under ``TRITON_INTERPRET``, where nothing compiles.

@@ -1,6 +1,7 @@
-"""The arguments that every op over a sequence takes: the check of their shapes, documents, and windows of inputs.
+"""Helpers for the arguments of ops over sequences: shapes, documents, and the last inputs.
 
-Letters: b batch, l length, c channels.
+Documents are sequences that are packed into one row; a token sees only its own document. Letters: b batch, l length,
+c channels.
 """
 
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor
 
 
 def check_shapes(op: str, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Compare each argument, by name, with the shape that it must have where it is there.
+    """Check the shape of each argument that is not None.
 
     Raises:
-        ValueError: naming op, argument and both shapes.
+        ValueError: for another shape; the message names op, argument and both shapes.
     """
     for name, (t, shape) in expected.items():
         if t is not None and t.shape != shape:
@@ -19,13 +20,12 @@ def check_shapes(op: str, **expected: tuple[Tensor | None, tuple[int, ...]]) -> 
 
 
 def number_documents(seq_idx: Tensor | None, lengths: Tensor | None = None) -> Tensor | None:
-    """The number of documents that began before or at each position, after position 0: (b, l), int32.
+    """The number of each position's document in its row, counted from 0: (b, l), int32.
 
-    Two positions are in one document where the counts are equal, and the initial state belongs to document 0. None
-    where there is no other.
+    The initial state belongs to document 0. None if ``seq_idx`` is None or the length is 1: no other document begins.
 
     Args:
-        lengths: where it is given, a pad belongs to its row's last document, whatever its number.
+        lengths: if given, the pads (positions from there on) belong to their row's last document, whatever ``seq_idx``.
     """
     if seq_idx is None or seq_idx.shape[1] == 1:
         return None
@@ -39,24 +39,25 @@ def number_documents(seq_idx: Tensor | None, lengths: Tensor | None = None) -> T
 def last_inputs(
     x: Tensor, size: int, initial_state: Tensor | None, documents: Tensor | None, lengths: Tensor | None
 ) -> Tensor:
-    """The last ``size`` inputs of each row's last document, zeros before them: what a convolution must see again.
+    """The last ``size`` inputs of each row's last document, from which a convolution continues; zeros before fewer.
 
-    All of it is gathered by index: a slice would be compiled anew for inputs shorter than ``size``. Plain PyTorch for
-    every backend, since it touches few elements.
+    Inputs are gathered by index, since torch.compile would compile a slice again for lengths below ``size``. All
+    backends use this PyTorch form, since it touches few elements.
 
     Args:
         x: (b, l, c).
-        initial_state: the inputs before the first, the latest last, (b, c, any), or None; they belong to document 0.
+        initial_state: the inputs before the first, oldest first, (b, c, any number), or None; they belong to
+            document 0.
         documents: see `number_documents`.
         lengths: integer, (b,), 0 to l: where each row ends.
 
     Returns:
-        (b, c, size) in the dtype of ``x``, channels innermost in memory, and a copy: a cache that holds it keeps no
+        (b, c, size) in the dtype of ``x``, channels innermost in memory; a copy, so that a cache that holds it keeps no
         larger tensor alive.
     """
     b, l, c = x.shape
     ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths.to(torch.int64)
-    place = ends.unsqueeze(1) + torch.arange(-size, 0, device=x.device)  # in x; negative: in the initial state
+    place = ends.unsqueeze(1) + torch.arange(-size, 0, device=x.device)  # in x, or if negative in the initial state
     inside, in_x = (place >= 0).unsqueeze(2), place.clamp(min=0)
     window = x.gather(1, in_x.unsqueeze(2).expand(b, size, c))
     past = 0 if initial_state is None else initial_state.shape[2]
@@ -74,7 +75,7 @@ def last_inputs(
 
 
 def some_boundaries(batch: int, length: int, device: torch.device | str) -> dict[str, Tensor]:
-    """``seq_idx`` and ``lengths`` for the ``cases`` of an op: documents of 1 to 24 tokens, and rows that end early."""
+    """``seq_idx`` and ``lengths`` for the ``cases`` of an op: documents of 1 to 24 tokens, rows shorter by 7 each."""
     position, row = torch.arange(length, device=device), torch.arange(batch, device=device)
     begins = (position == 5) | (position == 6) | (position % 24 == 23)
     return {"seq_idx": (begins.cumsum(0) % 3).repeat(batch, 1), "lengths": (length - 7 * row).clamp(min=0)}

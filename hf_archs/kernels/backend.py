@@ -1,9 +1,9 @@
-"""Which implementation of an op runs: decided here and nowhere else.
+"""The choice among the implementations of an op, which is made here and nowhere else.
 
-Every op has three: ``reference`` (the recurrence as the paper writes it), ``portable`` (vectorised PyTorch, for CPU,
-MPS and anything without Triton) and ``triton`` (CUDA and ROCm, or a CPU under ``TRITON_INTERPRET=1``).
-On NVIDIA GPUs below compute capability 8.0 (T4, RTX 20) the choice is ``portable``: Triton makes no tensor instruction
-there, and its kernels spill kilobytes a thread.
+There are three: ``reference`` (the recurrence as the paper writes it), ``portable`` (vectorised PyTorch, for CPU, MPS
+and anything without Triton) and ``triton`` (CUDA and ROCm, or a CPU under ``TRITON_INTERPRET=1``).
+NVIDIA GPUs below compute capability 8.0 (T4, RTX 20) get ``portable``: Triton's kernels use no tensor instructions
+there, and spill kilobytes per thread.
 The environment variable ``HF_ARCHS_BACKEND`` overrides the automatic choice, for debugging, also on those GPUs.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "portable", "triton")
-OLDEST = (8, 0)  # compute capability from which on Triton is chosen
+OLDEST = (8, 0)  # the lowest compute capability for which Triton is chosen
 
 
 def _checked(name: str | None) -> str | None:
@@ -29,7 +29,7 @@ def _checked(name: str | None) -> str | None:
 _override: str | None = _checked(os.environ.get("HF_ARCHS_BACKEND") or None)
 
 
-# not functools.cache, which torch.compile warns of
+# not functools.cache, of which torch.compile warns
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _warned: set[str] = set()
 
@@ -47,7 +47,7 @@ def _warn_once(why: str) -> None:
 
 @torch.compiler.assume_constant_result
 def _is_too_old(device: torch.device) -> bool:
-    """Whether ``device`` is an NVIDIA GPU below `OLDEST`; one warning names it. (ROCm counts its GPUs otherwise.)"""
+    """Whether ``device`` is an NVIDIA GPU below `OLDEST`; if so, warns once. (ROCm's capabilities mean other GPUs.)"""
     if torch.version.hip is not None:
         return False
     capability = torch.cuda.get_device_capability(device)
@@ -68,16 +68,16 @@ def _automatic(device: torch.device) -> str:
     return "portable" if _is_too_old(device) else "triton"
 
 
-@torch.compiler.assume_constant_result  # torch.compile guards its graphs by the transforms around them
+@torch.compiler.assume_constant_result  # safe, since torch.compile makes another graph under other transforms
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode differentiation is at work. Both pass an op of the library by
-    or stop at it, and take one that is made of PyTorch's own operators.
+    """Whether a transform of `torch.func` or forward-mode differentiation is active. Both ignore a custom operator or
+    fail at it, so ops must then consist of PyTorch's own operators.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def backend_for(x: torch.Tensor) -> str:
-    """The name of the implementation that serves ``x``: one of `BACKENDS`, ``reference`` where `is_transformed`."""
+    """The implementation for ``x``: one of `BACKENDS`, and ``reference`` if `is_transformed`."""
     return "reference" if is_transformed() else _override or _automatic(x.device)
 
 

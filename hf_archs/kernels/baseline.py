@@ -1,13 +1,13 @@
-"""The figures of every kernel as they were last accepted, and the comparison with those of today.
+"""The baseline of the kernels' figures, and the comparison of new figures with it.
 
-A baseline is a JSON file with the toolchain that made it, and a line for each kernel and target. Machine code of
-another toolchain is another, so figures are compared under the same one only.
+A baseline is a JSON file with the toolchain that made it, and a line for each kernel and target. Another toolchain
+makes other machine code, so only figures of the same toolchain are compared.
 """
 
 import json
 from typing import Any
 
-SLACK = 1.03  # of counts of instructions; every other figure may not grow at all
+SLACK = 1.03  # by this factor a count of instructions may grow; no other figure may
 USAGE = ("registers", "spills", "shared")
 
 
@@ -21,7 +21,7 @@ def toolchain() -> dict[str, str]:
 
 
 def figures(report: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Figures by entry and target, of a report of `hf_archs.kernels.aot.check`; kernels that failed have none."""
+    """The figures in a report of `hf_archs.kernels.aot.check`, by entry and target; kernels that failed have none."""
     return {
         f"{kernel['module']}.{kernel['kernel']}, {kernel['label']}": {
             target: found for target, found in kernel["targets"].items() if "error" not in found
@@ -31,7 +31,7 @@ def figures(report: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def dumps(report: dict[str, Any]) -> str:
-    """A baseline of these figures, with a line for each kernel and target."""
+    """The figures of ``report`` as a baseline: JSON with a line for each kernel and target."""
     entries = []
     for entry, targets in figures(report).items():
         lines = [f"   {json.dumps(target)}: {json.dumps(found)}" for target, found in targets.items()]
@@ -41,12 +41,12 @@ def dumps(report: dict[str, Any]) -> str:
 
 
 def compare(report: dict[str, Any], baseline: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The figures of ``report`` beside those of ``baseline``, as far as both have the target and the figure.
+    """Compare the figures of ``report`` with those of ``baseline``, for each target and figure that both have.
 
     Returns:
-        sentences on the figures that are worse, or without a counterpart, and sentences on those that are better. More
-        is worse: of registers when it costs a step of 8 (the unit in which they are given to a thread), of counts of
-        instructions above `SLACK`, of anything else by one; and so are no tensor instructions where there were some.
+        two lists of sentences: on figures that are worse and kernels that only one side has, and on figures that are
+        better. A larger figure is worse: registers are compared in steps of 8 (the unit in which a thread gets them),
+        counts of instructions only beyond `SLACK`. To lose all tensor instructions is worse, too.
     """
     worse, better = [], []
     now, before = figures(report), baseline["kernels"]
@@ -81,7 +81,7 @@ def _cost(name: str, figure: Any) -> int:
 
 
 def text(figure: Any) -> str:
-    """A figure in words: widths or shapes with their counts, or the loops one after the other."""
+    """A figure as text: counts with their widths or shapes, or the loops' counts one after the other."""
     if isinstance(figure, dict):
         return ", ".join(f"{count} x {what}" for what, count in figure.items()) or "none"
     if isinstance(figure, list):

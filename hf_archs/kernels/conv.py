@@ -1,7 +1,8 @@
 """The short causal depthwise convolution before a recurrence (Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling
 with Selective State Spaces", https://arxiv.org/abs/2312.00752, figure 3).
 
-Letters: b batch, l length, c channels, k taps of a filter.
+Letters: b batch, l length, c channels. ``size`` is width - 1: the inputs before a position that its filter sees.
+``reach``, (b, l), is how many of these belong to the position's document; None means all of them.
 """
 
 import torch
@@ -26,10 +27,10 @@ def causal_conv1d(
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Each channel's own filter over the last ``width`` inputs, and the inputs that the next call must still see.
+    """Filter each channel with its own ``width`` taps, and return the last inputs, from which the next call continues.
 
-    ``y_t = activation(bias + sum_i weight[:, i] x_{t - (width - 1) + i})``, computed in float32, or float64 where ``x``
-    is. Weight, bias and initial state may have dtypes of their own, and their gradients have those.
+    ``y_t = activation(bias + sum_i weight[:, i] x_{t - (width - 1) + i})``, computed in float32, or in float64 if ``x``
+    is float64. Each tensor may have its own dtype, which its gradient has too.
 
     Args:
         x: input, (batch, length, channels); a slice of a wider tensor is read in place.
@@ -37,17 +38,18 @@ def causal_conv1d(
         bias: (channels,), or None.
         activation: ``"silu"``, or None.
         initial_state: the inputs before the first, oldest first, (batch, channels, width - 1), or None for zeros.
-        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins, which does not
-            see the inputs before it; position 0 always continues ``initial_state``.
-        lengths: integer, (batch,), 0 to length. Positions from there on are pads; the final state ends before them.
+        seq_idx: integer, (batch, length). A document begins where the value differs from that of the position before,
+            and does not see earlier inputs; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length: the tokens of each row. Later positions are pads, which the final state
+            leaves out.
 
     Returns:
         ``y``, (batch, length, channels), and the final state, (batch, channels, width - 1): the last inputs of the
-        row's last document, with zeros (or what is left of ``initial_state``) before them where it is shorter. Both are
-        in the dtype of ``x`` and can be differentiated, once.
+        row's last document. If that has fewer, zeros precede them, or the end of ``initial_state`` if it continues
+        this. Both are in the dtype of ``x`` and can be differentiated once.
 
     Raises:
-        ValueError: where a shape does not fit or the activation is unknown, naming the argument.
+        ValueError: for a wrong shape or an unknown activation; the message names the argument.
     """
     _check(x, weight, bias, activation, initial_state, seq_idx, lengths)
     silu, size = activation == "silu", weight.shape[1] - 1
@@ -108,7 +110,7 @@ def causal_conv1d_reference(
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`causal_conv1d` token by token: what the fast forms are held against."""
+    """`causal_conv1d` token by token: the oracle for the tests of the fast forms."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     b, l, c = x.shape
     window = x.new_zeros(b, c, weight.shape[1] - 1) if initial_state is None else initial_state.to(x.dtype)
@@ -136,11 +138,11 @@ def _step(
     initial_state: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: a handful of small calls, over windows whose channels are innermost in memory."""
+    """One token, in a few PyTorch calls. The window has its channels innermost in memory."""
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], x.shape[2], weight.shape[1] - 1)
     seen = torch.cat([cast(initial_state, x.dtype).transpose(1, 2), x], dim=1)
-    y = (wide(seen) * weight.t()).sum(1, keepdim=True)  # PyTorch widens what weight and bias lack
+    y = (wide(seen) * weight.t()).sum(1, keepdim=True)  # PyTorch's type promotion widens weight and bias
     if bias is not None:
         y = y + bias
     if silu:
@@ -148,14 +150,14 @@ def _step(
     final_state = seen[:, 1:]
     if lengths is not None:
         final_state = torch.where((lengths > 0)[:, None, None], final_state, seen[:, :-1])
-    # no copy: a cache that holds it keeps one input more alive
+    # a copy: a cached view of ``seen`` would keep one more input alive
     return cast(y, x.dtype), final_state.clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _reach(seq_idx: Tensor, size: int) -> Tensor:
     """The number of inputs before each position that belong to its document, at most ``size``: int32, (batch, length).
 
-    The inputs before position 0 count as part of that position's document.
+    The initial state belongs to the document of position 0.
     """
     length = seq_idx.shape[1]
     begins = (seq_idx != seq_idx.roll(1, 1)) & (torch.arange(length, device=seq_idx.device) > 0)
@@ -195,7 +197,7 @@ _causal_conv1d = Op(
 
 
 def cases(device, dtype, batch=2, length=40, channels=12):
-    """Arguments of `causal_conv1d` for tests and benchmarks: without and with all that is optional."""
+    """Arguments of `causal_conv1d` for tests and benchmarks: first the required ones, then all."""
     x, weight, bias, state = (
         torch.randn(shape, device=device, dtype=dtype)
         for shape in ((batch, length, channels), (channels, 4), (channels,), (batch, channels, 3))

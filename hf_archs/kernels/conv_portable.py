@@ -1,8 +1,9 @@
 """`causal_conv1d` in PyTorch: shifted multiply-adds with the channel innermost, which beat `F.conv1d` on a CPU.
 
-Time is cut into blocks, so that what is only needed for a while stays in the processor's cache and takes no memory.
+Time is cut into blocks, so that a block's temporaries fit the processor's cache.
 
-Letters: b batch, l length, c channels; ``size`` is the width less one, the number of inputs seen before a position.
+Letters: b batch, l length, c channels. ``size`` is width - 1: the inputs before a position that its filter sees.
+``reach``, (b, l), is how many of these belong to the position's document; None means all of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,15 +11,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**18  # of x in a block: 1 MB of float32, and long enough to hide the cost of a call
+BLOCK_ELEMENTS = 2**18  # elements of x per block: 1 MB in float32, and enough to outweigh the overhead of PyTorch calls
 
 
 def _blocks(
     x: Tensor, size: int, initial_state: Tensor | None, dtype: torch.dtype, elements: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Blocks of time: (start, end, inputs from ``size`` before the start up to the end).
+    """Blocks of time: (start, end, the inputs from ``start - size`` to ``end``, in ``dtype``).
 
-    The first block is as short as the initial state, so that only there inputs are copied together.
+    The first block ends at ``size``, so that only its inputs must be concatenated with the initial state.
     """
     b, l, c = x.shape
     end = min(size, l)
@@ -31,7 +32,7 @@ def _blocks(
 
 
 def _visible(term: Tensor, reach: Tensor | None, start: int, end: int, back: int) -> Tensor:
-    """``term``, which lies ``back`` inputs before the positions of a block, without what another document holds."""
+    """``term``, but 0 at positions whose input ``back`` steps earlier is of another document (``reach`` < ``back``)."""
     return term if reach is None else term.masked_fill((reach[:, start:end] < back).unsqueeze(2), 0)
 
 
@@ -86,7 +87,10 @@ def causal_conv1d_bwd(
     *,
     block: int = BLOCK_ELEMENTS,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, bias and initial_state; what the forward computed is computed again."""
+    """The gradients of x, weight, bias and initial_state. With SiLU, the pre-activation is computed again.
+
+    The value of a gradient that is not ``wanted`` is undefined.
+    """
     of_x, of_weight, of_bias, of_state = wanted
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
@@ -97,10 +101,10 @@ def causal_conv1d_bwd(
     for start, end, seen in _blocks(x, size, initial_state, dtype, block):
         count = end - start
         g = grad_y[:, start:end].to(dtype)
-        product = torch.empty(b, count, c, dtype=dtype, device=x.device)
+        buffer = torch.empty(b, count, c, dtype=dtype, device=x.device)  # for the pre-activation, then for products
         if silu:
-            _convolve(seen, weight, bias, reach, start, end, product)
-            g = torch.ops.aten.silu_backward(g, product)
+            _convolve(seen, weight, bias, reach, start, end, buffer)
+            g = torch.ops.aten.silu_backward(g, buffer)
         if of_bias:
             grad_bias += g.sum((0, 1))
         if of_x or of_state:
@@ -109,9 +113,9 @@ def causal_conv1d_bwd(
             term = _visible(g, reach, start, end, back) if back else g
             if of_weight:
                 there = seen[:, size - back : size - back + count]
-                grad_weight[size - back] += torch.mul(term, there, out=product).sum((0, 1))
+                grad_weight[size - back] += torch.mul(term, there, out=buffer).sum((0, 1))
             if back and (of_x or of_state):
-                split = min(back, count) if start == 0 else 0  # so many rows look back into the initial state
+                split = min(back, count) if start == 0 else 0  # positions that look back into the initial state
                 grad_state[:, size - back : size - back + split].addcmul_(term[:, :split], weight[size - back])
                 grad_x[:, start + split - back : end - back].addcmul_(term[:, split:], weight[size - back])
     return grad_x, grad_weight.t(), grad_bias, grad_state.transpose(1, 2)

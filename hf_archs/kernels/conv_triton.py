@@ -1,13 +1,17 @@
 """`causal_conv1d` in Triton, forward and backward.
 
-A thread owns a few neighbouring channels and walks along time, with the last inputs of its channels in registers: each
-element is loaded once, and its activation's slope is formed once. No thread needs another one's values, so there is no
-shared memory, no barrier and no reduction. The backward computes the pre-activation again instead of storing it.
+A program walks along a span of time. Each of its threads has a few neighbouring channels, and keeps their last inputs
+in registers, so that a span loads each element once. No thread needs values of another one, so a program has no
+reductions, and with UNIT 8 no shared memory; PyTorch adds the programs' gradients of the filters. The backward computes
+the pre-activation again instead of storing it.
 
-Letters: b batch, l length, c channels; SIZE is the width less one, the number of inputs seen before a position.
+Letters: b batch, l length, c channels. SIZE is WIDTH - 1: the inputs before a position that its filter sees.
+``reach``, (b, l), is how many of these belong to the position's document; None means all of them. UNIT is 8 or 1
+(`row_unit`): the host divides channels and strides by it, and the kernel multiplies them by it again, so that the
+compiler knows them to be multiples of it.
 """
 
-# a tuple that grows in a kernel has a type of its own at every step
+# to mypy, a tuple that grows in a kernel has another type at each length
 # mypy: disable-error-code="assignment,var-annotated"
 
 from collections.abc import Sequence
@@ -20,14 +24,14 @@ from torch import Tensor
 from hf_archs.kernels.aot import FUSED, KernelSpec
 from hf_archs.kernels.triton_functions import row_strides, row_unit, sigmoids
 
-# Which config runs follows from the width alone (the second of each is for more than 4 taps), so results are the same
-# from run to run and nothing is tuned at run time. The loads of T positions stand together. In bfloat16 a thread of the
-# forward reads 8 channels at once, and one of the backward 4, since it holds 4 * WIDTH numbers of each channel: 128
-# registers on an H100, which leave room for 16 warps.
+# The width alone chooses the config (the second one is for more than 4 taps), so that results repeat and nothing is
+# tuned at run time. The loads of T positions are issued together, to overlap their latencies. With the first configs, a
+# thread of the forward has 8 channels (16 bytes of bfloat16), and one of the backward 4: it keeps inputs, taps, sums
+# and unfinished gradients, and so needs 128 registers on an H100, which allow 16 warps per multiprocessor.
 FORWARD_CONFIGS = [{"BLOCK_C": 256, "T": 4, "num_warps": 1}, {"BLOCK_C": 128, "T": 4, "num_warps": 1}]
 BACKWARD_CONFIGS = [{"BLOCK_C": 128, "T": 4, "num_warps": 1}, {"BLOCK_C": 64, "T": 4, "num_warps": 1}]
-# Positions that one program walks through, a multiple of T. The backward computes SIZE more, and writes its sums for
-# the filters once: a twentieth of the instructions and of the traffic.
+# Positions per program, a multiple of T and at least SIZE. A program of the backward also computes the SIZE positions
+# after its span (at width 4, 1/20 more instructions), and writes one sum per tap and bias (1/20 more traffic).
 SPAN = 64
 STRIDES = ["length", "channels", "g_stride_b", "g_stride_t", "x_stride_b", "x_stride_t"]
 
@@ -38,28 +42,29 @@ def _load(pointers, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _there(fits, t, first, end):
-    """The channels of position t: none outside of first <= t < end."""
-    # not `fits & (t < end)`: a scalar spread into a mask is none to the interpreter of Triton 3.9
+def _mask(fits, t, first, end):
+    """The mask of the channels at position t: ``fits`` if first <= t < end, else all False."""
+    # not `fits & (t < end)`: the interpreter of Triton 3.9 rejects the dtype of a mask that a scalar was combined with
     return tl.where((t >= first) & (t < end), fits, False)
 
 
 @triton.jit
 def _before(x, state, start, x_stride_t, channels, fits, SIZE: tl.constexpr, ACC: tl.constexpr):
-    """The SIZE inputs before position ``start``, oldest first, those before 0 out of the initial state."""
+    """The SIZE inputs before position ``start``, oldest first. Only at ``start`` 0 are they in the initial state, since
+    other spans start at SPAN >= SIZE or later."""
     seen = ()
     for i in tl.static_range(SIZE):
         t = start - SIZE + i
-        value = _load(x + tl.cast(t, tl.int64) * x_stride_t, _there(fits, t, 0, start), ACC)
+        value = _load(x + tl.cast(t, tl.int64) * x_stride_t, _mask(fits, t, 0, start), ACC)
         if state is not None:
-            value += _load(state + i * channels, _there(fits, t, -SIZE, 0), ACC)
+            value += _load(state + i * channels, _mask(fits, t, -SIZE, 0), ACC)
         seen += (value,)
     return seen
 
 
 @triton.jit
-def _filter(weight, channels, fits, WIDTH: tl.constexpr, ACC: tl.constexpr):
-    """The taps of the filters, newest first."""
+def _load_taps(weight, channels, fits, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """The taps of the filters, that of the newest input first."""
     taps = ()
     for back in tl.static_range(WIDTH):
         taps += (_load(weight + (WIDTH - 1 - back) * channels, fits, ACC),)
@@ -68,15 +73,15 @@ def _filter(weight, channels, fits, WIDTH: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _visible(seen, reach, t, length, AT: tl.constexpr, WIDTH: tl.constexpr):
-    """``seen[AT]`` and the inputs before it, newest first, zeros for those that another document holds."""
+    """``seen[AT]``, the input at t, and the SIZE inputs before it, newest first; 0 for inputs of another document."""
     terms = ()
     if reach is not None:
         inside = t < length
-        visible = tl.load(reach + t, inside, 0)
+        count = tl.load(reach + t, inside, 0)
     for back in tl.static_range(WIDTH):
         term = seen[AT - back]
         if reach is not None and back > 0:
-            term = tl.where(visible >= back, term, 0)
+            term = tl.where(count >= back, term, 0)
         terms += (term,)
     return terms
 
@@ -91,37 +96,40 @@ def _convolve(terms, taps, offset, WIDTH: tl.constexpr):
 
 @triton.jit
 def _through_silu(grad, total):
-    """The gradient of ``total`` where that of its SiLU is ``grad``."""
+    """The gradient of ``total``, given ``grad``, the gradient of silu(total)."""
     s, rest = sigmoids(total)
     return grad * (s + s * total * rest)
 
 
 @triton.jit
-def _spread(open, g, taps, reach, t, length, WIDTH: tl.constexpr):
-    """Add the gradient at t to those of the inputs that it saw: of WIDTH inputs, the oldest, whose gradient is whole
-    with that, first."""
+def _spread(unfinished, g, taps, reach, t, length, WIDTH: tl.constexpr):
+    """The gradients of the WIDTH inputs that position t sees, oldest first: ``unfinished`` plus the part from t.
+
+    The first one is then complete, since no later position sees that input.
+    """
     if reach is not None:
         inside = t < length
-        visible = tl.load(reach + t, inside, 0)
+        count = tl.load(reach + t, inside, 0)
     grads = ()
     for i in tl.static_range(WIDTH):
         part = g
         if reach is not None and i < WIDTH - 1:
-            part = tl.where(visible >= WIDTH - 1 - i, g, 0)
+            part = tl.where(count >= WIDTH - 1 - i, g, 0)
         part *= taps[WIDTH - 1 - i]
         if i < WIDTH - 1:
-            part += open[i]
+            part += unfinished[i]
         grads += (part,)
     return grads
 
 
 @triton.jit
 def _store(grad_x, grad_state, grad, t, start, length, channels, fits, SIZE: tl.constexpr):
-    """Store the gradient of the input SIZE before t, which may be one of the initial state."""
+    """Store the gradient of input t - SIZE. A negative one is of the initial state; inputs before ``start`` are left to
+    the program before."""
     place = tl.cast(t - SIZE, tl.int64)
-    tl.store(grad_x + place * channels, grad, _there(fits, t - SIZE, start, length))
+    tl.store(grad_x + place * channels, grad, _mask(fits, t - SIZE, start, length))
     if grad_state is not None:
-        tl.store(grad_state + t * channels, grad, _there(fits, t, 0, SIZE))
+        tl.store(grad_state + t * channels, grad, _mask(fits, t, 0, SIZE))
 
 
 @triton.jit(do_not_specialize=STRIDES)
@@ -133,7 +141,7 @@ def _conv_fwd_kernel(
     reach,  # (b, l) or None
     y,  # (b, l, c)
     length,
-    channels,  # in units, as the strides are
+    channels,  # divided by UNIT, like the strides
     x_stride_b,
     x_stride_t,
     UNIT: tl.constexpr,
@@ -159,7 +167,7 @@ def _conv_fwd_kernel(
     if reach is not None:
         reach += b * length
 
-    taps = _filter(weight + c, channels, fits, WIDTH, ACC)
+    taps = _load_taps(weight + c, channels, fits, WIDTH, ACC)
     offset = tl.zeros((BLOCK_C,), ACC)
     if bias is not None:
         offset += _load(bias + c, fits, ACC)
@@ -167,13 +175,13 @@ def _conv_fwd_kernel(
     for t0 in range(start, tl.minimum(start + SPAN, length), T):
         at = tl.cast(t0, tl.int64)
         for i in tl.static_range(T):
-            seen += (_load(x + at * x_stride_t + i * x_stride_t, _there(fits, t0 + i, 0, length), ACC),)
+            seen += (_load(x + at * x_stride_t + i * x_stride_t, _mask(fits, t0 + i, 0, length), ACC),)
         for i in tl.static_range(T):
             terms = _visible(seen, reach, t0 + i, length, SIZE + i, WIDTH)
             total = _convolve(terms, taps, offset, WIDTH)
             if SILU:
                 total *= sigmoids(total)[0]
-            tl.store(y + at * channels + i * channels, total, _there(fits, t0 + i, 0, length))
+            tl.store(y + at * channels + i * channels, total, _mask(fits, t0 + i, 0, length))
         last = ()
         for i in tl.static_range(SIZE):
             last += (seen[T + i],)
@@ -183,14 +191,14 @@ def _conv_fwd_kernel(
 @triton.jit(do_not_specialize=STRIDES)
 def _conv_bwd_kernel(
     grad_y,  # (b, l, c), strides given, channels adjacent
-    x,
+    x,  # this and the next four as in the forward
     weight,
     bias,
     state,
     reach,
-    grad_x,  # (b, l, c), or None where neither its gradient nor the state's is wanted
+    grad_x,  # (b, l, c), or None if the gradients of x and of the state are both not wanted
     grad_state,  # (b, SIZE, c), or None
-    sums,  # (programs along time, WIDTH + 1, c): each program's gradient of the filters, oldest tap first, and bias
+    sums,  # (b * spans, WIDTH + 1, c): each program's gradients of the taps, oldest first, and of the bias; or None
     length,
     channels,
     g_stride_b,
@@ -225,7 +233,7 @@ def _conv_bwd_kernel(
     if grad_state is not None:
         grad_state += b * SIZE * channels + c
 
-    taps = _filter(weight + c, channels, fits, WIDTH, ACC)
+    taps = _load_taps(weight + c, channels, fits, WIDTH, ACC)
     zero = tl.zeros((BLOCK_C,), ACC)
     offset = zero
     if bias is not None:
@@ -234,16 +242,16 @@ def _conv_bwd_kernel(
     sum_taps = ()
     for _ in tl.static_range(WIDTH):
         sum_taps += (zero,)
-    open = ()  # the gradients of the last SIZE inputs, oldest first, as far as they are known
+    unfinished = ()  # gradients of the last SIZE inputs, oldest first, without the parts from later positions
     for _ in tl.static_range(SIZE):
-        open += (zero,)
+        unfinished += (zero,)
     seen = _before(x, state, start, x_stride_t, channels, fits, SIZE, ACC)
     end = tl.minimum(start + SPAN, length)
     for t0 in range(start, end, T):
         at = tl.cast(t0, tl.int64)
         loaded = ()
         for i in tl.static_range(T):
-            here = _there(fits, t0 + i, 0, length)
+            here = _mask(fits, t0 + i, 0, length)
             seen += (_load(x + at * x_stride_t + i * x_stride_t, here, ACC),)
             loaded += (_load(grad_y + at * g_stride_t + i * g_stride_t, here, ACC),)
         for i in tl.static_range(T):
@@ -259,33 +267,33 @@ def _conv_bwd_kernel(
                     new_sums += (sum_taps[back] + g * terms[back],)
                 sum_taps = new_sums
             if grad_x is not None:
-                grads = _spread(open, g, taps, reach, t, length, WIDTH)
+                grads = _spread(unfinished, g, taps, reach, t, length, WIDTH)
                 _store(grad_x, grad_state, grads[0], t, start, length, channels, fits, SIZE)
-                open = ()
+                unfinished = ()
                 for j in tl.static_range(SIZE):
-                    open += (grads[1 + j],)
+                    unfinished += (grads[1 + j],)
         last = ()
         for i in tl.static_range(SIZE):
             last += (seen[T + i],)
         seen = last
 
     if grad_x is not None:
-        # the last inputs were seen from beyond the span
+        # positions after the span see its last SIZE inputs: add their part of the gradients
         t0 = start + tl.cdiv(end - start, T) * T
         at = tl.cast(t0, tl.int64)
         for i in tl.static_range(SIZE):
             t = t0 + i
-            here = _there(fits, t, 0, length)
+            here = _mask(fits, t, 0, length)
             seen += (_load(x + at * x_stride_t + i * x_stride_t, here, ACC),)
             g = _load(grad_y + at * g_stride_t + i * g_stride_t, here, ACC)
             if SILU:
                 terms = _visible(seen, reach, t, length, SIZE + i, WIDTH)
                 g = _through_silu(g, _convolve(terms, taps, offset, WIDTH))
-            grads = _spread(open, g, taps, reach, t, length, WIDTH)
+            grads = _spread(unfinished, g, taps, reach, t, length, WIDTH)
             _store(grad_x, grad_state, grads[0], t, start, length, channels, fits, SIZE)
-            open = ()
+            unfinished = ()
             for j in tl.static_range(SIZE):
-                open += (grads[1 + j],)
+                unfinished += (grads[1 + j],)
     if sums is not None:
         sums += tl.program_id(0).to(tl.int64) * (WIDTH + 1) * channels + c
         for back in tl.static_range(WIDTH):
@@ -294,7 +302,7 @@ def _conv_bwd_kernel(
 
 
 def _rows(t: Tensor) -> Tensor:
-    """``t`` itself where its channels are adjacent, as in a slice of a wider tensor; else a copy."""
+    """``t`` itself if its channels are adjacent, as in a slice of a wider tensor; else a contiguous copy."""
     return t if t.stride(2) == 1 else t.contiguous()
 
 
@@ -345,8 +353,10 @@ def causal_conv1d_bwd(
     wanted: Sequence[bool] = (True,) * 4,
     config: dict[str, int] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, bias and initial_state, None for those that are not ``wanted``, except that weight
-    and bias, and the state and x, come together; ``config`` is one of `BACKWARD_CONFIGS`.
+    """The gradients of x (None if neither it nor the initial state is ``wanted``), of weight and bias (both None if
+    neither is), and of the initial state (None if it is not wanted or absent).
+
+    ``config`` is one of `BACKWARD_CONFIGS`.
     """
     of_x, of_weight, of_bias, of_state = wanted
     of_state = of_state and initial_state is not None
@@ -390,8 +400,8 @@ def causal_conv1d_bwd(
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Both kernels at the width of 4 that models have, for rows of 8-element units and for any; and once at the widest
-    with everything that can be asked for."""
+    """Both kernels at width 4, the models' width: rows divisible by 8 and any rows, bfloat16 and float32, without and
+    with state and documents; and at width 8, the widest, with state and documents."""
     specs = []
     for dtype, width, boundaries, unit in (
         ("bf16", 4, False, 8),

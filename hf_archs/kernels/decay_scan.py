@@ -1,4 +1,4 @@
-"""The recurrence whose state decays by one number per head and token: Mamba-2's and RetNet's.
+"""The recurrence of Mamba-2 and RetNet, whose state decays by one number per head and token.
 
 Mamba-2: Dao and Gu 2024, "Transformers are SSMs", https://arxiv.org/abs/2405.21060, section 6 (the chunkwise form).
 RetNet: Sun et al. 2023, "Retentive Network", https://arxiv.org/abs/2307.08621, section 2.
@@ -32,30 +32,30 @@ def decay_scan(
 
     ``S_t = exp(log_decay_t) S_{t-1} + scale_t v_t k_t^T``, ``y_t = S_t q_t + skip v_t``.
 
-    States, decays and sums are in float32, or float64 where ``v`` is, autocast or not. Every tensor may have a dtype of
-    its own, and its gradient has that dtype.
+    States, decays and sums are in float32, or in float64 if ``v`` is float64, also under autocast. Each tensor may have
+    its own dtype, which its gradient has too.
 
     Args:
-        q: what reads the state, (batch, length, groups, key_dim).
-        k: where a token writes to, (batch, length, groups, key_dim).
-        v: what it writes, (batch, length, heads, value_dim); heads is a multiple of groups, and head ``h`` has the q
-            and k of group ``h // (heads // groups)``.
-        log_decay: at most 0, (batch, length, heads), float32 or wider. It may be an expanded view, as a decay that is
-            the same at every token is.
-        scale: multiplies what enters the state, (batch, length, heads), or None for 1.
-        skip: weight of a value in its own output, past the state, (heads,), or None for 0.
+        q: queries, which read the state, (batch, length, groups, key_dim).
+        k: keys, under which values are written, (batch, length, groups, key_dim).
+        v: values, (batch, length, heads, value_dim); heads is a multiple of groups, and head ``h`` has the q and k of
+            group ``h // (heads // groups)``.
+        log_decay: at most 0, (batch, length, heads), float32 or wider. If each head has one decay for all tokens, pass
+            an expanded view, which a CPU can compute with faster.
+        scale: multiplies the values that are written, (batch, length, heads), or None for 1.
+        skip: weight of a token's value in its own output, added to the part from the state, (heads,), or None for 0.
         initial_state: the state to continue from, (batch, heads, value_dim, key_dim), or None for zeros.
-        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins with an empty
-            state; position 0 always continues ``initial_state``.
-        lengths: integer, (batch,), 0 to length. Positions from there on are pads: ``log_decay`` and ``scale`` are 0
-            there, so they leave the state as it is, and the final state is the one at the row's length.
+        seq_idx: integer, (batch, length). A document begins where the value differs from that of the position before,
+            with an empty state; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length: the tokens of each row. Later positions are pads, where ``log_decay``
+            and ``scale`` count as 0, so that they do not change the state.
 
     Returns:
         ``y``, (batch, length, heads, value_dim) in the dtype of ``v``, and the final state, (batch, heads, value_dim,
-        key_dim) in float32 or wider. Both can be differentiated, once.
+        key_dim) in float32 or wider. Both can be differentiated once.
 
     Raises:
-        ValueError: where a shape does not fit, naming the argument; on a GPU above 8,388,480 tokens a row.
+        ValueError: for a wrong shape (the message names the argument), and on a GPU above 8,388,480 tokens a row.
     """
     _check(q, k, v, log_decay, scale, skip, initial_state, seq_idx, lengths)
     backend = backend_for(v)
@@ -67,7 +67,7 @@ def decay_scan(
     if lengths is not None:
         real = (torch.arange(v.shape[1], device=v.device) < lengths.unsqueeze(1)).unsqueeze(2)
         log_decay = torch.where(real, log_decay, 0)
-        # torch.where keeps a scale at a pad out of the gradient even where it is not finite
+        # by torch.where, the scale of a pad has the gradient 0 even if it is not finite
         scale = real.to(log_decay.dtype).expand(log_decay.shape) if scale is None else torch.where(real, scale, 0)
     if backend == "portable" and v.shape[1] == 1:
         return _step(q, k, v, log_decay, scale, skip, initial_state)
@@ -118,7 +118,7 @@ def decay_scan_reference(
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`decay_scan` as the papers write it, token by token: what the fast forms are held against."""
+    """`decay_scan` as the papers write it, token by token: the oracle for the tests of the fast forms."""
     y_dtype, dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     q, k = (t.to(dtype).repeat_interleave(h // g, dim=2) for t in (q, k))
@@ -148,15 +148,15 @@ def _step(
     skip: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: a handful of small calls."""
+    """One token, in a few PyTorch calls."""
     (b, _, h, p), (g, n), y_dtype = v.shape, q.shape[2:], v.dtype
     v = wide(v)
     dtype = v.dtype
     write = v if scale is None else v * cast(scale, dtype).unsqueeze(3)
     q, k = cast(q, dtype).transpose(1, 2), cast(k, dtype).transpose(1, 2)  # (b, g, 1, n)
-    if 1 < g < h:  # else broadcasting does it
+    if 1 < g < h:  # with one group or one head per group, broadcasting suffices
         q, k = q.repeat_interleave(h // g, 1), k.repeat_interleave(h // g, 1)
-    # contiguous: the same bits however the state before lay in memory
+    # contiguous, so that the result's bits do not depend on the strides of the initial state
     before = v.new_zeros(b, h, p, n) if initial_state is None else cast(initial_state, dtype).contiguous()
     # exp2, because exp calls MKL on a CPU, which wakes every thread for it
     decay = torch.exp2(cast(log_decay, dtype) * constant(LOG2_E, v)).reshape(b, h, 1, 1)
@@ -170,7 +170,7 @@ def _step(
 def _fake(q, k, v, log_decay, scale, skip, initial_state, documents, keep, backend):
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), n = v.shape, q.shape[3]
-    # in one row: a dimension of chunks would be 1 for short sequences, and torch.compile compiles once more for a 1
+    # flat: a dimension of chunks would be 1 for short sequences, and torch.compile compiles again for a size of 1
     chunk = form(__name__, backend).CHUNK
     kept = (l + chunk - 1) // chunk * b * h * p * n if keep else 0
     return v.new_empty(b, l, h, p), v.new_empty(b, h, p, n, dtype=dtype), v.new_empty(kept, dtype=dtype)
@@ -189,7 +189,7 @@ _decay_scan = Op(
 
 
 def cases(device, dtype, batch=2, length=70, groups=2, heads=4, key_dim=8, value_dim=12):
-    """Arguments of `decay_scan` for tests and benchmarks: constant decays, then all that is optional."""
+    """Arguments of `decay_scan` for tests and benchmarks: first constant decays, then all optional arguments."""
     wide = torch.promote_types(dtype, torch.float32)
     q, k = torch.randn(2, batch, length, groups, key_dim, device=device, dtype=dtype)
     v = torch.randn(batch, length, heads, value_dim, device=device, dtype=dtype)
@@ -208,4 +208,4 @@ MODEL_SIZES = {
     "heads": 2,
     "key_dim": 256,
     "value_dim": 512,
-}  # the largest heads that must be fast
+}  # heads as large as RetNet 6.7B's

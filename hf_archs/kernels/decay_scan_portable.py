@@ -3,17 +3,18 @@
 Letters: b batch, l length, h heads, g groups of heads that share q and k, r = h / g, n key_dim, p value_dim,
 c chunks, m tokens of one chunk (i reads, j writes).
 
-Within a chunk, token i reads what token j <= i wrote through ``(q_i . k_j) exp(a_{j+1} + ... + a_i)``, and what came
-before the chunk through its start state; both are matrix products. States are laid out (c, b, g, n, r, p), so that
-heads that share q and k share one product with the state. Only the chunks' start states are kept for the backward, and
-a sequence is worked through in spans of a few chunks, whose temporary tensors stay in the cache.
+Within a chunk, token i reads the value of token j <= i with the weight ``(q_i . k_j) exp(a_{j+1} + ... + a_i)``, where
+a is the log decay, and it reads earlier chunks through the chunk's start state; both are matrix products. States are
+laid out (c, b, g, n, r, p), so that heads that share q and k share one product with the state. Only the chunks' start
+states are kept for the backward. A sequence is processed in spans of a few chunks, whose temporaries fit the
+processor's cache.
 
-Decays are powers of two (``exp2`` is twice as fast as ``exp`` on a CPU) of differences of sums over the chunk, taken in
-float64: in float32 a strong decay early in a chunk would cost the digits of a weak one later. A difference is never
-positive where it counts, so nothing overflows.
+Decays are powers of two (``exp2`` is twice as fast as ``exp`` on a CPU) of differences of sums over the chunk. The sums
+are in float64, since in float32 a strong decay early in a chunk would cost the digits of a weak one later. Differences
+are positive only above the diagonal, where they are clamped and not used, so nothing overflows.
 
-Where a decay is the same at every token, as RetNet's are, so are all of these factors in every chunk: `_Constant` has
-them once, the factors go into q and k, and no gradient of a decay has to be known by token.
+If a head has one decay for all tokens, as in RetNet, the factors of all chunks are equal: `_Constant` computes them
+once. Its backward has no gradient of the decays.
 """
 
 from collections.abc import Sequence
@@ -25,17 +26,17 @@ from hf_archs.kernels.exporting import in_chunks, out_of_chunks, scan
 from hf_archs.kernels.numerics import LOG2_E
 
 CHUNK = 64  # tokens between two kept states
-LEAST = -1100.0  # no decay is less than two to this, which is 0 in every dtype: differences of infinities are no number
-_SPAN = 2**17  # entries of the decay masks that are worked on together
-_CONSTANT_SPAN = 2**17  # entries of the largest tensor that is worked on together, where decays are constant
+LEAST = -1100.0  # of a log2 decay: 2 to it is 0 in every dtype, and differences of infinities would be no numbers
+_SPAN = 2**17  # entries of the decay masks of a span
+_CONSTANT_SPAN = 2**17  # entries of a span's largest tensor, with constant decays
 
 
 def _spans(length: int, size: int, entries: int) -> list[tuple[int, int, int]]:
-    """Cut the length into (start, chunks, tokens of a chunk); what no chunk divides is a last, shorter chunk.
+    """Cut the length into spans (start, chunks, tokens of a chunk). The remainder of the length is a shorter chunk.
 
     Args:
         size: entries of a chunk's largest tensor.
-        entries: how many of them may be worked on together.
+        entries: the most entries of this tensor in a span.
     """
     full = length // CHUNK
     together = max(1, entries // size)
@@ -44,7 +45,7 @@ def _spans(length: int, size: int, entries: int) -> list[tuple[int, int, int]]:
 
 
 class _Span:
-    """A few chunks: the views of them, their decays, and what forward and backward both compute."""
+    """The chunks of a span: views of their inputs, their decays, and the values that forward and backward both need."""
 
     def __init__(self, span, q, k, v, log_decay, scale, documents):
         start, c, m = span
@@ -70,11 +71,11 @@ class _Span:
         self.over = self.from_start[..., -1]  # (c, b, g, r)
         self.decay = torch.empty(*summed.shape, m, dtype=self.dtype, device=v.device)  # (c, b, g, r, i, j)
         torch.sub(summed.unsqueeze(5), summed.unsqueeze(4), out=self.decay)
-        self.decay.clamp_max_(0).exp2_()  # above the diagonal 1; `scores` is 0 there
+        self.decay.clamp_max_(0).exp2_()  # 1 above the diagonal, where `scores` is 0
         seen = torch.ones(m, m, dtype=torch.bool, device=v.device).tril_()  # (i, j)
         if documents is not None:
             here = self.split(documents)  # (c, b, m)
-            first = documents[:, max(start - 1, 0)]  # at position 0 the count is 0, which the initial state belongs to
+            first = documents[:, max(start - 1, 0)]  # 0 at the first span, as the initial state
             before = torch.cat([first[None, :, None], here[:-1, :, -1:]])
             end = here[..., -1:]
             seen = (seen & (here.unsqueeze(3) == here.unsqueeze(2)))[:, :, None]
@@ -117,7 +118,8 @@ def decay_scan_fwd(
     documents: Tensor | None,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and (if asked for) the chunks' start states, (c, b, g, n, r * p) in one row."""
+    """y, the final state, and the chunks' start states, (c, b, g, n, r * p) flattened, or nothing unless
+    ``keep_states``."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     if _is_constant(q, v, log_decay, scale, skip, documents):
@@ -147,7 +149,7 @@ def decay_scan_fwd(
         s.split_heads(y).copy_(s.rows_first(total))
     return (
         y,
-        state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n).contiguous(),  # with h = g it is a view
+        state.permute(0, 1, 3, 4, 2).reshape(b, h, p, n).contiguous(),  # a view if h = g
         v.new_empty(0, dtype=dtype) if kept is None else kept.flatten(),
     )
 
@@ -165,8 +167,11 @@ def decay_scan_bwd(
     kept: Tensor,
     wanted: Sequence[bool] = (True,) * 7,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of q, k, v, log_decay and scale (both None unless one is wanted), skip (None unless it is wanted),
-    and the initial state; those of q, k and v are untouched memory unless they are wanted."""
+    """The gradients of q, k, v, log_decay, scale, skip and the initial state.
+
+    The gradients of log_decay, scale and skip may be None if they are not ``wanted``; the values of those of q, k and v
+    are then undefined.
+    """
     of_q, of_k, of_v, of_decay, of_scale, of_skip, _ = wanted
     factors = of_decay or of_scale
     dtype = torch.promote_types(v.dtype, torch.float32)
@@ -181,7 +186,7 @@ def decay_scan_bwd(
     grad_scale = v.new_empty(b, l, h, dtype=dtype) if of_scale else None
     by_head = None if skip is None else skip.to(dtype).view(g, r, 1, 1)
     grad_skip = v.new_zeros(h, dtype=dtype) if of_skip else None
-    grad_state = v.new_zeros(b, g, n, r, p, dtype=dtype)  # of the state after the chunk at hand
+    grad_state = v.new_zeros(b, g, n, r, p, dtype=dtype)  # of the state after the current chunk
     if grad_final_state is not None:
         grad_state.copy_(grad_final_state.unflatten(1, (g, r)).permute(0, 1, 4, 2, 3))
     for span in reversed(_spans(l, b * h * CHUNK * CHUNK, _SPAN)):
@@ -221,9 +226,9 @@ def decay_scan_bwd(
             s.split(grad_k).copy_(grad_of_k.add_(torch.matmul(grad_scores.transpose(3, 4), s.q)))
 
         if grad_decay is not None:
-            # The log decay of token t stands in every path from a j < t to an i >= t. Only sums of such paths are
-            # formed here, and no path is added and taken away but in float64.
-            weight.mul_(grad_weight).diagonal(dim1=4, dim2=5).zero_()  # by pairs: d loss / d log of their decay
+            # The log decay of token t is a term in the decay of each pair j < t <= i. Its gradient is the sum over
+            # these pairs. Where a difference of sums is taken, the sums are in float64.
+            weight.mul_(grad_weight).diagonal(dim1=4, dim2=5).zero_()  # d loss / d log decay of each pair
             later = (weight.sum(5, dtype=s.wide) - weight.sum(4, dtype=s.wide)).add_(s.rows_first(reads_before))
             earlier = s.rows_first(writes_after).to(s.wide)
             grad_log = later.flip(4).cumsum(4).flip(4) + (earlier.cumsum(4) - earlier) + across.unsqueeze(4)
@@ -246,19 +251,20 @@ def decay_scan_bwd(
 def _is_constant(
     q: Tensor, v: Tensor, log_decay: Tensor, scale: Tensor | None, skip: Tensor | None, documents: Tensor | None
 ) -> bool:
-    """Whether each head has one decay for all tokens, as an expanded view shows, and there is nothing else."""
+    """Whether log_decay is an expanded view, so that each head has one decay, and q, k and v are the only other inputs
+    (besides the initial state), without groups."""
     if scale is not None or skip is not None or documents is not None or q.shape[2] != v.shape[2]:
         return False
     return all(stride == 0 or size == 1 for stride, size in zip(log_decay.stride()[:2], log_decay.shape))
 
 
 class _Constant:
-    """The factors of every chunk of m tokens, and how tensors are cut into such chunks.
+    """The decays in every chunk of m tokens, and views and copies of tensors by chunks.
 
     Attributes:
-        between: from token j to token i, 0 above the diagonal, (h, m, m).
-        from_start, to_end: of each token, (h, m, 1).
-        over: of the whole chunk, (h, 1, 1).
+        between: the decay from token j to token i, 0 above the diagonal, (h, m, m).
+        from_start, to_end: the decays from the chunk's start to each token, and from there to its end, (h, m, 1).
+        over: the decay over the whole chunk, (h, 1, 1).
     """
 
     def __init__(self, log_decay: Tensor, dtype: torch.dtype, tokens: int):
@@ -282,13 +288,13 @@ class _Constant:
 
 
 def _constants(log_decay: Tensor, dtype: torch.dtype, length: int) -> dict[int, _Constant]:
-    """By the number of a chunk's tokens: that of full ones, and that of a shorter one at the end."""
+    """The factors by the number of tokens in a chunk: of full chunks, and of a shorter last one."""
     sizes = {CHUNK} if length >= CHUNK else set()
     return {m: _Constant(log_decay, dtype, m) for m in sizes | ({length % CHUNK} - {0})}
 
 
 def _bmm(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-    """``a @ b`` over (c, b, h), or that added to ``onto`` in place."""
+    """``a @ b`` over (c, b, h), added in place to ``onto`` if given."""
     if onto is None:
         return torch.bmm(a.flatten(0, 2), b.flatten(0, 2)).unflatten(0, a.shape[:3])
     onto.view(-1, *onto.shape[3:]).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
@@ -336,7 +342,7 @@ def _constant_bwd(
     kept = kept.view(-1, b, h, n, p)
     grad_y = torch.zeros_like(v) if grad_y is None else grad_y
     grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k, v))
-    grad_state = v.new_zeros(b, h, n, p, dtype=dtype)  # of the state after the chunk at hand
+    grad_state = v.new_zeros(b, h, n, p, dtype=dtype)  # of the state after the current chunk
     if grad_final_state is not None:
         grad_state.copy_(grad_final_state.transpose(2, 3))
     constants = _constants(log_decay, dtype, l)
@@ -372,25 +378,25 @@ def decay_scan_plain(
     initial_state: Tensor | None,
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The same in ordinary operators and a loop of the graph over chunks, for exporters, which support only these.
+    """`decay_scan` in ordinary operators and a loop of the graph over chunks, for exporters, which support no others.
 
-    Within a chunk it goes over all pairs of tokens at once, as attention does it (Dao and Gu, section 5).
+    Within a chunk, all pairs of tokens are computed at once, as in attention (Dao and Gu, section 5).
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     r = h // g
     write = v.to(dtype) if scale is None else v * scale.to(dtype).unsqueeze(3)
-    # behind the end nothing is written or read, and nothing decays
+    # the zeros that fill the last chunk write nothing and decay nothing
     reads, keys = (in_chunks(t.to(dtype), CHUNK).transpose(2, 3) for t in (q, k))  # (b, c, g, m, n)
     write = in_chunks(write, CHUNK).transpose(2, 3).unflatten(2, (g, r))  # (b, c, g, r, m, p)
     logs = in_chunks(log_decay.to(dtype), CHUNK).transpose(2, 3).unflatten(2, (g, r))  # (b, c, g, r, m)
 
     lower = seen = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).tril()  # (i, j)
-    sums = torch.where(lower.tril(-1), logs.unsqueeze(5), 0).cumsum(4)  # never a difference of sums
+    sums = torch.where(lower.tril(-1), logs.unsqueeze(5), 0).cumsum(4)  # sums from j + 1 to i, not differences of sums
     from_start = logs.cumsum(4).exp()  # (b, c, g, r, i)
     if documents is not None:
         here = in_chunks(documents + 1, CHUNK)  # (b, c, m)
-        here = torch.where(here == 0, documents[:, -1:, None] + 1, here)  # no document begins behind the end
+        here = torch.where(here == 0, documents[:, -1:, None] + 1, here)  # no document begins in the fill
         first = torch.arange(here.shape[1], device=here.device).unsqueeze(1) == 0
         before = torch.where(first, 1, here[:, :, -1:].roll(1, 1))
         seen = lower & (here.unsqueeze(3) == here.unsqueeze(2))[:, :, None, None]

@@ -1,27 +1,28 @@
 """`decay_scan` in Triton, forward and backward.
 
-The sequence is cut into chunks of 128 tokens. Three kernels make the forward: what each chunk adds to the state, all
-chunks at once; the states passed on from chunk to chunk, the only sequential part, elementwise; and the outputs, again
-all chunks at once. The backward does the same in the other direction.
+The sequence is cut into chunks of 128 tokens. Besides the sums of the decays, the forward is three kernels: the first
+computes the contribution of each chunk to the state, all chunks in parallel; the second passes the states from chunk to
+chunk, elementwise, and is the only sequential one; the third computes the outputs, again all chunks in parallel. The
+backward does the same in the other direction.
 
 Why it should be fast: nearly all the work is matrix products of tiles of at most 64 by 256, whatever the key and value
-dimensions, so no accumulator outgrows the registers (`aot_specs` shows it). The states between chunks are what costs
-memory traffic: of 128 by 64, they are 256 bytes a token and head each time they are read or written, where chunks of 64
-tokens would take twice as much, and within a chunk of 128 the pairs of tokens are still less work than the states.
+dimensions, so no accumulator outgrows the registers (`aot_specs` shows it). Most memory traffic is that of the states
+between chunks. States of 128 by 64 are 256 bytes per token and head each time they are read or written; with chunks of
+64 tokens they would be twice that, and in a chunk of 128 the pairs of tokens are still less work than the states.
 Gradients of q and k are summed over the heads of a group in registers, not in memory.
 
-Where nothing learns the decays, as in RetNet, the backward leaves out all that only their gradient needs: sums of
-float64 that take as many registers as the rest.
+If no gradient of the decays is needed, as in RetNet, the backward leaves out its sums in float64, which take as many
+registers as all else.
 
-Why it is exact: inputs of 16 bits are multiplied as they are and summed in float32; whatever is computed (decayed
-weights, states) is float32, and is cut into three bfloat16 terms that hold all of its bits where the result is kept in
-float32, and into one where it is rounded to 16 bits anyway. Products of float32 inputs are made of six bfloat16
-products ("bf16x6"): as exact as float32, several times faster than its units, and the same on NVIDIA and AMD. Decays
-are sums in float64, stored as two float32, since differences of float32 sums lose the digits of weak decays beside
-strong ones. There are no atomics, so results are the same from run to run.
+Why it is exact: inputs of 16 bits are multiplied as they are and summed in float32. Computed factors (decayed weights,
+states) are float32. A product whose result stays in float32 takes such a factor as three bfloat16 terms, which hold all
+of its bits; a product whose result is rounded to 16 bits takes one term. Products of float32 inputs are made of six
+bfloat16 products ("bf16x6"): as exact as float32, several times faster than the float32 units, and the same on NVIDIA
+and AMD. Decays are sums in float64, stored as two float32, since differences of float32 sums lose the digits of weak
+decays beside strong ones. There are no atomics, so results repeat exactly.
 
 Letters: b batch, l length, h heads, g groups of heads that share q and k, n key_dim, p value_dim, c chunks;
-i tokens that read, j tokens that write. States are (c, b, h, p, n).
+i tokens that read, j tokens that write. ``padded`` is the length in whole chunks. States are (c, b, h, p, n).
 """
 
 from collections.abc import Sequence
@@ -37,24 +38,24 @@ from hf_archs.kernels.aot import FUSED, KernelSpec
 
 CHUNK = 128  # tokens between two kept states
 ROWS = 64  # tokens of a tile; `_grad_scores_kernel` and `_grad_decays_kernel` rely on two tiles a chunk
-HEADS = 4  # heads whose decays are summed by one program
+HEADS = 4  # heads whose decays one program sums
 PASSED = 1024  # elements of the state that one program passes on
-PROGRAMS = 512  # enough of them to fill a large GPU
-MOST_CHUNKS = 2**16 - 1  # of a row: chunks are the second dimension of a grid
-# Each table has a config for inputs of 16 bits, and one for float32 with its products of six terms. Which one runs
-# follows from the dtype alone, so nothing is tuned at run time. A block is at most as large as its dimension.
+PROGRAMS = 512  # enough programs to fill a large GPU
+MOST_CHUNKS = 2**16 - 1  # CUDA's limit for the second dimension of a grid, which counts chunks
+# Each table has a config for inputs of 16 bits, and one for float32, whose products have six terms. The dtype alone
+# chooses it, so nothing is tuned at run time. A block is at most as large as its dimension.
 #
-# For 16 bits four warps are one group of Hopper's, which multiplies 64 rows at once: eight on the same tile would leave
-# each group half of its columns, and every weight would be formed and cut into terms twice.
+# For 16 bits, four warps are one warp group of Hopper, which multiplies 64 rows at once. With eight warps on the same
+# tile, each group would get half of the columns, and both would compute every weight and cut it into terms.
 STATE_CONFIGS = [  # `_chunk_states_kernel`: BLOCK_P by BLOCK_N of a state, summed over ROWS tokens at once
     {"ROWS": 32, "BLOCK_N": 256, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3},
     {"ROWS": 16, "BLOCK_N": 64, "BLOCK_P": 64, "num_warps": 8, "num_stages": 2},
 ]
-OUTPUT_CONFIGS = [  # `_outputs_kernel`, `_grad_values_kernel`: BLOCK_P values, wide, since each forms the scores anew
+OUTPUT_CONFIGS = [  # `_outputs_kernel`, `_grad_values_kernel`: BLOCK_P is large, since each block recomputes the scores
     {"COLUMNS": 64, "BLOCK_N": 32, "BLOCK_P": 128, "num_warps": 4, "num_stages": 3},
     {"COLUMNS": 32, "BLOCK_N": 16, "BLOCK_P": 64, "num_warps": 8, "num_stages": 2},
 ]
-SCORE_CONFIGS = [  # `_grad_scores_kernel`: what is summed over at once
+SCORE_CONFIGS = [  # `_grad_scores_kernel`: key and value channels that a step of its sums takes
     {"BLOCK_N": 32, "BLOCK_P": 32, "num_warps": 8, "num_stages": 3},
     {"BLOCK_N": 16, "BLOCK_P": 16, "num_warps": 8, "num_stages": 2},
 ]
@@ -66,7 +67,7 @@ KEY_CONFIGS = [  # `_grad_keys_kernel`: BLOCK_N of a key, summed over BLOCK_P va
 
 @triton.jit
 def _dot(a, b, total, FINE: tl.constexpr, PRECISION: tl.constexpr):
-    """``total + a @ b``, where either may be a computed float32 and the other one an input."""
+    """``total + a @ b``, where one factor is an input, and the other one an input or a computed float32."""
     if a.dtype == b.dtype and a.dtype != tl.float32:
         total = tl.dot(a, b, total)
     elif a.dtype == tl.bfloat16:
@@ -85,26 +86,27 @@ def _dot(a, b, total, FINE: tl.constexpr, PRECISION: tl.constexpr):
             term = a.to(tl.bfloat16)
             total = tl.dot(term, b, total)
             total = tl.dot((a - term.to(tl.float32)).to(tl.bfloat16), b, total)
-    else:  # float16 would overflow where a float32 does not
+    else:  # a computed float32 may overflow in float16, so both become float32
         total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
 def _rows(x, t, d, length, x_l, D: tl.constexpr):
-    """Tokens ``t`` and columns ``d`` of x, whose rows are ``x_l`` apart: (tokens, columns)."""
+    """Tokens ``t`` and columns ``d`` of x, whose tokens have the stride ``x_l``: (tokens, columns)."""
     return tl.load(x + t.to(tl.int64)[:, None] * x_l + d[None, :], (t < length)[:, None] & (d < D)[None, :], 0)
 
 
 @triton.jit
 def _columns(x, t, d, length, x_l, D: tl.constexpr):
-    """The same, transposed: (columns, tokens)."""
+    """`_rows`, transposed: (columns, tokens)."""
     return tl.load(x + t.to(tl.int64)[None, :] * x_l + d[:, None], (t < length)[None, :] & (d < D)[:, None], 0)
 
 
 @triton.jit
 def _document(documents, t, length):
-    """The document of tokens ``t``; that of the tokens before the first and after the last is theirs."""
+    """The documents of tokens ``t``; positions before the first token have its document, those after the last have
+    that one's."""
     return tl.load(documents + tl.minimum(tl.maximum(t, 0), length - 1))
 
 
@@ -141,8 +143,8 @@ def _between(high, low, documents, i, j, length):
 def _decay_sums_kernel(
     log_decay,  # (b, l, h), strides given
     scale,  # (b, l, h), strides given, or None
-    high,  # (b, h, padded): the sum of the log2 decays from the chunk's start on, inclusive
-    low,  # (b, h, padded): what of it does not fit in a float32
+    high,  # (b, h, padded): the sum of the log2 decays from the chunk's start to each token, inclusive
+    low,  # (b, h, padded): the rest of this sum, which does not fit in one float32
     scales,  # (b, h, padded), or None
     length,
     padded,
@@ -163,7 +165,7 @@ def _decay_sums_kernel(
     inside = (t < length) & (h < heads)
     logs = tl.load(log_decay + b * a_b + t * a_l + h * a_h, inside, 0).to(tl.float64)
     logs *= 1.4426950408889634
-    # two to that is 0, and differences of infinities would be no number; not `tl.maximum`, which loses one
+    # 2 to -1100 is 0, and differences of infinities would be no numbers; not `tl.maximum`, which drops a NaN
     sums = tl.cumsum(tl.where(logs < -1100.0, -1100.0, logs), axis=1)
     place = (b * heads + h) * padded + t
     above = sums.to(tl.float32)
@@ -175,11 +177,11 @@ def _decay_sums_kernel(
 
 @triton.jit(do_not_specialize=["length", "padded"])
 def _chunk_states_kernel(
-    keys,  # (b, l, g, n), strides given: k, or q where READS
-    values,  # (b, l, h, p), strides given: v, or the gradient of y where READS
+    keys,  # (b, l, g, n), strides given: k, or q if READS
+    values,  # (b, l, h, p), strides given: v, or the gradient of y if READS
     high,
     low,
-    scales,  # None where READS
+    scales,  # None if READS
     documents,  # (b, l) or None
     out,  # (c, b, h, p, n)
     length,
@@ -237,7 +239,7 @@ def _chunk_states_kernel(
 
 @triton.jit(do_not_specialize=["length", "padded", "chunks"])
 def _pass_states_kernel(
-    added,  # (c, b, h, p, n): what each chunk adds
+    added,  # (c, b, h, p, n): the contribution of each chunk
     passed,  # (c, b, h, p, n): the state before each chunk; REVERSED: the gradient of the state after it
     first,  # (b, h, p, n): the initial state, or the gradient of the final one, or None
     last,  # (b, h, p, n): the final state, or the gradient of the initial one
@@ -257,7 +259,7 @@ def _pass_states_kernel(
     PASSED: tl.constexpr,
 ):
     TILES: tl.constexpr = (STATE + PASSED - 1) // PASSED
-    AHEAD: tl.constexpr = 4  # chunks that are fetched at once, since each waits for the one before
+    AHEAD: tl.constexpr = 4  # chunks that are loaded together, to overlap their latencies
     tile = tl.program_id(0) % TILES
     row = (tl.program_id(0) // TILES).to(tl.int64)  # of (b, h)
     element = tile * PASSED + tl.arange(0, PASSED)
@@ -275,7 +277,7 @@ def _pass_states_kernel(
         for ahead in tl.static_range(AHEAD):
             c = begin + ahead
             there = c < chunks
-            # not `inside & there`: a scalar spread into a mask is none to the interpreter of Triton 3.9
+            # not `inside & there`: the interpreter of Triton 3.9 rejects the dtype of a mask combined with a scalar
             mask = tl.where(there, inside, False)
             if REVERSED:
                 c = chunks - 1 - c
@@ -466,10 +468,11 @@ def _grad_scores_kernel(
     scales,
     documents,
     grad_scores,  # (c, splits, b, g, 3, ROWS, ROWS): of q . k, summed over the heads of a split
-    inside,  # (b, h, padded), float64: by pairs of tokens of one tile, what each reads less what it writes; or None
-    crossing,  # (b, h, padded): by pairs of tokens of two tiles, what those of the first write, of the second read
-    columns,  # (b, h, padded): d loss / d scale by the pairs of tokens of one tile
-    grad_skips,  # (c, 2, b, h): the part of each tile of tokens; or None
+    # A pair's path is d loss / d log of its decay. The next three are sums over pairs, by token, or None:
+    inside,  # (b, h, padded), float64: pairs in one tile, the sum where the token reads less that where it writes
+    crossing,  # (b, h, padded): pairs of both tiles; the tokens of the first tile write, those of the second read
+    columns,  # (b, h, padded): d loss / d scale, from the pairs in one tile
+    grad_skips,  # (c, 2, b, h): the part from each tile of tokens; or None
     length,
     padded,
     batch,
@@ -496,7 +499,7 @@ def _grad_scores_kernel(
     BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient by pairs of tokens, tiles (0, 0), (1, 0) and (1, 1) of a chunk, for the heads of a group in turn."""
+    """The gradients of pairs of tokens: tiles (0, 0), (1, 0) and (1, 1) of a chunk, for one head after another."""
     pair = tl.program_id(0) % 3
     row = tl.program_id(0) // 3  # of (splits, b, g)
     groups = heads // shared
@@ -527,7 +530,7 @@ def _grad_scores_kernel(
             grad = _dot(wanted, written, grad, True, PRECISION)
         grad *= _between(high + line, low + line, documents, i[:, None], j[None, :], length)
         if grad_skips is not None:
-            # on the diagonal is each token's own product of v and the gradient of y, which nothing decays
+            # the diagonal has each token's own product of v and the gradient of y, which is not decayed
             own = tl.sum(tl.sum(tl.where(i[:, None] == j[None, :], grad, 0), 1), 0)
             tl.store(grad_skips + ((c.to(tl.int64) * 2 + pair // 2) * batch + b) * heads + h, own, pair != 1)
         scale = tl.full((ROWS,), 1, tl.float32)
@@ -543,8 +546,9 @@ def _grad_scores_kernel(
                 tl.store(crossing + line + i, tl.sum(paths, 1))
             else:
                 tl.store(columns + line + j, by_column)
-                # A decay stands in the paths from before it to it or later: what is read from a token on, less what is
-                # written from there on. In float64, since most of it is added and taken away again.
+                # The gradient of a log decay is the sum of the paths that write before it and read at or after it:
+                # of all paths that read from there on, less those that write from there on. In float64, since the
+                # difference loses digits.
                 wide = tl.where(i[:, None] > j[None, :], paths, 0).to(tl.float64)
                 tl.store(inside + line + i, tl.sum(wide, 1) - tl.sum(wide, 0))
     place = ((c.to(tl.int64) * splits * batch * groups + row) * 3 + pair) * (ROWS * ROWS)
@@ -553,17 +557,17 @@ def _grad_scores_kernel(
 
 @triton.jit(do_not_specialize=["length", "padded", "splits"])
 def _grad_keys_kernel(
-    keys,  # (b, l, g, n), strides given: k, or q where READS
-    others,  # (b, l, g, n), strides given: q, or k where READS
-    values,  # (b, l, h, p), strides given: v, or the gradient of y where READS
+    keys,  # (b, l, g, n), strides given: k, or q if READS
+    others,  # (b, l, g, n), strides given: q, or k if READS
+    values,  # (b, l, h, p), strides given: v, or the gradient of y if READS
     high,
     low,
-    scales,  # None where READS
+    scales,  # None if READS
     documents,
-    states,  # (c, b, h, p, n): the gradients of the states after the chunks, or the states before them where READS
+    states,  # (c, b, h, p, n): the gradients of the states after the chunks, or the states before them if READS
     grad_scores,
     grad_keys,  # (splits, b, l, g, n)
-    along,  # (tiles of n, b, h, padded): the gradient's product with each key, before the scale; or None
+    along,  # (tiles of n, b, h, padded): each key's product with its gradient by the states, before the scale; or None
     length,
     padded,
     batch,
@@ -602,7 +606,8 @@ def _grad_keys_kernel(
     others += b * o_b + g.to(tl.int64) * o_g
     if documents is not None:
         documents += b * length
-    # Everything is transposed, (n, t): what is cut into terms stands on the left, where each warp holds its rows only.
+    # Everything is transposed, (n, t), so that the factor that is cut into terms is the left one: of that, each warp
+    # holds only its own rows.
     if along is not None:
         key = _columns(keys + b * k_b + g.to(tl.int64) * k_g, t, n, length, k_l, N).to(tl.float32)
 
@@ -666,7 +671,7 @@ def _grad_decays_kernel(
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Join what is known by token: a decay gets what is read at it or later, and what was written before it."""
+    """Sum the paths of each log decay: those that are read at its token or later, and those written before it."""
     parts = tl.cdiv(heads, HEADS)
     b = (tl.program_id(0) // parts).to(tl.int64)
     h = (tl.program_id(0) % parts * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
@@ -692,7 +697,7 @@ def _grad_decays_kernel(
         scaled *= scale
         written *= scale
     crossed = tl.where(m < ROWS, 0, crossed)
-    # within the first tile the crossing paths were written before a token, within the second they are read after it
+    # crossing paths are written before a token of the first tile, and read at or after a token of the second
     before = tl.where(m < ROWS, tl.cumsum(scaled, 1) - scaled, 0) + tl.cumsum(written, 1) - written
     read += tl.load(inside + line, there, 0)
     after = tl.where(m < ROWS, 0, tl.cumsum(crossed, 1, reverse=True)) + tl.cumsum(read, 1, reverse=True)
@@ -704,7 +709,7 @@ def _grad_decays_kernel(
 
 
 def _precision() -> str:
-    # what the interpreter multiplies exactly has another name there
+    # the interpreter multiplies exactly, and knows only the name "ieee"
     return "ieee" if knobs.runtime.interpret else "bf16x6"
 
 
@@ -715,18 +720,18 @@ def _arguments(config: dict[str, int], n: int, p: int) -> dict[str, Any]:
 
 
 def _tile(dimension: int, tile: int) -> int:
-    """The tile for a dimension: a power of two, and at least what the matrix units take."""
+    """The tile for a dimension: a power of two, and at least 16, the least that tensor cores take."""
     return min(tile, max(16, triton.next_power_of_2(dimension)))
 
 
 def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """In ``dtype``, the last dimension adjacent."""
+    """``t`` in ``dtype``, with a last dimension of stride 1."""
     t = t.to(dtype)
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 class _Launch:
-    """The inputs as the kernels take them, and what forward and backward have in common."""
+    """The inputs as the kernels take them, and the launches that forward and backward share."""
 
     def __init__(self, q, k, v, log_decay, scale, skip, documents, config):
         (b, l, h, p), n = v.shape, q.shape[3]
@@ -788,9 +793,9 @@ def decay_scan_fwd(
     keep_states: bool,
     config: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and (if asked for) the chunks' start states in one row.
+    """y, the final state, and the chunks' start states, flattened, or nothing unless ``keep_states``.
 
-    ``config`` is a place in the tables of configs, in the place of the one that the dtype gives.
+    ``config`` is an index into the tables of configs, and overrides the choice by dtype.
     """
     (b, l, h, p), g = v.shape, q.shape[2]
     x = _Launch(q, k, v, log_decay, scale, skip, documents, config)
@@ -819,8 +824,8 @@ def decay_scan_bwd(
     wanted: Sequence[bool] = (True,) * 7,
     config: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of q, k, v, log_decay and scale (both None unless one is wanted), skip (None unless it is wanted),
-    and the initial state."""
+    """The gradients of q, k, v, log_decay and scale (both None if neither is ``wanted``), skip (None if it is not
+    wanted), and the initial state."""
     factors = wanted[3] or wanted[4]
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     r = h // g
@@ -840,7 +845,7 @@ def decay_scan_bwd(
         *of_q, *of_k, *of_y, **x.over_values, **FUSED,
     )  # fmt: skip
 
-    # The heads of a group take turns in one program; where that leaves a large GPU idle, they are split among several.
+    # One program computes the heads of a group one after another; if that leaves a large GPU idle, several share them.
     splits = min(r, triton.cdiv(PROGRAMS, max(1, b * g * x.chunks)))
     inside = crossing = columns = along = None
     if factors:
@@ -880,8 +885,8 @@ def decay_scan_bwd(
 
 def aot_specs() -> list[KernelSpec]:
     """Every kernel and config, for `hf_archs.kernels.aot`, at the shapes of published models: Mamba-2 2.7B, whose 80
-    heads are a multiple of 16, and Mamba2-130m, whose 24 are not; RetNet 6.7B, whose decays are constants without a
-    gradient, and the kernels of its backward in float32. The second and the third have documents, as in packed
+    heads are a multiple of 16; Mamba2-130m, whose 24 heads are not; and RetNet 6.7B, whose decays are constants without
+    a gradient, in float32 only its backward. Mamba2-130m, and RetNet 6.7B in bfloat16, have documents, as in packed
     training."""
     learnt = ("inside", "crossing", "columns", "along", "across")
     constant: dict[str, Any] = dict.fromkeys((*learnt, "scale", "scales", "skips", "grad_skips")) | {"shared": 1}

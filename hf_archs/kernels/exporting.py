@@ -1,7 +1,7 @@
-"""Helpers of ops in exported graphs, which are made from one example and must be right at every length.
+"""Helpers for ops in exported graphs, which are made from one example and must be right at every length.
 
-`torch.export`, and `torch.onnx.export` through it, know no custom operator and no loop over a symbolic length;
-`torch.jit.trace` writes down the example's length wherever Python computes with it.
+A graph of `torch.export`, and of `torch.onnx.export` on top of it, must hold no custom operator, which other runtimes
+lack, and no Python loop over a symbolic length. `torch.jit.trace` makes a length that Python computes with a constant.
 
 Letters: b batch, l length.
 """
@@ -17,27 +17,28 @@ from torch.utils._pytree import tree_map
 
 
 def any_length() -> bool:
-    """Whether a graph is being exported: no branch may depend on a length, except on whether it is 1."""
+    """Whether a graph is being exported. A branch may then depend only on ``length == 1``: exporters fix that case."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def scan(step: Callable[[Any, Any], tuple[Any, Tensor]], state: Any, inputs: Any) -> tuple[Any, Tensor]:
-    """``step(state, inputs[t])`` gives the state after t and what comes of it; the loop is one operator of the graph.
+    """Loop over t: ``step(state, inputs at t)`` gives the next state and an output. It is one operator of the graph.
 
     Args:
-        state: tensors in tuples, which keep their shapes and dtypes.
+        state: tensors in tuples; ``step`` must keep their shapes and dtypes.
         inputs: tensors in tuples, whose first dimension is t.
 
     Returns:
-        the last state, and what came of all t, t first.
+        the last state, and the outputs of all t, stacked along the first dimension.
     """
 
     def own(state: Any, token: Any) -> tuple[Any, Any]:
-        # which the operator asks for: states laid out as the first one, and no output in the memory of another
+        # torch's scan requires states with the strides of the initial one, and outputs that share no memory
         state, output = step(state, token)
         return tree_map(_fresh, state), output.clone()
 
-    if torch.onnx.is_in_onnx_export():  # whose graphs have no gradients, and lose their way where a loop might have one
+    # ONNX graphs have no gradients, and their export may fail if the inputs of a scan require them
+    if torch.onnx.is_in_onnx_export():
         state, inputs = tree_map(Tensor.detach, (state, inputs))
     return _scan(own, tree_map(_fresh, state), inputs)
 
@@ -47,7 +48,7 @@ def _fresh(t: Tensor) -> Tensor:
 
 
 def count_chunks(length: int, size: int) -> int:
-    """One more than are needed, and so at least two: exporters take a dimension that is 1 for one that always is."""
+    """Chunks for ``length``, and one spare: with at least two, exporters do not fix this dimension at 1."""
     return (length + 2 * size - 1) // size
 
 
@@ -59,6 +60,6 @@ def in_chunks(t: Tensor, size: int) -> Tensor:
 
 
 def out_of_chunks(t: Tensor, length: int) -> Tensor:
-    """The way back: (b, chunks, size, ...) to (b, length, ...)."""
-    # not a slice: exporters cannot show that there are enough chunks for any length
+    """The inverse of `in_chunks`: (b, chunks, size, ...) to (b, length, ...)."""
+    # not a slice: exporters cannot prove that chunks * size >= length
     return t.flatten(1, 2).index_select(1, torch.arange(length, device=t.device))

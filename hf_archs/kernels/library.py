@@ -1,6 +1,7 @@
-"""Ops as PyTorch's op library sees them: `Op` registers one with its backward, fake, guards and form for exporters.
+"""Ops in PyTorch's op library: `Op` registers an op with its backward, its fake (the shapes of its results), and its
+form for exporters.
 
-A schema has no optional results, so a tensor that is missing comes back empty.
+PyTorch's schemas have no optional results, so an op returns an empty tensor for one that is absent.
 """
 
 import importlib
@@ -17,15 +18,15 @@ OPS: dict[str, "Op"] = {}  # by the name in PyTorch's library
 
 
 def _nothing(tensors: Any) -> bool:
-    """Whether no tensor has an element, as where there are no rows."""
+    """Whether no tensor has an element, as in an empty batch."""
     return all(t is None or t.numel() == 0 for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
 
 
-@torch.compiler.assume_constant_result  # a traced op may read a constant of the module
+@torch.compiler.assume_constant_result  # so that a traced op may read the module's constants
 def form(op: str, backend: str) -> Any:
-    """The module of an op's Triton or portable form: of ``x``, ``x_triton`` or ``x_portable``.
+    """The module of an op's form: for the op module ``x``, ``x_triton`` or ``x_portable``.
 
-    It is imported at its first use, since Triton may be missing.
+    The form is imported at its first use, since Triton may be absent.
     """
     return importlib.import_module(f"{op}_{backend}")
 
@@ -33,23 +34,25 @@ def form(op: str, backend: str) -> Any:
 class Op:
     """``hf_archs::<name>`` and ``hf_archs::<name>_backward``, computed by ``<name>_fwd`` and ``<name>_bwd``.
 
-    The form is chosen at the call, also for the backward. Both run with autocast off and on the device of the first
-    tensor. The op can be differentiated once. ``<name>_bwd`` takes the gradients of the results (None where there is
-    none), the tensors, the kept result, the options and ``wanted``, a bool for each learnt tensor. It gives a gradient
-    for each of these: None for zeros, anything where it is not wanted.
+    The form is chosen at the call of the forward, for the backward too. Both run with autocast off and on the device of
+    the first tensor. The op can be differentiated once. ``<name>_bwd`` takes the gradients of the results (None if a
+    result has no gradient), the tensors, the kept result, the options and ``wanted``, a bool for each learnt tensor. It
+    returns a gradient for each learnt tensor; None means zeros, and a gradient that is not wanted may be anything.
 
     Args:
-        module: the name of the public function's module, which has its ``cases`` too.
-        schema: name, arguments and results: first tensors, then options. Where the last option is ``bool keep``, the
-            last result is for the backward only, and may be empty unless ``keep``.
-        fake: the forward on shapes. It takes the name of the form's backend as a last argument.
+        module: the name of the public function's module, which also has the op's ``cases``.
+        schema: name, arguments and results. Tensors come before options. If the last option is ``bool keep``, the last
+            result is for the backward only, and may be empty unless ``keep``.
+        fake: the forward on shapes. Its last argument is the backend of the form.
         learnt: names of the tensors that have gradients.
-        unread: those of them whose values the backward does not read: neither kept for it nor handed to it.
-        float64: whether the Triton form computes in it; float64 tensors take the portable form otherwise.
-        only: the backend whose form is the only one, if there is one.
-        waits: whether it asks a GPU for values, which a CUDA graph cannot hold: torch.compile keeps the op out of them.
-        plain: the op in PyTorch's own operators, for exporters and `torch.func`, which support only these; None if the
-            public function handles them.
+        unread: names of the learnt tensors whose values the backward does not need; they are not saved for it and not
+            passed to it.
+        float64: whether the Triton form supports float64; if not, float64 tensors take the portable form.
+        only: the backend of the only form; None if there are two.
+        waits: whether the op waits for values from a GPU. A CUDA graph cannot, so torch.compile leaves the op out of
+            CUDA graphs.
+        plain: the op in PyTorch's own operators, for exporters and `torch.func`, which support no others; None if the
+            public function handles these.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *arguments: Any) -> Any:
-        """The results, of which those for the backward are left out; ``keep`` is no argument here."""
+        """The results without the one for the backward. ``keep`` is no argument: it is true if gradients are needed."""
         if self.plain is not None and (torch.compiler.is_exporting() or is_transformed()):
             with full_precision(arguments[0]):
                 return self.plain(*arguments)
@@ -111,7 +114,7 @@ class Op:
         return self.only or ("portable" if is_wide and not self.float64 else backend_for(x))
 
     def run(self, *arguments: Any) -> Any:
-        """The forward itself, past PyTorch's library."""
+        """The forward itself, which PyTorch's library calls; a direct call avoids the library's overhead."""
         x = arguments[0]
         if x.numel() == 0 and _nothing(empty := self.fake(*arguments)):
             return empty
@@ -119,12 +122,12 @@ class Op:
             return self.forward(*arguments)
 
     def forward(self, *arguments: Any) -> Any:
-        """The results as the form gives them."""
+        """The results of the form's forward."""
         *inputs, backend = arguments
         return getattr(form(self.module, backend), f"{self.short}_fwd")(*inputs)
 
     def backward(self, *arguments: Any) -> Sequence[Tensor | None]:
-        """The gradients as the form gives them."""
+        """The gradients of the form's backward."""
         *inputs, backend, wanted = arguments
         read = [t for place, t in enumerate(inputs, -self.results) if place not in self.unread]
         return getattr(form(self.module, backend), f"{self.short}_bwd")(*read, wanted)
@@ -163,7 +166,7 @@ class Op:
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         grads, wanted = grads[: self.results], [ctx.needs_input_grad[place] for place in self.learnt]
         if any(grad is not None for grad in grads):
-            # read once: gradient checkpointing recomputes the saved tensors, and hands them out once
+            # read ctx.saved_tensors only once: gradient checkpointing, which recomputes them, raises on a second read
             found = self.backward_op(*grads, *ctx.saved_tensors, *ctx.options, wanted)
             for place, asked, gradient in zip(self.learnt, wanted, found):
                 gradients[place] = gradient if asked else None

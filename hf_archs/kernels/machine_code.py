@@ -1,7 +1,7 @@
 """The figures of a compiled kernel, read from its machine code; no GPU is needed.
 
-A warp executes the instructions that are counted here, and those inside a loop many times; how often is not in the
-code. Every figure is one of which less is better.
+Instructions are counted as they stand in the code of a warp; the code does not tell how often a loop repeats them. A
+smaller figure is better, except that tensor instructions must not vanish.
 """
 
 import re
@@ -59,12 +59,12 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
 
 
 def _nvidia(sass: str) -> list[tuple[int, str, int | None]]:
-    """Of each instruction: address, name, and the address to which it branches."""
+    """For each instruction, its address, its name, and the address that it branches to, or None."""
     code: list[tuple[int, str, int | None]] = []
     for at, name, rest in _INSTRUCTION.findall(sass):
         to = re.search(r"\b0x([0-9a-f]+)\s*$", rest) if name.startswith("BRA") else None
         target = int(to[1], 16) if to else None
-        if name not in _NOTHING and target != int(at, 16):  # padding, and the branch to itself after the end
+        if name not in _NOTHING and target != int(at, 16):  # not padding, nor the final branch to itself
             code.append((int(at, 16), name, target))
     return code
 
@@ -80,8 +80,8 @@ def _amd(assembly: str) -> list[tuple[int, str, int | None]]:
 
 
 def _loops(code: list[tuple[int, str, int | None]]) -> list[int]:
-    """The instructions that each backward branch repeats."""
-    ends: dict[int, int] = {}  # by the address of the beginning, to which several branches may go back
+    """The number of instructions in each loop (closed by a backward branch), without those of loops inside it."""
+    ends: dict[int, int] = {}  # from a loop's first address to that of the last branch back to it
     for at, _, target in code:
         if target is not None and target < at:
             ends[target] = at
@@ -94,7 +94,7 @@ def _loops(code: list[tuple[int, str, int | None]]) -> list[int]:
 
 
 def _read(name: str) -> tuple[str, str] | None:
-    """The kind under which an instruction counts beside the others, and its shape or width; most have none."""
+    """The kind of an instruction (tensor, loads or stores) and its shape or width; None for most instructions."""
     parts = name.split(".")
     if parts[0].endswith("MMA") or name.startswith(("v_mfma", "v_smfmac")):
         return "tensor", name

@@ -14,23 +14,23 @@ from hf_archs.kernels.numerics import cast, inverse_rms, wide
 def rms_norm_gated(
     x: Tensor, weight: Tensor, z: Tensor | None = None, *, eps: float, group_size: int | None = None
 ) -> Tensor:
-    """``RMSNorm(x * silu(z)) * weight``, the mean square being taken over groups of channels.
+    """``RMSNorm(x * silu(z)) * weight``, with one mean square for each group of channels.
 
-    Everything is computed in float32, or float64 where ``x`` is; the normalised value is rounded to the dtype of ``x``
-    before the weight multiplies it, as in transformers.
+    Everything is computed in float32, or in float64 if ``x`` is float64; the normalised value is rounded to the dtype
+    of ``x`` before the weight multiplies it, as in transformers.
 
     Args:
         x: input, (..., channels).
         weight: (channels,).
-        z: gate, of the shape of ``x``; None for no gate, which is RMSNorm.
+        z: gate, of the shape of ``x``; None for RMSNorm without a gate.
         eps: added to the mean square.
         group_size: channels that share a mean square; None for all.
 
     Returns:
-        A tensor with the shape and dtype of ``x``, which can be differentiated, once.
+        A tensor with the shape and dtype of ``x``, which can be differentiated once.
 
     Raises:
-        ValueError: where a shape does not fit, naming the argument.
+        ValueError: for a wrong shape or group size; the message names the argument.
     """
     channels = x.shape[-1]
     group_size = channels if group_size is None else group_size

@@ -1,5 +1,5 @@
-"""`rms_norm_gated` in PyTorch, block by block, so that what is only needed for a while stays in the processor's cache
-and takes no memory; the backward computes again what the forward did.
+"""`rms_norm_gated` in PyTorch, in blocks of rows, so that a block's temporaries fit the processor's cache. The backward
+computes the forward's values again instead of storing them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hf_archs.kernels.numerics import inverse_rms
 
-BLOCK_ELEMENTS = 2**18  # of x in a block: 1 MB of float32, and long enough to hide the cost of a call
+BLOCK_ELEMENTS = 2**18  # elements of x per block: 1 MB in float32, and enough to outweigh the overhead of PyTorch calls
 
 
 def _blocks(channels: int, elements: int, x: Tensor, *tensors: Tensor | None) -> Iterator[list[Any]]:
-    """The same rows of every tensor, seen as (rows, channels); None of None."""
+    """For each block, its rows of every tensor, seen as (rows, channels); None for a tensor that is None."""
     rows = [None if t is None else t.reshape(-1, channels) for t in (x, *tensors)]
     step = max(1, elements // channels)
     for start in range(0, x.numel() // channels, step):
@@ -53,7 +53,7 @@ def rms_norm_gated_bwd(
     *,
     block: int = BLOCK_ELEMENTS,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of x, weight and z, each untouched memory unless it is wanted."""
+    """The gradients of x, weight and z (None without z). The value of one that is not ``wanted`` is undefined."""
     of_x, of_weight, of_z = wanted
     dtype, channels = torch.promote_types(x.dtype, torch.float32), x.shape[-1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -65,13 +65,13 @@ def rms_norm_gated_bwd(
         groups = gated.view(-1, channels // group_size, group_size)
         scale = inverse_rms(groups, eps)
         normed = groups * scale
-        # the forward rounded what the weight multiplies
+        # the normalised value is rounded, as in the forward
         product = g.to(dtype) * normed.view(g.shape).to(x.dtype)
         if of_weight:
             grad_weight += product.sum(0)
             if not (of_x or of_z):
                 continue
-        # of the gated input u, with n = scale u and its gradient h: scale (h - n mean(h n))
+        # u is the gated input, n = scale u, and h the gradient of n: that of u is scale (h - n mean(h n))
         grad_gated = torch.mul(g, wide_weight, out=product)
         h = grad_gated.view_as(normed)
         along = torch.linalg.vecdot(h, normed).div_(group_size).unsqueeze(-1)

@@ -1,11 +1,14 @@
 """`rms_norm_gated` in Triton, forward and backward.
 
-Both are bound by memory traffic. A program holds whole groups of channels in registers, so every tensor is read once
-and written once and nothing is stored between forward and backward: the backward finds the mean square again from the
-inputs it reads anyway.
+Memory traffic limits both. A program holds whole groups of channels in registers, so that it reads each input once and
+writes each output once. Nothing is stored for the backward, which computes the mean square again from the inputs that
+it reads anyway.
+
+UNIT is 8 or 1 (`row_unit`): the host divides channels and strides by it, and the kernel multiplies them by it again, so
+that the compiler knows them to be multiples of it.
 """
 
-# a tuple that grows in a kernel has a type of its own at every step
+# to mypy, a tuple that grows in a kernel has another type at each length
 # mypy: disable-error-code="assignment,var-annotated"
 
 from collections.abc import Sequence
@@ -18,17 +21,18 @@ from torch import Tensor
 from hf_archs.kernels.aot import FUSED, KernelSpec
 from hf_archs.kernels.triton_functions import row_strides, row_unit, sigmoids
 
-# Rows that one program of the backward walks through. It sums the gradient of the weight in registers meanwhile and
-# writes it once, so this is what keeps that traffic at a few hundredths of the rest; every ROWS below divides it.
+# Rows per program of the backward, a multiple of every ROWS. A program sums the gradient of the weight in registers and
+# writes it once, so that this traffic is a few hundredths of the rest.
 SPAN = 16
 
 
 def _config(group_size: int, backward: bool = False) -> dict[str, int]:
     """Rows of a program, tiles of a group and channels in each, and warps.
 
-    A tile is a power of two wide, and a group is as many tiles as leave the fewest lanes idle: 5,120 channels are five
-    of 1,024, and none is. A thread holds 8 channels of a tile (16 bytes of bfloat16), or half of that where the
-    backward, which holds three tensors, would come to more than 24 and run out of registers.
+    The width of a tile is a power of two. A group is cut into the number of tiles that leaves the fewest lanes idle:
+    5,120 channels are five tiles of 1,024, without an idle lane. A thread holds 8 channels of a tile (16 bytes of
+    bfloat16). The backward, which holds three tensors, runs out of registers above 24 channels of each per thread, and
+    takes twice the warps then.
     """
     splits = [(number, triton.next_power_of_2(triton.cdiv(group_size, number))) for number in (1, 3, 5, 7)]
     tiles, block = min((s for s in splits if s[0] == 1 or s[1] >= 256), key=lambda s: (s[0] * s[1], s[0]))
@@ -54,7 +58,7 @@ def _rms_norm_gated_fwd_kernel(
     z,  # as x, or None
     y,  # (rows, channels)
     rows,
-    channels,  # in units, as the strides are
+    channels,  # divided by UNIT, like the strides
     x_stride,
     z_stride,
     eps,
@@ -99,9 +103,9 @@ def _rms_norm_gated_bwd_kernel(
     x,
     weight,
     z,
-    grad_x,  # (rows, channels), like grad_z; this and each of those below may be None
-    grad_z,
-    sums,  # (programs along rows, channels): each program's gradient of the weight
+    grad_x,  # (rows, channels), or None
+    grad_z,  # (rows, channels), or None
+    sums,  # (spans of rows, channels): each span's gradient of the weight, or None
     rows,
     channels,
     g_stride,
@@ -149,7 +153,7 @@ def _rms_norm_gated_bwd_kernel(
             h = gs[tile].to(ACC) * tl.load(weight + first + lane, lane < GROUP, 0).to(ACC)[None, :]
             along += h * gated
         scale = _scale(squares, eps, GROUP)
-        # of the gated input u, with n = scale u and its gradient h: scale (h - n mean(h n))
+        # u is the gated input, n = scale u, and h the gradient of n: that of u is scale (h - n mean(h n))
         mean = scale * scale * (tl.sum(along, 1) / GROUP)[:, None]
         new_totals = ()
         for tile in tl.static_range(TILES):
@@ -162,7 +166,7 @@ def _rms_norm_gated_bwd_kernel(
                 s, rest = sigmoids(z_tile)
                 gate = z_tile * s
                 gated = x_tile * gate
-            # the forward rounded what the weight multiplies
+            # the normalised value is rounded, as in the forward
             new_totals += (totals[tile] + g * (gated * scale).to(x.dtype.element_ty).to(ACC),)
             h = g * tl.load(weight + first + lane, lane < GROUP, 0).to(ACC)[None, :]
             h = scale * (h - gated * mean)
@@ -178,7 +182,7 @@ def _rms_norm_gated_bwd_kernel(
 
 
 def _rows(t: Tensor) -> Tensor:
-    """(rows, channels): a view where the channels are adjacent, as in a slice of a wider tensor; else a copy."""
+    """``t`` as (rows, channels): a view if its channels are adjacent, as in a slice of a wider tensor; else a copy."""
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
 
@@ -249,8 +253,8 @@ def rms_norm_gated_bwd(
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Both kernels for groups from one head to the whole of a wide model, in rows of 8-element units, as Mamba2-130m's
-    of 3,352 are; once in rows of any number of elements, and once without a gate.
+    """Both kernels for groups of 64 to 8,192 channels, in rows divisible by 8, as Mamba2-130m's rows of 3,352 are; once
+    in rows of any size, and once without a gate.
     """
     shapes = [("", 64, 8), ("Mamba2-130m, ", 1536, 8), ("Mamba2-1.3b, ", 4096, 8), ("Mamba2-2.7b, ", 5120, 8)]
     shapes += [("", 8192, 8), ("any rows, ", 1536, 1), ("no gate, ", 2048, 8)]

@@ -1,1 +1,1 @@
-"""For the tests of plugins: the contract of an architecture, and checks of ops and formats."""
+"""Helpers for the tests of plugins: the contract of an architecture, and checks of ops and formats."""

@@ -1,7 +1,7 @@
-"""Compare ops and whole models with their peers in one run: interleaved pairs, medians, ratios.
+"""Compare the speed of ops and whole models with that of their peers: interleaved pairs, medians, ratios.
 
-Machines are noisy, so every measure alternates between ours and the peer, and its ratio is the median over
-neighbouring runs. A slow machine fails nothing; the numbers go into a JSON file.
+Machines are noisy, so every measure alternates between ours and the peer, and its ratio is the median of the pairs'
+ratios. A slow machine makes nothing fail; the numbers go into a JSON file.
 """
 
 import statistics
@@ -20,7 +20,7 @@ Run = Callable[[], Any]
 
 @dataclass
 class Measure:
-    """One comparison: ours against a peer, on the same input."""
+    """One comparison of ours with a peer, on the same input."""
 
     name: str
     peer: str
@@ -28,7 +28,7 @@ class Measure:
     theirs: Run
     target: float | None = None  # largest allowed ratio ours / peer, on a CPU with two cores
     pairs: int = 7
-    bytes_moved: int | None = None  # least bytes that the op reads and writes, for its share of the bandwidth
+    bytes_moved: int | None = None  # the fewest that the op can read and write, for its share of the bandwidth
 
 
 @dataclass
@@ -67,7 +67,7 @@ def _seconds(run: Run, device: torch.device) -> float:
 
 
 def compare(measure: Measure, device: torch.device, bandwidth: float | None = None) -> Result:
-    """Run a measure: one warm-up each, then interleaved pairs. ``bandwidth`` is the device's, in bytes per second."""
+    """Run a measure: a warm-up of each side, then pairs. ``bandwidth`` is the device's, in bytes per second."""
     measure.ours()
     measure.theirs()
     pairs = [(_seconds(measure.ours, device), _seconds(measure.theirs, device)) for _ in range(measure.pairs)]
@@ -126,7 +126,7 @@ def _prefill(model: Any, length: int, device: torch.device) -> Run:
 
 def _generate(model: Any, context: int, device: torch.device, new: int = 64) -> Run:
     ids = _ids(context, device)
-    # the end token is none of the vocabulary's: min_new_tokens would add a tenth of a millisecond per token to both
+    # an end token that cannot occur; min_new_tokens instead would add a tenth of a millisecond per token on both sides
     options = {"max_new_tokens": new, "eos_token_id": SIZE["vocab_size"], "do_sample": False, "pad_token_id": 0}
 
     def run() -> None:
@@ -161,7 +161,7 @@ def model_measures(
     Args:
         fields: config fields in addition to `SIZE`.
         native: transformers' own model of the same size, or None.
-        native_pairs: pairs of training steps with ``native``; few if its step takes minutes.
+        native_pairs: pairs of training steps with ``native``; pass fewer if its step takes minutes.
     """
     config = registry.get_architecture(name).config_class(**SIZE, **fields)
     ours = AutoModelForCausalLM.from_config(config).to(device)
@@ -184,7 +184,7 @@ def model_measures(
 def native_measures(
     name: str, device: torch.device, ours: Any, native: Any, targets: Targets, native_pairs: int = 7
 ) -> Iterator[Measure]:
-    """Training step, prefill and decoding of a model against transformers' own of the same size."""
+    """Training step, prefill and decoding of a model, compared with transformers' own model of the same size."""
     native.to(device)
     step, its_step = _step(ours, 1024, device), _step(native, 1024, device)
     yield Measure(f"{name}: training step at 1,024", "transformers", step, its_step, targets.native_step, native_pairs)
@@ -230,11 +230,11 @@ def op_measures(
     tensors: dict[str, torch.Tensor],
     output: str = "x",
 ) -> Iterator[Measure]:
-    """An op against its peer on the same tensors, forward and with its backward.
+    """The forward of an op, and forward with backward, compared with its peer on the same tensors.
 
     Args:
-        output: name of a tensor of the output's size. The forward reads all tensors and writes the output; the backward
-            moves about twice as much.
+        output: name of a tensor of the output's size. The forward is counted as reading all tensors and writing the
+            output, the backward as twice that.
     """
     moved = sum(t.nbytes for t in tensors.values()) + tensors[output].nbytes
     alone = _forward(ours, tensors), _forward(theirs, tensors)
@@ -250,10 +250,10 @@ def sized(
     shapes: Iterable[dict[str, int]],
     device: torch.device,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """For each shape a label of the op, and those of its arguments that its peer has too.
+    """For each shape, a label and the tensors named by ``arguments``, those that the op's peer has too.
 
     Args:
-        cases: the op's, called with each shape, in the precision that ops are measured in: bfloat16 on a GPU.
+        cases: the function ``cases`` of the op. It is called with each shape, in bfloat16 on a GPU, else in float32.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for shape in shapes:

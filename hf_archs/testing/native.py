@@ -1,4 +1,4 @@
-"""Checks of native checkpoints for the tests of plugins: a model of transformers beside ours."""
+"""Checks of native checkpoints for the tests of plugins: they compare a model of transformers with ours."""
 
 import contextlib
 from pathlib import Path
@@ -24,9 +24,9 @@ SIZES: dict[str, Any] = {
 
 
 def native(model_class: Any, config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of transformers with lively weights, equal in both precisions, and ``eager`` experts.
+    """A model of transformers with ``eager`` experts and lively weights, which are the same in float32 and float64.
 
-    In float64, values computed at construction (the frequencies of rotary positions) are float64 too.
+    In float64, the constants that a model computes at construction (rotary frequencies) are computed in float64.
     """
     torch.manual_seed(0)
     with Float32CastsAsFloat64() if dtype == torch.float64 else contextlib.nullcontext():
@@ -56,7 +56,7 @@ def check_back(ours: Any, theirs: Any, name: str) -> Any:
 
 
 def check_native(model_class: Any, config: Any, architecture: str, dtype: torch.dtype) -> None:
-    """Check logits, every gradient by name, and conversion there and back, bit for bit."""
+    """Check logits, every gradient by name, and that conversion to ours and back is exact."""
     theirs = native(model_class, config, dtype)
     ours = hf_archs.from_native(theirs)
     assert type(ours) is hf_archs.get_architecture(architecture).causal_lm_class
@@ -71,7 +71,7 @@ def check_native(model_class: Any, config: Any, architecture: str, dtype: torch.
 
 @torch.no_grad()
 def check_files(model_class: Any, config: Any, architecture: str, folder: Path) -> None:
-    """Check that the native model's files are read directly, and that ours are read as they were written."""
+    """Check that our class reads the native model's files, and its own files again, with the same logits."""
     theirs = native(model_class, config)
     ours = hf_archs.from_native(theirs)
     ids = torch.randint(3, 97, (2, 23), generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,7 @@
 """The tolerance of an op.
 
-Outputs and every gradient may be at most twice as far from the float64 reference as the reference itself is when it
-runs in the tested precision.
+An output or gradient may be at most twice as far from the float64 reference as the reference is when it runs in the
+tested precision.
 """
 
 import importlib.metadata
@@ -21,8 +21,8 @@ Tensors = Mapping[str, torch.Tensor | None]
 class OpWithCases:
     """A public function ``<name>`` with its ``<name>_reference`` and ``cases`` in one module.
 
-    ``cases(device, dtype, **sizes)`` yields arguments by keyword, and the sizes have defaults, ``batch`` and ``length``
-    among them; ``MODEL_SIZES``, where the module has it, is such sizes as kernels see in a model.
+    ``cases(device, dtype, **sizes)`` yields arguments by keyword. All its sizes have defaults; some are ``batch`` and
+    ``length``. ``MODEL_SIZES``, which a module may have, holds sizes as in a model.
     """
 
     name: str
@@ -30,12 +30,12 @@ class OpWithCases:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """The op as it is called."""
+        """The public function."""
         return getattr(self.module, self.name)
 
     @property
     def reference(self) -> Callable[..., Any]:
-        """The recurrence as the paper writes it."""
+        """The op as the paper writes it."""
         return vars(self.module)[f"{self.name}_reference"]
 
     def cases(self, device: torch.device | str, dtype: torch.dtype, **sizes: int) -> list[dict[str, Any]]:
@@ -45,12 +45,12 @@ class OpWithCases:
 
     @property
     def model_sizes(self) -> dict[str, int]:
-        """Sizes of `cases`; none where the module gives none."""
+        """``MODEL_SIZES`` of the module; empty if it has none."""
         return getattr(self.module, "MODEL_SIZES", {})
 
 
 def ops_with_cases() -> list[OpWithCases]:
-    """Every op of the library and of the installed plugins that has ``cases`` beside it, by name."""
+    """Every op of the library and the installed plugins whose module has ``cases``, sorted by name."""
     plugins = importlib.metadata.entry_points(group="hf_archs.plugins")
     packages = {"hf_archs", *(plugin.module.partition(".")[0] for plugin in plugins)}
     found = []
@@ -91,7 +91,7 @@ def relative_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def outputs_and_gradients(
     op: Callable[..., Any], tensors: Tensors, options: Mapping[str, Any], cotangent_seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Run ``op(**tensors, **options)`` and differentiate it by every floating-point tensor; both by name.
+    """The outputs of ``op(**tensors, **options)`` and its gradients for every floating-point tensor, by name.
 
     The loss is the inner product of all outputs with fixed random cotangents, the same for every precision.
     """
@@ -137,7 +137,7 @@ def check_op(
         if tested[name].dtype != plain[name].dtype:
             misses.append(f"{name}: dtype {tested[name].dtype}, expected {plain[name].dtype}")
         got, allowed = relative_distance(tested[name], truth), 2 * relative_distance(plain[name], truth)
-        # a plain run can be nearly exact by luck: sums of a few hundred float32 terms in another order
+        # the reference can be nearly exact by luck, so sums of a few hundred float32 terms may always differ in order
         allowed = max(allowed, 8 * torch.finfo(torch.promote_types(tested[name].dtype, torch.float32)).eps)
         if not got <= allowed:
             misses.append(f"{name}: {got:.2e} from the float64 reference, allowed {allowed:.2e}")

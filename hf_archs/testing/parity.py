@@ -12,7 +12,7 @@ from hf_archs.testing.ops import relative_distance
 
 
 class Float32CastsAsFloat64(TorchFunctionMode):
-    """Turns casts to float32, and tensors created in it, to float64, so that another implementation runs in float64."""
+    """Turns float32 into float64, in casts and in created tensors, so that another implementation runs in float64."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.Tensor.float:
@@ -22,7 +22,7 @@ class Float32CastsAsFloat64(TorchFunctionMode):
 
 
 def enliven(model: nn.Module) -> None:
-    """Draw weights with which every parameter matters and a state lasts for many tokens. The seed is torch's."""
+    """Draw weights, by torch's seed, such that every parameter matters and a state lasts for many tokens."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             kind = name.rpartition(".")[2]
@@ -38,7 +38,7 @@ def enliven(model: nn.Module) -> None:
 
 
 def logits_and_gradients(model: nn.Module, input_ids: torch.Tensor, lift: bool = False) -> dict[str, torch.Tensor]:
-    """The logits, and by name every parameter's gradient of their inner product with fixed random weights.
+    """The logits, and the gradients of their inner product with fixed random weights, by the parameters' names.
 
     Args:
         input_ids: (batch, length).
@@ -63,17 +63,17 @@ def check_parity(
     In float64 the casts to float32 in ``theirs`` become casts to float64; ``ours`` must not have any.
 
     Args:
-        rename: maps a parameter's name in ``theirs`` to ours.
+        rename: maps a parameter's name in ``theirs`` to its name in ``ours``.
         input_ids: (batch, length).
         tolerance: largest allowed difference, relative to the largest value of the same tensor.
 
     Raises:
-        AssertionError: naming the tensors that differ and their distances, or the names on one side only.
+        AssertionError: naming the tensors that differ and their distances, or the names that only one model has.
     """
     lift = next(theirs.parameters()).dtype == torch.float64
     expected = {rename(name): value for name, value in logits_and_gradients(theirs, input_ids, lift).items()}
     got = logits_and_gradients(ours, input_ids)
-    assert got.keys() == expected.keys(), f"on one side only: {sorted(got.keys() ^ expected.keys())}"
+    assert got.keys() == expected.keys(), f"only one model has {sorted(got.keys() ^ expected.keys())}"
     distances = {name: relative_distance(got[name], value) for name, value in expected.items()}
     misses = [f"{name}: {distance:.1e}" for name, distance in distances.items() if not distance <= tolerance]
     assert not misses, f"farther than {tolerance:.0e} from the other implementation: {'; '.join(misses)}"

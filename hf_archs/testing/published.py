@@ -20,7 +20,7 @@ from hf_archs.testing.parity import check_parity
 
 VOCABULARY = 123
 
-# ends of field names, since some begin with the name of a layer
+# matched with the end of a field's name, since some names begin with that of a layer
 _WIDTHS = ("hidden_size", "d_model", "d_inner", "intermediate_size", "time_step_rank", "dt_rank")
 _HEADS = {"num_heads": "head_dim", "n_heads": "d_head"}  # heads of a recurrence, and their channels
 _PATTERNS = ("override_pattern", "layers_block_type", "layer_types")
@@ -32,15 +32,15 @@ _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def reduced(raw: Mapping[str, Any], width: int = 32, **exactly: Any) -> dict[str, Any]:
-    """A published ``config.json`` at a small width: sizes in proportion, and all other fields unchanged.
+    """A published ``config.json`` at a small width: sizes are reduced in proportion, other fields are unchanged.
 
-    The relations of the sizes are kept (a size that is not a multiple of another stays so), and so are the ratio of
-    heads to key groups and the order of the layers, of which the first are kept until every type occurs. Token ids are
-    taken modulo the small vocabulary.
+    The relations of the sizes are kept (a size that is not a multiple of another stays so), and the ratio of heads to
+    key groups too. The first layers are kept, as many as include every type. Token ids are taken modulo the small
+    vocabulary.
 
     Args:
         raw: the content of the file.
-        width: for ``hidden_size`` or ``d_model``.
+        width: the new ``hidden_size`` or ``d_model``.
         exactly: fields that replace those of the result.
 
     Raises:
@@ -97,7 +97,7 @@ def check_published(raw: Mapping[str, Any], architecture: str, dtype: torch.dtyp
         architecture: our architecture that reads it.
         dtype: float32, to 1e-5; or float64, to 1e-10 with transformers' casts lifted, and every gradient too.
         folder: an empty folder.
-        told: fields for transformers' class only, which otherwise misreads the file.
+        told: fields for transformers' class only, for a file that it would misread without them.
     """
     ours_entry = hf_archs.get_architecture(architecture)
     form: Any = next(form for form in ours_entry.native_formats if form.detect(raw))
@@ -121,7 +121,7 @@ def check_published(raw: Mapping[str, Any], architecture: str, dtype: torch.dtyp
 
 
 def _own_fields(config_class: Any) -> list[str]:
-    """The fields that a config class itself declares, without those of all configs."""
+    """The fields that a config class declares itself, without inherited ones."""
     return [f.name for f in dataclasses.fields(config_class) if f.name in config_class.__annotations__]
 
 
@@ -150,19 +150,19 @@ def check_fields(
 ) -> dict[str, str]:
     """Change each field of transformers' config class alone, and convert the model.
 
-    Ours must reproduce the logits and write the value back, or refuse with a reason that names the field.
+    Our model must reproduce the logits and write the value back, or refuse it with a reason that names the field.
 
     Args:
         form: the format.
         fields: fields of a small config.
-        others: values to try, for fields whose type does not suggest any; a dict that contains the field changes fields
-            that transformers accepts only together.
+        others: values to try, for fields whose type suggests none. A dict that contains the field changes several
+            fields, which transformers accepts only together.
 
     Returns:
         The outcome of each field: ``refused``; ``read``, if the logits changed; ``kept``, if they did not.
 
     Raises:
-        AssertionError: naming every field that is read wrongly, or that no accepted value was found for.
+        AssertionError: naming every field that is read wrongly or of which transformers accepts no other value.
     """
     config_class, model_class = getattr(transformers, form.config_name), getattr(transformers, form.causal_lm_name)
     base = native(model_class, config_class(**fields))
@@ -187,7 +187,7 @@ def check_fields(
                 continue
             break
         else:
-            wrong.append(f"{name}: transformers takes no other value that was tried")
+            wrong.append(f"{name}: transformers accepts none of the other values that were tried")
             continue
         same = expected.shape == plain.shape and torch.equal(expected, plain)
         found[name] = "kept" if same else "read"

@@ -22,7 +22,7 @@ _YES = {True: "[green]yes", False: "[red]no"}
 
 def command_of(options: Options) -> str:
     """The command that repeats this run, and the machine."""
-    # these change no model, are written separately, or are no flags
+    # fields that change no model, are written separately below, or are no flags
     others = ("output", "hub", "public", "overrides", "learning_rate", "lora_learning_rate")
     names = [f.name for f in fields(options) if f.name not in others and getattr(options, f.name) != f.default]
     words = [] if isinstance(options, TextOptions) else [f"--task {options.task}"]

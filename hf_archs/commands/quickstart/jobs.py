@@ -34,17 +34,17 @@ from hf_archs.training import add_lora
 
 MERGE_TOLERANCE = 1e-4  # relative to the largest logit: float32 rounds W x + B A x and (W + B A) x differently
 ENGLISH_PROMPT = "The function returns"
-SAMPLE = 2**17  # characters measured of each held-out text
+SAMPLE = 2**17  # characters of each held-out set that are measured without --full
 
 
 def run_text(options: TextOptions, console: Console) -> dict[str, Any]:
     """Run the main job and return its summary, which is also ``summary.json``.
 
-    1. A tokenizer and a small model are trained on the corpus; held-out documents are never trained on.
+    1. A tokenizer and a small model are trained on the corpus, without its held-out documents.
     2. A LoRA adapter is trained on English, the topics of Python's ``help()``.
-    3. Text is generated from both.
+    3. Text is generated with and without the adapter, and merging the adapter is checked to keep the logits.
     4. Model, tokenizer, adapter and cards are pushed to a Hub.
-    5. They are pulled into an empty cache, and their logits compared with those of the pushed models.
+    5. They are pulled into an empty cache, and their logits are compared with those of the pushed models.
     6. A table is printed; ``loss.png``, ``model/`` (before LoRA), ``adapter/`` and ``summary.json`` are written.
     """
     config, parameters, repository = prepare(options, {})
@@ -68,7 +68,7 @@ def run_text(options: TextOptions, console: Console) -> dict[str, Any]:
 
         def train(stage: str, model: Any, texts: Mapping[str, str], steps: int, rate: float) -> dict[str, Any]:
             with working(f"encoding the text for {stage}") as bar:
-                # encode only a multiple of the tokens that the steps will read
+                # 16 characters for each token that the steps will read are enough text; encode no more
                 enough = text.sample(texts, 16 * steps * options.batch * options.block, longest=_size(texts))
                 rows = text.token_blocks(tokenizer, enough.values(), options.block, bar)
             trained = train_rows(run.folder / stage, options, model, tokenizer, rows, steps, rate)
@@ -108,7 +108,8 @@ def run_text(options: TextOptions, console: Console) -> dict[str, Any]:
             trained = train("LoRA", adapted, english, options.lora_steps, options.lora_learning_rate)
             save(run.folder / "adapter", adapted)
             about = run.folder / "adapter" / "adapter_config.json"
-            base = {"base_model_name_or_path": str((run.output / "model").resolve())}  # the final folder
+            # where the model lies after the run
+            base = {"base_model_name_or_path": str((run.output / "model").resolve())}
             about.write_text(json.dumps(json.loads(about.read_text()) | base, indent=2), encoding="utf-8")
             return trained
 
@@ -136,7 +137,7 @@ def run_text(options: TextOptions, console: Console) -> dict[str, Any]:
         summary = {
             "arch": options.arch,
             "parameters": parameters,
-            "seconds": 0.0,
+            "seconds": 0.0,  # set by `Run.finish`
             "tokens_per_second": pretrained["tokens_per_second"],
             "data": options.data,
             "bits_per_byte": bits,
@@ -160,7 +161,7 @@ def _size(texts: Mapping[str, str]) -> int:
 
 
 def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, rows: Any) -> float:
-    """The mean over at most 256 rows, evenly spaced."""
+    """The mean bytes per token of at most 256 rows, evenly spaced."""
     some = [rows[i]["input_ids"] for i in range(0, len(rows), math.ceil(len(rows) / 256))]
     size = sum(len(str(tokenizer.decode(row, skip_special_tokens=True)).encode()) for row in some)
     return size / sum(map(len, some))
@@ -169,8 +170,9 @@ def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, rows: Any) -> float:
 def run_genome(options: GenomeOptions, console: Console) -> dict[str, Any]:
     """Train on DNA, and compare with Markov models fitted on the same bases.
 
-    The model is trained on the first nine tenths of the bases, on both strands, and measured on all of the rest, each
-    window from an empty context. It is pushed to a Hub, pulled into an empty cache, and its logits are compared.
+    The model is trained on both strands of the first nine tenths of the bases, and measured on all other bases, in
+    windows that each start from an empty context. It is pushed to a Hub and pulled into an empty cache, where its
+    logits must be the same.
     """
     tokenizer = dna.dna_tokenizer(add_bos=True)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
@@ -187,7 +189,7 @@ def run_genome(options: GenomeOptions, console: Console) -> dict[str, Any]:
                 return dna.markov_bits(bases, held_out, order)
 
         markov = run.once("Markov models", lambda: {str(order): fit(order) for order in range(1, 13)})
-        console.print(f"[bold]2[/] {options.arch} of {parameters:,} parameters on both strands of them")
+        console.print(f"[bold]2[/] {options.arch} of {parameters:,} parameters on both strands of the bases")
 
         def pretrain() -> dict[str, Any]:
             model = new_model(config, options.seed)
@@ -216,7 +218,7 @@ def run_genome(options: GenomeOptions, console: Console) -> dict[str, Any]:
             f"`{Path(options.data).name}`, by {command_of(options)}. A demonstration: too small to be of use.",
             "results": {
                 "held-out bases": f"{bits['model']:.3f} bits per base",
-                "the best Markov model of them": f"{bits['best_markov']:.3f} bits per base",
+                "best Markov model (fitted on the training bases)": f"{bits['best_markov']:.3f} bits per base",
             },
             "prompt": prompt[:20],
         }
@@ -224,7 +226,7 @@ def run_genome(options: GenomeOptions, console: Console) -> dict[str, Any]:
             "arch": options.arch,
             "task": options.task,
             "parameters": parameters,
-            "seconds": 0.0,
+            "seconds": 0.0,  # set by `Run.finish`
             "tokens_per_second": pretrained["tokens_per_second"],
             "data": options.data,
             "bits_per_base": bits,

@@ -28,12 +28,12 @@ def embedded_hub() -> Any:
 
 
 def prepare(options: Options, overrides: Mapping[str, Any]) -> tuple[Any, int, str]:
-    """The config, its number of parameters and the repository's name. A missing package or Hub is an error here."""
+    """The config, its number of parameters and the repository's name; raises if a package or the Hub is missing."""
     architecture = get_architecture(options.arch)
     size = options.task if options.size is None and options.task in architecture.sizes else options.size
     config = loading.sized_config(architecture, size, {**overrides, **options.overrides})
     parameters = loading.check_memory(config, copies=4)
-    # the model, and during a save two checkpoints with AdamW's two moments
+    # in float32, the model, and during a save two checkpoints, each of the model and AdamW's two moments
     loading.check_output(options.output, parameters * 4 * (1 + 2 * 3))
     repository = f"hf-archs-quickstart-{options.arch}"
     with working("looking for matplotlib and a Hub"):
@@ -69,7 +69,7 @@ class _Tokens(BaseStreamer):
     """The progress bar of a generation."""
 
     def __init__(self, bar: Bar) -> None:
-        self.bar, self.count = bar, -1  # the first `put` has the prompt
+        self.bar, self.count = bar, -1  # the first `put` is the prompt, not a new token
 
     def put(self, value: Any) -> None:
         self.count += 1

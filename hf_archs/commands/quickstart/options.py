@@ -14,11 +14,11 @@ class Options:
 
     Attributes:
         arch: name of the architecture.
-        size: a size of the architecture; None takes the size with the task's name, or else the first.
+        size: a size of the architecture; None takes the size with the task's name, or the first size if there is none.
         overrides: config fields that differ from the size.
         output: folder for ``model/``, ``loss.png`` and ``summary.json``. Until the run ends, finished stages are in
             ``unfinished/`` there; after an interruption, a run with the same options continues from them.
-        hub: push to huggingface.co (``HF_ENDPOINT``) and not to an embedded Hub.
+        hub: push to huggingface.co (or ``HF_ENDPOINT``) instead of an embedded Hub.
         public: make the repositories public.
         data: source of the pretraining data.
         steps: optimizer steps of the pretraining.
@@ -58,7 +58,7 @@ class TextOptions(Options):
     Attributes:
         data: see `hf_archs.data.sources.read_corpus`; by default the standard library's source.
         lora_steps, lora_learning_rate: optimizer steps and learning rate of LoRA; the adapter is saved in ``adapter/``.
-        full: measure all held-out text, not `SAMPLE` characters of each (`hf_archs.data.text.sample`).
+        full: measure all held-out text, instead of `SAMPLE` characters of each set (`hf_archs.data.text.sample`).
     """
 
     task = "text"

@@ -33,7 +33,7 @@ class Run:
         self.output = Path(options.output).expanduser()
         self.folder = self.output / "unfinished"
         self.began = time.perf_counter()
-        others = ("output", "hub", "public")  # these change no model
+        others = ("output", "hub", "public")  # fields that change no model
         given = {name: value for name, value in asdict(options).items() if name not in others}
         given |= {"task": options.task, "data": f"{options.data}, sha256 {hashlib.sha256(data).hexdigest()}"}
         self.state: dict[str, Any] = {"made_by": json.loads(json.dumps(given)), "seconds": 0.0, "done": {}}
@@ -83,9 +83,9 @@ class Run:
         return self.state["seconds"] + time.perf_counter() - self.began
 
     def once(self, stage: str, compute: Callable[[], T]) -> T:
-        """The figures of a stage: the saved ones if an earlier attempt finished it, else those of ``compute``.
+        """The figures of a stage: the saved ones if an earlier attempt finished the stage, else those of ``compute``.
 
-        They consist of dicts, lists, strings and numbers, which JSON returns unchanged.
+        Figures consist of dicts, lists, strings and numbers, which JSON returns unchanged.
         """
         done = self.state["done"]
         if stage not in done:

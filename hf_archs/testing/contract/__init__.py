@@ -10,8 +10,8 @@
         def architecture(cls):
             return hf_archs.get_architecture("mine")
 
-The models under test are tiny, but do not have their initial weights: with these a state hardly changes the logits, so
-that tests would not notice its loss. See `hf_archs.testing.contract.models`.
+The models under test are tiny, but do not have their initial weights: with these, a state hardly changes the logits, so
+tests would not notice the loss of a state. See `hf_archs.testing.contract.models`.
 """
 
 import pytest

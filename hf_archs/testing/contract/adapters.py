@@ -1,4 +1,4 @@
-"""PEFT: adapters reach every linear layer, merge, stack and generate; the states' parameters train with them."""
+"""PEFT: adapters reach every linear layer, merge, stack and generate; the states' parameters train beside them."""
 
 import copy
 from pathlib import Path
@@ -79,7 +79,7 @@ class AdapterContract(Contract):
             assert change > 1e-3, f"{name}: {change:.1e}"
 
     def test_merged_equals_unmerged(self, model: Any, tmp_path: Path) -> None:
-        """In float64, since large random weights and adapters amplify float32's rounding errors."""
+        """Merging keeps the logits; in float64, since large random weights and adapters amplify rounding errors."""
         model.double()
         ids = tokens(2, 19)
         plain = logits(model, ids)
@@ -118,7 +118,7 @@ class AdapterContract(Contract):
         assert torch.equal(logits(wrapped.unload(), ids), plain)
 
     def test_state_parameters_beside_lora(self, model: Any, tmp_path: Path) -> None:
-        """``modules_to_save`` with the submodule's name trains and saves the states' own parameters."""
+        """``modules_to_save`` with the name of the states' submodule trains and saves the states' parameters."""
         state = state_parameters(model)
         if not state:
             return  # the architecture's decays are fixed

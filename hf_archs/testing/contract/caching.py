@@ -59,7 +59,7 @@ class CacheContract(Contract):
     @pytest.mark.parametrize("kind", [ArchDynamicCache, ArchStaticCache], ids=lambda kind: kind.__name__)
     @pytest.mark.parametrize("start", [4, 5])
     def test_documents_are_taken_back(self, model: Any, kind: Any, start: int) -> None:
-        """The last of seven tokens, if its document begins before the recorded tokens or with the first of them."""
+        """The last of seven tokens is taken back, if its document begins before the recorded tokens or at the first."""
         ids = tokens(1, 9)
         cache = kind(model.config, 20) if kind is ArchStaticCache else kind(model.config)
         cache.activate_past_recording()
@@ -78,7 +78,8 @@ class CacheContract(Contract):
         assert_close(logits(model, ids, past_key_values=cache), logits(model, ids), "from the beginning")
 
     def test_pieces_longer_and_shorter_than_any_chunk(self, model: Any) -> None:
-        """Chunked forms cut at 64 or 128: pieces end there, one token before and after, and at random places."""
+        """Chunked forms cut the input at 64 or 128. The pieces here end at 64 and 128, one token before and after, and
+        at random places."""
         ids = tokens(2, 150)
         whole = logits(model, ids, use_cache=False)
         cuts = [[c, 150 - c] for c in (1, 63, 64, 65, 127, 128, 129, 149)]
@@ -100,7 +101,7 @@ class CacheContract(Contract):
             assert_close(continued(model, ids, [4, 16], cache), whole, f"{kind}, after a reset")
 
     def test_static_states_stay_where_they_are(self, model: Any) -> None:
-        """Compiled steps and CUDA graphs write to fixed addresses."""
+        """States keep their addresses, since compiled steps and CUDA graphs write to fixed ones."""
         cache = ArchStaticCache(model.config, max_cache_len=50)
         continued(model, tokens(2, 5), [5], cache)
         addresses = {name: tensor.data_ptr() for name, tensor in cache.held()}
@@ -124,7 +125,8 @@ class CacheContract(Contract):
 
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
     def test_states_saved_and_loaded(self, model: Any, kind: str, tmp_path: Path) -> None:
-        """Through a file, into a new cache of either kind, bit for bit; the saved copy does not change later."""
+        """States are saved to a file and loaded into a new cache of either kind, bit for bit; the saved copy does not
+        change later."""
         ids = tokens(2, 20)
         whole = logits(model, ids, use_cache=False)
         cache = caches(model.config)[kind]
@@ -145,7 +147,7 @@ class CacheContract(Contract):
             assert torch.equal(found, expected) or (growing(model.config) and target != kind), f"{kind} into {target}"
 
     def test_a_cache_as_a_file(self, architecture: Architecture, model: Any, tmp_path: Path) -> None:
-        """Continued by this model and by its copies in other precisions; refused by a model with other weights."""
+        """The model and its copies in other precisions continue a saved cache; a model of other weights refuses it."""
         ids, path = tokens(2, 20), tmp_path / "state.safetensors"
         cache = forward(model, ids[:, :9], use_cache=True).past_key_values
         cache.save(path, model)
@@ -168,7 +170,8 @@ class CacheContract(Contract):
             ArchDynamicCache.load(path, adapted)
 
     def test_prefix_cache(self, model: Any) -> None:
-        """A prompt that begins as others did is read from there on, and where two prompts parted as well."""
+        """Of a prompt that begins like an earlier one, only the rest is read, also from the place where two earlier
+        prompts began to differ."""
         read: list[int] = []
         model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
         states = StateCache(model, 2**24)

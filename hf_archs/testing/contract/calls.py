@@ -1,4 +1,4 @@
-"""Calls: arguments and outputs of a forward by name; a call leaves nothing behind."""
+"""Calls: the arguments and outputs of a forward, by name; a call leaves no trace in the model."""
 
 import contextlib
 import copy
@@ -47,7 +47,7 @@ class CallContract(Contract):
     """Promises about the arguments, outputs and traces of a call."""
 
     def test_an_argument_that_nobody_knows(self, architecture: Architecture, model: Any) -> None:
-        """A misspelt argument is refused: it would silently do nothing."""
+        """A misspelt argument is refused, since it would silently have no effect."""
         ids = tokens(2, 5)
         heads = [cls(architecture.tiny_config()) for _, cls in architecture.auto_classes().values()]
         adapted = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM"))
@@ -77,7 +77,7 @@ class CallContract(Contract):
             model(ids, is_causal=False)
 
     def test_a_cache_has_two_names(self, model: Any) -> None:
-        """transformers named it ``past_key_values`` up to 5.23 and ``cache`` since; both work."""
+        """The cache is named ``past_key_values`` up to transformers 5.23, and ``cache`` since; both names work."""
         ids = tokens(1, 9)
         with torch.no_grad():
             for part in (model, model.model):
@@ -102,7 +102,7 @@ class CallContract(Contract):
         assert not [str(warning.message) for warning in recwarn]
 
     def test_training_makes_no_cache(self, model: Any) -> None:
-        """A layer that is recomputed in the backward would continue from its own states."""
+        """Training makes no cache: a layer that the backward recomputes would continue from its own states."""
         ids = tokens(2, 9)
         assert model.train()(ids).cache is None
         assert model(ids, use_cache=True).cache is not None
@@ -110,7 +110,7 @@ class CallContract(Contract):
 
     @pytest.mark.parametrize("kind", [*CheckpointImpl])
     def test_activation_checkpointing_by_others(self, model: Any, kind: CheckpointImpl) -> None:
-        """torch's own wrappers, which users of FSDP put around blocks, give the same gradients."""
+        """Blocks in torch's checkpoint wrappers, which users of FSDP take, give the same gradients."""
         model.train()
         model.enable_input_require_grads()
         ids, block = tokens(2, 24), type(model.model.layers[0])
@@ -131,7 +131,8 @@ class CallContract(Contract):
             model(tokens(1, 4), cache=cache)
 
     def test_the_weights_may_change_under_a_cache(self, model: Any) -> None:
-        """After an optimizer's step or a change of adapters, a cache keeps the old states and nothing else."""
+        """After an optimizer's step or a change of adapters, a cache keeps its old states, but nothing else of the old
+        weights."""
         with torch.no_grad():
             out = model.generate(tokens(1, 9), max_new_tokens=2, return_dict_in_generate=True)
             cache = getattr(out, "cache", None) or out.past_key_values
@@ -157,7 +158,7 @@ class CallContract(Contract):
         assert all(torch.equal(tensor, kept[name]) for name, tensor in snapshot.items())
 
     def test_recording_ends_with_assisted_decoding(self, model: Any) -> None:
-        """The returned cache would otherwise keep the inputs of all later calls."""
+        """The returned cache records no more inputs, since it would keep those of all later calls."""
         ids = tokens(1, 9)
         mine = ArchDynamicCache(model.config)
         generate(model, ids, prompt_lookup_num_tokens=3, cache=mine)
@@ -167,7 +168,7 @@ class CallContract(Contract):
             assert not cache.segments
 
     def test_a_draft_by_the_first_layers(self, architecture: Architecture) -> None:
-        """``assistant_early_exit``: transformers lowers the config's number of layers during the draft."""
+        """``assistant_early_exit`` works: during a draft, transformers lowers the config's number of layers."""
         model = lively(architecture.causal_lm_class, architecture.tiny_config(num_hidden_layers=4))
         ids, before = tokens(1, 9), model.config.to_dict()
         assert torch.equal(generate(model, ids, assistant_early_exit=1), greedy(model, ids))
@@ -215,7 +216,7 @@ class CallContract(Contract):
         asked = {"output_hidden_states": True, "output_attentions": True}
         expected = model(ids, **asked).logits
         before = attributes(model)
-        other, mask = padded([tokens(1, n, seed=n)[0] for n in (9, 4, 1)], "left", 9)  # differs in every respect
+        other, mask = padded([tokens(1, n, seed=n)[0] for n in (9, 4, 1)], "left", 9)  # of other sizes
         for place in (model.model.layers[-1], *model.model.layers[-1].children()):
             for fail in (place.register_forward_pre_hook, place.register_forward_hook):
                 hook = fail(lambda *_: 1 / 0)

@@ -60,7 +60,7 @@ class CompileContract(Contract):
 
     @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, on first use of jvp
     def test_a_compiled_slope(self, small: Any) -> None:
-        """`jvp` under torch.compile: an op without a tangent rule would drop tangents silently."""
+        """`jvp` is the same under torch.compile, where an op without a rule for tangents would drop them silently."""
         fixed = {name: parameter.detach() for name, parameter in small.named_parameters()}
         ids, forwards = tokens(1, 9), cast(Any, jvp)
 

@@ -1,4 +1,4 @@
-"""Configs: every field is validated, and every field is read by something."""
+"""Configs: every field is validated, and every field has an effect."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def own_fields(config_class: type) -> dict[str, Any]:
 
 
 def modes(config: Any) -> list[dict[str, Any]]:
-    """Settings of other fields that may be needed for a field to matter: none, and another value of every switch."""
+    """Changes of other fields that may be needed for a field to have an effect: none, and each switch changed."""
     found: list[dict[str, Any]] = [{}]
     for field, hint in own_fields(type(config)).items():
         switches = [option for listed in options_of(hint) for option in (listed, *typing.get_args(listed)[:1])]
@@ -72,7 +72,7 @@ def other_values(value: Any, hint: Any) -> list[Any]:
         elif option is type(None):
             found += [None]
         elif option is str and isinstance(value, str):
-            words = value.replace("+", " ").split()  # of a layer pattern, or the name of an activation
+            words = value.replace("+", " ").split()  # the words of a layer pattern, or the name of an activation
             found += [" ".join(reversed(words)), words[0], "relu"]
         elif typing.get_origin(option) is dict and isinstance(value, dict):
             # named instances: change one value inside
@@ -178,7 +178,7 @@ class ConfigContract(Contract):
 
     @pytest.mark.parametrize("name", ["hiden_size", "hidden_sizes", "num_layers", "rms_norm_eps", "tie_embeddings"])
     def test_a_misspelt_field(self, architecture: Architecture, name: str, tmp_path: Path) -> None:
-        """A misspelt field is refused, in a file too: it would silently have no effect."""
+        """A misspelt field is refused, in a file too, since it would silently have no effect."""
         with pytest.raises(
             ValueError, match=f"{architecture.config_class.__name__} has no field '{name}'; did you mean"
         ):
@@ -192,7 +192,7 @@ class ConfigContract(Contract):
     def test_a_misspelt_attribute(
         self, architecture: Architecture, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """It is not saved, so that a trained model can be loaded again, and a warning names it."""
+        """A misspelt attribute is not saved, so that a trained model can be loaded again, and a warning names it."""
         config = architecture.tiny_config()
         config.hidden_sizes, config.task_tag = 3, "a"
         config.save_pretrained(tmp_path)
@@ -260,7 +260,7 @@ class ConfigContract(Contract):
         ids=str,
     )
     def test_tiny_config(self, architecture: Architecture, fields: dict[str, int]) -> None:
-        """It is small enough for tests, and each of its three sizes can be changed alone."""
+        """The tiny config is small enough for tests, and each of its three sizes can be changed alone."""
         config = architecture.tiny_config(**fields)
         assert config.vocab_size == fields.get("vocab_size", 128)
         assert config.hidden_size == fields.get("hidden_size", 64)

@@ -61,7 +61,7 @@ class GenerationContract(Contract):
     @pytest.fixture(scope="class")
     @classmethod
     def prompt(cls, shared_model: Any) -> torch.Tensor:
-        """A prompt whose greedy tokens vary, so that mistakes show, and have no 0, at which drafters end."""
+        """A prompt whose greedy tokens vary, so that mistakes show, and include no 0, since drafters stop at it."""
         for seed in range(80):
             found = greedy(shared_model, tokens(2, 11, seed))[:, 11:]
             if all(len(set(row.tolist())) >= NEW // 8 and 0 not in row for row in found):
@@ -141,7 +141,7 @@ class GenerationContract(Contract):
         assert torch.equal(found[0], found[2]), "with a static cache"
 
     def test_assisted_by_itself(self, model: Any, prompt: torch.Tensor, expected: torch.Tensor) -> None:
-        """Exactly the greedy tokens, with at most half as many passes of the target as there are tokens."""
+        """Assisted decoding gives exactly the greedy tokens, in at most half as many passes of the target."""
         passes = Passes(model)
         drafter = copy.deepcopy(model)
         drafter._forward_hooks.clear()
@@ -155,7 +155,8 @@ class GenerationContract(Contract):
     def test_assisted_by_a_poor_drafter(
         self, model: Any, architecture: Architecture, prompt: torch.Tensor, expected: torch.Tensor
     ) -> None:
-        """Most drafts are wrong, so that almost every pass rolls the cache back, by varying numbers of tokens."""
+        """The greedy tokens come out, though most drafts are wrong and so almost every pass rolls the cache back, by
+        varying numbers of tokens."""
         stranger = lively(architecture.causal_lm_class, architecture.tiny_config(num_hidden_layers=1), seed=7)
         relative = copy.deepcopy(model)
         with torch.no_grad():
@@ -175,7 +176,7 @@ class GenerationContract(Contract):
         assert torch.equal(found[:, 15:], greedy(model, prompt[:1])[:, 11:])
 
     def test_assisted_sampling(self, model: Any, prompt: torch.Tensor) -> None:
-        """It runs and keeps the prompt; the tokens depend on the drafter's random numbers too."""
+        """Assisted sampling runs and keeps the prompt. Its tokens depend on the drafter's random numbers too."""
         found = generate(model, prompt[:1], assistant_model=copy.deepcopy(model), do_sample=True)
         assert found.shape == (1, 11 + NEW)
         assert torch.equal(found[:, :11], prompt[:1])
@@ -190,7 +191,7 @@ class GenerationContract(Contract):
         assert passes.count <= NEW
 
     def test_continued_after_assisted(self, model: Any, prompt: torch.Tensor) -> None:
-        """The cache that assisted decoding returns is at the right token."""
+        """The cache that assisted decoding returns can be continued at the next token."""
         first = generate(model, prompt[:1], prompt_lookup_num_tokens=3, return_dict_in_generate=True)
         turn = torch.cat([first.sequences, tokens(1, 4, seed=3)], 1)
         found = generate(model, turn, past_key_values=first.past_key_values, max_new_tokens=8)

@@ -25,9 +25,10 @@ LENGTHS = (5, 1, 8)
 
 
 def numbered() -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (2, 20), and their documents' numbers (2, 20), 0 for pads before, between and after the documents.
+    """Token ids, (2, 20), and the numbers of their documents, (2, 20), with 0 for pads.
 
-    The second row has documents in another order, and pads at its end only.
+    The first row has pads before, between and after the documents. The second row has documents whose numbers are not
+    in order, and pads only at its end.
     """
     first = [0, 0, *[1] * 5, 2, 0, *[3] * 8, 0, 0, 0]
     second = [*[4] * 8, *[2] * 5, 7, *[0] * 6]
@@ -42,7 +43,7 @@ def follows_pairs(model: Any) -> bool:
 
 
 def apart(numbers: torch.Tensor) -> torch.Tensor:
-    """The four-dimensional mask that is causal within documents and shows nothing to pads."""
+    """The four-dimensional mask that is causal within documents, and in which pads see nothing."""
     same = (numbers[:, None, :, None] == numbers[:, None, None]) & (numbers != 0)[:, None, None]
     return same & torch.ones(same.shape[2:], dtype=torch.bool).tril()
 
@@ -52,8 +53,8 @@ class MaskContract(Contract):
 
     @pytest.mark.parametrize("signal", ["numbers", "pairs"])
     def test_documents(self, model: Any, architecture: Architecture, signal: str) -> None:
-        """Documents numbered by the mask, or separated by one of four dimensions, give the logits and gradients of each
-        alone, in an encoder too.
+        """Documents that the mask numbers, or a four-dimensional mask separates, have the logits and gradients that
+        each has alone, in an encoder too.
         """
         if signal == "pairs" and not follows_pairs(model):
             return
@@ -73,7 +74,7 @@ class MaskContract(Contract):
             assert_all_close(gradients(reader, found), gradients(reader, expected), "gradient", 1e-9)
 
     def test_the_cache_holds_the_last_numbered_document(self, model: Any) -> None:
-        """`generate` appends ones to the mask, for any number of the document that it continues."""
+        """A cache continues the last document, whatever its number: `generate` appends ones to the mask."""
         ids = tokens(1, 14)
         numbers = torch.tensor([[1] * 5 + [2] * 9])
         found = generate(model, ids, attention_mask=numbers, max_new_tokens=6)
@@ -112,8 +113,8 @@ class MaskContract(Contract):
 
     @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
     def test_pairs(self, model: Any, implementation: str) -> None:
-        """Masks of four dimensions work: bool, additive with infinity or the least value, one row for all; in one pass
-        and in pieces, with every cache. Or else an error names the layer.
+        """Four-dimensional masks work (bool, additive with infinity or the least value, one row for all) in one pass
+        and in pieces, with every cache. If a layer cannot follow them, an error names the layer.
         """
         ids, mask = tokens(2, 13), torch.ones(2, 1, 13, 13, dtype=torch.bool).tril()
         if not follows_pairs(model):
@@ -150,7 +151,8 @@ class MaskContract(Contract):
 
     @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
     def test_pairs_that_are_no_chain(self, model: Any, implementation: str) -> None:
-        """Two answers to one prompt in one row, each with its own positions; and a prompt without a causal mask."""
+        """Masks that are not causal chains: two answers to one prompt in one row, each with its own positions; and a
+        prompt whose tokens all see each other."""
         if not follows_pairs(model):
             return
         model.set_attn_implementation(implementation)

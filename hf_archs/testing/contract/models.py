@@ -19,12 +19,12 @@ from hf_archs.registry import Architecture
 # largest |difference| over largest |value|, for float32 results that differ in the order of additions only
 TOLERANCE = 1e-5
 
-# the submodule of every mixer that holds the parameters of its states, in float32 and for `modules_to_save`
+# the submodule of a mixer with the parameters of its states: they are float32, and PEFT's `modules_to_save` names it
 STATE_MODULE = "ssm"
 
 
 def state_parameters(model: nn.Module) -> set[str]:
-    """The full names of the states' own parameters; empty if the architecture's decays are fixed."""
+    """The full names of the states' parameters; empty if the architecture's decays are fixed."""
     return {name for name, _ in model.named_parameters() if STATE_MODULE in name.split(".")}
 
 
@@ -47,7 +47,7 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
                 if isinstance(module, nn.Linear) and parameter.ndim == 2:
                     parameter.copy_(1.5 / math.sqrt(parameter.shape[1]) * noise)
                 elif isinstance(module, nn.Embedding):
-                    # small compared with the layers' outputs: else a tied head would only repeat its input
+                    # smaller than the layers' outputs, since a tied head would only repeat its input otherwise
                     parameter.copy_(0.3 * noise)
                 else:  # norms, biases, convolutions, decays: around their initial values
                     parameter.add_(0.3 * noise)
@@ -76,7 +76,7 @@ def logits(model: Any, input_ids: torch.Tensor, **arguments: Any) -> torch.Tenso
 
 
 def assert_remembers(model: Any) -> None:
-    """Check that the model is fit for tests: its first token still changes the logits thirty tokens later."""
+    """Check that the model is fit for tests: the first token still changes the logits thirty tokens later."""
     ids = tokens(1, 32)
     other = ids.clone()
     other[0, 0] = ids[0, 0] - 1 if ids[0, 0] > 3 else 4
@@ -105,14 +105,14 @@ def assert_all_close(
     what: str,
     tolerance: float = TOLERANCE,
 ) -> None:
-    """`assert_close` by name, over the same names."""
+    """Check that both have the same names, and `assert_close` for each name."""
     assert found.keys() == expected.keys(), f"{what}: {sorted(found.keys() ^ expected.keys())}"
     for name, tensor in expected.items():
         assert_close(found[name], tensor, f"{what}, {name}", tolerance)
 
 
 def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The gradient of every trainable parameter by name; the model's own are cleared.
+    """Copies of the gradient of every trainable parameter, by name; the model's gradients are cleared.
 
     Raises:
         AssertionError: for a parameter without a gradient.

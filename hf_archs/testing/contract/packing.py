@@ -1,4 +1,4 @@
-"""Packing: documents in one row give the results of each alone, with each of the three signals of a collator."""
+"""Packing: documents in one row have the results that each has alone, with each of a collator's three signals."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ class PackingContract(Contract):
     def test_forward_gradients_and_loss(self, model: Any, signal: str) -> None:
         rows = documents(LENGTHS)
         batch = collated(rows, signal)
-        # the routers' loss balances a batch and is not a mean over its documents
+        # the routers' loss is of a whole batch, and not a mean over documents
         options = {"output_router_logits": False} if model.model.has_routers else {}
         out = model(**batch, **options)
         alone = [model(row[None]).logits[0] for row in rows]
@@ -79,7 +79,7 @@ class PackingContract(Contract):
         assert_close(found, logits(model, torch.cat([rows[-1][None], more], 1))[:, 6:], "continued")
 
     def test_a_short_last_document(self, model: Any) -> None:
-        """It is shorter than a convolution's window, which must not reach into the document before."""
+        """The last document is shorter than a convolution's window, which must not reach into the document before."""
         rows = documents((9, 1))
         batch = collated(rows, "seq_idx")
         cache = forward(model, batch["input_ids"], seq_idx=batch["seq_idx"], use_cache=True).past_key_values
@@ -106,7 +106,7 @@ class PackingContract(Contract):
         assert_close(found[:, 8:], logits(model, ids[:, 8:]), "second documents")
 
     def test_packed_and_padded(self, model: Any) -> None:
-        """Documents by ``seq_idx``, with pads anywhere by the mask."""
+        """``seq_idx`` separates documents in a row whose mask has pads anywhere."""
         rows = documents((6, 9))
         ids, mask = padded([torch.cat(rows)], "interior", 20)
         real = mask[0].bool()
@@ -118,14 +118,14 @@ class PackingContract(Contract):
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_mask_outranks_positions(self, model: Any, kind: str) -> None:
-        """`generate` passes both, and positions restart at pads as they do at packed documents."""
+        """Beside a mask, positions do not mark documents: `generate` passes both, and its positions restart at pads."""
         ids, mask = padded([tokens(1, 9)[0], tokens(1, 14)[0]], kind, 16)
         positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
         expected = logits(model, ids, attention_mask=mask)
         assert torch.equal(logits(model, ids, attention_mask=mask, position_ids=positions), expected)
 
     def test_positions_of_a_continuation(self, model: Any) -> None:
-        """With a cache that holds tokens, positions do not mark documents."""
+        """Beside a cache that holds tokens, positions do not mark documents."""
         ids = tokens(1, 14)
         expected = logits(model, ids)
         for positions in (torch.arange(6, 14)[None], torch.tensor([[6, 7, 8, 0, 1, 2, 3, 4]])):

@@ -21,14 +21,14 @@ KINDS = ("left", "right", "interior")
 
 
 def mask_of(kind: str, real: int, length: int) -> torch.Tensor:
-    """A mask ``(length,)`` with ``real`` ones, and the zeros on the left, on the right or inside."""
+    """A mask ``(length,)`` with ``real`` ones. ``kind`` says where the zeros are: left, right or interior."""
     mask = torch.ones(length, dtype=torch.long)
     pads = length - real
     if kind == "left":
         mask[:pads] = 0
     elif kind == "right":
         mask[real:] = 0
-    else:  # two gaps, with real tokens before, between and after
+    else:  # two gaps (one for a single pad), with real tokens before, between and after
         first = pads // 2
         mask[2 : 2 + first] = 0
         mask[first + 3 : first + 3 + pads - first] = 0
@@ -36,7 +36,7 @@ def mask_of(kind: str, real: int, length: int) -> torch.Tensor:
 
 
 def padded(rows: list[torch.Tensor], kind: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch ``(rows, length)`` and its mask. Pads are arbitrary tokens, which must have no effect."""
+    """A batch ``(rows, length)`` and its mask. Pads are arbitrary tokens, so that a test sees any effect of theirs."""
     ids = tokens(len(rows), length, seed=99)
     mask = torch.stack([mask_of(kind, row.numel(), length) for row in rows])
     for row, target, real in zip(rows, ids, mask):
@@ -50,7 +50,8 @@ class PaddingContract(Contract):
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("lengths", [(12,), (19, 7, 12), (150, 65)], ids=str)
     def test_pads_change_nothing(self, model: Any, kind: str, lengths: tuple[int, ...]) -> None:
-        """In the forward, the hidden states, and a cache that is continued with one token and with several."""
+        """Logits, hidden states and cache equal those without pads, and so do logits that continue the cache, by one
+        token and by several."""
         rows = [tokens(1, n, seed=n)[0] for n in lengths]
         more = tokens(len(rows), 6, seed=5)
         ids, mask = padded(rows, kind, max(lengths) + 5)
@@ -70,16 +71,16 @@ class PaddingContract(Contract):
             expected = {name: tensor[0] for name, tensor in alone.past_key_values.tensors()}
             found = {name: tensor[i] for name, tensor in states.items()}
             for name, tensor in found.items():
-                # a growing state has a column of zeros for each pad, before those of the row's tokens
+                # a state that grows with the length starts with a column of zeros per pad, wherever the pads were
                 pads = tensor.shape[-1] - expected[name].shape[-1]
-                assert not tensor[..., :pads].any(), f"row {i}, {name}"
+                assert not tensor[..., :pads].any(), f"row {i}, {name}: the column of a pad is not zero"
                 found[name] = tensor[..., pads:]
             assert_all_close(found, expected, f"row {i}, cache")
             assert_close(torch.cat([step[i], rest[i]]), whole[row.numel() :], f"row {i}, continued")
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_pads_in_a_continuation(self, model: Any, kind: str) -> None:
-        """The second call is padded too, and one of its rows has no real token."""
+        """A padded call continues a padded call; one of its rows has no real token."""
         first, second = [tokens(1, n, seed=n)[0] for n in (9, 5, 7)], [tokens(1, n, seed=n)[0] for n in (4, 8, 0)]
         ids, mask = padded(first, kind, 10)
         cache = forward(model, ids, attention_mask=mask, use_cache=True).past_key_values
@@ -94,7 +95,7 @@ class PaddingContract(Contract):
             assert_close(end[i], whole[-2:], f"row {i}, the end")
 
     def test_prefill_in_chunks_that_are_all_pads(self, model: Any) -> None:
-        """A left-padded batch in chunks, as of `prefill_chunk_size`; the first chunks of a row are only pads."""
+        """A left-padded batch in chunks, as with `prefill_chunk_size`: the short row's first chunks are only pads."""
         rows = [tokens(1, n, seed=n)[0] for n in (17, 3)]
         ids, mask = padded(rows, "left", 17)
         cache, found = None, []
@@ -107,7 +108,7 @@ class PaddingContract(Contract):
             assert_close(torch.cat(found, 1)[i, -row.numel() :], logits(model, row[None])[0], f"row {i}")
 
     def test_forms_of_the_mask(self, model: Any) -> None:
-        """Booleans and floats equal integers; a mask over the whole past is cut to the new tokens."""
+        """Masks of booleans, floats and integers give equal logits; of a longer mask, only the last columns count."""
         ids, mask = padded([tokens(1, 6)[0], tokens(1, 9)[0]], "interior", 12)
         expected = logits(model, ids, attention_mask=mask)
         for form in (mask.bool(), mask.float(), torch.cat([1 - mask, mask], 1)):
@@ -115,7 +116,7 @@ class PaddingContract(Contract):
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_gradients_come_from_real_tokens_alone(self, model: Any, kind: str) -> None:
-        """In float64, since large random weights amplify float32's rounding errors."""
+        """Gradients equal those without pads; in float64, since large random weights amplify rounding errors."""
         model.double()
         rows = [tokens(1, n, seed=n)[0] for n in (14, 6)]
         ids, mask = padded(rows, kind, 18)

@@ -40,7 +40,7 @@ class PlacementContract(Contract):
         assert torch.equal(generate(found, ids, max_new_tokens=3), generate(model, ids, max_new_tokens=3))
 
     def test_cpu_offload(self, model: Any) -> None:
-        """A module's weights exist during its call only, so no weight may be read outside it."""
+        """CPU offload works: a module's weights exist only during its call, so no weight may be read outside it."""
         ids = tokens(2, 9)
         expected, sequence = logits(model, ids), generate(model, ids, max_new_tokens=3)
         cpu_offload(model, execution_device=torch.device("cpu"))

@@ -62,7 +62,8 @@ class PrecisionContract(Contract):
 
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     def test_dtypes_of_the_states(self, model: Any, dtype: torch.dtype) -> None:
-        """Each mixer's declared dtypes, with half-precision weights and under autocast; recurrences stay float32."""
+        """States have the dtypes that the mixers declare, with half-precision weights and under autocast; those of
+        recurrences are float32."""
         ids = tokens(1, 9)
         for name, tensor in model(ids, use_cache=True).past_key_values.tensors():
             assert tensor.dtype == specified(model.config, torch.float32)[name], name
@@ -87,8 +88,8 @@ class PrecisionContract(Contract):
     def test_bf16_weights_at_length_2048(self, model: Any, tmp_path: Any) -> None:
         """The error of bf16 arithmetic does not grow with the length, since states do not accumulate it.
 
-        The reference is the float32 model with the same rounded weights and the same experts: a token close to a tie
-        may go to other experts, which is not an error of arithmetic.
+        The reference is the float32 model with the same rounded weights, whose routers get the same outputs, since a
+        token may otherwise go to other experts, which is no error of arithmetic.
         """
         ids = tokens(1, 2048)
         model.save_pretrained(tmp_path)

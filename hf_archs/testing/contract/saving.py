@@ -33,7 +33,7 @@ def assert_same_bits(found: Any, expected: Any) -> None:
         assert theirs[name].dtype == tensor.dtype, name
         assert torch.equal(theirs[name], tensor), name
     buffers = dict(expected.named_buffers())
-    for name, buffer in found.named_buffers():  # including those in no file
+    for name, buffer in found.named_buffers():  # including buffers that no file holds
         assert torch.equal(buffer, buffers[name]), name
     ids = tokens(2, 9)
     for a, b in zip(forward(found, ids).to_tuple(), forward(expected, ids).to_tuple()):
@@ -70,7 +70,7 @@ class SavingContract(Contract):
 
     @pytest.mark.parametrize("auto_class", HEADS[1:])
     def test_every_head_has_a_loss(self, architecture: Architecture, auto_class: str) -> None:
-        """Its loss is finite and depends on every parameter."""
+        """The loss of each head is finite and depends on every parameter."""
         _, model_class = architecture.auto_classes()[auto_class]
         model = lively(model_class, architecture.tiny_config(num_labels=2)).train()
         ids = tokens(2, 9)
@@ -122,8 +122,8 @@ class SavingContract(Contract):
         assert_same_bits(AutoModelForCausalLM.from_pretrained(tmp_path / "bf16"), half)
 
     def test_only_what_is_missing_is_initialised(self, model: Any, tmp_path: Path) -> None:
-        """A file without one of the tensors is refused with its name. If a caller passes the other tensors instead,
-        that one and no other is initialised.
+        """A file that lacks one tensor is refused, and the error names the tensor. If a caller passes the other tensors
+        instead, only the missing one is initialised.
         """
         exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         model.save_pretrained(tmp_path)
@@ -159,7 +159,7 @@ class SavingContract(Contract):
         assert all(torch.equal(tensor, ours[name]) for name, tensor in found.model.state_dict().items())
 
     def test_every_parameter_is_initialised(self, architecture: Architecture) -> None:
-        """Uninitialised memory is filled with not-a-number here, and no tensor may have one."""
+        """No tensor of a new model has a NaN, with which uninitialised memory is filled here."""
         deterministic: Any = torch.utils.deterministic
         before = deterministic.fill_uninitialized_memory
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -47,7 +47,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
 
 
 def examples(lengths: list[int]) -> list[dict[str, Any]]:
-    """Rows of 12 tokens, padded on the right, of which the first ``length`` count for the loss."""
+    """A row of 12 tokens for each of ``lengths``, padded on the right; its first ``length`` tokens have labels."""
     rows = []
     for i, n in enumerate(lengths):
         ids = tokens(1, 12, seed=i % 4)[0]
@@ -93,8 +93,8 @@ class TrainingContract(Contract):
             assert (slope - expected).abs() < 1e-5 * scale, f"{name}: autograd {expected}, difference {slope}"
 
     def test_every_parameter_has_a_gradient(self, architecture: Architecture) -> None:
-        """For every head and any tokens, and without the model's own loss: data-parallel processes wait for every
-        gradient.
+        """Every parameter has a gradient, for every head and any tokens, and also without the model's own loss, since
+        data-parallel processes wait for every gradient.
         """
         batches: dict[str, Any] = {"tokens": (tokens(2, 9), None), "one token": (tokens(2, 1), None)}
         batches |= {"pads": (tokens(2, 9), torch.zeros(2, 9)), "no rows": (tokens(2, 9)[:0], None)}
@@ -108,7 +108,7 @@ class TrainingContract(Contract):
                     gradients(model, model(ids, labels=ids, output_router_logits=False).loss)
 
     def test_per_sample_gradients(self, model: Any) -> None:
-        """`vmap` of `grad`, with pads in some rows, gives the gradients of each row alone, and routers count all rows.
+        """`vmap` of `grad`, with pads in some rows, gives the gradients of each row, and routers count all rows.
 
         The loss is computed in float32.
         """
@@ -260,10 +260,10 @@ class TrainingContract(Contract):
             assert torch.equal(tensor, ours[name]), name
 
     def test_gradient_accumulation(self, model: Any, tmp_path: Path) -> None:
-        """Four rows at once, or one at a time, make the same step, though they have 11, 1, 4 and 7 predicted tokens."""
+        """Four rows, at once or accumulated one by one, make the same step, though they have 11, 1, 4 and 7 labels."""
         rows = examples([12, 2, 5, 8])
         for router in model.model.routers().values():
-            router.config.router_aux_loss_coef = 0.0  # balances a batch, and is not a mean over rows
+            router.config.router_aux_loss_coef = 0.0  # this loss is no mean over rows
         found = []
         for batch in (4, 1):
             trainer = Trainer(
@@ -282,12 +282,13 @@ class TrainingContract(Contract):
             start = dict(model.named_parameters())
             found.append(({n: p - start[n] for n, p in trained(trainer).named_parameters()}, losses(trainer)[0]))
         assert abs(found[0][1] - found[1][1]) < 1e-4 * found[0][1]
-        # a step is a small difference of large numbers, in which their rounding shows
+        # a step is a small difference of large numbers, in which their rounding errors show
         assert_all_close(found[1][0], found[0][0], "step", 1e-3)
 
     @pytest.mark.parametrize("head", ["AutoModelForCausalLM", "AutoModelForMaskedLM"])
     def test_accumulated_losses_of_routers(self, architecture: Architecture, head: str, tmp_path: Path) -> None:
-        """They count once per step, however many batches it accumulates; rows are equal, as they balance batches."""
+        """The routers' losses count once per step, however many batches a step accumulates. The rows are equal, so that
+        each batch has the same losses."""
         _, model_class = architecture.auto_classes()[head]
         rows, found = examples([9]) * 4, []
         for batch in (4, 1):

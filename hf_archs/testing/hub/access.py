@@ -14,7 +14,8 @@ KINDS = ("models", "datasets", "spaces")
 
 
 class Access:
-    """Base class of all endpoints; none awaits between reading and saving a repository, so they cannot interleave."""
+    """Base class of all endpoints. No endpoint awaits between reading and saving a repository, so two requests cannot
+    interleave there."""
 
     def __init__(self, root: Path, users: Mapping[str, tuple[str, str]]) -> None:
         self.root = root.resolve()

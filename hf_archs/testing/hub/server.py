@@ -35,7 +35,7 @@ async def refuse(request: Request, error: Exception) -> Response:
 
 async def gone(request: Request, error: Exception) -> Response:
     """The answer to a client that hung up."""
-    return Response(status_code=499)  # the client does not read it
+    return Response(status_code=499)  # the client is gone and does not read it
 
 
 async def malformed(request: Request, error: Exception) -> Response:
@@ -97,7 +97,7 @@ def application(
     answer = faulty(starlette, faults)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        # Routing needs the undecoded path: the slashes of a revision come as %2F and are no separators.
+        # Routing needs the undecoded path, where the slashes in a revision are %2F and no separators.
         await answer({**scope, "path": scope["raw_path"].decode("ascii")}, receive, send)
 
     return app
@@ -137,7 +137,7 @@ class EmbeddedHub:
         self.token = next((token for token, (_, role) in users.items() if role == "write"), "")
         # The socket listens before the server runs, so that an early client waits in the backlog.
         self._socket = socket.create_server(("127.0.0.1", port))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # without it an answer takes 40 ms
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else an answer takes 40 ms
         self.endpoint = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self.faults: list[Fault] = []
         app = application(self.root, users, multipart_threshold, self.faults)

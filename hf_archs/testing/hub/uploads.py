@@ -31,8 +31,8 @@ class _Upload:
     repo: Repository
     sha256: str
     size: int
-    chunk: int  # bytes of a part; 0 if the object comes whole
-    etags: list[str | None]  # of each part; None until it has arrived
+    chunk: int  # bytes of a part; 0 if the object is uploaded whole
+    etags: list[str | None]  # the ETag of each part; None until the part has arrived
 
 
 class Uploads(Access):

@@ -29,33 +29,34 @@ def long_conv(
     """A causal convolution of each channel with a filter as long as the sequence, gated before and after:
     ``v = gate_in x``, ``y_t = gate_out_t (sum_j taps_j v_{t-j} + bias v_t)``.
 
-    It takes O(l log l) time by FFT in float32, or float64 where ``x`` is; half precision never enters a transform. The
-    backward keeps no more than the inputs. One token alone is a dot product with what came before it. Packed documents
-    are taken apart and convolved in batches of similar length, so that nothing of one reaches into another; a packed
-    row costs at most about twice what the same number of tokens costs otherwise.
+    It takes O(l log l) time by FFT in float32, or in float64 if ``x`` is float64; half precision never enters a
+    transform. Only the inputs are kept for the backward. A single token is a dot product with the inputs before it.
+    Packed documents are separated and convolved in batches of similar length, so that no document sees another; a
+    packed row costs at most about twice as much as an ordinary one of the same length.
 
-    The same code runs on a CPU and, by way of cuFFT, on a GPU.
+    The same code runs on a CPU and, through cuFFT, on a GPU.
 
     Args:
         x: input, (batch, length, channels).
-        taps: the filters, the present first, (channels, taps); what lies further back than the last tap counts as 0.
+        taps: the filters, newest input first, (channels, taps). Inputs before the last tap have no effect.
         bias: the skip connection, (channels,), or None for 0.
         gate_in: (batch, length, channels), or None for 1.
         gate_out: (batch, length, channels), or None for 1.
-        initial_state: gated inputs ``v`` before the first, the latest last, (batch, channels, past), any past; zeros
-            where there were none. None for nothing.
-        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins, which does not
-            see the inputs before it; position 0 always continues ``initial_state``.
-        lengths: integer, (batch,), 0 to length. Positions from there on are pads: the final state ends before them.
-        need_state: whether the final state is wanted; None is returned in its place otherwise.
+        initial_state: gated inputs ``v`` before the first, oldest first, (batch, channels, past), with any past; zeros
+            before a row's first input. None for no past.
+        seq_idx: integer, (batch, length). A document begins where the value differs from that of the position before,
+            and does not see earlier inputs; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length: the tokens of each row. Later positions are pads, which the final state
+            leaves out.
+        need_state: whether the final state is returned; if not, None is returned instead.
 
     Returns:
         ``y``, (batch, length, channels), and the final state, (batch, channels, min(past + length, taps)): the gated
-        inputs of the row's last document up to the row's length, the latest last, after zeros where there are fewer.
-        Both are in the dtype of ``x`` and can be differentiated, once.
+        inputs of the row's last document, oldest first, after zeros if there are fewer. Both are in the dtype of ``x``
+        and can be differentiated once.
 
     Raises:
-        ValueError: where a shape does not fit, naming the argument.
+        ValueError: for a wrong shape; the message names the argument.
     """
     _check(x, taps, bias, gate_in, gate_out, initial_state, seq_idx, lengths)
     if backend_for(x) == "reference":
@@ -117,7 +118,7 @@ def long_conv_reference(
     lengths: Tensor | None = None,
     need_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """`long_conv` token by token: what the fast form is held against."""
+    """`long_conv` token by token: the oracle for the tests of the fast form."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     b, l, c = x.shape
     past = x.new_zeros(b, c, 0) if initial_state is None else initial_state.to(x.dtype)
@@ -150,7 +151,7 @@ def long_conv_step(
     lengths: Tensor | None = None,
     need_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """`long_conv` of a single token, (batch, 1, channels), with the present's tap last: one dot product."""
+    """`long_conv` of a single token, (batch, 1, channels), as one dot product; taps have the newest input last."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     v = (x if gate_in is None else x * gate_in).transpose(1, 2)
     seen = v if initial_state is None else torch.cat([initial_state.to(v.dtype), v], dim=2)
@@ -194,9 +195,9 @@ def _exportable(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> Tensor:
-    """The convolution in ordinary operators, for exporters: few runtimes have a Fourier transform.
+    """The convolution in ordinary operators, for exporters, since few runtimes have a Fourier transform.
 
-    Documents in a row make it a product with a matrix of taps for each.
+    With documents, it is a product with the matrix of each channel's taps, masked by document.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     v = (x if gate_in is None else x * gate_in).to(dtype)
@@ -209,7 +210,7 @@ def _exportable(
         lag = torch.arange(t - l, t, device=x.device).unsqueeze(1) - torch.arange(t, device=x.device)  # (l, t)
         matrix = torch.where((lag >= 0) & (lag < k), taps[:, lag.clamp(0, k - 1)], 0)
         documents = number_documents(seq_idx)
-        assert documents is not None  # of more than one token
+        assert documents is not None  # since there is more than one token
         document = F.pad(documents, (t - l, 0))  # (b, t)
         same = document[:, t - l :].unsqueeze(2) == document.unsqueeze(1)
         y = torch.einsum("bct,clt,blt->blc", seen, matrix, same.to(dtype))
@@ -225,13 +226,13 @@ _long_conv = Op(
     fake=lambda x, *_: x.new_empty(x.shape),
     learnt=("x", "taps", "bias", "gate_in", "gate_out", "initial_state"),
     only="portable",  # with cuFFT on a GPU
-    waits=True,  # for the lengths of documents, where there are any
+    waits=True,  # for the lengths of documents, with seq_idx
     plain=_exportable,
 )
 
 
 def cases(device, dtype, batch=2, length=40, channels=6, past=9):
-    """Arguments of `long_conv` for tests and benchmarks: without and with all that is optional."""
+    """Arguments of `long_conv` for tests and benchmarks: first the required ones, then all."""
     x, gate_in, gate_out = torch.randn(3, batch, length, channels, device=device, dtype=dtype)
     taps, bias, state = (
         torch.randn(shape, device=device, dtype=dtype)

@@ -1,7 +1,7 @@
 """`long_conv` by real Fourier transforms, on CPUs and GPUs alike.
 
-Channels come in blocks, so that a block's spectra stay in the processor's cache and the memory beyond the inputs does
-not grow with the number of channels. Inside a block time is innermost, as transforms want it.
+Channels are cut into blocks, so that a block's spectra fit the processor's cache, and the memory for temporaries does
+not grow with the number of channels. Inside a block time is innermost, as transforms need it.
 
 Letters: b batch, l length, c channels of a block, k taps, p inputs before the first, t = p + l, d documents, n points
 of a transform.
@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# elements of a block's transform: 2 MB of float32 beside its spectrum on a CPU, launches long enough on a GPU
+# elements of a block's transform: on a CPU 2 MB of float32 besides the spectrum, on a GPU enough for long launches
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
 
 
 @dataclass
 class Documents:
-    """Documents of similar length: which columns of the flattened rows (b t) each is, and which of them are real."""
+    """Documents of similar length: the columns of each in the flattened rows (b t), and a mask of the real ones."""
 
     columns: Tensor  # (d, longest)
     real: Tensor  # (d, longest)
@@ -123,7 +123,7 @@ def _gated(x: Tensor, gate_in: Tensor | None, block: slice) -> Tensor:
     v = x[:, :, block].transpose(1, 2)
     if gate_in is None:
         return v.to(dtype, memory_format=torch.contiguous_format)
-    # rounded as the product of two activations is, so that what a cache keeps is what was convolved
+    # rounded to the dtype of x, like the gated inputs in a cache, so that both convolve the same numbers
     gated = torch.empty(v.shape, dtype=x.dtype, device=x.device)
     return torch.mul(v, gate_in[:, :, block].transpose(1, 2), out=gated).to(dtype)
 
@@ -133,7 +133,7 @@ def _seen(v: Tensor, initial_state: Tensor | None, block: slice) -> Tensor:
 
 
 def _convolve(seen: Tensor, taps: Tensor, past: int, groups: list[Documents] | None) -> Tensor:
-    """``(b, c, t)`` to the outputs after the first ``past``, ``(b, c, l)``."""
+    """The outputs after the first ``past`` positions of ``seen``: (b, c, t) to (b, c, l)."""
     if groups is None:
         return _forward(seen, taps, past)
     out = torch.empty_like(seen)
@@ -145,7 +145,8 @@ def _convolve(seen: Tensor, taps: Tensor, past: int, groups: list[Documents] | N
 def _convolve_backward(
     g: Tensor, seen: Tensor, taps: Tensor, past: int, groups: list[Documents] | None, again: bool, of_taps: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """From the gradient of the outputs: the outputs (if ``again``), the gradients of seen and (``of_taps``) taps."""
+    """The outputs (None unless ``again``), and the gradients of seen and taps (None unless ``of_taps``), given ``g``,
+    the gradient of the outputs."""
     if groups is None:
         return _backward(g, seen, taps, past, again, of_taps)
     g = F.pad(g, (past, 0))
@@ -164,7 +165,7 @@ def _convolve_backward(
 
 
 def _documents(seq_idx: Tensor, past: int) -> list[Documents]:
-    """The documents of all rows, in groups of which none has more than twice the length of another."""
+    """The documents of all rows, in groups; the longest of a group is at most twice as long as its shortest."""
     b, l = seq_idx.shape
     begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
     starts = F.pad(begins, (past, 0))  # the first document of a row begins with the past
@@ -182,12 +183,12 @@ def _documents(seq_idx: Tensor, past: int) -> list[Documents]:
 
 
 def _gather(rows: Tensor, group: Documents) -> Tensor:
-    """Documents of one length each in a row, zeros after them: (b, c, t) to (d, c, longest)."""
+    """The group's documents, one in a row, with zeros after the end: (b, c, t) to (d, c, longest)."""
     return rows.transpose(0, 1).flatten(1)[:, group.columns].masked_fill_(~group.real, 0).transpose(0, 1)
 
 
 def _scatter(rows: Tensor, group: Documents, documents: Tensor) -> None:
-    """The way back, in place; ``rows`` is contiguous."""
+    """The inverse of `_gather`: write ``documents`` into ``rows``, which is contiguous."""
     t, columns = rows.shape[2], group.columns[group.real]
     rows[columns // t, :, columns % t] = documents.transpose(1, 2)[group.real]
 
@@ -196,14 +197,14 @@ def _scatter(rows: Tensor, group: Documents, documents: Tensor) -> None:
 
 
 def _points(t: int, k: int, past: int) -> int:
-    """Points of a circular convolution that is right after the first ``past`` outputs."""
+    """The points of a circular convolution that make its outputs right, except for the first ``past``."""
     k = min(k, t)
     return _fast(max(t, t + k - 1 - past))
 
 
 @lru_cache(maxsize=4096)
 def _fast(least: int) -> int:
-    """The smallest even product of 2, 3 and 5 from ``least`` on: what transforms are quick at."""
+    """The smallest even number from ``least`` on with no prime factors but 2, 3 and 5: transforms of it are fast."""
     best = 2 ** max(1, (least - 1).bit_length())
     five = 1
     while five < best:
@@ -217,7 +218,8 @@ def _fast(least: int) -> int:
 
 
 def _trimmed(seen: Tensor, taps: Tensor, past: int) -> tuple[Tensor, Tensor, int]:
-    """Without the past that no tap reaches, and without the taps that reach further than the past."""
+    """``seen``, ``taps`` and ``past`` without the inputs that no tap reaches, and the taps that reach before all
+    inputs."""
     unseen = max(past - taps.shape[1] + 1, 0)
     seen = seen[:, :, unseen:]
     return seen, taps[:, : seen.shape[2]], past - unseen

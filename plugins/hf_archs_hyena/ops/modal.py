@@ -3,10 +3,10 @@
 Massaroli et al. 2023, "Laughing Hyena Distillery", https://arxiv.org/abs/2310.18780, section 3 (the modal form).
 
 The poles are ``p = exp(-exp(log_decay) + i phase)``, as in Orvieto et al. 2023, "Resurrecting Recurrent Neural Networks
-for Long Sequences", https://arxiv.org/abs/2303.06349, section 3.3: whatever a gradient step does to ``log_decay`` and
-``phase``, ``|p| < 1`` (at worst 1, where float32 cannot tell ``1 - exp(log_decay)`` from it), so no step makes a filter
-that grows. ``exp(-log_decay)`` is the number of tokens in which a mode falls to 1/e. A complex number is a last
-dimension of size 2, its real and imaginary part; no tensor here is complex.
+for Long Sequences", https://arxiv.org/abs/2303.06349, section 3.3. So ``|p| < 1`` for any ``log_decay`` and ``phase``
+(or 1, to which float32 rounds it if ``exp(log_decay)`` is tiny), and no gradient step can make a filter that grows.
+``exp(-log_decay)`` is the number of tokens in which a mode falls to 1/e. Arguments and results hold a complex number as
+a last dimension of size 2, its real and imaginary part.
 
 Letters: b batch, l length, c channels, n modes, m tokens of a chunk, q chunks.
 """
@@ -20,30 +20,30 @@ from hf_archs.kernels.backend import backend_for
 from hf_archs.kernels.library import Op, form
 from hf_archs.kernels.numerics import full_precision
 
-# tokens between two entries of the coarse table of powers; fixed, so that a longer filter has the same taps
+# tokens between two entries of the coarse table of powers; constant, so that a longer filter begins with the same taps
 _STRIDE = 256
 
 
 def _blocks(length: int) -> int:
-    """Enough blocks of _STRIDE; at least two, since torch.compile compiles once more for a dimension of 1."""
+    """Blocks of _STRIDE that hold ``length``; at least two, since torch.compile compiles again for a size of 1."""
     return (length - 1) // _STRIDE + 2
 
 
 def modal_powers(log_decay: Tensor, phase: Tensor, exponents: Tensor) -> Tensor:
     """``p^e`` for every pole and exponent.
 
-    The angle is taken in float64: float32 has no digits left of ``phase * e`` when ``e`` is large.
+    The angle is computed in float64, since in float32 a large ``phase * e`` has no digits left after the point.
 
     Args:
         log_decay: logarithm of the poles' decay rates, (channels, modes).
-        phase: their angle in radians per token, (channels, modes).
+        phase: the poles' angles in radians per token, (channels, modes).
         exponents: 0 or more, (k,).
 
     Returns:
         (channels, modes, k, 2), in float32 or wider.
     """
     dtype = torch.promote_types(log_decay.dtype, torch.float32)
-    wide = dtype if log_decay.device.type == "mps" else torch.float64  # which MPS does not have
+    wide = dtype if log_decay.device.type == "mps" else torch.float64  # MPS has no float64
     exponents = exponents.to(wide)
     size = torch.exp(-log_decay.to(wide).exp().unsqueeze(2) * exponents)
     angle = phase.to(wide).unsqueeze(2) * exponents
@@ -65,12 +65,12 @@ def _conjugate(a: Tensor) -> Tensor:
 def modal_taps(log_decay: Tensor, phase: Tensor, residues: Tensor, length: int) -> Tensor:
     """The filter itself, ``h_t = Re sum_n R_n p_n^t`` for t = 0 to length - 1.
 
-    It takes little more memory than its result, and a longer filter begins with the shorter one.
+    It takes little more memory than its result. A longer filter begins with the shorter one.
 
     Args:
-        log_decay, phase: the poles, (channels, modes); see this module's head.
+        log_decay, phase: the poles, (channels, modes); see the module's docstring.
         residues: the modes' weights, (channels, modes, 2).
-        length: how many taps.
+        length: the number of taps.
 
     Returns:
         (channels, length), in float32 or wider.
@@ -82,7 +82,7 @@ def modal_taps(log_decay: Tensor, phase: Tensor, residues: Tensor, length: int) 
     coarse = _times(coarse, residues.to(coarse.dtype).unsqueeze(2))
     with full_precision(log_decay):
         taps = torch.einsum("cnqz,cnrz->cqr", _conjugate(coarse), fine)
-    # not a slice: exporters cannot show that the tables are long enough for any length
+    # not a slice: exporters cannot prove that the tables are long enough for every length
     return taps.flatten(1).index_select(1, torch.arange(length, device=device))
 
 
@@ -95,16 +95,16 @@ def modal_state(
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """The state after a sequence, ``s_t = p s_{t-1} + x_t``, without any output: what is needed after a prefill whose
-    outputs came from a long convolution with `modal_taps`.
+    """The state after a sequence, ``s_t = p s_{t-1} + x_t``, without outputs: for a prefill whose outputs come from a
+    long convolution with `modal_taps`.
 
-    Arguments and result as in `modal_conv`; it can be differentiated.
+    Arguments and result as in `modal_conv`; the state can be differentiated.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     b, l = x.shape[:2]
     documents, last = number_documents(seq_idx), None
     ends = x.new_full((b,), l, dtype=torch.int64) if lengths is None else lengths.to(torch.int64)
-    # x from the row's end backwards, so that x_j weighs p^j in every row, in blocks of _STRIDE
+    # x backwards from the row's end, so that its j-th entry has the weight p^j in every row, in blocks of _STRIDE
     exporting = torch.compiler.is_exporting()  # exporters cannot cut a symbolic length into blocks
     fine_exponents = torch.arange(l if exporting else _STRIDE, device=x.device)
     coarse_exponents = _STRIDE * torch.arange(1 if exporting else _blocks(l), device=x.device)
@@ -137,29 +137,30 @@ def modal_conv(
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Every channel's own sum of modes: ``s_t = p s_{t-1} + x_t``, ``y_t = Re sum_n R_n s_{t,n} + bias x_t``.
+    """Filter each channel with its own sum of modes: ``s_t = p s_{t-1} + x_t``, ``y_t = Re sum_n R_n s_{t,n} + bias
+    x_t``.
 
-    States and sums are in float32, or float64 where ``x`` is, autocast or not. Every tensor may have a dtype of its
-    own, and its gradient has that dtype.
+    States and sums are in float32, or in float64 if ``x`` is float64, also under autocast. Each tensor may have its own
+    dtype, which its gradient has too.
 
     Args:
         x: input, (batch, length, channels).
         log_decay: logarithm of the poles' decay rates, (channels, modes).
         phase: the poles' angles in radians per token, (channels, modes).
         residues: the modes' weights, (channels, modes, 2).
-        bias: what an input adds to its own output besides, (channels,), or None.
+        bias: weight of an input in its own output, added to that of the modes, (channels,), or None.
         initial_state: the state to continue from, (batch, channels, modes, 2), or None for zeros.
-        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins with an empty
-            state; position 0 always continues ``initial_state``.
-        lengths: integer, (batch,), 0 to length. Positions from there on are pads: they leave the state as it is and
-            their output is 0; the final state is the one at the row's length.
+        seq_idx: integer, (batch, length). A document begins where the value differs from that of the position before,
+            with an empty state; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length: the tokens of each row. Later positions are pads, which do not change
+            the state and whose output is 0.
 
     Returns:
         ``y``, (batch, length, channels) in the dtype of ``x``, and the final state, (batch, channels, modes, 2) in
-        float32 or wider. Both can be differentiated, once.
+        float32 or wider. Both can be differentiated once.
 
     Raises:
-        ValueError: where a shape does not fit, naming the argument.
+        ValueError: for a wrong shape; the message names the argument.
     """
     _check(x, log_decay, phase, residues, bias, initial_state, seq_idx, lengths)
     backend = backend_for(x)
@@ -231,7 +232,7 @@ def modal_conv_reference(
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`modal_conv` token by token: what the fast forms are held against."""
+    """`modal_conv` token by token: the oracle for the tests of the fast forms."""
     y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     (b, l, c), n = x.shape, log_decay.shape[1]
     x = x.to(dtype)
@@ -263,7 +264,7 @@ def _step(
     initial_state: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: a few small calls, on every device."""
+    """One token, in a few PyTorch calls, on every device."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     now = x.to(dtype).transpose(1, 2)  # (b, c, 1)
     if initial_state is None:
@@ -294,7 +295,7 @@ def _plain(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> Tensor:
-    """The outputs in ordinary operators, for exporters, which support only these: the filter at full length."""
+    """The outputs in ordinary operators, for exporters, which support no others: the filter has full length."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     l, c = x.shape[1:]
     wide, documents = x.to(dtype), number_documents(seq_idx)
@@ -326,7 +327,7 @@ def _by_chunks(
     documents: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """All that depends on the parameters is three small tables, which PyTorch differentiates; the op is linear in x."""
+    """Compute three small tables from the parameters, which PyTorch differentiates, and call the op with them."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if dtype == torch.float64:
         log_decay, phase = log_decay.double(), phase.double()
@@ -336,7 +337,7 @@ def _by_chunks(
     taps = weighted[:, :, :m, 0].sum(1)
     if bias is not None:
         taps = torch.cat([taps[:, :1] + bias.to(taps.dtype).unsqueeze(1), taps[:, 1:]], dim=1)
-    # what a chunk's tokens read of the state before it
+    # the weights with which a chunk's tokens read the state before it
     read = _conjugate(weighted[:, :, 1:]).transpose(2, 3).flatten(1, 2)
     return _modal_conv(x, taps, powers, read, initial_state, documents, lengths)
 

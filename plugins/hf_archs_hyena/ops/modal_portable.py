@@ -1,8 +1,8 @@
 """`modal_conv` in PyTorch: chunks of tokens, whose outputs are matrix products of their inputs and start states.
 
-Within a chunk a channel's outputs are a Toeplitz matrix of its first taps times the chunk's inputs; what came before
-the chunk enters through the state, which is passed on from chunk to chunk. Documents are laid out to begin at a chunk
-each, so a chunk holds one document only and no product needs a mask.
+Within a chunk a channel's outputs are a Toeplitz matrix of its first taps times the chunk's inputs. Earlier inputs
+enter through the state, which is passed from chunk to chunk. Each document begins at a new chunk, so that a chunk holds
+only one document and no product needs a mask.
 
 The backward computes the states again: they are half as large as x, and cheap.
 
@@ -22,7 +22,7 @@ PassGradients = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class _Chunks:
-    """Where tokens lie in chunks, and the inputs there: ``x`` (c, q, b, m), zero where there is no token."""
+    """The places of tokens in chunks, and the inputs by chunks: ``x`` (c, q, b, m), zero where there is no token."""
 
     def __init__(self, x: Tensor, chunk: int, documents: Tensor | None, lengths: Tensor | None):
         self.chunk = chunk
@@ -46,12 +46,12 @@ class _Chunks:
             row, at = begins.nonzero(as_tuple=True)
             self.keep[self.place[row, at] // self.chunk, row] = 0
             place = self.place.gather(1, place)
-        # the last token's chunk in each row, and how many of its tokens count
+        # the chunk of each row's last token, and the number of real tokens in that chunk
         self.last = place.squeeze(1) // self.chunk  # (b,)
         self.partial = place.squeeze(1) % self.chunk + 1  # (b,)
         if lengths is not None:
             self.partial = torch.where(lengths > 0, self.partial, 0)
-        # that chunk's tokens moved to its end: (b, m), negative where there is none
+        # the index of each token of that chunk when its tokens are moved to its end: (b, m), negative if there is none
         self.moved = torch.arange(self.chunk, device=device) - (self.chunk - self.partial).unsqueeze(1)
         self.x = self.split(x)
 
@@ -76,7 +76,7 @@ class _Chunks:
         return out[:, : self.length].contiguous()
 
     def at_end(self) -> Tensor:
-        """The last chunks' tokens, moved to the end: (c, b, m)."""
+        """The tokens of each row's last chunk, moved to the chunk's end: (c, b, m)."""
         there = self.x[:, self.last, self.rows]
         return there.gather(2, self.moved.clamp(min=0).expand_as(there)) * (self.moved >= 0)
 
@@ -103,11 +103,11 @@ def _diagonals(products: Tensor) -> Tensor:
 
 
 def pass_states(states: Tensor, over: Tensor, initial_state: Tensor | None, keep: Tensor | None) -> None:
-    """Turn what each chunk adds to the state into the state before it, in place.
+    """Replace the contribution of each chunk to the state by the state before the chunk, in place.
 
     Args:
         states: (c, q, b, n, 2), contiguous.
-        over: what a state is multiplied with in a chunk, (c, n, 2).
+        over: the factor of a state over a chunk, (c, n, 2).
         initial_state: (c, b, n, 2), or None for zeros.
         keep: 0 where a chunk begins with an empty state, else 1, (q, b), or None.
     """
@@ -121,7 +121,8 @@ def pass_states(states: Tensor, over: Tensor, initial_state: Tensor | None, keep
 
 
 def pass_gradients(grads: Tensor, over: Tensor, keep: Tensor | None) -> Tensor:
-    """Turn the gradients of what reads the states before the chunks into those of the states after them, in place.
+    """Replace the gradients of the states before the chunks, as far as the chunks' outputs read them, by the gradients
+    of the states after the chunks, in place.
 
     Shapes as for `pass_states`; returns the gradient of the initial state, (c, b, n, 2).
     """
@@ -136,7 +137,7 @@ def pass_gradients(grads: Tensor, over: Tensor, keep: Tensor | None) -> Tensor:
 
 
 class _Tables:
-    """The chunks, the tables as the products take them, and the states before the chunks."""
+    """The chunks, the tables in the layout of the products, and the states before the chunks."""
 
     def __init__(self, x, taps, powers, initial_state, documents, lengths, passing: PassStates):
         chunks = self.chunks = _Chunks(x, taps.shape[1], documents, lengths)
@@ -145,9 +146,9 @@ class _Tables:
         self.matrix = _toeplitz(taps)  # (c, i, j)
         self.write = powers[:, :, :m].flip(2).transpose(1, 2).reshape(c, m, -1)  # (c, m, 2 n)
         self.over = powers[:, :, m].contiguous()  # (c, n, 2)
-        # over the tokens of each row's last chunk, (c, b, n)
+        # the factor of a state over the tokens of each row's last chunk, (c, b, n)
         self.partial = torch.view_as_complex(powers[:, :, chunks.partial].transpose(1, 2).contiguous())
-        self.states = torch.bmm(self.inputs, self.write).view(c, q, b, -1, 2)  # what each chunk adds
+        self.states = torch.bmm(self.inputs, self.write).view(c, q, b, -1, 2)  # each chunk's contribution
         if initial_state is not None:
             initial_state = initial_state.to(chunks.dtype).transpose(0, 1).contiguous()
         passing(self.states, self.over, initial_state, chunks.keep)
@@ -167,7 +168,7 @@ def modal_conv_fwd(
     lengths: Tensor | None,
     passing: PassStates = pass_states,
 ) -> tuple[Tensor, Tensor]:
-    """y and the final state; the arguments are described at `hf_archs_hyena.ops.modal`."""
+    """y and the final state. `hf_archs_hyena.ops.modal` makes ``taps``, ``powers`` and ``read``."""
     tables = _Tables(x, taps, powers, initial_state, documents, lengths, passing)
     chunks, states = tables.chunks, tables.states
     c, _, b, n, _ = states.shape
@@ -200,7 +201,7 @@ def modal_conv_bwd(
     grad_out = chunks.split(torch.zeros_like(x) if grad_y is None else grad_y).view_as(inputs)
     grad_powers = torch.zeros_like(powers)
     grad_end = None
-    ends = torch.bmm(grad_out, read.transpose(1, 2)).view_as(states)  # so far of what reads the states
+    ends = torch.bmm(grad_out, read.transpose(1, 2)).view_as(states)  # from the outputs; passed on below
     if grad_final_state is not None:
         grad_end = grad_final_state.to(chunks.dtype).transpose(0, 1).contiguous()  # (c, b, n, 2)
         wide = torch.view_as_complex(grad_end)

@@ -1,15 +1,14 @@
-"""`modal_conv` on a GPU: the products within chunks are batched matrix products, the states pass in Triton.
+"""`modal_conv` on a GPU: batched matrix products within chunks, and one Triton kernel that passes the states.
 
-All work that grows with the length but one part is batched products of a channel's chunks with its small tables, which
-the vendor's library does as well as a kernel of ours could: they are as in `modal_portable`, in float32 throughout. The
-part left is the recurrence over chunks, which in PyTorch is a launch or two for every chunk. Here it is one kernel:
-each thread has a mode's state in registers and several chunks' reads under way at once, so every number is read and
-written once.
+The products of a channel's chunks with its small tables are those of `modal_portable`, in float32 throughout, since the
+vendor's library computes them as fast as a kernel of ours could. The rest of the work is the recurrence over chunks,
+which in PyTorch would take a launch or two per chunk. Here it is one kernel: each thread keeps a mode's state in
+registers and loads several chunks at once, so every number is read and written once.
 
 Letters: b batch, l length, c channels, n modes, q chunks.
 """
 
-# a tuple that grows in a kernel has a type of its own at every step
+# to mypy, a tuple that grows in a kernel has another type at each length
 # mypy: disable-error-code="assignment,var-annotated"
 
 import functools
@@ -22,17 +21,15 @@ from torch import Tensor
 from hf_archs.kernels.aot import FUSED, KernelSpec
 from hf_archs_hyena.ops import modal_portable as portable
 
-CHUNK = 64  # half the states of 32, and still less work within chunks than between them
-CONFIGS = [
-    {"BLOCK": 32, "num_warps": 1, "num_stages": 2}
-]  # states of a program: small programs, since each is sequential
+CHUNK = 64  # half as many states as with 32, and still less work within chunks than between them
+CONFIGS = [{"BLOCK": 32, "num_warps": 1, "num_stages": 2}]  # BLOCK states per program: few, as a program is sequential
 
 
 @triton.jit(do_not_specialize=["chunks", "batch"])
 def _pass_kernel(
     states,  # (c, q, b, n, 2), in place
     over,  # (c, n, 2)
-    first,  # (c, b, n, 2): the initial state, or None; REVERSED: the gradient of it, written
+    first,  # (c, b, n, 2): the initial state, or None; REVERSED: its gradient, which the kernel writes
     keep,  # (q, b) or None
     chunks,
     batch,
@@ -40,9 +37,8 @@ def _pass_kernel(
     REVERSED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """From what each chunk adds to the state before it; REVERSED: from the gradients of what reads the states before
-    the chunks to those of the states after them."""
-    AHEAD: tl.constexpr = 4  # chunks that are fetched at once, since each waits for the one before
+    """As `modal_portable.pass_states`; REVERSED: as `modal_portable.pass_gradients`."""
+    AHEAD: tl.constexpr = 4  # chunks that are loaded together, to overlap their latencies
     row = batch * MODES
     c = tl.program_id(0).to(tl.int64)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -65,7 +61,7 @@ def _pass_kernel(
         reals, imaginaries, keeps = (), (), ()
         for ahead in tl.static_range(AHEAD):
             q = begin + ahead
-            # not `inside & (q < chunks)`: a scalar spread into a mask is none to the interpreter of Triton 3.9
+            # not `inside & (q < chunks)`: Triton 3.9's interpreter rejects the dtype of a mask combined with a scalar
             there = tl.where(q < chunks, inside, False)
             if REVERSED:
                 q = chunks - 1 - q
@@ -122,7 +118,7 @@ modal_conv_bwd = functools.partial(portable.modal_conv_bwd, passing=pass_states,
 
 
 def aot_specs() -> list[KernelSpec]:
-    """The kernel both ways, without and with documents and an initial state."""
+    """The kernel in both directions, without and with documents and an initial state."""
     config, specs = CONFIGS[0], []
     for backwards in (False, True):
         for everything in (False, True):

@@ -30,25 +30,26 @@ def toeplitz_conv(
 ) -> tuple[Tensor, Tensor]:
     """``y_t = sum_m taps[:, m] x_{t - m} + bias x_t``, channel by channel, in float32 or wider.
 
-    Taps, bias and initial state may have dtypes of their own, and their gradients have those.
+    Each tensor may have its own dtype, which its gradient has too.
 
     Args:
         x: input, (batch, length, channels).
         taps: the filters, newest input first, (groups, taps) with 1 to 128 taps; channels is a multiple of groups, and
             channel ``c`` has the filter of group ``c // (channels // groups)``.
-        bias: what an input adds to its own output, (channels,), or None.
+        bias: weight of an input in its own output, added to the first tap, (channels,), or None.
         initial_state: the inputs before the first, oldest first, (batch, channels, taps - 1), or None for zeros.
-        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins, which does not
-            see the inputs before it; position 0 always continues ``initial_state``.
-        lengths: integer, (batch,), 0 to length. Positions from there on are pads; the final state ends before them.
+        seq_idx: integer, (batch, length). A document begins where the value differs from that of the position before,
+            and does not see earlier inputs; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length: the tokens of each row. Later positions are pads, which the final state
+            leaves out.
 
     Returns:
         ``y``, (batch, length, channels), and the final state, (batch, channels, taps - 1): the last inputs of the row's
-        last document, with zeros (or what is left of ``initial_state``) before them where it is shorter. Both are in
-        the dtype of ``x`` and can be differentiated, once.
+        last document. If that has fewer, zeros precede them, or the end of ``initial_state`` if it continues this.
+        Both are in the dtype of ``x`` and can be differentiated once.
 
     Raises:
-        ValueError: where a shape does not fit, naming the argument.
+        ValueError: for a wrong shape; the message names the argument.
     """
     _check(x, taps, bias, initial_state, seq_idx, lengths)
     if backend_for(x) == "reference":
@@ -95,7 +96,7 @@ def toeplitz_conv_reference(
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`toeplitz_conv` token by token: what the fast forms are held against."""
+    """`toeplitz_conv` token by token: the oracle for the tests of the fast forms."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     b, l, c = x.shape
     window = x.new_zeros(b, c, taps.shape[1] - 1) if initial_state is None else initial_state.to(x.dtype)
@@ -118,14 +119,14 @@ def toeplitz_conv_reference(
 def _step(
     x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One token: a handful of small calls, on every device."""
+    """One token, in a few PyTorch calls, on every device."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     (b, _, c), (g, k) = x.shape, taps.shape
     if initial_state is None:
         initial_state = x.new_zeros(b, c, k - 1)
     seen = torch.cat([initial_state.to(x.dtype), x.transpose(1, 2)], dim=2)
     oldest_first = taps.flip(1).unsqueeze(1)
-    y = (seen.view(b, g, c // g, k).to(dtype) * oldest_first).sum(3).view(b, 1, c)  # PyTorch widens what taps lack
+    y = (seen.view(b, g, c // g, k).to(dtype) * oldest_first).sum(3).view(b, 1, c)  # type promotion widens taps
     if bias is not None:
         y = torch.addcmul(y, x.to(dtype), bias.to(dtype))
     final_state = seen[:, :, 1:].contiguous()
@@ -137,7 +138,7 @@ def _step(
 def _plain(
     x: Tensor, taps: Tensor, bias: Tensor | None, initial_state: Tensor | None, documents: Tensor | None
 ) -> Tensor:
-    """The convolution in ordinary operators, for exporters, which support only these."""
+    """The convolution in ordinary operators, for exporters, which support no others."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     (b, l, c), (g, k) = x.shape, taps.shape
     before = x.new_zeros(b, k - 1, c) if initial_state is None else initial_state.transpose(1, 2)
@@ -167,7 +168,7 @@ _toeplitz_conv = Op(
 
 
 def cases(device, dtype, batch=2, length=40, groups=3, shared=4, taps=20):
-    """Arguments of `toeplitz_conv` for tests and benchmarks: many taps, few with every option, shared filters."""
+    """Arguments of `toeplitz_conv` for tests and benchmarks: many taps; few taps, with all options; wide groups."""
 
     def arguments(groups, channels, taps):
         shapes = (batch, length, channels), (groups, taps), (channels,), (batch, channels, taps - 1)

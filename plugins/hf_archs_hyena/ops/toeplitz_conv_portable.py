@@ -1,11 +1,11 @@
 """`toeplitz_conv` in PyTorch, for CPUs.
 
-Few taps are shifted multiply-adds over blocks of time that stay in the processor's cache; more are a depthwise
-``F.conv1d`` forward and for the gradient of x, and a sum of spectra for the gradient of the taps, for which
-``F.conv1d``'s own is eight times slower. (Toeplitz matrices and one spectrum per block were no faster forward.)
+Filters of few taps are shifted multiply-adds over blocks of time that fit the processor's cache. For longer filters,
+the forward and the gradient of x are a depthwise ``F.conv1d``, and the gradient of the taps is a sum of spectra, since
+that of ``F.conv1d`` is eight times slower. (Toeplitz matrices and one spectrum per block were no faster forward.)
 
-Rows and documents are laid out behind each other with as many zeros (or the initial state) before each as a filter
-reaches back, so that no document sees another.
+Rows and documents are laid out one after another, each after k - 1 zeros (or the initial state), so that no document
+sees another.
 
 Letters: b batch, l length, c channels, g groups of channels that share a filter, k taps; n positions of a layout.
 """
@@ -17,26 +17,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MANY_TAPS = 17  # from here on conv1d and spectra are faster
-BLOCK_ELEMENTS = 2**18  # of x in a block: 1 MB of float32, and long enough to hide the cost of a call
+BLOCK_ELEMENTS = 2**18  # elements of x per block: 1 MB in float32, and enough to outweigh the overhead of PyTorch calls
 SPECTRUM = 512  # points of a block's spectrum
-SPECTRA_ELEMENTS = 2**21  # of x whose spectra are held at once
+SPECTRA_ELEMENTS = 2**21  # elements of x whose spectra are in memory at once
 
 
 class _Layout:
-    """Inputs with what they may see before them, ``rows`` (b', k - 1 + n, c); positions 0 to n - 1 have outputs."""
+    """``rows``, (b', k - 1 + n, c): the inputs, each document after k - 1 zeros or the initial state.
+
+    ``rows`` is the batch (b' = b), or with documents one long row (b' = 1). A layout has n outputs.
+    """
 
     def __init__(self, x: Tensor, size: int, initial_state: Tensor | None, documents: Tensor | None):
         dtype = torch.promote_types(x.dtype, torch.float32)
         b, l, c = x.shape
         self.size = size
-        # where in the layout the tokens lie, (b, l); the initial states lie right before each row's first
+        # the tokens' positions in the layout, (b, l); each row's initial state is right before its first token
         self.place = None
         if documents is None:
             self.rows = torch.empty(b, size + l, c, dtype=dtype, device=x.device)
             self.rows[:, :size] = 0 if initial_state is None else initial_state.transpose(1, 2)
             self.rows[:, size:] = x
         else:
-            shift = (documents.long() + 1) * size  # a gap before the row's first document, and before each other one
+            shift = (documents.long() + 1) * size  # a gap of k - 1 before each document of the row
             ends = (shift[:, -1] + l).cumsum(0)
             starts = F.pad(ends, (1, 0))[:-1]
             self.place = shift + torch.arange(l, device=x.device) + starts.unsqueeze(1)
@@ -47,11 +50,11 @@ class _Layout:
                 self.rows[0, self.before] = initial_state.transpose(1, 2).to(dtype)
 
     def outputs(self, t: Tensor) -> Tensor:
-        """The entries of a, (b', n, c), that belong to tokens: (b, l, c)."""
+        """The entries of ``t``, (b', n, c), that belong to tokens: (b, l, c)."""
         return t if self.place is None else t[0, self.place - self.size]
 
     def all_outputs(self, t: Tensor) -> Tensor:
-        """The other way round, zero where there is no token: (b, l, c) to (b', n, c)."""
+        """The inverse of `outputs`, with zeros where there is no token: (b, l, c) to (b', n, c)."""
         t = t.to(self.rows.dtype)
         if self.place is None:
             return t
@@ -60,7 +63,7 @@ class _Layout:
         return found
 
     def inputs(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """From a (b', k - 1 + n, c) what belongs to x, (b, l, c), and to the initial state, (b, c, k - 1)."""
+        """The entries of ``t``, (b', k - 1 + n, c), of x, (b, l, c), and of the initial state, (b, c, k - 1)."""
         if self.place is None:
             x, before = t[:, self.size :], t[:, : self.size]
         else:
@@ -84,7 +87,7 @@ def _per_channel(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _convolve(rows: Tensor, taps: Tensor, elements: int) -> Tensor:
-    """(b', k - 1 + n, c) with (c, k): (b', n, c)."""
+    """The outputs, (b', n, c), from the rows, (b', k - 1 + n, c), and the taps, (c, k)."""
     c, k = taps.shape
     if k >= MANY_TAPS:
         return F.conv1d(rows.transpose(1, 2), taps.flip(1).unsqueeze(1), groups=c).transpose(1, 2)
@@ -114,7 +117,7 @@ def _grad_taps(g: Tensor, rows: Tensor, k: int, elements: int, spectra: int) -> 
     b, n, c = g.shape
     size = k - 1
     if k >= MANY_TAPS:
-        step = SPECTRUM - size  # outputs of a block; it sees SPECTRUM inputs
+        step = SPECTRUM - size  # outputs of a block, which sees SPECTRUM inputs
         together = max(1, spectra // (b * c * step)) * step
         total = torch.zeros(c, SPECTRUM // 2 + 1, dtype=torch.promote_types(g.dtype, torch.complex64), device=g.device)
         for start in range(0, n, together):

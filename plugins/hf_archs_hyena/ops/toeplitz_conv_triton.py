@@ -1,19 +1,19 @@
 """`toeplitz_conv` in Triton, forward and backward, in two forms.
 
-Where a filter has few channels to itself, a tile of positions and channels takes one multiply-add for each tap: x comes
-from device memory once and its shifted copies from the L1 cache, the channels along the threads so that each row of a
-tile is one coalesced read. For the gradient of the taps a program walks through a span of positions with the sums of
-up to 16 taps in registers, and writes them once.
+If fewer than 16 channels share a filter, a tile of positions and channels takes one multiply-add per tap. x is read
+from device memory once and its shifted copies from the L1 cache; channels run along the threads, so that each row of a
+tile is one coalesced read. For the gradient of the taps, a program walks along a span of positions with the sums of up
+to 16 taps in registers, and writes these once.
 
-Where 16 channels or more share a filter, a tile of outputs is a product of Toeplitz tiles, made from the filter as they
-are needed, with tiles of x, on tensor cores (Ku et al. 2025, section 3). A product with few channels would waste them,
-so several tiles of positions, which have the same Toeplitz tiles, are columns of one product of 64 columns (unless
-documents make these tiles different). The gradient of the taps is the sum over positions of products of tiles of
-grad_y and x, whose diagonals PyTorch adds up in the end.
+If 16 channels or more share a filter, a tile of outputs is a product of Toeplitz tiles, which are made from the filter
+when needed, with tiles of x, on tensor cores (Ku et al. 2025, section 3). A product with few columns would waste tensor
+cores, so a product of 64 columns takes several tiles of positions, which share their Toeplitz tiles (with documents
+they do not, and a product takes one). The gradient of the taps is the sum over positions of products of tiles of grad_y
+and x, whose diagonals PyTorch adds up in the end.
 
-Inputs of 16 bits are multiplied as they are and summed in float32; taps are rounded to bfloat16 where x is, as its
-results are. Products of float32 are made of six bfloat16 products ("bf16x6"), those of float16 with taps of three, both
-as exact as their inputs. There are no atomics, so results are the same from run to run.
+Inputs of 16 bits are multiplied as they are and summed in float32; taps are rounded to bfloat16 if x is bfloat16.
+Products of float32 are made of six bfloat16 products ("bf16x6"), products of float16 with taps of three; both are as
+exact as their inputs. There are no atomics, so results repeat exactly.
 
 Letters: b batch, l length, c channels, g groups of channels that share a filter, k taps; ``rows`` are the inputs with
 the initial state before them, if there is one, (b, before + l, c).
@@ -30,14 +30,14 @@ from triton import knobs
 
 from hf_archs.kernels.aot import FUSED, KernelSpec
 
-SHARED = 16  # channels of a filter from which on tensor cores pay
-# Which config runs follows from the shape and dtype alone: nothing is tuned at run time. The first of each is for 16
-# bits, the second for float32, whose products of six terms need more registers.
+SHARED = 16  # the fewest channels per filter for which tensor cores are faster
+# Shape and dtype alone choose the config, so nothing is tuned at run time. The first of each is for 16 bits, the second
+# for float32, whose products of six terms need more registers.
 SHIFT_CONFIGS = [
     {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2},
     {"BLOCK_T": 32, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2},
 ]
-SUM_CONFIGS = [  # for many taps and for few
+SUM_CONFIGS = [  # the first for more than 8 taps
     {"BLOCK_M": 16, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 8, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2},
 ]
@@ -45,13 +45,13 @@ MATRIX_CONFIGS = [
     {"BLOCK_I": 64, "BLOCK_J": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 2},
     {"BLOCK_I": 32, "BLOCK_J": 32, "COLUMNS": 32, "num_warps": 4, "num_stages": 1},
 ]
-PROGRAMS = 2048  # that fill a large GPU. More would only write more sums of the gradient of the taps
+PROGRAMS = 2048  # enough to fill a large GPU; more would only write more sums of the gradient of the taps
 SPAN = 256  # the fewest positions that a program sums over
 
 
 @triton.jit
 def _document(documents, t, length):
-    """The document of positions ``t``; those before the first are document 0's, as position 0 is."""
+    """The documents of positions ``t``; positions before the first belong to document 0, like position 0."""
     return tl.load(documents + tl.minimum(tl.maximum(t, 0), length - 1))
 
 
@@ -64,7 +64,7 @@ def _shift_kernel(
     out,  # (b, outputs, c): y; REVERSED: the gradient of rows
     length,  # of the sequence
     inputs,
-    before,  # how many positions before the first the inputs or, REVERSED, the outputs begin
+    before,  # the number of inputs before position 0; REVERSED: of outputs before it
     channels,
     groups,
     TAPS: tl.constexpr,
@@ -123,7 +123,7 @@ def _shift_sums_kernel(
     inputs,
     before,
     channels,
-    span,  # positions of a program
+    span,  # positions per program
     TAPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -172,7 +172,8 @@ def _matrix_kernel(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """As `_shift_kernel`, for groups of many channels: i outputs, j inputs, columns (tile of positions, channel)."""
+    """As `_shift_kernel`, for groups of many channels. A product has rows i (outputs), sums over j (inputs), and has a
+    column for each channel of each tile of positions."""
     BLOCKS: tl.constexpr = (BLOCK_I + TAPS - 1 + BLOCK_J - 1) // BLOCK_J
     PARTS: tl.constexpr = (GROUP + WIDE - 1) // WIDE
     TOGETHER: tl.constexpr = COLUMNS // WIDE  # tiles of positions
@@ -205,7 +206,7 @@ def _matrix_kernel(
             j = BLOCK_I - (block + 1) * BLOCK_J + tl.arange(0, BLOCK_J)
             back = i[:, None] - j[None, :]
         inside = (back >= 0) & (back < TAPS)
-        if documents is not None:  # one tile at a time then
+        if documents is not None:  # then TOGETHER is 1
             inside = inside & (_document(documents, start + j, length)[None, :] == here[:, None])
         matrix = tl.load(taps + group * TAPS + back, inside, 0)
         place = start + j[:, None] + tile[None, :]
@@ -248,7 +249,7 @@ def _matrix_sums_kernel(
     BLOCK_J: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``sum g_i x_j`` over the channels of a group and the tiles of a span, by the tile's outputs i and inputs j."""
+    """``sum g_i x_j`` for each output i and input j of a tile, over the channels of a group and the tiles of a span."""
     BLOCKS: tl.constexpr = (BLOCK_I + TAPS - 1 + BLOCK_J - 1) // BLOCK_J
     spans = tl.cdiv(length, span)
     b = (tl.program_id(0) // spans).to(tl.int64)
@@ -282,7 +283,7 @@ def _matrix_sums_kernel(
 
 
 def _precision(dtype: torch.dtype) -> str:
-    if knobs.runtime.interpret:  # which multiplies exactly
+    if knobs.runtime.interpret:  # the interpreter multiplies exactly
         return "ieee"
     return "bf16x6" if dtype == torch.float32 else "bf16x3"
 
@@ -292,14 +293,14 @@ def _config(configs: list[dict[str, int]], dtype: torch.dtype, config: dict[str,
 
 
 def _rows(x: Tensor, initial_state: Tensor | None) -> tuple[Tensor, int]:
-    """The inputs with the state before them, contiguous, and how many of them are the state's."""
+    """The inputs after the state, contiguous, and the number of inputs in the state."""
     if initial_state is None:
         return x.contiguous(), 0
     return torch.cat([initial_state.transpose(1, 2).to(x.dtype), x], dim=1), initial_state.shape[2]
 
 
 def _span(length: int, programs: int) -> int:
-    """Positions of a program that sums, where each span of all rows has ``programs``; a multiple of `SPAN`."""
+    """Positions per program that sums, a multiple of `SPAN`; ``programs`` is the number of programs per span."""
     spans = triton.cdiv(PROGRAMS, programs)
     return SPAN * triton.cdiv(length, SPAN * min(spans, triton.cdiv(length, SPAN)))
 
@@ -347,8 +348,8 @@ def _convolve(
 
 
 def _diagonals(sums: Tensor, k: int) -> Tensor:
-    """(g, blocks, i, j), the blocks of j from the last one back, to (g, k): the sums where i - j is 0 to k - 1."""
-    by_input = sums.flip(1).transpose(1, 2).flatten(2)  # (g, i, all j), the last i inputs are the outputs' own places
+    """The sums over entries whose i - j is 0 to k - 1: (g, blocks, i, j), with the last block of j first, to (g, k)."""
+    by_input = sums.flip(1).transpose(1, 2).flatten(2)  # (g, i, all j); the last inputs are at the outputs' positions
     rows, columns = by_input.shape[1:]
     skewed = F.pad(by_input.flip(2), (0, rows)).flatten(1)[:, :-rows].unflatten(1, (rows, columns + rows - 1))
     return skewed.sum(1)[:, rows - 1 : rows - 1 + k]
@@ -362,7 +363,8 @@ def toeplitz_conv_fwd(
     documents: Tensor | None,
     config: dict[str, int] | None = None,
 ) -> Tensor:
-    """The convolution; ``config`` is one of `SHIFT_CONFIGS`, or of `MATRIX_CONFIGS` where filters are shared."""
+    """The convolution; ``config`` is one of `MATRIX_CONFIGS` if `SHARED` channels share a filter, else of
+    `SHIFT_CONFIGS`."""
     rows, before = _rows(x, initial_state)
     return _convolve(rows, taps, bias, documents, x.shape[1], before, False, config)
 
@@ -432,7 +434,7 @@ def toeplitz_conv_bwd(
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Every kernel, forward and backward, with few and many taps, for all dtypes, and once with everything."""
+    """Every kernel, forward and backward, with few and many taps, for all dtypes; once with bias and documents."""
     specs = []
     types = {"documents": "*i32", "sums": "*fp32", "taps": "*fp32", "bias": "*fp32", "channels": "i32:16"}
     precisions = {"bf16": "bf16x6", "fp32": "bf16x6", "fp16": "bf16x3"}

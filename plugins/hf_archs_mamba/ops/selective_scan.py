@@ -30,13 +30,13 @@ def selective_scan(
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A diagonal linear recurrence per channel whose step, input and output maps depend on the token.
+    """A diagonal linear recurrence per channel, whose step, input map and output map depend on the token.
 
     ``delta = softplus(dt + dt_bias)``, ``h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t``,
     ``y_t = (C_t h_t + D x_t) silu(z_t)``.
 
-    States, decays and sums are in float32, or float64 where ``x`` is, autocast or not. Every tensor may have a dtype of
-    its own, and its gradient has that dtype.
+    States, decays and sums are in float32, or in float64 if ``x`` is float64, also under autocast. Each tensor may have
+    its own dtype, which its gradient has too.
 
     Args:
         x: input, (batch, length, channels).
@@ -48,17 +48,17 @@ def selective_scan(
         z: gate, (batch, length, channels), or None for no gate.
         dt_bias: added to ``dt`` in float32 or wider, (channels,), or None.
         initial_state: the state to continue from, (batch, channels, state), or None for zeros.
-        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins with an empty
-            state; position 0 always continues ``initial_state``.
-        lengths: integer, (batch,), 0 to length. Positions from there on are pads: delta is 0 there, so they leave the
-            state as it is, and the final state is the one at the row's length.
+        seq_idx: integer, (batch, length). A document begins where the value differs from that of the position before,
+            with an empty state; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length: the tokens of each row. Later positions are pads, where delta is 0, so
+            that they do not change the state.
 
     Returns:
         ``y``, (batch, length, channels) in the dtype of ``x``, and the final state, (batch, channels, state) in
-        float32 or wider. Both can be differentiated, once.
+        float32 or wider. Both can be differentiated once.
 
     Raises:
-        ValueError: where a shape does not fit, naming the argument.
+        ValueError: for a wrong shape; the message names the argument.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths)
     backend = backend_for(x)
@@ -119,7 +119,7 @@ def selective_scan_reference(
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan` as the paper writes it, token by token: what the fast forms are held against."""
+    """`selective_scan` as the paper writes it, token by token: the oracle for the tests of the fast forms."""
     y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
     delta = F.softplus(dt if dt_bias is None else dt + dt_bias.to(dtype))
@@ -153,10 +153,10 @@ def _step(
     initial_state: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One token: a handful of small calls, over states whose channels are innermost in memory."""
+    """One token, in a few PyTorch calls. The state has its channels innermost in memory."""
     y_dtype, x = x.dtype, wide(x)
     dtype = x.dtype
-    # PyTorch widens what dt lacks, in the addition itself
+    # the addition widens dt by PyTorch's type promotion
     delta = F.softplus(cast(dt if dt_bias is None else dt + cast(dt_bias, dtype), dtype))
     if lengths is not None:
         delta = delta * (lengths > 0)[:, None, None]
@@ -165,10 +165,10 @@ def _step(
     # exp2, because exp calls MKL on a CPU, which wakes every thread for it
     decay = torch.exp2(delta * constant(LOG2_E, delta) * A)
     state = torch.addcmul(decay * before, delta * x, B)
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):  # autocast takes products to bfloat16
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):  # autocast rounds a bmm
         y = (state * C.transpose(1, 2)).sum(1, keepdim=True)
     else:
-        y = torch.bmm(C, state.contiguous())  # the same bits however the state before lay in memory
+        y = torch.bmm(C, state.contiguous())  # contiguous: bits do not depend on strides
     if D is not None:
         y = torch.addcmul(y, cast(D, dtype), x)
     if z is not None:
@@ -189,7 +189,7 @@ def _scan_by_token(
     seq_idx: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The scan in ordinary operators and a loop of the graph, for exporters, which support only these."""
+    """The scan in ordinary operators and a loop of the graph, for exporters, which support no others."""
     y_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
     reset, pad = portable.boundaries(seq_idx, lengths, x)
@@ -201,7 +201,7 @@ def _scan_by_token(
         decay = decay.masked_fill(reset[:, :, None, None], 0)
     write = (delta * x).unsqueeze(3) * B.unsqueeze(2)
 
-    # no more than this: exporters lose what a loop takes from outside, and views in it
+    # nothing else in the loop: exporters lose tensors from outside of it, and views inside it
     def step(state: Tensor, token: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         decay, write = token
         state = decay * state + write
@@ -220,7 +220,7 @@ def _scan_by_token(
 def _fake(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, lengths, keep, backend):
     dtype = torch.promote_types(x.dtype, torch.float32)
     b, l, c = x.shape
-    # in one row: a dimension of blocks would be 1 for short sequences, and torch.compile compiles once more for a 1
+    # flat: a dimension of blocks would be 1 for short sequences, and torch.compile compiles again for a size of 1
     kept = (l + portable.BLOCK - 1) // portable.BLOCK * b * A.shape[1] * c if keep else 0
     return x.new_empty(b, l, c), x.new_empty(b, *A.shape, dtype=dtype), x.new_empty(kept, dtype=dtype)
 
@@ -238,7 +238,7 @@ _selective_scan = Op(
 
 
 def cases(device, dtype, batch=2, length=20, channels=12, state=4):
-    """Arguments of `selective_scan` for tests and benchmarks: without and with all that is optional."""
+    """Arguments of `selective_scan` for tests and benchmarks: first the required ones, then all."""
     wide = torch.promote_types(dtype, torch.float32)
     x, dt, z = torch.randn(3, batch, length, channels, device=device, dtype=dtype)
     B, C = torch.randn(2, batch, length, state, device=device, dtype=dtype)

@@ -1,12 +1,12 @@
-"""The selective scan in plain PyTorch: blocks of tokens, a sequential recurrence, a backward of its own.
+"""The selective scan in plain PyTorch: blocks of tokens, with a sequential recurrence inside and a written backward.
 
 Letters: b batch, l length, c channels, n state, m tokens of one block.
 
-A block is laid out (m, b, n, c), channels innermost. Everything that is not the recurrence itself is done for the
-whole block in a few large calls; the recurrence is one in-place `addcmul_` a token, on views that were made once.
-Only the state at the start of each block is kept for the backward, which recomputes the block from there, so memory
-grows with the length by l / 128 states. (Measured on a CPU: scans in log-many steps, in two levels and by einsum are
-slower; the closed form exp(cumsum) * cumsum(...) overflows.)
+A block is laid out (m, b, n, c), channels innermost. Everything but the recurrence is computed for the whole block in a
+few large calls; the recurrence is one in-place `addcmul_` per token, on views that are made once. Only the state at the
+start of each block is kept for the backward, which recomputes the block from it: l / 128 states. (Measured on a CPU:
+parallel scans with a logarithmic number of steps, scans in two levels and einsum are slower; the closed form
+exp(cumsum) * cumsum(...) overflows.)
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_archs.kernels.numerics import LOG2_E
 
 BLOCK = 128  # tokens between two kept states
-# Elements of the state that are scanned together: enough to hide the cost of a call, few enough for the cache.
+# Elements of the state in a tile: at least enough to outweigh the overhead of a call, at most enough for the cache.
 _SMALL, _LARGE = 8192, 32768
 
 
@@ -40,18 +40,18 @@ _local = threading.local()
 
 
 def _workspace(rows: int, state: int, channels: int, like: Tensor) -> _Workspace:
-    """This thread's workspace of that shape. Two shapes are kept (a width and its remainder): a bounded amount."""
+    """This thread's workspace of that shape. Only two are kept (full tiles and the last ones), to bound the memory."""
     kept: dict[tuple, _Workspace] = _local.__dict__.setdefault("kept", {})
     key = (rows, state, channels, like.dtype, like.device)
     found = kept.pop(key, None) or _Workspace(rows, state, channels, like)
-    kept[key] = found  # the latest stands last
+    kept[key] = found  # the latest is the last
     if len(kept) > 2:
         del kept[next(iter(kept))]
     return found
 
 
 def _tiles(batch: int, channels: int, state: int) -> Iterator[tuple[slice, slice]]:
-    """Cut (batch, channels) into parts that are scanned one after the other; nothing flows between them."""
+    """Cut (batch, channels) into tiles, which are independent and scanned one after the other."""
     width = math.ceil(channels / math.ceil(channels * state / _LARGE))
     rows = math.ceil(batch / math.ceil(batch / max(1, _SMALL // (width * state))))
     for c in range(0, channels, width):
@@ -62,7 +62,7 @@ def _tiles(batch: int, channels: int, state: int) -> Iterator[tuple[slice, slice
 class _Part:
     """The inputs of one tile, time first and in the working dtype: (l, b, c), and (l, b, n) for B and C.
 
-    What needs no state is done here for the whole length: on a block, calls this small cost more than their work.
+    Values that need no state are computed here for the whole length, since the calls would be too small on a block.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class _Part:
         self.D = None if D is None else D[cols].to(self.dtype)
         self.reset = None if reset is None else reset[rows].t()
         self.pad = None if pad is None else pad[rows].t().unsqueeze(-1)
-        self.delta = F.logsigmoid(self.minus_dt).neg_()  # softplus, half as long as F.softplus takes
+        self.delta = F.logsigmoid(self.minus_dt).neg_()  # softplus, in half the time of F.softplus
         if self.pad is not None:
             self.delta.masked_fill_(self.pad, 0)
         self.input = self.delta * self.x
@@ -98,7 +98,7 @@ class _Part:
         return t.transpose(0, 1).to(self.dtype)
 
     def scan(self, block: slice) -> int:
-        """Fill the workspace's decays and states of one block; gives the number of its tokens."""
+        """Fill the workspace's decays and states for one block, and return the number of its tokens."""
         w = self.workspace
         delta = self.delta[block]
         m = delta.shape[0]
@@ -110,14 +110,14 @@ class _Part:
         return m
 
     def outputs(self, block: slice, to: Tensor) -> None:
-        """Write C h of the block in the workspace into its place in ``to``, (l, b, c)."""
+        """Write C h of a block, from the states in the workspace, into its part of ``to``, (l, b, c)."""
         m, b, n = self.C[block].shape
         states = self.workspace.states[1 : m + 1].view(m * b, n, -1)
         torch.bmm(self.C[block].view(m * b, 1, n), states, out=to[block].view(m * b, 1, -1))
 
 
 def boundaries(seq_idx: Tensor | None, lengths: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Two masks (b, l): where a document begins (real tokens only, never position 0), and where the pads are."""
+    """Two masks, (b, l) or None: the tokens at which a document begins (no pads, never position 0), and the pads."""
     reset = pad = None
     if lengths is not None:
         pad = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
@@ -133,7 +133,7 @@ def _recur(to: tuple[Tensor, ...], decay: tuple[Tensor, ...], before: tuple[Tens
     if not to:
         return
     if to[0].device.type == "cpu":
-        # On a CPU the list is walked in order, in C++: half the time of a call from Python per token.
+        # On a CPU this loops over the lists in order, in C++: half the time of one call from Python per token.
         torch._foreach_addcmul_(to, decay, before)
     else:
         for h, d, b in zip(to, decay, before):
@@ -141,7 +141,7 @@ def _recur(to: tuple[Tensor, ...], decay: tuple[Tensor, ...], before: tuple[Tens
 
 
 def _over_channels(of_state: Tensor, of_channel: Tensor) -> Tensor:
-    """(m, b, n, c) times (m, b, c), summed over c. The row vector stands first: six times faster than last."""
+    """(m, b, n, c) times (m, b, c), summed over c. The vector is the left factor, which is six times faster."""
     m, b, n, c = of_state.shape
     return torch.bmm(of_channel.reshape(m * b, 1, c), of_state.view(m * b, n, c).transpose(1, 2)).view(m, b, n)
 
@@ -160,7 +160,8 @@ def selective_scan_fwd(
     lengths: Tensor | None,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state (b, c, n), and the states before each block, (l / BLOCK, b, n, c) in one row, or nothing."""
+    """y, the final state, (b, c, n), and the states before the blocks, (l / BLOCK, b, n, c) flattened, or nothing
+    unless ``keep_states``."""
     (b, l, c), n = x.shape, A.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     reset, pad = boundaries(seq_idx, lengths, x)
@@ -208,9 +209,9 @@ def selective_scan_bwd(
     kept: Tensor,
     wanted: Sequence[bool] = (True,) * 9,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, dt, A, B, C, D, z, dt_bias and the initial state, each in the working dtype or its tensor's.
+    """The gradients of x, dt, A, B, C, D, z, dt_bias and the initial state, in the working dtype or the tensor's.
 
-    Those that are not ``wanted`` are anything.
+    The value of a gradient that is not ``wanted`` is undefined.
     """
     of_x, of_dt, of_A, of_B, of_C, of_D, of_z, of_bias, _ = wanted
     of_step = of_dt or of_bias
@@ -233,7 +234,7 @@ def selective_scan_bwd(
         dy = torch.zeros_like(part.delta) if grad_y is None else part.time_first(grad_y[rows, :, cols])
         if part.z is not None:
             gate, s = part.z, part.z.sigmoid()
-            d_gate = dy * s * (1 + gate * (1 - s))  # but for the factor y
+            d_gate = dy * s * (1 + gate * (1 - s))  # without the factor C h + D x
             dy = dy * gate * s
         for i in reversed(range(kept.shape[0])):
             block = slice(i * BLOCK, (i + 1) * BLOCK)

@@ -2,29 +2,29 @@
 
 Letters: b batch, l length, c channels, n state, s segments of the length.
 
-A program is one warp on one row and one block of channels, and walks over time in tiles of a few tokens. A tile's
-tokens are held as a tuple of (channels,) vectors, so every thread owns its channels' whole recurrence in registers: no
-scan across threads, no shared memory, no barrier inside a tile. The loop over the state is the outer one: for each of
-its rows a tile's tokens are walked one after the other, while delta, x and the output stay in registers and the row's
-running value waits in a small scratch that stays in the cache. So a state may have any size.
+A program is one warp on one row and one block of channels, and walks along time in tiles of a few tokens. A tile is a
+tuple of (channels,) vectors, one per token, so every thread has the whole recurrence of its channels in registers: no
+scan across threads, no shared memory, no barrier inside a tile. The outer loop is over the rows n of the state: for
+each row, the tile's tokens are computed one after another. delta, x and the output stay in registers; the row's current
+value is kept in a small scratch tensor, which stays in the cache. So a state may have any size.
 
-The forward is bound by one exp2 for each token, channel and state, of which an H100 does an eighth as many as
-multiply-adds; the other five instructions fit beside them, and memory is read once. All loads of a tile stand
-before its arithmetic, so their latencies overlap. The backward walks the chunks of `CHUNK` tokens backwards, and
-recomputes the states at the starts of the tiles (scratch again), then takes the tiles in reverse, a tile's states in
-registers. dB and dC sum over channels: a program writes the sums over its own, and torch adds up the
-blocks, which is deterministic.
+The forward is limited by one exp2 for each token, channel and state, since an H100 computes eight times fewer of them
+than multiply-adds. The other five instructions overlap with it, and memory is read once. All loads of a tile precede
+its arithmetic, so that their latencies overlap. The backward takes the chunks of `CHUNK` tokens in reverse. For each,
+it recomputes the states at the starts of the tiles (in scratch again), and then takes the tiles in reverse, with a
+tile's states in registers. dB and dC are sums over channels: a program writes the sums over its own channels, and torch
+adds those of all blocks, which is deterministic.
 
-Where rows and channels are too few to fill the machine, the length is cut into segments that run at once: a first pass
-(``SUMMARY``) finds each segment's end from an empty start, and the product of its decays; the second starts from what
-these say of the segments before it.
+If rows and channels are too few to fill the GPU, the length is cut into segments that run in parallel. A first pass
+(``SUMMARY``) computes each segment's final state from an empty start, and the product of its decays; the second pass
+computes each segment's start from those of the segments before it.
 
-The number of channels and the steps from token to token are constants of the kernels, since a model has one of each:
+The number of channels and the strides between tokens are constants of the kernels, since a model has only one of each:
 as arguments, their multiples by the tokens of a tile would fill the registers. The length is an ordinary argument.
-There is no autotuning: the configuration follows from the shape alone, so results are the same from run to run.
+There is no autotuning: the shape alone chooses the configuration, so results repeat exactly.
 """
 
-# Tuples grow in the kernels, which are no Python.
+# to mypy, a tuple that grows in a kernel has another type at each length
 # mypy: disable-error-code="assignment,var-annotated"
 
 import math
@@ -41,9 +41,9 @@ from hf_archs_mamba.ops.selective_scan_portable import BLOCK
 
 CHUNK = BLOCK  # tokens between two states that are kept for the backward
 
-# A block of 64 channels is two a thread, which halves the loads of B and C, and the sums over channels, for each; 32 is
-# for narrow models. Tiles of 8 tokens leave registers for several programs beside each other. The last is the decode
-# step's.
+# With 64 channels per block, a thread has two, which halves the loads of B and C, and the sums over channels, for each.
+# Blocks of 32 are for narrow models. Tiles of 8 tokens leave registers for several programs per multiprocessor. The
+# last config is for decoding.
 CONFIGS = [
     {"BLOCK_C": 64, "T": 8, "num_warps": 1},
     {"BLOCK_C": 32, "T": 8, "num_warps": 1},
@@ -51,13 +51,13 @@ CONFIGS = [
 ]
 
 
-# Arguments that change with the length or the batch: Triton would compile once more for a 1 and for multiples of 16.
+# Arguments that change with the length or the batch: Triton would compile again for a 1 and for multiples of 16.
 LENGTHS = ["length", "batch", "segment", "segments", "B_b", "B_n", "C_b", "C_n"]
 
 
 @triton.jit
 def _softplus(v):
-    # log1p(e) = 2 atanh(e / (2 + e)) by its series: a log of 1 + e would lose what a small e carries.
+    # log1p(e) = 2 atanh(e / (2 + e)) by its series, since log(1 + e) would lose the digits of a small e
     e = tl.exp(-tl.abs(v))
     r = e / (2.0 + e)
     q = r * r
@@ -78,8 +78,8 @@ def _load(pointers, mask):
 
 @triton.jit
 def _here(in_c, t, length):
-    """The channels of token t: none beyond the end."""
-    # not `in_c & (t < length)`: a scalar spread into a mask is none to the interpreter of Triton 3.9
+    """The mask of the channels at token t: all False from ``length`` on."""
+    # not `in_c & (t < length)`: the interpreter of Triton 3.9 rejects the dtype of a mask combined with a scalar
     return tl.where(t < length, in_c, False)
 
 
@@ -91,7 +91,7 @@ def _delta(dt, bias, real, mask):
 
 @triton.jit
 def _goes_on(seq_idx, t, limit):
-    """0 where a document begins at token t (never at position 0, nor among the pads), else 1."""
+    """0 if a document begins at token t (never at position 0 or at a pad), else 1."""
     inside = (t > 0) & (t < limit)
     document = tl.load(seq_idx + t, mask=inside, other=0)
     return tl.where(document == tl.load(seq_idx + t - 1, mask=inside, other=0), 1.0, 0.0)
@@ -121,9 +121,9 @@ def _selective_scan_fwd_kernel(
     y,  # (b, l, c)
     final,  # (b, c, n)
     kept,  # (l / CHUNK, b, n, c), or None
-    running,  # (s, b, n, c): the state as it stands; in a summary, each segment's end
-    ends,  # (s, b, n, c): what the summaries found
-    products,  # (s, b, n, c): the product of a segment's decays
+    running,  # (s, b, n, c): the current state; in a summary, at last the final state of each segment
+    ends,  # (s, b, n, c): the final states from the summaries
+    products,  # (s, b, n, c): the products of the segments' decays, from the summaries
     length,
     channels: tl.constexpr,
     state,
@@ -192,7 +192,7 @@ def _selective_scan_fwd_kernel(
                 at = (e * batch + b) * row + n * channels + c
                 h = _load(products + at, in_c) * h + _load(ends + at, in_c)
         tl.store(running + n * channels, h, mask=in_c)
-    tl.debug_barrier()  # a thread may read what another one wrote
+    tl.debug_barrier()  # since a thread may read a value that another one wrote
 
     total = tl.zeros([BLOCK_C], tl.float32)  # of delta
     alive = 1.0  # 0 after a document began
@@ -273,7 +273,7 @@ def _selective_scan_bwd_kernel(
     seq_idx,
     lengths,
     kept,  # (l / CHUNK, b, n, c)
-    dx,  # (b, l, c), like ddt and dz; this and each of those below may be None
+    dx,  # (b, l, c), like ddt and dz; this and the next seven may be None
     ddt,
     dz,
     dA,  # (s, b, n, c)
@@ -283,7 +283,7 @@ def _selective_scan_bwd_kernel(
     d_bias,
     starts,  # (s, b, CHUNK / T + 1, n, c): states at the starts of a chunk's tiles
     running,  # (s, b, n, c): the gradient of the state; at the end, of the state before the segment
-    ends,  # (s, b, n, c): what the summaries found
+    ends,  # (s, b, n, c): the gradients of the states before the segments, from the summaries
     products,  # (s, b, n, c)
     length,
     channels: tl.constexpr,
@@ -448,7 +448,7 @@ def _selective_scan_bwd_kernel(
                         tl.store(dz + at * channels + i * channels, d_gate, mask=here)
                 tl.debug_barrier()
 
-        # Backwards: the gradient of the state, and what follows from it.
+        # Backwards: the gradient of the state, and the other gradients, which depend on it.
         for back in range(tiles):
             tile = tiles - 1 - back
             t0 = chunk + tile * T
@@ -458,7 +458,7 @@ def _selective_scan_bwd_kernel(
             goes_on = ()
             grads = ()
             d_inputs = ()  # of delta x
-            d_deltas = ()  # by way of the decay
+            d_deltas = ()  # of delta, through the decay
             for i in tl.static_range(T):
                 here = _here(in_c, t0 + i, length)
                 delta = _delta(dt + at * dt_l + i * dt_l, bias, t0 + i < limit, here)
@@ -484,9 +484,9 @@ def _selective_scan_bwd_kernel(
                 A_n_row = _load(A + n * A_n, in_c) * LOG2E
                 B_row = B + n * B_n + t0
                 C_row = C + n * C_n + t0
-                q = _load(running + n * channels, in_c)  # of the state after the tile
+                q = _load(running + n * channels, in_c)  # the gradient of the state after the tile
                 decays = ()
-                befores = ()  # a h: what is left of the state before
+                befores = ()  # a h: the decayed state of the token before
                 if not SUMMARY:
                     h = _load(starts + tile * row + n * channels, in_c)
                 for i in tl.static_range(T):
@@ -551,11 +551,11 @@ def _config(channels: int, length: int) -> dict[str, int]:
 
 
 def _segmentation(programs: int, length: int, device: torch.device) -> tuple[int, int]:
-    """Tokens of a segment and the number of segments: one, unless the programs are too few for the machine."""
+    """Tokens of a segment and the number of segments: one, unless the programs are too few for the GPU."""
     if device.type != "cuda":
         return length, 1
-    # Eight warps on each of an H100's multiprocessors hide most latencies. A cut costs the exponentials once more, so
-    # it should bring at least three segments, of at least four chunks.
+    # Eight warps on each of an H100's multiprocessors hide most latencies. Segments cost the exponentials a second
+    # time, so they pay from three segments on, of at least four chunks.
     wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count // programs
     number = min(wanted, length // (4 * CHUNK), 64)
     if number < 3:
@@ -565,7 +565,7 @@ def _segmentation(programs: int, length: int, device: torch.device) -> tuple[int
 
 
 def _strides(names: str, *tensors: Tensor | None) -> dict[str, int]:
-    """``x_b=..., x_l=..., x_c=...`` and so on; zeros for what is missing."""
+    """The strides as arguments: ``x_b=..., x_l=..., x_c=...`` for ``x_of_blc``; zeros for a tensor that is None."""
     strides = {}
     for name, t in zip(names.split(), tensors):
         tensor, dims = name.split("_of_")
@@ -575,10 +575,10 @@ def _strides(names: str, *tensors: Tensor | None) -> dict[str, int]:
 
 
 def _arranged(A: Tensor, B: Tensor, C: Tensor, length: int, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and C as the kernels read them. For one token they are so already.
+    """A, B and C in the layout of the kernels. For one token nothing is copied.
 
-    In A, (c, n), neighbouring channels lie side by side. B and C become (b, n, l), so that a tile's tokens are a fixed
-    step apart, and are filled up with zeros to whole tiles, so that they need no mask.
+    A, (c, n), gets neighbouring channels adjacent in memory. B and C become (b, n, l), so that a tile's tokens are
+    adjacent, and are padded with zeros to whole tiles, so that they need no mask.
     """
     if length > 1:
         A = A.t().contiguous().t()
@@ -606,7 +606,7 @@ def selective_scan_fwd(
     segment: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `selective_scan_portable.selective_scan_fwd`. ``config`` and ``segment`` (tokens, a multiple of `CHUNK`)
-    override what the shape decides."""
+    override the choice by shape."""
     (b, l, c), n = x.shape, A.shape[1]
     config = config or _config(c, l)
     blocks = triton.cdiv(c, config["BLOCK_C"])
@@ -658,8 +658,8 @@ def selective_scan_bwd(
     config: dict[str, int] | None = None,
     segment: int | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """As `selective_scan_portable.selective_scan_bwd`, with None for the gradients that are not wanted, but for the
-    initial state's; ``config`` and ``segment`` as above."""
+    """As `selective_scan_portable.selective_scan_bwd`, but gradients that are not wanted are None, except for the
+    initial state's. ``config`` and ``segment`` as in `selective_scan_fwd`."""
     of_x, of_dt, of_A, of_B, of_C, of_D, of_z, of_bias, _ = wanted
     (b, l, c), n = x.shape, A.shape[1]
     config = config or _config(c, l)

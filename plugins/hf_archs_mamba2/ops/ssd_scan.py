@@ -34,8 +34,8 @@ def ssd_scan(
     token: ``delta = clamp(softplus(dt + dt_bias), *dt_limit)``, ``h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t^T``,
     ``y_t = h_t C_t + D x_t``.
 
-    States, steps, decays and sums are in float32, or float64 where ``x`` is, autocast or not. Every tensor may have a
-    dtype of its own, and its gradient has that dtype.
+    States, steps, decays and sums are in float32, or in float64 if ``x`` is float64, also under autocast. Each tensor
+    may have its own dtype, which its gradient has too.
 
     Args:
         x: input, (batch, length, heads, head_dim).
@@ -48,17 +48,18 @@ def ssd_scan(
         dt_bias: (heads,), or None for 0.
         dt_limit: bounds of delta.
         initial_state: the state to continue from, (batch, heads, head_dim, state), or None for zeros.
-        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins with an empty
-            state; position 0 always continues ``initial_state``.
-        lengths: integer, (batch,), 0 to length. Positions from there on are pads: delta is 0 there, so they leave the
-            state as it is, and the final state is the one at the row's length.
+        seq_idx: integer, (batch, length). A document begins where the value differs from that of the position before,
+            with an empty state; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length: the tokens of each row. Later positions are pads, where delta counts as
+            0, so that they do not change the state.
 
     Returns:
         ``y``, (batch, length, heads, head_dim) in the dtype of ``x``, and the final state, (batch, heads, head_dim,
-        state) in float32 or wider. Both can be differentiated, once.
+        state) in float32 or wider. Both can be differentiated once.
 
     Raises:
-        ValueError: where a shape does not fit, naming the argument of `decay_scan` (q is C, k is B, v is x, skip is D).
+        ValueError: for a wrong shape; the message names the argument of `decay_scan` (q is C, k is B, v is x, skip is
+            D).
     """
     boundaries = {"initial_state": initial_state, "seq_idx": seq_idx, "lengths": lengths}
     return _ssd_scan(decay_scan, x, dt, A, B, C, D, dt_bias, dt_limit, boundaries)
@@ -78,7 +79,7 @@ def ssd_scan_reference(
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_scan` over the recurrence token by token: what the fast forms are held against."""
+    """`ssd_scan` token by token: the oracle for the tests of the fast forms."""
     boundaries = {"initial_state": initial_state, "seq_idx": seq_idx, "lengths": lengths}
     return _ssd_scan(decay_scan_reference, x, dt, A, B, C, D, dt_bias, dt_limit, boundaries)
 
@@ -98,14 +99,14 @@ def _ssd_scan(
     dtype = torch.promote_types(x.dtype, torch.float32)
     delta = cast(dt, dtype) if dt_bias is None else cast(dt, dtype) + cast(dt_bias, dtype)
     delta = F.softplus(delta)
-    if tuple(dt_limit) != (0.0, math.inf):  # which no softplus leaves
+    if tuple(dt_limit) != (0.0, math.inf):  # softplus is always within these
         low, high = dt_limit
-        delta = delta.clamp(low, high if high < torch.finfo(delta.dtype).max else math.inf)  # some files say 1e308
+        delta = delta.clamp(low, high if high < torch.finfo(delta.dtype).max else math.inf)  # some files have 1e308
     return scan(C, B, x, delta * cast(A, dtype), scale=delta, skip=D, **boundaries)
 
 
 def cases(device, dtype, batch=2, length=70, heads=4, head_dim=12, groups=2, state=8):
-    """Arguments of `ssd_scan` for tests and benchmarks: without and with all that is optional."""
+    """Arguments of `ssd_scan` for tests and benchmarks: first the required ones, then all but dt_limit."""
     wide = torch.promote_types(dtype, torch.float32)
     x = torch.randn(batch, length, heads, head_dim, device=device, dtype=dtype)
     B, C = torch.randn(2, batch, length, groups, state, device=device, dtype=dtype)

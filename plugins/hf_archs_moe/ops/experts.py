@@ -1,6 +1,6 @@
 """The experts of a mixture (Shazeer et al. 2017, "Outrageously Large Neural Networks: The Sparsely-Gated
 Mixture-of-Experts Layer", https://arxiv.org/abs/1701.06538, section 2), gated as in Mixtral (Jiang et al. 2024,
-https://arxiv.org/abs/2401.04088, section 2.1). No expert has a capacity: all that is routed to one is computed.
+https://arxiv.org/abs/2401.04088, section 2.1). No expert has a capacity: it computes all tokens routed to it.
 
 Letters: t tokens, k choices of a token, p pairs of a token and one of its choices (t times k), e experts, h hidden,
 i inner.
@@ -38,33 +38,33 @@ def expert_mlp(
     activation: str = "silu",
     gated: bool = True,
 ) -> Tensor:
-    """The weighted sum of what the chosen experts make of each token.
+    """The weighted sum of the outputs of each token's chosen experts.
 
-    ``y_t = sum_k w_tk down_e activation(up_e x_t)`` with ``e = expert_index[t, k]``. Where the experts are gated, the
+    ``y_t = sum_k w_tk down_e activation(up_e x_t)`` with ``e = expert_index[t, k]``. If the experts are gated, the
     first half of ``up_e`` is the gate: ``activation(gate_e x_t) * (up_e x_t)``.
 
-    Products and the sum over k accumulate in float32, or float64 where ``x`` is, and what passes from one product to
-    the next has the dtype of ``x``. Under autocast x, up and down are cast to its dtype, as those of `F.linear` are.
-    Only experts that are chosen are read, and results are the same from run to run.
+    Products and the sum over k accumulate in float32, or in float64 if ``x`` is float64; the inner layer has the dtype
+    of ``x``. Under autocast, x, up and down are cast to autocast's dtype, as by `F.linear`. Only chosen experts are
+    read, and results repeat exactly.
 
     Args:
         x: input, (tokens, hidden).
-        expert_index: integer, (tokens, k), 0 to ``experts - 1``; ``experts`` stands for none, which adds nothing: a
-            choice that was dropped, or an expert of another rank.
+        expert_index: integer, (tokens, k), 0 to ``experts - 1``. ``experts`` means no expert, and adds nothing: a
+            dropped choice, or an expert of another rank.
         expert_weight: (tokens, k), of any floating dtype.
-        up: (experts, 2 * inner, hidden), the gate first, or (experts, inner, hidden) where experts are not gated. Up
-            and down are cast to the dtype of x where they have another one.
+        up: (experts, 2 * inner, hidden), the gate first, or (experts, inner, hidden) if experts are not gated. Up and
+            down are cast to the dtype of x.
         down: (experts, hidden, inner).
-        activation: ``"silu"``, ``"gelu"``, ``"gelu_pytorch_tanh"``, ``"relu"`` or ``"relu2"``, as transformers calls
-            them.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_pytorch_tanh"``, ``"relu"`` or ``"relu2"``, the names of
+            transformers.
         gated: whether experts have a gate.
 
     Returns:
-        (tokens, hidden) in the dtype of ``x`` (of autocast, under it). It can be differentiated, once; experts that
+        (tokens, hidden) in the dtype of ``x``, or of autocast if it is on. It can be differentiated once; experts that
         computed nothing have gradients of zero.
 
     Raises:
-        ValueError: where a shape does not fit, the index is no integer or the activation is unknown, naming the
+        ValueError: for a wrong shape, an index that is no integer, or an unknown activation; the message names the
             argument.
     """
     _check(x, expert_index, expert_weight, up, down, activation, gated)
@@ -81,7 +81,7 @@ def expert_mlp(
         return _dense(*inputs)
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, expert_weight, up, down))
     if x.is_cpu and not learns and not torch.compiler.is_compiling():
-        # an op of the library costs as much as a small expert there
+        # on a CPU, a call through PyTorch's op library costs as much as a small expert
         return _expert_mlp.run(*inputs, False, _expert_mlp.backend(*inputs[:5]))[0]
     return _expert_mlp(*inputs)
 
@@ -109,7 +109,7 @@ def _check(
 
 
 def _activate(pre: Tensor, activation: str, gated: bool) -> Tensor:
-    """The inner layer from the product with ``up``, in the dtype of that product."""
+    """The inner layer, given ``pre``, the product with ``up``; in the dtype of ``pre``."""
     act = ACTIVATIONS[activation]
     if not gated:
         return cast(act(wide(pre)), pre.dtype)
@@ -127,9 +127,9 @@ def expert_mlp_reference(
     activation: str = "silu",
     gated: bool = True,
 ) -> Tensor:
-    """`expert_mlp` as its formula has it, choice by choice: what the fast forms are held against."""
+    """`expert_mlp` by its formula, choice by choice: the oracle for the tests of the fast forms."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    # a sum over no element of any input, so that each has a gradient even where no expert computes
+    # an empty sum of each input, so that all have gradients even if no expert computes
     nothing = torch.stack([t[:0].sum().to(dtype) for t in (x, expert_weight, up, down)]).sum()
     outputs = [nothing.expand(0, x.shape[1])]
     for token, experts, weights in zip(x, expert_index.tolist(), expert_weight):
@@ -145,8 +145,8 @@ def expert_mlp_reference(
 def _dense(
     x: Tensor, expert_index: Tensor, expert_weight: Tensor, up: Tensor, down: Tensor, activation: str, gated: bool
 ) -> Tensor:
-    """Every token through every expert, for exporters, which know neither our op nor shapes that depend on values, and
-    for `torch.jit.trace`, which would send all tokens to come to the experts of the example."""
+    """Every token through every expert: for exporters, which support neither our op nor shapes that depend on values,
+    and for `torch.jit.trace`, which would always use the experts that the example chose."""
     chosen = expert_index.unsqueeze(2) == torch.arange(up.shape[0], device=x.device)  # (t, k, e)
     weight = torch.where(chosen, wide(expert_weight).unsqueeze(2), 0).sum(1)  # (t, e)
     inner = _activate(x @ up.transpose(1, 2), activation, gated)
@@ -154,7 +154,7 @@ def _dense(
     return cast(torch.where(chosen.any(1).t().unsqueeze(2), outputs, 0).sum(0), x.dtype)
 
 
-# keeps the products with ``up`` of all pairs sorted by expert
+# kept for the backward: the products with ``up`` of all pairs, sorted by expert
 _expert_mlp = Op(
     __name__,
     "expert_mlp(Tensor x, Tensor expert_index, Tensor expert_weight, Tensor up, Tensor down, str activation, "
@@ -169,7 +169,7 @@ _expert_mlp = Op(
 
 
 def cases(device, dtype, batch=2, length=9, experts=4, hidden=16, inner=12, k=2):
-    """Arguments of `expert_mlp` for tests and benchmarks: with a gate, and without one and some pairs of no expert."""
+    """Arguments of `expert_mlp` for tests and benchmarks: gated; and not gated, with some pairs of no expert."""
     tokens = batch * length
     x = torch.randn(tokens, hidden, device=device, dtype=dtype)
     weight = torch.rand(tokens, k, device=device, dtype=dtype)

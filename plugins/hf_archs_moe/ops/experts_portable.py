@@ -1,10 +1,10 @@
 """`expert_mlp` in plain PyTorch, forward and backward, expert by expert.
 
-The pairs are sorted by expert once. Every expert that has any then takes one slice of them: its weights are read once,
-its part of the gradients is written once, in place, and whatever is as wide as the inner layer lives for that slice
-only. Experts with few pairs share what is no product, since calls that small cost more than their work. The product
-with ``up`` alone is kept for the backward, which needs no other: the gradient of a pair's weight is the product of the
-inner layer with its own gradient, so the experts' outputs are not computed again.
+The pairs are sorted by expert once, so that those of one expert are a slice. An expert's weights are then read once,
+its part of the gradients is written once, in place, and temporaries as wide as the inner layer exist for one slice at a
+time. Experts with few pairs share all operators but the products, since calls on few pairs cost more than their work.
+Only the product with ``up`` is kept for the backward: the gradient of a pair's weight is the product of the inner layer
+with its own gradient, so the experts' outputs are not computed again.
 
 Letters: t tokens, k choices of a token, p pairs of a token and one of its choices, e experts, h hidden, i inner.
 """
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from hf_archs.kernels.numerics import cast, wide
 
-BLOCK = 128  # pairs that are enough to hide the cost of a call
+BLOCK = 128  # pairs per block, enough to outweigh the overhead of PyTorch calls
 
 aten = torch.ops.aten
 
-# activation(x), and what writes the gradient of x into `grad_input` from that of activation(x) and x
+# activation(x), and its backward (gradient of activation(x), x), which writes the gradient of x into `grad_input`
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
     "silu": (F.silu, aten.silu_backward.grad_input),
     "gelu": (F.gelu, aten.gelu_backward.grad_input),
@@ -40,11 +40,11 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]]
 }
 
 
-Own = list[tuple[int, slice]]  # experts, and the place of each among the pairs of a block
+Own = list[tuple[int, slice]]  # the experts of a block, and the slice of its pairs that each has
 
 
 class _Pairs:
-    """The pairs in the order of their experts; those of no expert are left out."""
+    """The pairs sorted by expert, without those of no expert."""
 
     def __init__(self, index: Tensor, experts: int) -> None:
         flat = index.flatten()
@@ -56,8 +56,8 @@ class _Pairs:
         self.tokens = self.order // index.shape[1]
 
     def blocks(self, least: int, *others: Tensor) -> Iterator[tuple[Any, ...]]:
-        """The pairs of one or more experts, ``least`` of them but for the last: whose they are, their tokens, and their
-        rows of what is sorted as they are.
+        """Cut the pairs into blocks of whole experts, with at least ``least`` pairs except in the last. For each block:
+        its experts, its pairs' tokens, and its rows of ``others``, which are sorted like the pairs.
         """
         start, blocks = 0, []
         owns: list[Own] = []
@@ -72,11 +72,12 @@ class _Pairs:
         return zip(owns, *(t.split(blocks) for t in (self.tokens, *others)), strict=True)
 
     def scale(self, weight: Tensor, x: Tensor) -> Tensor:
-        """The weight of each pair, (p, 1), as wide as what it multiplies: x, in float32 or wider."""
+        """The weight of each pair, (p, 1), in the dtype of x or float32, whichever is wider."""
         return weight.flatten()[self.order].to(_wider(x)).unsqueeze(1)
 
     def sum(self, rows: Tensor) -> Tensor:
-        """The sum of each token's ``rows``, which are sorted and end on one of zeros: (t, h), in a fixed order."""
+        """The sum of each token's ``rows``, in a fixed order: (t, h). Rows are sorted like the pairs, and the last one
+        is of zeros, for pairs of no expert."""
         place = self.order.new_full((self.shape.numel(),), self.count)
         place[self.order] = torch.arange(self.count, device=place.device)
         return rows.index_select(0, place).view(*self.shape, rows.shape[1]).sum(1)
@@ -87,17 +88,17 @@ def _wider(x: Tensor) -> torch.dtype:
 
 
 def _rows(count: int, x: Tensor) -> Tensor:
-    """For `_Pairs.sum`, as wide as x, in float32 or wider."""
+    """Rows for `_Pairs.sum`, as long as those of x, in float32 or wider."""
     rows = x.new_empty(count + 1, x.shape[1], dtype=_wider(x))
     rows[count] = 0
     return rows
 
 
 def _products(rows: Tensor, own: Own, weights: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """The rows of each expert times its matrix, (columns of rows, columns of out)."""
+    """The rows of each expert times its matrix in ``weights``, (columns of rows, columns of out)."""
     if out is None:
         out = rows.new_empty(len(rows), weights[0].shape[1])
-    if len(own) == 1:  # a slice takes as long as a small operator
+    if len(own) == 1:  # no slicing, which takes as long as a small operator
         return torch.mm(rows, weights[own[0][0]], out=out)
     for e, place in own:
         torch.mm(rows[place], weights[e], out=out[place])
@@ -123,7 +124,7 @@ def expert_mlp_fwd(
     *,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
-    """y, and the products with ``up`` of the sorted pairs, (p, 2 i) or (p, i), or nothing unless ``keep``."""
+    """y, and the products with ``up`` of the sorted pairs, (p, 2 i) or (p, i); these are empty unless ``keep``."""
     act = ACTIVATIONS[activation][0]
     if len(x) == 1 and not keep:
         return _one_token(x, index, weight, up, down, act, gated), x.new_empty(0)
@@ -144,7 +145,7 @@ def expert_mlp_fwd(
 def _one_token(
     x: Tensor, index: Tensor, weight: Tensor, up: Tensor, down: Tensor, act: Callable[[Tensor], Tensor], gated: bool
 ) -> Tensor:
-    """A decode step: nothing to sort, and no operator that is not a product or the activation."""
+    """A decode step: without sorting, with hardly any operators but the products and the activation."""
     y = torch.zeros_like(x, dtype=_wider(x))
     for e, w in zip(index[0].tolist(), weight[0].tolist()):
         if e < len(up):
@@ -153,9 +154,10 @@ def _one_token(
 
 
 def _row_product(x: Tensor, weight: Tensor) -> Tensor:
-    """``F.linear`` of one row in float32: MKL takes one thread for it, but one for each matrix of a batch.
+    """``F.linear`` of one row. MKL computes it on one thread in float32, so its matrix is cut into a batch of matrices,
+    for which MKL uses one thread each.
 
-    (Reading the weights is all it does; on two threads it takes two thirds of the time.)
+    (Nearly all its time is reading the weights; two threads take two thirds of the time.)
     """
     parts = torch.get_num_threads()
     if parts == 1 or weight.shape[0] % parts or x.dtype != torch.float32:
@@ -177,7 +179,7 @@ def expert_mlp_bwd(
     *,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x, weight, up and down."""
+    """The gradients of x, weight, up and down, the latter two None if they are not ``wanted``."""
     act, act_backward = ACTIVATIONS[activation]
     pairs = _Pairs(index, len(up))
     scale = pairs.scale(weight, x)
@@ -230,7 +232,7 @@ def expert_mlp_bwd(
 
 
 def _outer_products(of_output: Tensor, of_input: Tensor, own: Own, out: Sequence[Tensor]) -> None:
-    """The gradient of each expert's matrix, (columns of of_output, columns of of_input)."""
+    """Write into ``out`` the gradient of each expert's matrix, (columns of of_output, columns of of_input)."""
     if len(own) == 1:
         torch.mm(of_output.t(), of_input, out=out[own[0][0]])
         return

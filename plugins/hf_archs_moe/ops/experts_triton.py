@@ -1,18 +1,16 @@
 """`expert_mlp` in Triton, forward and backward: matrix products grouped by expert.
 
-The pairs are sorted by expert, and each program computes one tile of one expert's product. Rows of x and of the
-gradient of y are read where they lie, through the sorted order, so no padded or repeated copy of them exists; each
-pair's result is written to its own place in (t, k, h), and PyTorch sums over k there. So there are no atomics, and
-results are the same from run to run.
+The pairs are sorted by expert, and each program computes one tile of one expert's product. A program reads rows of x
+and of the gradient of y by the sorted order, without a padded or repeated copy. Each pair's result is written to its
+own place in (t, k, h), and PyTorch sums over k. So there are no atomics, and results repeat exactly.
 
-Which expert a tile belongs to follows on the device from the number of its pairs: at most ``p / ROWS + e`` tiles exist,
-and programs beyond the last one return at once. The host never waits, and an expert without pairs is never read.
+The device computes the expert of each tile from the numbers of pairs: there are at most ``p / ROWS + e`` tiles, and
+programs beyond the last tile return at once. The host never waits, and an expert without pairs is never read.
 
-Why it should be fast: the first product holds the tile of the gate and that of the value side by side, so the
-activation costs no traffic, and the weight of a pair multiplies the second product before it is written. Programs that
-run together are tiles of one expert with the same columns, so that its matrix comes out of the L2 cache. Only the first
-product is kept for the backward; the gradient of a pair's weight is the product of the inner layer with its gradient,
-in registers.
+Why it should be fast: a program of the first product has the tiles of the gate and of the value, so that the activation
+causes no memory traffic; a pair's weight multiplies the second product before it is written. Programs that run together
+are tiles of one expert with the same columns, so that its matrix is read from the L2 cache. Only the first product is
+kept for the backward; the gradient of a pair's weight is the product, in registers, of the inner layer with its own.
 
 Letters: t tokens, k choices of a token, p pairs of a token and one of its choices, e experts, h hidden, i inner.
 """
@@ -28,16 +26,16 @@ from torch import Tensor
 from hf_archs.kernels.aot import FUSED, KernelSpec
 from hf_archs.kernels.triton_functions import sigmoid
 
-# ROWS are pairs, COLUMNS those of a result (half as many of the inner layer, whose activation takes registers of its
-# own), STEP what a product sums over at once. The first is for 16 bits, the second for experts with few pairs, as in a
-# decode step, the third for float32, which has no tensor cores to itself. Which one runs follows from the dtype and
-# the average number of pairs.
+# ROWS is the pairs of a tile; COLUMNS the columns of its result (half as many for the inner layer, since the activation
+# needs registers); STEP the length over which a product sums at once. The first config is for 16 bits, the second for
+# experts with few pairs, as in decoding, the third for float32, which has no tensor cores. The dtype and the average
+# number of pairs choose the config.
 CONFIGS = [
     {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 3},
     {"ROWS": 16, "COLUMNS": 64, "STEP": 64, "num_warps": 4, "num_stages": 3},
     {"ROWS": 32, "COLUMNS": 64, "STEP": 16, "num_warps": 4, "num_stages": 2},
 ]
-FEW = 16  # pairs an expert has on average, up to which most rows of a large tile would be empty
+FEW = 16  # pairs per expert; up to this average, most rows of a large tile would be empty
 
 
 @triton.jit
@@ -75,7 +73,7 @@ def _slope(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _tile(tiles, offsets, ROWS: tl.constexpr):
-    """The sorted pairs of this program's tile, which of them exist, and the expert."""
+    """The sorted pairs of this program's tile, the mask of those that exist, and the expert."""
     expert = tl.load(tiles + 2 * tl.program_id(0))
     pair = tl.load(tiles + 2 * tl.program_id(0) + 1) + tl.arange(0, ROWS)
     return pair, pair < tl.load(offsets + expert + 1), expert.to(tl.int64)
@@ -84,7 +82,7 @@ def _tile(tiles, offsets, ROWS: tl.constexpr):
 @triton.jit
 def _up_kernel(
     x,  # (t, h)
-    order,  # (p,): where in (t, k) each sorted pair is
+    order,  # (p,): the index in (t, k) of each sorted pair
     tiles,  # (tiles, 2): expert and first sorted pair
     offsets,  # (e + 1,): first sorted pair of each expert
     up,  # (e, 2 i, h) or (e, i, h)
@@ -151,7 +149,7 @@ def _pairs_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """``weight * (rows @ matrix)``, each row in its pair's own place."""
+    """``weight * (rows @ matrix)``, with each row stored at its pair's index in (t, k)."""
     if tl.load(tiles + 2 * tl.program_id(0)) == experts:
         return
     pair, there, expert = _tile(tiles, offsets, ROWS)
@@ -181,7 +179,7 @@ def _grad_inner_kernel(
     down,  # (e, h, i)
     pre,  # (p, 2 i) or (p, i)
     weight,  # (p,) in the order of (t, k)
-    inner,  # (p, i): written, times the pair's weight
+    inner,  # (p, i), output: the inner layer times the pair's weight
     grad_pre,  # as pre
     grad_weight,  # (blocks of i, p): the sum over each block, in the order of (t, k)
     k,
@@ -195,7 +193,7 @@ def _grad_inner_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The gradient of the inner layer, and what follows from it."""
+    """From the gradient of the inner layer, those of ``pre`` and of the weights; and the inner layer again."""
     if tl.load(tiles + 2 * tl.program_id(0)) == experts:
         return
     pair, there, expert = _tile(tiles, offsets, ROWS)
@@ -246,7 +244,7 @@ def _grad_matrix_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The sum over an expert's pairs of ``rows^T of_tokens``: zeros where it has none."""
+    """The sum over an expert's pairs of ``rows^T of_tokens``; zeros for an expert without pairs."""
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     expert = tl.program_id(2)
@@ -272,13 +270,13 @@ class _Pairs(NamedTuple):
 
 
 def _sorted(index: Tensor, experts: int, rows: int) -> _Pairs:
-    """The tables that the kernels read, int32, made without waiting for the device."""
+    """The tables that the kernels read, int32. The host does not wait for the device."""
     by_expert, order = index.flatten().sort(stable=True)
     offsets = torch.searchsorted(by_expert, torch.arange(experts + 1, device=index.device, dtype=by_expert.dtype))
     number = (offsets.diff() + rows - 1) // rows  # of tiles of each expert
     ends = number.cumsum(0)
     tile = torch.arange(index.numel() // rows + experts, device=index.device)
-    expert = torch.searchsorted(ends, tile, right=True)  # ``experts`` beyond the last tile
+    expert = torch.searchsorted(ends, tile, right=True)  # is ``experts`` beyond the last tile
     own = expert.clamp(max=experts - 1)
     tiles = torch.stack([expert, offsets[own] + (tile - ends[own] + number[own]) * rows], 1)
     return _Pairs(order.to(torch.int32), tiles.to(torch.int32), offsets.to(torch.int32))
@@ -291,7 +289,7 @@ def _config(x: Tensor, pairs: int, experts: int, config: dict[str, int] | None) 
 
 
 def _narrow(config: dict[str, int]) -> dict[str, int]:
-    """For the inner layer."""
+    """The config for products whose result is the inner layer."""
     return config | {"COLUMNS": config["COLUMNS"] // 2}
 
 
@@ -313,7 +311,7 @@ def expert_mlp_fwd(
     pairs = _sorted(index, e, config["ROWS"])
     pre = x.new_empty((p, up.shape[1]) if keep else 0)
     inner = x.new_empty(p, i)
-    outputs = x.new_zeros(p, h)  # what has no expert stays so
+    outputs = x.new_zeros(p, h)  # pairs of no expert stay 0
     if p:
         narrow = _narrow(config)
         _up_kernel[len(pairs.tiles), triton.cdiv(i, narrow["COLUMNS"])](
@@ -339,7 +337,7 @@ def expert_mlp_bwd(
     wanted: Sequence[bool] = (True,) * 4,
     config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As `experts_portable.expert_mlp_bwd`; ``config`` as above."""
+    """As `experts_portable.expert_mlp_bwd`; ``config`` is one of `CONFIGS`."""
     (e, h, i), (_, k), p = down.shape, index.shape, index.numel()
     grad_y, x, weight, up, down = (t.contiguous() for t in (grad_y, x, weight, up, down))
     config = _config(x, p, e, config)

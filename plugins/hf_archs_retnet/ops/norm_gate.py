@@ -1,7 +1,7 @@
-"""The norm of each head and the gate after it, in one (Sun et al. 2023, equation 8).
+"""The norm of each head and the gate after it, in one op (Sun et al. 2023, equation 8).
 
-In ordinary operators a dozen temporary tensors of the values' size stand between retention and the last projection:
-they cost more than retention does, and training keeps five of them in float32. The op keeps its inputs alone.
+With ordinary operators, a dozen temporary tensors of the values' size are made between retention and the last
+projection. They cost more than retention, and training keeps five of them in float32. The op keeps only its inputs.
 
 Letters: h heads, p channels of a head.
 """
@@ -22,10 +22,10 @@ from hf_archs_retnet.ops import norm_gate_portable as portable
 def norm_gate(
     x: Tensor, gate: Tensor, weight: Tensor | None, *, eps: float, gate_fn: str, centred: bool = False
 ) -> Tensor:
-    """``RMSNorm(x) * weight * act(gate)``, the mean square being taken over each head.
+    """``RMSNorm(x) * weight * act(gate)``, with one mean square for each head.
 
-    Everything is computed in float32, or float64 where ``x`` is. Each tensor may have a dtype of its own, and its
-    gradient has that dtype.
+    Everything is computed in float32, or in float64 if ``x`` is float64. Each tensor may have its own dtype, which its
+    gradient has too.
 
     Args:
         x: (batch, length, heads, channels).
@@ -33,10 +33,10 @@ def norm_gate(
         weight: (channels,), or None for 1.
         eps: added to the mean square.
         gate_fn: ``swish`` or ``gelu``.
-        centred: whether the mean of each head is subtracted first, which makes of the norm the head's LayerNorm.
+        centred: whether the mean of each head is subtracted first, so that the norm is a LayerNorm of the head.
 
     Returns:
-        A tensor with the shape and dtype of ``gate``, which can be differentiated, once.
+        A tensor with the shape and dtype of ``gate``, which can be differentiated once.
     """
     backend = backend_for(x)
     if backend == "reference" or (backend == "portable" and x.shape[1] == 1):
@@ -67,7 +67,7 @@ _norm_gate = Op(
 
 
 def cases(device, dtype, batch=2, length=9, heads=4, channels=12) -> Iterator[dict[str, Any]]:
-    """Arguments of `norm_gate` for tests and benchmarks: centred without a weight, and as RetNet has it."""
+    """Arguments of `norm_gate` for tests and benchmarks: centred without a weight, and with RetNet's options."""
     x = torch.randn(batch, length, heads, channels, device=device, dtype=dtype)
     gate = torch.randn(batch, length, heads * channels, device=device, dtype=dtype)
     weight = torch.randn(channels, device=device, dtype=dtype)

@@ -1,5 +1,5 @@
-"""`norm_gate` in PyTorch, block by block, so that the tensors between input and output stay in the processor's cache;
-the backward computes them again.
+"""`norm_gate` in PyTorch, in blocks of tokens, so that a block's temporaries fit the processor's cache. The backward
+computes the forward's values again.
 
 Letters: h heads, p channels of a head.
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from hf_archs.kernels.numerics import inverse_rms
 
-BLOCK = 2**17  # entries that are worked on together
+BLOCK = 2**17  # elements of x per block
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "gelu": F.gelu}
 
 
 def _blocks(x: Tensor, *tensors: Tensor) -> Iterator[list[Tensor]]:
-    """The same tokens of x, (..., h, p), and of every other tensor, seen as (tokens, h, p)."""
+    """For each block, its tokens of x, (..., h, p), and of every other tensor, seen as (tokens, h, p)."""
     h, p = x.shape[-2:]
     rows = [t.reshape(-1, h, p) for t in (x, *tensors)]
     step = max(1, BLOCK // (h * p))
@@ -53,7 +53,7 @@ def norm_gate_bwd(
     centred: bool,
     wanted: Sequence[bool] = (True,) * 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, gate and weight, each untouched memory unless it is wanted."""
+    """The gradients of x, gate and weight. The value of one that is not ``wanted`` is undefined."""
     of_x, of_gate, of_weight = wanted
     dtype = torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -71,14 +71,14 @@ def norm_gate_bwd(
             out_z.copy_(activation_backward(of_act, z))
         if not (of_x or of_weight):
             continue
-        gated = g * ACTIVATIONS[gate_fn](z)  # the gradient of the normed and weighted
+        gated = g * ACTIVATIONS[gate_fn](z)  # the gradient of normed * weight
         if of_weight:
             grad_weight += torch.mul(gated, normed).flatten(0, 1).sum(0)
         if not of_x:
             continue
         if weight is not None:
             gated.mul_(weight)
-        # of x, with n = scale x and its gradient h: scale (h - n mean(h n)), and without its mean where x is
+        # n = scale x, and h is the gradient of n: that of x is scale (h - n mean(h n)), without its mean if centred
         along = torch.linalg.vecdot(gated, normed).div_(x.shape[-1]).unsqueeze(-1)
         torch.mul(_centre(gated, centred).addcmul_(normed, along, value=-1), scale, out=out_x)
     return grad_x, grad_gate, grad_weight

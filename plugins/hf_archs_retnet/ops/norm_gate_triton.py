@@ -1,8 +1,8 @@
 """`norm_gate` in Triton, forward and backward.
 
-Both are bound by memory traffic. A program holds whole heads in registers, so every tensor is read once and written
-once, and nothing is stored between forward and backward: the backward finds mean and mean square again from the inputs
-it reads anyway. All heads share one weight, so a head of a token is a row.
+Memory traffic limits both. A program holds whole heads in registers, so that it reads each input once and writes each
+output once. Nothing is stored for the backward, which computes mean and mean square again from the inputs that it reads
+anyway. All heads share one weight, so rows are the heads of all tokens.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from torch import Tensor
 from hf_archs.kernels.aot import FUSED, KernelSpec
 from hf_archs.kernels.triton_functions import sigmoid
 
-# Rows that one program of the backward walks through. It sums the gradient of the weight in registers meanwhile and
-# writes it once, so that this traffic is some hundredths of the rest; every ROWS below divides it.
+# Rows per program of the backward, a multiple of every ROWS. A program sums the gradient of the weight in registers and
+# writes it once, so that this traffic is a few hundredths of the rest.
 SPAN = 16
 
 
 def _config(channels: int) -> dict[str, int]:
-    """Rows in a tile, the channels of a head rounded up to what a tile can be, and warps.
+    """Rows in a tile, the channels of a head rounded up to a power of two, and warps.
 
-    A thread holds 8 elements of each tensor (16 bytes of bf16), and 16 where a head has 8,192 channels and more.
+    A thread holds 8 elements of each tensor (16 bytes of bfloat16), or 16 for heads of 8,192 channels.
     """
     block = triton.next_power_of_2(channels)
     rows = min(SPAN, max(1, 1024 // block))
@@ -34,7 +34,7 @@ def _config(channels: int) -> dict[str, int]:
 def _activation(z, GELU: tl.constexpr):
     """The activation of the gate, and its derivative."""
     if GELU:
-        below = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)  # of the normal distribution
+        below = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)  # the normal distribution function
         return z * below, below + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
     else:
         s = sigmoid(z)
@@ -43,7 +43,7 @@ def _activation(z, GELU: tl.constexpr):
 
 @triton.jit
 def _normed(x_tile, inside, eps, CHANNELS: tl.constexpr, CENTRED: tl.constexpr):
-    """Every row over its root mean square, and one over that: (ROWS, BLOCK) and (ROWS, 1)."""
+    """Every row divided by its root mean square, and the reciprocal of that: (ROWS, BLOCK) and (ROWS, 1)."""
     if CENTRED:
         x_tile = tl.where(inside, x_tile - (tl.sum(x_tile, 1) / CHANNELS)[:, None], 0)
     scale = 1 / tl.sqrt(tl.sum(x_tile * x_tile, 1) / CHANNELS + eps)[:, None]
@@ -52,7 +52,7 @@ def _normed(x_tile, inside, eps, CHANNELS: tl.constexpr, CENTRED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_gate_fwd_kernel(
-    x,  # (rows, channels) like gate and y
+    x,  # (rows, channels), like gate and y
     gate,
     weight,  # (channels,), or None
     y,
@@ -80,13 +80,13 @@ def _norm_gate_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_gate_bwd_kernel(
-    grad_y,  # (rows, channels) like x, gate and their gradients
+    grad_y,  # (rows, channels), like x, gate and their gradients
     x,
     gate,
     weight,  # (channels,), or None
     grad_x,
     grad_gate,
-    sums,  # (programs, channels): each program's gradient of the weight; None where there is none
+    sums,  # (programs, channels): each program's gradient of the weight; None without a weight
     rows,
     eps,
     CHANNELS: tl.constexpr,
@@ -109,14 +109,14 @@ def _norm_gate_bwd_kernel(
         z_tile = tl.load(gate + place, inside, 0).to(ACC)
         normed, scale = _normed(x_tile, inside, eps, CHANNELS, CENTRED)
         act, slope = _activation(z_tile, GELU)
-        of_act, h = g * normed, g * act  # the latter is the gradient of the normed and weighted
+        of_act, h = g * normed, g * act  # the latter is the gradient of normed * weight
         if weight is not None:
             w = tl.load(weight + lane, lane < CHANNELS, 0).to(ACC)[None, :]
             total += h * normed
             of_act *= w
             h *= w
         tl.store(grad_gate + place, of_act * slope, inside)
-        # of x, with n = scale x and its gradient h: scale (h - n mean(h n)), and without its mean where x is
+        # n = scale x, and h is the gradient of n: that of x is scale (h - n mean(h n)), without its mean if centred
         of_x = h - normed * (tl.sum(h * normed, 1) / CHANNELS)[:, None]
         if CENTRED:
             of_x -= (tl.sum(h, 1) / CHANNELS)[:, None]
@@ -156,7 +156,7 @@ def norm_gate_bwd(
     centred: bool,
     wanted: Sequence[bool] = (True,) * 3,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of x, gate and weight; one kernel makes all of them, whichever are wanted."""
+    """The gradients of x, gate and weight. One kernel computes all of them, whether ``wanted`` or not."""
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
     channels, config = x.shape[-1], _config(x.shape[-1])
@@ -186,8 +186,8 @@ def norm_gate_bwd(
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Both kernels: RetNet's own heads of 512 in each activation, centred, with and without a weight; a narrow head, a
-    wide one, and one that no block divides.
+    """Both kernels: RetNet's heads of 512 with and without a weight, and centred with gelu; heads of 64, of 200 (which
+    do not fill a block), and of 4,096 channels.
     """
     shapes = [(512, False, False, True), (512, False, False, False), (512, True, True, True)]
     shapes += [(channels, False, False, True) for channels in (64, 200, 4096)]

@@ -16,7 +16,7 @@ from hf_archs.kernels.decay_scan import decay_scan, decay_scan_reference
 def multi_scale_log_decay(heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """The logarithm of the paper's decays, ``gamma_h = 1 - 2^(-5 - h)`` (section 2.3): (heads,).
 
-    Far heads decay by less than what float32 can tell from 1, so the decay itself is never formed.
+    From h = 20 on, float32 rounds gamma_h to 1, so the logarithm is taken by log1p of -2^(-5 - h).
     """
     return torch.log1p(-torch.logspace(-5, -4 - heads, heads, base=2, device=device, dtype=dtype))
 
@@ -36,8 +36,8 @@ def retention(
 
     ``S_t = exp(log_decay) S_{t-1} + v_t k_t^T``, ``y_t = scale S_t q_t``.
 
-    States, decays and sums are in float32, or float64 where ``v`` is, autocast or not. Every tensor may have a dtype of
-    its own, and its gradient has that dtype.
+    States, decays and sums are in float32, or in float64 if ``v`` is float64, also under autocast. Each tensor may have
+    its own dtype, which its gradient has too.
 
     Args:
         q: queries, (batch, length, heads, key_dim), rotated already.
@@ -46,17 +46,17 @@ def retention(
         log_decay: at most 0, (heads,), or None for the paper's `multi_scale_log_decay`.
         scale: multiplies the output; None for ``key_dim ** -0.5``.
         initial_state: the state to continue from, (batch, heads, value_dim, key_dim), or None for zeros.
-        seq_idx: integer, (batch, length). Where it differs from the position before, a document begins with an empty
-            state; position 0 always continues ``initial_state``.
-        lengths: integer, (batch,), 0 to length. Positions from there on are pads: they leave the state as it is, and
-            the final state is the one at the row's length.
+        seq_idx: integer, (batch, length). A document begins where the value differs from that of the position before,
+            with an empty state; position 0 always continues ``initial_state``.
+        lengths: integer, (batch,), 0 to length: the tokens of each row. Later positions are pads, which do not change
+            the state; their ``y`` reads the final state.
 
     Returns:
         ``y``, (batch, length, heads, value_dim) in the dtype of ``v``, and the final state, (batch, heads, value_dim,
-        key_dim) in float32 or wider. Both can be differentiated, once.
+        key_dim) in float32 or wider. Both can be differentiated once.
 
     Raises:
-        ValueError: where a shape does not fit, naming the argument.
+        ValueError: for a wrong shape; the message names the argument.
     """
     boundaries = {"initial_state": initial_state, "seq_idx": seq_idx, "lengths": lengths}
     return _retention(decay_scan, q, k, v, log_decay, scale, boundaries)
@@ -73,7 +73,7 @@ def retention_reference(
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`retention` token by token: what the fast forms are held against."""
+    """`retention` token by token: the oracle for the tests of the fast form."""
     boundaries = {"initial_state": initial_state, "seq_idx": seq_idx, "lengths": lengths}
     return _retention(decay_scan_reference, q, k, v, log_decay, scale, boundaries)
 
@@ -91,7 +91,7 @@ def _retention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale != 1.0:
         q = q * scale
-    # a view: the scan is faster where it sees that every token has the same decay
+    # expanded, not copied: from the stride of 0 the scan knows that the decay is constant, and is faster
     return scan(q, k, v, log_decay.expand(v.shape[:3]), **boundaries)
 
 
@@ -122,7 +122,7 @@ def retention_parallel(
 ) -> tuple[Tensor, Tensor]:
     """The parallel form, ``(Q K^T * D) V`` with ``D_ij = gamma^(i - j)`` (equation 5): a second oracle.
 
-    Same arguments and results as `retention`; it takes memory and time in the square of the length.
+    Same arguments and results as `retention`, but memory and time grow with the square of the length.
     """
     log_decay = _checked(q, v, log_decay)
     dtype = torch.promote_types(v.dtype, torch.float32)
@@ -134,7 +134,7 @@ def retention_parallel(
     position = torch.arange(l, device=v.device)
     ends = torch.full((b, 1), l, device=v.device) if lengths is None else lengths[:, None]
     real = position < ends  # (b, l)
-    age = torch.minimum(position + 1, ends)  # real tokens up to each position; pads decay nothing
+    age = torch.minimum(position + 1, ends)  # real tokens up to each position; a pad does not decay the state
     document = torch.zeros_like(age)
     if seq_idx is not None:
         document = ((seq_idx != seq_idx.roll(1, 1)) & (position > 0) & real).cumsum(1)
@@ -150,7 +150,7 @@ def retention_parallel(
 
 
 def cases(device, dtype, batch=2, length=70, heads=4, key_dim=8, value_dim=12):
-    """Arguments of `retention` for tests and benchmarks: without and with all that is optional but decays."""
+    """Arguments of `retention` for tests and benchmarks: first the required ones, then with state and boundaries."""
     q, k = torch.randn(2, batch, length, heads, key_dim, device=device, dtype=dtype)
     v = torch.randn(batch, length, heads, value_dim, device=device, dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -159,4 +159,4 @@ def cases(device, dtype, batch=2, length=70, heads=4, key_dim=8, value_dim=12):
     yield {"q": q, "k": k, "v": v, "initial_state": initial_state, **some_boundaries(batch, length, device)}
 
 
-MODEL_SIZES = {"batch": 1, "heads": 2, "key_dim": 256, "value_dim": 512}  # decays that nothing learns
+MODEL_SIZES = {"batch": 1, "heads": 2, "key_dim": 256, "value_dim": 512}  # log_decay is None: not trained

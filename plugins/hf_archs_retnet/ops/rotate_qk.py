@@ -1,8 +1,8 @@
-"""Queries and keys rotated by their positions, in one (Su et al. 2021, "RoFormer", https://arxiv.org/abs/2104.09864,
+"""Queries and keys rotated by their positions, in one op (Su et al. 2021, "RoFormer", https://arxiv.org/abs/2104.09864,
 section 3.4; the e^(i n theta) of Sun et al. 2023, equation 3).
 
-In ordinary operators q and k are read and written seven times over, in float32. On a GPU one kernel does it once; its
-backward is the opposite rotation, which needs the angles alone. A CPU is as quick with the operators.
+Ordinary operators read and write q and k seven times, in float32. On a GPU one kernel does it once; its backward is the
+opposite rotation, which needs only the angles. On a CPU the operators are as fast.
 
 Letters: b batch, l length, h heads, n channels of a head.
 """
@@ -31,24 +31,24 @@ def rotate_qk(
 ) -> tuple[Tensor, Tensor]:
     """Turn each pair of channels of q and k by its angle, and scale q.
 
-    ``(first cos - second sin, first sin + second cos)``, computed in float32, or float64 where ``q`` is. All the first
-    channels of the pairs come back first, then all the second ones: an order that scores cannot tell.
+    ``(first cos - second sin, first sin + second cos)``, computed in float32, or in float64 if ``q`` is float64. The
+    results have the first channels of all pairs first, then the second ones; scores do not depend on that order.
 
     Args:
-        q: (batch, length, heads, channels), channels being a multiple of 2.
-        k: as ``q``, and in its dtype.
-        cos: of the angle of each pair at each token, (batch or 1, length, channels / 2). It is a constant, as ``sin``
-            and ``q_scale`` are: no gradient reaches them.
-        sin: as ``cos``.
-        interleaved: channels 2c and 2c + 1 are a pair. False: channels c and c + n/2 are.
-        q_scale: by which the rotated q of each token and head is multiplied, (batch or 1, length, heads); None for 1.
-        scale: by which all of it is multiplied besides.
+        q: (batch, length, heads, channels), with an even number of channels.
+        k: like ``q``, with the same dtype.
+        cos: the cosine of each pair's angle at each token, (batch or 1, length, channels / 2). ``cos``, ``sin`` and
+            ``q_scale`` are constants, without gradients.
+        sin: the sine, likewise.
+        interleaved: channels 2c and 2c + 1 are a pair; if False, channels c and c + n/2.
+        q_scale: factor of the rotated q of each token and head, (batch or 1, length, heads); None for 1.
+        scale: another factor of all of q.
 
     Returns:
-        q and k in their shapes and dtype. Both can be differentiated, once.
+        q and k, rotated, in their shapes and dtype. Both can be differentiated once.
 
     Raises:
-        ValueError: where a shape does not fit, naming the argument.
+        ValueError: for a wrong shape; the message names the argument.
     """
     b, l, h, n = q.shape
     rows = cos.shape[0] if cos.shape[0] == 1 else b
@@ -93,7 +93,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def _step(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, scale: float, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    """One token on a CPU: q and k together, in a handful of operators."""
+    """One token on a CPU: q and k stacked, so that few operators rotate both."""
     both = wide(torch.stack((q, k)))
     first, second = _pairs(both, interleaved)
     cos, sin = cast(cos, both.dtype).unsqueeze(2), cast(sin, both.dtype).unsqueeze(2)
@@ -119,7 +119,7 @@ _rotate_qk = Op(
 
 
 def cases(device, dtype, batch=2, length=9, heads=3, channels=20) -> Iterator[dict[str, Any]]:
-    """Arguments of `rotate_qk` for tests and benchmarks: one row of angles, and angles and scales for each row."""
+    """Arguments of `rotate_qk` for tests and benchmarks: angles for all rows, then angles and scales for each row."""
     q, k = torch.randn(2, batch, length, heads, channels, device=device, dtype=dtype)
     angle = 6.28 * torch.rand(
         batch, length, channels // 2, device=device, dtype=torch.promote_types(dtype, torch.float32)

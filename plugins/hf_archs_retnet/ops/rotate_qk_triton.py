@@ -1,6 +1,6 @@
-"""`rotate_qk` in Triton: one kernel for q and k, and the same one for their gradients.
+"""`rotate_qk` in Triton: one kernel for q and k, which also computes their gradients.
 
-The kernel is bound by memory traffic. A program rotates some heads of a token, and reads the token's angles once.
+Memory traffic limits the kernel. A program rotates some heads of a token, and reads the token's angles once.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from hf_archs.kernels.aot import FUSED, KernelSpec
 
 
 def _config(heads: int, pairs: int) -> dict[str, int]:
-    """Heads and pairs of a tile, powers of 2, and warps: a thread holds 16 pairs where there are as many."""
+    """Heads and pairs of a tile, powers of 2, and warps: a thread holds 16 pairs, or fewer in tiles below 512."""
     block = triton.next_power_of_2(pairs)
     together = min(triton.next_power_of_2(heads), max(1, 2048 // block))
     return {"HEADS": together, "BLOCK": block, "num_warps": min(16, max(1, together * block // 512))}
@@ -25,8 +25,8 @@ def _config(heads: int, pairs: int) -> dict[str, int]:
 def _turn(
     x,
     y,
-    base,  # of each head, (HEADS,)
-    there,  # whether it exists, (HEADS,)
+    base,  # the index of each head's first channel, (HEADS,)
+    there,  # whether each head exists, (HEADS,)
     cos,  # (1, BLOCK)
     sin,
     by,  # a number, or (HEADS, 1)
@@ -58,7 +58,7 @@ def _turn(
 
 @triton.jit(do_not_specialize=["length"])
 def _rotate_qk_kernel(
-    q,  # (b, l, heads, 2 PAIRS) like k and both results; None where there is nothing to turn
+    q,  # (b, l, heads, 2 PAIRS), like k and both results; None if it is not to be rotated
     k,
     cos,  # (b or 1, l, PAIRS)
     sin,
@@ -69,7 +69,7 @@ def _rotate_qk_kernel(
     heads,
     scale,
     PAIRS: tl.constexpr,
-    ROWS_APART: tl.constexpr,  # whether each row has angles of its own
+    ROWS_APART: tl.constexpr,  # whether each row has its own angles
     SCALES_APART: tl.constexpr,
     INVERSE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -108,7 +108,7 @@ def _launch(
     interleaved: bool,
     inverse: bool,
 ) -> Any:
-    """Both rotated; None for None."""
+    """q and k, rotated; None for one that is None."""
     given = q if q is not None else k
     if given is None:
         return None, None
@@ -141,7 +141,7 @@ def _launch(
 def rotate_qk_fwd(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_scale: Tensor | None, scale: float, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    """q and k rotated, and q scaled."""
+    """q, rotated and scaled, and k, rotated."""
     return _launch(q, k, cos, sin, q_scale, scale, interleaved, inverse=False)
 
 
@@ -155,13 +155,13 @@ def rotate_qk_bwd(
     interleaved: bool,
     wanted: Sequence[bool] = (True, True),
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of q and k, where there is one of what came of them: turned back."""
+    """The gradients of q and k: those of the results, rotated back; None if one is missing or not ``wanted``."""
     of_q, of_k = (gradient if asked else None for gradient, asked in zip((grad_q, grad_k), wanted))
     return _launch(of_q, of_k, cos, sin, q_scale, scale, interleaved, inverse=True)
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Forward and backward: RetNet's own 16 heads of 256 in both layouts of pairs, heads of 64, and of 80."""
+    """Forward and backward: RetNet's 16 heads of 256 in both layouts of pairs, heads of 64, and heads of 80."""
     specs = []
     for dtype in ("bf16", "fp32"):
         for heads, pairs, interleaved, scaled in (
