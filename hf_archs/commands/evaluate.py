@@ -86,7 +86,7 @@ def _scores(model: Any, tokenizer: Any, tasks: list[Any], manager: Any, limit: i
         examples_of = found["n-samples"].get(task, {}).get("effective", "")
         for name, score in metrics.items():
             metric, comma, kind = name.partition(",")
-            if comma and not metric.endswith("_stderr"):
+            if comma and not metric.endswith("stderr"):
                 error = metrics.get(f"{metric}_stderr,{kind}", "")
                 shown = (f"{n:.4f}" if isinstance(n, float) else str(n) for n in (score, error))
                 table.add_row(task, str(examples_of), metric if kind == "none" else f"{metric}, {kind}", *shown)
