@@ -184,6 +184,23 @@ def test_gradients_that_nobody_needs_are_not_formed(name, backend, monkeypatch):
 
 
 @every_op
+def test_a_backward_has_the_form_of_its_forward(name, monkeypatch):
+    op, chosen = library.OPS[name], []
+    forward = op.forward
+    for case in cases(name):
+        inputs = {k: t.detach().requires_grad_() for k, t in tensors(case).items() if t.is_floating_point()}
+        with monkeypatch.context() as patch:
+            patch.setattr(op, "forward", lambda *given: chosen.append(given[-1]) or forward(*given))
+            patch.setattr(op, "backward", lambda *given: chosen.append(given[-2]) or [None] * len(given[-1]))
+            with use_backend("triton"):
+                results = function(name)(**case | inputs)
+            results = [results] if isinstance(results, torch.Tensor) else results
+            sum(t.sum() for t in results if t is not None and t.requires_grad).backward()
+        assert chosen == [op.only or "triton"] * 2
+        chosen.clear()
+
+
+@every_op
 def test_a_grid_has_room_for_any_number_of_rows(name, monkeypatch):
     """CUDA takes 2^31 - 1 programs in a grid's first dimension, and 65,535 in the others. Nothing is launched here."""
     jit = pytest.importorskip("triton.runtime.jit")
