@@ -46,7 +46,9 @@ def chat(model: str, adapter: str | None, tokenizer: str | None, **options: Any)
             return
         except KeyboardInterrupt:
             print("\n/quit ends the conversation.")
-        except sentences.EXPECTED as error:
+        except Exception as error:
+            if not sentences.is_expected(error):
+                raise
             sentences.report(error)
 
 

@@ -274,7 +274,7 @@ def train(
     if own.trainer is not None:
         made: Any = trl.make(own, arguments, partial(read_data, own), say)
         loading.check_output(str(arguments.output_dir), _bytes_to_write(made.model, arguments, run.steps))
-        return _finish(made, run, trl.measure)
+        return _finish(own, made, run, trl.measure)
     copies = 1 if own.lora is not None else 4
     checkpoint = loading.look_at(own.model)
     loading.check_memory(checkpoint.config(), copies)
@@ -298,22 +298,16 @@ def train(
         examples.training_rows(rows, tokenizer, own.block_size, sizes)
         for rows, sizes in ((training, found), (held_out, measured))
     ]
-    say(examples.described(training, found, measured))
+    say(examples.described(training, found.rows, measured.rows, examples.to_learn(training, found)))
     of_rows = (
         "of which every twentieth document was held out"
         if own.eval_data is None
         else f"and measured on `{own.eval_data}`"
     )
-    card: dict[str, Any] = {
-        "training": f"Trained on `{own.data}`, {of_rows}.",
-        "results": {},
-        "license": own.license,
-        "base_model": own.model if own.lora is not None else None,
-    }
     trainer = ArchTrainer(
         model,
         arguments,
-        card=card,
+        card={"training": f"Trained on `{own.data}`, {of_rows}.", "results": {}},
         train_dataset=datasets[0],
         eval_dataset=datasets[1],
         data_collator=default_data_collator,
@@ -325,13 +319,17 @@ def train(
         trainer.card["results"] = {f"held-out {examples.MEASURED[held_out.kind]}": f"{figure:.3f} bits per byte"}
         return {"bits_per_byte": figure}
 
-    return _finish(trainer, run, measure)
+    return _finish(own, trainer, run, measure)
 
 
 def _finish(
-    trainer: ArchTrainer, run: Standing, measure: Callable[[ArchTrainer], dict[str, float]]
+    own: argparse.Namespace,
+    trainer: ArchTrainer,
+    run: Standing,
+    measure: Callable[[ArchTrainer], dict[str, float]],
 ) -> dict[str, float]:
     """Train, measure, and write the model, its card and the state."""
+    trainer.card |= {"license": own.license, "base_model": own.model if own.lora is not None else None}
     results: dict[str, float] = {}
     try:
         if run.reached:  # the Trainer would do one more step

@@ -18,7 +18,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from hf_archs.commands import loading
-from hf_archs.data.examples import left_out
+from hf_archs.data.examples import described
 from hf_archs.data.rows import Rows
 from hf_archs.errors import needs
 from hf_archs.native.disk import check_weights, looks_local
@@ -113,19 +113,12 @@ def make(
         more["peft_config"] = lora_config(model, own.lora, rank=own.lora_rank, alpha=own.lora_alpha)
     if own.trainer == "dpo" and refers and not arguments.precompute_ref_log_probs:
         more["ref_model"] = copy.deepcopy(model)
-    rows = training.dataset
+    rows: Any = training.dataset
     if held_out is not None:
         more["eval_dataset"] = held_out.dataset
-    counted = "a stream of rows" if training.streamed else f"{len(rows):,} rows"
-    measured = f"; {len(more['eval_dataset']):,} to measure with" if held_out is not None else ""
-    without = f"; {left_out(training)}" if training.left_out else ""
-    say(f"{own.data}: {counted} with {' and '.join(training.columns)}{measured}{without}")
-    card = {
-        "training": f"Trained on `{own.data}` by TRL's {TRAINERS[own.trainer][0]}Trainer.",
-        "results": {},
-        "license": own.license,
-        "base_model": own.model if own.lora is not None else None,
-    }
+    measured = None if held_out is None else len(more["eval_dataset"])
+    say(described(training, 0 if training.streamed else len(rows), measured))
+    card = {"training": f"Trained on `{own.data}` by TRL's {TRAINERS[own.trainer][0]}Trainer.", "results": {}}
     return trainer_class(own.trainer)(
         model, arguments, card=card, train_dataset=rows, processing_class=tokenizer, **more
     )

@@ -267,19 +267,30 @@ def up_to(size: float, texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def described(rows: Rows, found: Found, measured: Found) -> str:
-    """A line on the data: rows, columns, tokens, and the tokens to learn from."""
-    what = "documents" if rows.names is not None else "rows"
-    columns = "" if rows.names is not None else f" with {' and '.join(rows.columns)}"
-    learnt = "all tokens" if rows.kind == "text" else f"the {MEASURED[rows.kind]}"
-    line = f"{rows.source}: "
-    if rows.streamed:
-        line += f"a stream of {what}{columns}, learnt from {learnt}; {measured.rows:,} to measure with"
-    else:
-        share = "" if rows.kind == "text" else f", {found.learnt:,} of them learnt from"
-        line += f"{found.rows:,} {what}{columns} to learn from {learnt}, {found.tokens:,} tokens{share}; "
-        line += f"{measured.rows:,} to measure with"
+def described(rows: Rows, count: int, measured: int | None, learnt: str = "") -> str:
+    """A line on the data.
+
+    Args:
+        count: number of rows; a stream has none.
+        measured: number of rows to measure with; None if nothing is measured.
+        learnt: the tokens to learn from, in words; see `to_learn`.
+    """
+    documents = rows.names is not None
+    columns = "" if documents else f" with {' and '.join(rows.columns)}"
+    line = f"{rows.source}: {'a stream of' if rows.streamed else f'{count:,}'} {'documents' if documents else 'rows'}"
+    line += columns + learnt
+    if measured is not None:
+        line += f"; {measured:,} to measure with"
     return f"{line}; {left_out(rows)}" if rows.left_out else line
+
+
+def to_learn(rows: Rows, found: Found) -> str:
+    """The tokens to learn from, in words for `described`."""
+    learnt = "all tokens" if rows.kind == "text" else f"the {MEASURED[rows.kind]}"
+    if rows.streamed:
+        return f", learnt from {learnt}"
+    share = "" if rows.kind == "text" else f", {found.learnt:,} of them learnt from"
+    return f" to learn from {learnt}, {found.tokens:,} tokens{share}"
 
 
 def left_out(rows: Rows) -> str:

@@ -10,6 +10,8 @@ from hf_archs.kernels.backend import backend_for
 from hf_archs.kernels.library import Op
 from hf_archs.kernels.numerics import cast, inverse_rms, wide
 
+LARGE = 2**18  # elements of an input whose copy is worth the 200 microseconds of a call of the op
+
 
 def rms_norm_gated(
     x: Tensor, weight: Tensor, z: Tensor | None = None, *, eps: float, group_size: int | None = None
@@ -45,6 +47,29 @@ def rms_norm_gated(
     if backend == "reference" or (backend == "portable" and one_token):
         return rms_norm_gated_reference(x, weight, z, eps=eps, group_size=group_size)
     return _rms_norm_gated(x, weight, z, eps, group_size)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """``RMSNorm(x) * weight`` over the last dimension, in at least float32.
+
+    In training on a CPU, large inputs go through the op of `rms_norm_gated`: its backward needs no normalised copy,
+    which `F.rms_norm` keeps there. On a GPU `F.rms_norm` is one kernel.
+
+    Args:
+        x: input, (..., length, channels).
+        weight: (channels,).
+        eps: added to the mean square.
+
+    Returns:
+        A tensor with the shape of ``x``, in the dtype of ``weight``.
+    """
+    x = wide(x)
+    trained = x.requires_grad and x.dtype == weight.dtype and not torch.compiler.is_compiling()
+    if trained and x.is_cpu and x.numel() > LARGE:
+        return rms_norm_gated(x, weight, eps=eps)
+    one_token = x.shape[-2] == 1 and x.is_cpu
+    normed = x * inverse_rms(x, eps) if one_token else F.rms_norm(x, x.shape[-1:], eps=eps)
+    return weight * cast(normed, weight.dtype)
 
 
 def rms_norm_gated_reference(

@@ -256,17 +256,17 @@ def aot_specs() -> list[KernelSpec]:
     """Both kernels for groups of 64 to 8,192 channels, in rows divisible by 8, as Mamba2-130m's rows of 3,352 are; once
     in rows of any size, and once without a gate.
     """
-    shapes = [("", 64, 8), ("Mamba2-130m, ", 1536, 8), ("Mamba2-1.3b, ", 4096, 8), ("Mamba2-2.7b, ", 5120, 8)]
-    shapes += [("", 8192, 8), ("any rows, ", 1536, 1), ("no gate, ", 2048, 8)]
+    gated = [("", 64, 8), ("Mamba2-130m, ", 1536, 8), ("Mamba2-1.3b, ", 4096, 8), ("Mamba2-2.7b, ", 5120, 8)]
+    gated += [("", 8192, 8), ("any rows, ", 1536, 1)]
+    shapes = [(*shape, {}) for shape in gated] + [("no gate, ", 2048, 8, {"z": None, "grad_z": None})]
     specs = []
     for kernel in (_rms_norm_gated_fwd_kernel, _rms_norm_gated_bwd_kernel):
         for dtype in ("bf16", "fp32"):
-            for model, group, unit in shapes:
+            for model, group, unit, absent in shapes:
                 config = _config(group, backward=kernel is _rms_norm_gated_bwd_kernel)
                 num_warps = config.pop("num_warps")
                 constexprs: dict[str, object] = {"UNIT": unit, "GROUP": group, **config}
-                if model == "no gate, ":
-                    constexprs |= {name: None for name in ("z", "grad_z") if name in kernel.arg_names}
+                constexprs |= {name: None for name in absent if name in kernel.arg_names}
                 if kernel is _rms_norm_gated_bwd_kernel:
                     constexprs["SPAN"] = SPAN
                 types = {"rows": "i32", "channels": "i32", "eps": "fp32", "sums": "*fp32"}

@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_archs.kernels.numerics import cast, inverse_rms, wide
-from hf_archs.kernels.rms_norm_gated import rms_norm_gated
-
-LARGE = 2**18  # elements of an input whose copy is worth the time of a call of the op
+from hf_archs.kernels.numerics import cast, wide
+from hf_archs.kernels.rms_norm_gated import rms_norm, rms_norm_gated
 
 
 class ArchRMSNorm(nn.Module):
@@ -24,25 +22,10 @@ class ArchRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
-        self.shape = (hidden_size,)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``(..., d)`` to the same."""
-        weight, hidden_states = self.weight, wide(hidden_states)
-        if self._saves_a_copy(hidden_states):
-            return rms_norm_gated(hidden_states, weight, eps=self.eps)
-        if hidden_states.shape[-2] == 1 and hidden_states.is_cpu:  # a decode step; on a GPU `F.rms_norm` is one kernel
-            normed = hidden_states * inverse_rms(hidden_states, self.eps)
-        else:
-            normed = F.rms_norm(hidden_states, self.shape, eps=self.eps)
-        return weight * cast(normed, weight.dtype)
-
-    def _saves_a_copy(self, hidden_states: torch.Tensor) -> bool:
-        """Whether `rms_norm_gated` should compute: its backward needs no normalised copy, which `F.rms_norm` keeps on a
-        CPU. Small inputs gain nothing: the op itself takes 200 microseconds.
-        """
-        trained = hidden_states.requires_grad and hidden_states.dtype == self.weight.dtype
-        return trained and hidden_states.is_cpu and hidden_states.numel() > LARGE and not torch.compiler.is_compiling()
+        return rms_norm(hidden_states, self.weight, eps=self.eps)
 
     def extra_repr(self) -> str:
         """Shape and eps, as `print` shows them."""

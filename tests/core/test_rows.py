@@ -3,6 +3,9 @@
 import copy
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -20,6 +23,7 @@ from hf_archs.data import examples, sources, text
 from hf_archs.data import rows as rows_module
 from hf_archs.data.examples import Found
 from hf_archs.testing.contract.models import assert_close, lively
+from hf_archs.testing.hub import EmbeddedHub
 
 # `datasets` leaves the file of a streamed CSV open until it is collected
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -555,24 +559,27 @@ def test_a_trainer_may_read_rows_of_its_own(tmp_path):
     assert sorted(found, key=str) == [rows[0] | {"chosen": f"b{i}"} for i in range(3)]
 
 
-def test_a_name_of_the_hub_is_read_with_its_config_and_split(monkeypatch):
-    asked = []
+ON_A_HUB = """
+from datasets import Dataset, DatasetDict
+from hf_archs.data.sources import read_rows
 
-    def load_dataset(*arguments, **options):
-        asked.append((*arguments, options))
-        return Dataset.from_dict({"text": ["a", "b"]})
+for config, first in (("default", "a"), ("small", "c")):
+    made = {split: Dataset.from_dict({"text": [f"{first} {split}", "b"]}) for split in ("train", "test")}
+    DatasetDict(made).push_to_hub("me/set", config)
+names = ("me/set", "me/set:small", "me/set:small:test", "me/set::test")
+print([[*read_rows(name, streaming=streaming).texts()][0] for name in names for streaming in (False, True)])
+"""
 
-    monkeypatch.setattr(sources, "load_dataset", load_dataset)
-    for name in ("someone/set", "someone/set:small", "someone/set:small:test", "set::test"):
-        assert [*sources.read_rows(name).texts()] == ["a", "b"]
-    split = {"split": "train", "streaming": False}
-    test = {"split": "test", "streaming": False}
-    assert asked == [
-        ("someone/set", None, split),
-        ("someone/set", "small", split),
-        ("someone/set", "small", test),
-        ("set", None, test),
-    ]
+
+def test_a_name_of_the_hub_is_read_with_its_config_and_split(tmp_path):
+    """On the embedded Hub, where another process's `datasets` has pushed."""
+    with EmbeddedHub(tmp_path / "hub", users={"token": ("me", "write")}) as hub:
+        environment = {**os.environ, **hub.environment(str(tmp_path / "home")), "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-W", "ignore", "-c", ON_A_HUB]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = [text for text in ("a train", "c train", "c test", "a test") for _ in range(2)]
+    assert done.stdout.strip().splitlines()[-1] == str(expected)
 
 
 def test_evaluate_measures_the_tokens_to_learn(tmp_path, model):

@@ -331,7 +331,7 @@ def _by_chunks(
     dtype = torch.promote_types(x.dtype, torch.float32)
     if dtype == torch.float64:
         log_decay, phase = log_decay.double(), phase.double()
-    m = form(__name__, _modal_conv.backend(x, log_decay, phase, residues, bias)).CHUNK
+    m = form(__name__, _modal_conv.backend(x, log_decay, phase, residues, bias, initial_state)).CHUNK
     powers = modal_powers(log_decay, phase, torch.arange(m + 1, device=x.device))  # (c, n, m + 1, 2)
     weighted = _times(powers, residues.to(powers.dtype).unsqueeze(2))
     taps = weighted[:, :, :m, 0].sum(1)
