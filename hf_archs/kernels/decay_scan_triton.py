@@ -823,27 +823,32 @@ def decay_scan_bwd(
     kept: Tensor,
     wanted: Sequence[bool] = (True,) * 7,
     config: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of q, k, v, log_decay and scale (both None if neither is ``wanted``), skip (None if it is not
-    wanted), and the initial state."""
-    factors = wanted[3] or wanted[4]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k, v, log_decay, scale, skip and the initial state. One that is not ``wanted`` is None, or
+    comes from a kernel that another one needs."""
+    of_q, of_k, of_v, of_decay, of_scale, of_skip, _ = wanted
+    factors = of_decay or of_scale
     (b, l, h, p), (g, n) = v.shape, q.shape[2:]
     r = h // g
     x = _Launch(q, k, v, log_decay, scale, skip, documents, config)
     grad_y = torch.zeros_like(x.v) if grad_y is None else _dense(grad_y, x.dtype)
     starts = kept.view(x.chunks, b, h, p, n)
-    of_q, of_k, of_v, of_y = (t.stride()[:3] for t in (x.q, x.k, x.v, grad_y))
+    over_q, over_k, over_v, over_y = (t.stride()[:3] for t in (x.q, x.k, x.v, grad_y))
 
     added = x.chunk_states(x.q, grad_y, reads=True)
     grad_ends, grad_initial = torch.empty_like(added), added.new_empty(added.shape[1:])
     across = added.new_empty(triton.cdiv(p * n, PASSED), b, h, x.chunks) if factors else None
     x.pass_states(added, grad_ends, grad_final_state, grad_initial, starts, across)
 
-    grad_v = v.new_empty(b, l, h, p)
-    _grad_values_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
-        x.q, x.k, grad_y, x.high, x.low, x.scales, x.skips, x.documents, grad_ends, grad_v, l, x.padded, b, h, r,
-        *of_q, *of_k, *of_y, **x.over_values, **FUSED,
-    )  # fmt: skip
+    grad_v = None
+    if of_v:
+        grad_v = v.new_empty(b, l, h, p)
+        _grad_values_kernel[(x.tiles_p * (CHUNK // ROWS) * b * h, x.chunks)](
+            x.q, x.k, grad_y, x.high, x.low, x.scales, x.skips, x.documents, grad_ends, grad_v, l, x.padded, b, h, r,
+            *over_q, *over_k, *over_y, **x.over_values, **FUSED,
+        )  # fmt: skip
+    if not (of_q or of_k or factors or of_skip):
+        return None, None, grad_v, None, None, None, grad_initial
 
     # One program computes the heads of a group one after another; if that leaves a large GPU idle, several share them.
     splits = min(r, triton.cdiv(PROGRAMS, max(1, b * g * x.chunks)))
@@ -852,15 +857,18 @@ def decay_scan_bwd(
         crossing, columns = x.high.new_empty(2, b, h, x.padded)
         inside = torch.empty_like(columns, dtype=torch.float64)
         along = x.high.new_empty(2, x.tiles_n, b, h, x.padded)
-    grad_skips = x.high.new_empty(x.chunks, CHUNK // ROWS, b, h) if wanted[5] and skip is not None else None
+    grad_skips = x.high.new_empty(x.chunks, CHUNK // ROWS, b, h) if of_skip and skip is not None else None
     grad_scores = x.high.new_empty(x.chunks, splits, b, g, 3, ROWS, ROWS)
     _grad_scores_kernel[(3 * splits * b * g, x.chunks)](
         x.q, x.k, x.v, grad_y, x.high, x.low, x.scales, x.documents, grad_scores, inside, crossing, columns, grad_skips,
-        l, x.padded, b, h, r, splits, *of_q, *of_k, *of_v, *of_y, **x.over_pairs, **FUSED,
+        l, x.padded, b, h, r, splits, *over_q, *over_k, *over_v, *over_y, **x.over_pairs, **FUSED,
     )  # fmt: skip
 
-    grads = []
-    for reads in (True, False):
+    grads: list[Tensor | None] = []
+    for reads, asked in ((True, of_q), (False, of_k)):
+        if not (asked or factors):
+            grads.append(None)
+            continue
         key, other, value = (x.q, x.k, grad_y) if reads else (x.k, x.q, x.v)
         dtype = (q if reads else k).dtype if splits == 1 else torch.float32
         grad = v.new_empty(splits, b, l, g, n, dtype=dtype)

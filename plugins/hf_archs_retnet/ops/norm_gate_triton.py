@@ -84,9 +84,9 @@ def _norm_gate_bwd_kernel(
     x,
     gate,
     weight,  # (channels,), or None
-    grad_x,
+    grad_x,  # this and each of the next two may be None
     grad_gate,
-    sums,  # (programs, channels): each program's gradient of the weight; None without a weight
+    sums,  # (programs, channels): each program's gradient of the weight
     rows,
     eps,
     CHANNELS: tl.constexpr,
@@ -98,7 +98,7 @@ def _norm_gate_bwd_kernel(
 ):
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     lane = tl.arange(0, BLOCK)
-    if weight is not None:
+    if sums is not None:
         total = tl.zeros((ROWS, BLOCK), ACC)
     for block in range(SPAN // ROWS):
         row = tl.program_id(0).to(tl.int64) * SPAN + block * ROWS + tl.arange(0, ROWS)
@@ -112,16 +112,19 @@ def _norm_gate_bwd_kernel(
         of_act, h = g * normed, g * act  # the latter is the gradient of normed * weight
         if weight is not None:
             w = tl.load(weight + lane, lane < CHANNELS, 0).to(ACC)[None, :]
-            total += h * normed
+            if sums is not None:
+                total += h * normed
             of_act *= w
             h *= w
-        tl.store(grad_gate + place, of_act * slope, inside)
-        # n = scale x, and h is the gradient of n: that of x is scale (h - n mean(h n)), without its mean if centred
-        of_x = h - normed * (tl.sum(h * normed, 1) / CHANNELS)[:, None]
-        if CENTRED:
-            of_x -= (tl.sum(h, 1) / CHANNELS)[:, None]
-        tl.store(grad_x + place, scale * of_x, inside)
-    if weight is not None:
+        if grad_gate is not None:
+            tl.store(grad_gate + place, of_act * slope, inside)
+        if grad_x is not None:
+            # n = scale x, and h is the gradient of n: that of x is scale (h - n mean(h n)), without its mean if centred
+            of_x = h - normed * (tl.sum(h * normed, 1) / CHANNELS)[:, None]
+            if CENTRED:
+                of_x -= (tl.sum(h, 1) / CHANNELS)[:, None]
+            tl.store(grad_x + place, scale * of_x, inside)
+    if sums is not None:
         tl.store(sums + tl.program_id(0).to(tl.int64) * CHANNELS + lane, tl.sum(total, 0), lane < CHANNELS)
 
 
@@ -155,21 +158,21 @@ def norm_gate_bwd(
     gate_fn: str,
     centred: bool,
     wanted: Sequence[bool] = (True,) * 3,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of x, gate and weight. One kernel computes all of them, whether ``wanted`` or not."""
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, gate and weight, None for each that is not ``wanted``."""
+    of_x, of_gate, of_weight = wanted
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_x else None
+    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=x.device) if of_gate else None
     channels, config = x.shape[-1], _config(x.shape[-1])
     rows = x.numel() // channels
     programs, sums = triton.cdiv(rows, SPAN), None
-    if weight is not None:
-        weight = weight.contiguous()
+    if weight is not None and of_weight:
         sums = torch.empty(programs, channels, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     _norm_gate_bwd_kernel[(programs,)](
         grad_y.contiguous(),
         x.contiguous(),
         gate.contiguous(),
-        weight,
+        None if weight is None else weight.contiguous(),
         grad_x,
         grad_gate,
         sums,
